@@ -1,0 +1,215 @@
+"""Published checkpoints: their weight names, and loading that tells everything or fails.
+
+The names are translated by transformers' own conversion machinery, so sharding, device maps and
+low-memory loading work; `save_pretrained` runs the same table backwards.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import (
+    Chunk,
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+)
+
+from comemo.config import CoMemoConfig
+
+# Regular expression of the published name -> name here. Order matters when saving: the table is
+# read from its end, and a more special name (.mixin.mlp.) must come before a general one (.mlp.).
+VISION = [
+    (r"^vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),
+    (
+        r"^vision_model\.embeddings\.position_embedding",
+        "model.vision_tower.embeddings.position_embeddings",
+    ),
+    (
+        r"^vision_model\.embeddings\.patch_embedding\.",
+        "model.vision_tower.embeddings.patch_embeddings.projection.",
+    ),
+    (r"^vision_model\.encoder\.layers\.", "model.vision_tower.encoder.layer."),
+    (r"\.ls1$", ".lambda_1"),
+    (r"\.ls2$", ".lambda_2"),
+    (r"\.attn\.proj\.", ".attention.projection_layer."),
+    (r"\.attn\.q_norm\.", ".attention.q_norm."),
+    (r"\.attn\.k_norm\.", ".attention.k_norm."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"^mlp1\.", "model.multi_modal_projector."),
+]
+MIXIN = [
+    (r"\.gated_cross_attn_layer\.cross_attention_norm\.", ".mixin.attn_norm."),
+    (r"\.gated_cross_attn_layer\.cross_attn\.to_q\.", ".mixin.q_proj."),
+    (r"\.gated_cross_attn_layer\.cross_attn\.to_kv\.", ".mixin.kv_proj."),
+    (r"\.gated_cross_attn_layer\.cross_attn\.to_out\.", ".mixin.o_proj."),
+    (r"\.gated_cross_attn_layer\.attn_gate$", ".mixin.attn_gate"),
+    (r"\.gated_cross_attn_layer\.ff_gate$", ".mixin.mlp_gate"),
+    (r"\.gated_cross_attn_layer\.ffn_norm_2\.", ".mixin.mlp_norm."),
+    (r"\.gated_cross_attn_layer\.ffn_2\.w1\.", ".mixin.mlp.gate_proj."),
+    (r"\.gated_cross_attn_layer\.ffn_2\.w3\.", ".mixin.mlp.up_proj."),
+    (r"\.gated_cross_attn_layer\.ffn_2\.w2\.", ".mixin.mlp.down_proj."),
+]
+LLM = {
+    "InternLM2ForCausalLM": [
+        (r"\.decoder_layer\.attention\.wo\.", ".self_attn.o_proj."),
+        (r"\.decoder_layer\.feed_forward\.w1\.", ".mlp.gate_proj."),
+        (r"\.decoder_layer\.feed_forward\.w3\.", ".mlp.up_proj."),
+        (r"\.decoder_layer\.feed_forward\.w2\.", ".mlp.down_proj."),
+        (r"\.decoder_layer\.attention_norm\.", ".input_layernorm."),
+        (r"\.decoder_layer\.ffn_norm\.", ".post_attention_layernorm."),
+        (r"^model\.language_model\.tok_embeddings\.", "model.language_model.embed_tokens."),
+        (r"^language_model\.output\.", "lm_head."),
+    ],
+    "LlamaForCausalLM": [
+        (r"\.decoder_layer\.self_attn\.", ".self_attn."),
+        (r"\.decoder_layer\.mlp\.gate_proj\.", ".mlp.gate_proj."),
+        (r"\.decoder_layer\.mlp\.up_proj\.", ".mlp.up_proj."),
+        (r"\.decoder_layer\.mlp\.down_proj\.", ".mlp.down_proj."),
+        (r"\.decoder_layer\.input_layernorm\.", ".input_layernorm."),
+        (r"\.decoder_layer\.post_attention_layernorm\.", ".post_attention_layernorm."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+    ],
+}
+DECODER = [(r"^language_model\.model\.", "model.language_model.")]
+
+
+class SplitGroupedQKV(ConversionOps):
+    """InternLM2's fused weight, rows (kv head, [q..., k, v], D), to q, k and v."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict, source_patterns: list, target_patterns: list, config: Any, **_: Any
+    ) -> dict[str, Tensor]:
+        (fused,) = (_one(t) for t in input_dict.values())
+        group, dim = _group(config)
+        x = fused.unflatten(0, (-1, group + 2, dim))  # [G, group + 2, D, ...]
+        parts = (x[:, :group].flatten(0, 2), x[:, group].flatten(0, 1), x[:, -1].flatten(0, 1))
+        return {name: part.contiguous() for name, part in zip(target_patterns, parts, strict=True)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return FuseGroupedQKV()
+
+
+class FuseGroupedQKV(ConversionOps):
+    """The inverse of `SplitGroupedQKV`."""
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict, source_patterns: list, target_patterns: list, config: Any, **_: Any
+    ) -> dict[str, Tensor]:
+        group, dim = _group(config)
+        q, k, v = (_one(input_dict[name]) for name in source_patterns)
+        parts = [t.unflatten(0, (-1, n, dim)) for t, n in ((q, group), (k, 1), (v, 1))]
+        return {target_patterns[0]: torch.cat(parts, 1).flatten(0, 2).contiguous()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return SplitGroupedQKV()
+
+
+def _one(value: Tensor | list[Tensor]) -> Tensor:
+    return value[0] if isinstance(value, list) else value
+
+
+def _group(config: Any) -> tuple[int, int]:
+    text = getattr(config, "text_config", config)
+    return text.num_attention_heads // text.num_key_value_heads, text.head_dim
+
+
+def conversions(*architectures: str) -> list[WeightRenaming | WeightConverter]:
+    """The table for checkpoints of these language models; both together are unambiguous."""
+    llm = [rule for architecture in architectures for rule in LLM[architecture]]
+    renamings = [WeightRenaming(old, new) for old, new in VISION + DECODER + llm + MIXIN]
+    converters = [
+        WeightConverter(
+            [r".attn.qkv."],
+            [f".attention.{name}_proj." for name in "qkv"],
+            operations=[Chunk(dim=0)],
+        )
+    ]
+    if "InternLM2ForCausalLM" in architectures:
+        converters.append(
+            WeightConverter(
+                [r".decoder_layer.attention.wqkv."],
+                [f".self_attn.{name}_proj." for name in "qkv"],
+                operations=[SplitGroupedQKV()],
+            )
+        )
+    return renamings + converters
+
+
+register_checkpoint_conversion_mapping(CoMemoConfig.model_type, conversions(*LLM), overwrite=True)
+
+
+class PublishedCheckpoint:
+    """Strict `from_pretrained` and a `save_pretrained` that writes the published layout."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load weights of the published or of our own layout; never executes code from it.
+
+        Raises:
+            ValueError: missing, unexpected or wrongly shaped weights, all listed; weights that
+                are pickles; a checkpoint of another model.
+        """
+        directory = pretrained_model_name_or_path
+        if directory is not None and os.path.isdir(directory):
+            _refuse_pickles(Path(directory))
+        kwargs["use_safetensors"] = True
+        kwargs["ignore_mismatched_sizes"] = True  # reported below, all at once
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            directory, *args, output_loading_info=True, **kwargs
+        )
+        faults = [
+            f"{kind}: {sorted(str(key) for key in info[kind])}"
+            for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+            if info.get(kind)
+        ]
+        if faults:
+            raise ValueError(f"{cls.__name__}.from_pretrained({directory}): " + "; ".join(faults))
+        if directory is not None:
+            _read_token_ids(model, Path(directory))
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Write the published layout (`save_original_format=False`: the names used here)."""
+        config: Any = self.config  # type: ignore[attr-defined]
+        self._weight_conversions = conversions(config.llm_architecture)
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+def _refuse_pickles(directory: Path) -> None:
+    if any(directory.glob("*.safetensors")):
+        return
+    pickles = sorted(
+        p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern)
+    )
+    if pickles:
+        raise ValueError(
+            f"from_pretrained({directory}): weights must be safetensors, got {pickles}: a pickle"
+            " can execute code and is refused"
+        )
+
+
+def _read_token_ids(model: Any, directory: Path) -> None:
+    """Fill in what published configs leave to the tokenizer: image token, end of a turn."""
+    file = directory / "tokenizer_config.json"
+    if not file.is_file():
+        return
+    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+    ids = {token["content"]: int(index) for index, token in added.items()}
+    if model.config.image_token_id is None:
+        model.config.image_token_id = ids.get("<IMG_CONTEXT>")
+    end, generation = ids.get("<|im_end|>"), getattr(model, "generation_config", None)
+    if generation is not None and end is not None:
+        stops = generation.eos_token_id if generation.eos_token_id is not None else []
+        stops = [stops] if isinstance(stops, int) else list(stops)
+        generation.eos_token_id = [*stops, end] if end not in stops else stops

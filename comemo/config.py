@@ -1,0 +1,266 @@
+"""Configuration of CoMemo: reads and writes the published `config.json`.
+
+A published file nests `llm_config`, `vision_config` and `mixin_config` in the words of its own
+code; here they become transformers' `LlamaConfig` and `InternVLVisionConfig` and our
+`MixinConfig`. Only known keys are taken over: an old file carries some seventy legacy ones.
+"""
+
+from typing import Any
+
+from transformers import LlamaConfig, PreTrainedConfig
+from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+
+# What a published checkpoint was trained and measured with, whether its config says so or not.
+PUBLISHED_BEHAVIOUR = {
+    "tile_order": "column",
+    "decode_positions": "raw",
+    "ntk_length": "token_count",
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "rope": ("dhr", "original"),
+    "tile_order": ("row", "column"),
+    "decode_positions": ("compressed", "raw"),
+    "ntk_length": ("position", "token_count"),
+    "ps_version": ("v1", "v2"),
+    "llm_architecture": ("InternLM2ForCausalLM", "LlamaForCausalLM"),
+}
+
+LLM_KEYS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    " num_key_value_heads hidden_act max_position_embeddings initializer_range rms_norm_eps"
+    " pad_token_id bos_token_id eos_token_id tie_word_embeddings attention_dropout head_dim"
+    " mlp_bias"
+).split()
+VISION_KEYS = (  # the same in both vocabularies
+    "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act norm_type"
+    " layer_norm_eps attention_dropout initializer_range num_channels"
+).split()
+VISION_RENAMED = {  # published -> transformers
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+    "dropout": "hidden_dropout_prob",
+    "initializer_factor": "layer_scale_init_value",
+}
+
+
+class MixinConfig(PreTrainedConfig):
+    """Gated image cross-attention layers.
+
+    Args:
+        language_dim: width of the text's hidden states.
+        vision_dim: width of the projected image tokens; equal to `language_dim`, for one norm
+            weight serves both.
+        head_dim, num_heads: of the cross-attention.
+        intermediate_size: width of the gated feed-forward network.
+        mixin_every_n_layers: a mixin layer stands before decoder layers n, 2n, ... (1-based).
+        rope_theta: base of the rotary angles, never scaled.
+        max_position_embeddings: position ids are below this.
+    """
+
+    model_type = "comemo_mixin"
+    base_config_key = "mixin_config"
+
+    language_dim: int = 2048
+    vision_dim: int = 2048
+    head_dim: int = 128
+    num_heads: int = 16
+    intermediate_size: int = 8192
+    mixin_every_n_layers: int = 4
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 32768
+
+
+class CoMemoConfig(PreTrainedConfig):
+    """Everything about a CoMemo model that is not a weight. Defaults: CoMemo-2B's sizes.
+
+    Args:
+        text_config, vision_config, mixin_config: of the three parts, as objects or dictionaries.
+        llm_config: the language model in the published words; instead of `text_config`.
+        llm_architecture: whose weight names the checkpoint uses.
+        select_layer: which hidden state of the vision tower is projected, -1 the last.
+        ps_version: raster order of the 2 x 2 fold, "v2" kept, "v1" transposed.
+        downsample_ratio: side of the folded raster over that of the patches.
+        force_image_size: side of a tile in pixels.
+        template: name of the chat template.
+        use_thumbnail, min_dynamic_patch, max_dynamic_patch: how pictures are tiled.
+        image_token_id: id of `<IMG_CONTEXT>`; from_pretrained reads it from the tokenizer's files.
+        rope: "dhr" maps tiles onto their thumbnail, "original" numbers tokens 0..N-1.
+        tile_order: "row" is the geometric map of tiles to ids; "column" the published quirk.
+        decode_positions: where the mixin query of generated tokens stands with "dhr":
+            "compressed" as in self-attention, "raw" at the token count (the published quirk).
+        ntk_length: what lets dynamic-NTK scaling begin, the highest "position" or "token_count".
+        rope_scaling: None, or {"type": "dynamic" | "linear", "factor": float}.
+
+    Raises:
+        ValueError: a value outside the choices above, or dimensions that do not fit together.
+    """
+
+    model_type = "comemo_chat"
+    sub_configs = {
+        "text_config": LlamaConfig,
+        "vision_config": InternVLVisionConfig,
+        "mixin_config": MixinConfig,
+    }
+    keys_to_ignore_at_inference = ["past_key_values", "image_memory"]
+
+    text_config: Any = None
+    vision_config: Any = None
+    mixin_config: Any = None
+    llm_architecture: str = "InternLM2ForCausalLM"
+    select_layer: int = -1
+    ps_version: str = "v2"
+    downsample_ratio: float = 0.5
+    force_image_size: int | None = None
+    template: str = "internlm2-chat"
+    use_thumbnail: bool = True
+    dynamic_image_size: bool = True
+    min_dynamic_patch: int = 1
+    max_dynamic_patch: int = 12
+    image_token_id: int | None = None
+    rope: str = "dhr"
+    tile_order: str = "row"
+    decode_positions: str = "compressed"
+    ntk_length: str = "position"
+    rope_scaling: dict | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, llm_config: dict | None = None, **kwargs: Any) -> None:
+        if llm_config is not None:
+            architecture = (llm_config.get("architectures") or [self.llm_architecture])[0]
+            self.llm_architecture = architecture
+            self.rope_scaling = llm_config.get("rope_scaling")
+            self.text_config = _text_from_published(llm_config, architecture)
+        elif self.text_config is None:
+            self.text_config = _text_from_published({}, self.llm_architecture)
+            self.rope_scaling = self.rope_scaling or {"type": "dynamic", "factor": 2.0}
+        elif isinstance(self.text_config, dict):
+            self.text_config = LlamaConfig(**self.text_config)
+        if not isinstance(self.vision_config, InternVLVisionConfig):
+            self.vision_config = _vision_from_published(
+                self.vision_config or {}, self.force_image_size
+            )
+        self.force_image_size = self.vision_config.image_size[0]
+        if not isinstance(self.mixin_config, MixinConfig):
+            known = MixinConfig.__dataclass_fields__
+            given = self.mixin_config or {}
+            self.mixin_config = MixinConfig(**{k: v for k, v in given.items() if k in known})
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        for name, allowed in CHOICES.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"CoMemoConfig: {name} must be one of {allowed}, got {value!r}")
+        width = self.text_config.hidden_size
+        dims = (self.mixin_config.language_dim, self.mixin_config.vision_dim)
+        if dims != (width, width):
+            raise ValueError(
+                "CoMemoConfig: language_dim and vision_dim of mixin_config must equal the language"
+                f" model's hidden_size {width}, got {dims}"
+            )
+        kind = (self.rope_scaling or {"type": "dynamic"}).get("type")
+        if kind not in ("dynamic", "linear"):
+            raise ValueError(
+                f"CoMemoConfig: rope_scaling type must be 'dynamic' or 'linear', got {kind!r}"
+            )
+        if not -self.vision_config.num_hidden_layers - 1 <= self.select_layer <= (
+            self.vision_config.num_hidden_layers
+        ):
+            raise ValueError(
+                f"CoMemoConfig: select_layer {self.select_layer} is outside the"
+                f" {self.vision_config.num_hidden_layers + 1} hidden states of the vision tower"
+            )
+
+    @property
+    def side(self) -> int:
+        """Tokens along a tile's side (16 for 448 px)."""
+        patches = self.vision_config.image_size[0] // self.vision_config.patch_size[0]
+        return int(patches * self.downsample_ratio)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.side**2
+
+    @property
+    def mixin_layers(self) -> tuple[int, ...]:
+        """Indices (0-based) of the decoder layers that a mixin layer stands before."""
+        n = self.mixin_config.mixin_every_n_layers
+        return tuple(range(n - 1, self.text_config.num_hidden_layers, n))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CoMemoConfig":
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"CoMemoConfig: model_type must be {cls.model_type!r}, got"
+                f" {config_dict['model_type']!r}: this is a checkpoint of another model"
+            )
+        return super().from_dict({**PUBLISHED_BEHAVIOUR, **config_dict}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The published layout, and beside it the choices that the published code hard-codes."""
+        output = super().to_dict()
+        text, rope_scaling = output.pop("text_config"), output.pop("rope_scaling")
+        output["llm_config"] = {key: text[key] for key in LLM_KEYS} | {
+            "architectures": [self.llm_architecture],
+            "model_type": {"I": "internlm2", "L": "llama"}[self.llm_architecture[0]],
+            "rope_theta": self.text_config.rope_parameters["rope_theta"],
+            "rope_scaling": rope_scaling,
+            _bias_key(self.llm_architecture): text["attention_bias"],
+        }
+        del output["llm_architecture"]
+        vision = output["vision_config"]
+        output["vision_config"] = (
+            {key: vision[key] for key in VISION_KEYS}
+            | {published: vision[ours] for published, ours in VISION_RENAMED.items()}
+            | {
+                "architectures": ["InternVisionModel"],
+                "model_type": "intern_vit_6b",
+                "image_size": vision["image_size"][0],
+                "patch_size": vision["patch_size"][0],
+            }
+        )
+        output["mixin_config"] = {
+            key: output["mixin_config"][key] for key in MixinConfig.__annotations__
+        }
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()  # the published code has other defaults: leave none out
+
+
+def _bias_key(architecture: str) -> str:
+    return "bias" if architecture == "InternLM2ForCausalLM" else "attention_bias"
+
+
+def _text_from_published(llm: dict[str, Any], architecture: str) -> LlamaConfig:
+    published = {  # internlm2-chat-1_8b; its configuration class has attention bias by default
+        "vocab_size": 92553,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 2,
+    }
+    internlm2 = architecture == "InternLM2ForCausalLM"
+    known = {key: llm[key] for key in LLM_KEYS if llm.get(key) is not None}
+    bias = llm.get(_bias_key(architecture), internlm2 and bool(llm))
+    theta = llm.get("rope_theta", 1e6 if not llm else 10000.0)
+    return LlamaConfig(
+        **((known if llm else published) | {"attention_bias": bias}),
+        # The scaling stays in CoMemoConfig: Llama's own would follow other rules and be sticky.
+        rope_parameters={"rope_type": "default", "rope_theta": float(theta)},
+    )
+
+
+def _vision_from_published(vision: dict[str, Any], image_size: int | None) -> InternVLVisionConfig:
+    known = {key: vision[key] for key in VISION_KEYS if key in vision}
+    renamed = {ours: vision[key] for key, ours in VISION_RENAMED.items() if key in vision}
+    return InternVLVisionConfig(
+        **({"attention_bias": True} | known | renamed),
+        image_size=image_size or vision.get("image_size", 448),
+        patch_size=vision.get("patch_size", 14),
+        use_mean_pooling=True,  # no final norm: the published tower has none
+    )

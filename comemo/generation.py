@@ -1,0 +1,156 @@
+"""Generation with an image memory: positions, beams, drafts, and the published `chat`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+
+from comemo_kernels import ImageMemory
+
+
+class CoMemoGeneration:
+    """`generate` for prompts with images; everything it needs travels in its arguments."""
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate`, plus `pixel_values`, `tile_grid` and `image_memory`.
+
+        Args:
+            inputs: [B, N] token ids (or `input_ids`), padded on the left.
+            pixel_values: [T, 3, side, side], all prompts' tiles in reading order.
+            tile_grid: (cols, rows) of each image; None for original RoPE.
+            image_memory: of an earlier call on the same images at the same places.
+            kwargs: everything that `generate` takes.
+
+        Raises:
+            ValueError: tiles, grids and image tokens that disagree; a prompt beyond the position
+                range; a memory of other images. Nothing was computed then.
+        """
+        model: Any = self.model  # type: ignore[attr-defined]
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        grid = kwargs.pop("tile_grid", None)
+        memory: ImageMemory | None = kwargs.get("image_memory")
+        pixel_values = kwargs.get("pixel_values")
+        if kwargs.get("position_ids") is None and input_ids is not None:
+            if kwargs.get("inputs_embeds") is not None:
+                raise ValueError("generate: inputs_embeds need their position_ids")
+            mask = kwargs.get("attention_mask")
+            mask = torch.ones_like(input_ids) if mask is None else mask
+            kwargs["attention_mask"] = mask
+            has_images = pixel_values is not None or memory is not None
+            image_mask = model.find_image_tokens(input_ids) if has_images else mask < 0
+            kwargs["position_ids"] = ids = model.prompt_position_ids(
+                image_mask, mask, grid if has_images else None
+            )
+            self._check_range(ids, mask, has_images)
+            if memory is not None:
+                _check_same_images(memory, ids[image_mask])
+            elif pixel_values is not None:
+                kwargs["image_memory"] = model.build_image_memory(pixel_values, image_mask, ids)
+            if kwargs.get("assistant_model") is None:
+                kwargs.pop("pixel_values", None)  # an assistant builds a memory of its own
+        if kwargs.get("position_ids") is not None:
+            kwargs.setdefault("prompt_length", kwargs["position_ids"].shape[1])
+        return super().generate(input_ids, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        image_memory: ImageMemory | None = None,
+        prompt_length: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        kwargs.pop("pixel_values", None)  # the memory was built before the loop
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            **kwargs,
+        )
+        inputs["image_memory"] = image_memory
+        tokens = inputs["position_ids"].shape[1]
+        if attention_mask is not None:
+            inputs["token_counts"] = attention_mask.sum(1)
+            raw = self.config.decode_positions == "raw"  # type: ignore[attr-defined]
+            if raw and image_memory is not None and prompt_length is not None:
+                # Published: behind the prompt, mixin queries stand at the count of tokens.
+                place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+                query = torch.where(
+                    place < prompt_length, position_ids, attention_mask.long().cumsum(1) - 1
+                )
+                inputs["query_position_ids"] = query[:, -tokens:].clone()
+        return inputs
+
+    @staticmethod
+    def _expand_inputs_for_generation(
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        memory, pixel_values = (model_kwargs.pop(k, None) for k in ("image_memory", "pixel_values"))
+        input_ids, model_kwargs = GenerationMixin._expand_inputs_for_generation(
+            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        )
+        if memory is not None and expand_size > 1:
+            memory = memory.repeat_interleave(expand_size)
+        model_kwargs.update(image_memory=memory, pixel_values=pixel_values)
+        return input_ids, {k: v for k, v in model_kwargs.items() if v is not None}
+
+    def _get_candidate_generator(
+        self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    ) -> Any:
+        """Drafts of an assistant come from its own view of the images, or from the text alone."""
+        assistant, theirs = kwargs.get("assistant_model"), dict(model_kwargs)
+        pixel_values = theirs.pop("pixel_values", None)
+        if isinstance(assistant, CoMemoGeneration):
+            if pixel_values is not None and theirs.get("image_memory") is not None:
+                input_ids, ids = kwargs["input_ids"], theirs["position_ids"]
+                image_mask = assistant.model.find_image_tokens(input_ids)  # type: ignore[attr-defined]
+                theirs["image_memory"] = assistant.model.build_image_memory(  # type: ignore[attr-defined]
+                    pixel_values, image_mask, ids
+                )
+        else:
+            for name in ("image_memory", "prompt_length"):
+                theirs.pop(name, None)
+        return super()._get_candidate_generator(*args, model_kwargs=theirs, **kwargs)
+
+    def _check_range(self, position_ids: Tensor, attention_mask: Tensor, images: bool) -> None:
+        config: Any = self.config  # type: ignore[attr-defined]
+        highest = int(position_ids.max()) if position_ids.numel() else 0
+        if images:
+            limit = config.mixin_config.max_position_embeddings
+        elif config.rope_scaling is None:
+            limit = config.text_config.max_position_embeddings
+        else:  # scaled angles reach past the trained range
+            return
+        if highest >= limit:
+            raise ValueError(
+                f"generate: the prompt needs position ids up to {highest}, the model has"
+                f" {limit}: use fewer or smaller images"
+                + (", or rope='dhr'" if images and config.rope == "original" else "")
+            )
+        tokens = int(attention_mask.sum(1).max())
+        if images and config.decode_positions == "raw" and tokens >= limit:
+            raise ValueError(
+                f"generate: the prompt has {tokens} tokens and decode_positions='raw' puts the"
+                f" next one at position {tokens}, the model has {limit}: set"
+                " config.decode_positions = 'compressed'"
+            )
+
+
+def _check_same_images(memory: ImageMemory, position_ids: Tensor) -> None:
+    if memory.position_ids is None or not torch.equal(
+        memory.position_ids.cpu(), position_ids.cpu()
+    ):
+        raise ValueError(
+            f"generate: image_memory holds {len(memory)} image tokens at other positions than the"
+            f" prompt's {len(position_ids)}: build it for this prompt, or pass pixel_values"
+        )
