@@ -26,15 +26,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 LLM_KEYS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
-    " num_key_value_heads hidden_act max_position_embeddings initializer_range rms_norm_eps"
-    " pad_token_id bos_token_id eos_token_id tie_word_embeddings attention_dropout head_dim"
-    " mlp_bias"
-).split()
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
+    *("initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("tie_word_embeddings", "attention_dropout", "mlp_bias"),
+)
 VISION_KEYS = (  # the same in both vocabularies
-    "hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act norm_type"
-    " layer_norm_eps attention_dropout initializer_range num_channels"
-).split()
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("hidden_act", "norm_type", "layer_norm_eps", "attention_dropout", "initializer_range"),
+    "num_channels",
+)
 VISION_RENAMED = {  # published -> transformers
     "qkv_bias": "attention_bias",
     "qk_normalization": "use_qk_norm",
@@ -163,8 +164,10 @@ class CoMemoConfig(PreTrainedConfig):
             raise ValueError(
                 f"CoMemoConfig: rope_scaling type must be 'dynamic' or 'linear', got {kind!r}"
             )
-        if not -self.vision_config.num_hidden_layers - 1 <= self.select_layer <= (
-            self.vision_config.num_hidden_layers
+        if (
+            not -self.vision_config.num_hidden_layers - 1
+            <= self.select_layer
+            <= (self.vision_config.num_hidden_layers)
         ):
             raise ValueError(
                 f"CoMemoConfig: select_layer {self.select_layer} is outside the"

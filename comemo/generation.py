@@ -60,6 +60,7 @@ class CoMemoGeneration:
         next_sequence_length: int | None = None,
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
         image_memory: ImageMemory | None = None,
         prompt_length: int | None = None,
@@ -71,6 +72,7 @@ class CoMemoGeneration:
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             **kwargs,
         )

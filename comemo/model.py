@@ -34,6 +34,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 import comemo_kernels as ops
+from comemo.chat import CoMemoChat
 from comemo.checkpoint import PublishedCheckpoint
 from comemo.config import CoMemoConfig, MixinConfig
 from comemo.generation import CoMemoGeneration
@@ -438,7 +439,9 @@ class CoMemoModel(CoMemoPreTrainedModel):
         return input_ids == self.config.image_token_id
 
 
-class CoMemoForConditionalGeneration(CoMemoGeneration, CoMemoPreTrainedModel, GenerationMixin):
+class CoMemoForConditionalGeneration(
+    CoMemoChat, CoMemoGeneration, CoMemoPreTrainedModel, GenerationMixin
+):
     """CoMemo with a language modelling head: `generate`, `chat`, training forward."""
 
     _tied_weights_keys: dict[str, str] = {}

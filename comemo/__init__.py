@@ -1,0 +1,34 @@
+"""CoMemo on current transformers: `import comemo`, then the Auto classes know the model."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+)
+from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
+
+from comemo.config import CoMemoConfig, MixinConfig
+from comemo.images import load_image
+from comemo.model import CoMemoForConditionalGeneration, CoMemoModel, CoMemoOutput
+from comemo.tokenizer import InternLM2Tokenizer
+from comemo_kernels import ImageMemory, __version__
+
+__all__ = [
+    "CoMemoConfig",
+    "CoMemoForConditionalGeneration",
+    "CoMemoModel",
+    "CoMemoOutput",
+    "ImageMemory",
+    "InternLM2Tokenizer",
+    "MixinConfig",
+    "__version__",
+    "load_image",
+]
+
+AutoConfig.register(CoMemoConfig.model_type, CoMemoConfig)
+# By its published name and not by config: only so does AutoTokenizer prefer this class to the
+# code that a checkpoint names, even where trust_remote_code=True asks for that code.
+REGISTERED_TOKENIZER_CLASSES[InternLM2Tokenizer.__name__] = InternLM2Tokenizer
+for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    auto.register(CoMemoConfig, CoMemoForConditionalGeneration)
