@@ -5,20 +5,25 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoProcessor,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
 from comemo.config import CoMemoConfig, MixinConfig
 from comemo.images import load_image
 from comemo.model import CoMemoForConditionalGeneration, CoMemoModel, CoMemoOutput
+from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
 from comemo.tokenizer import InternLM2Tokenizer
 from comemo_kernels import ImageMemory, __version__
 
 __all__ = [
     "CoMemoConfig",
     "CoMemoForConditionalGeneration",
+    "CoMemoImageProcessor",
     "CoMemoModel",
     "CoMemoOutput",
+    "CoMemoProcessor",
     "ImageMemory",
     "InternLM2Tokenizer",
     "MixinConfig",
@@ -32,3 +37,5 @@ AutoConfig.register(CoMemoConfig.model_type, CoMemoConfig)
 REGISTERED_TOKENIZER_CLASSES[InternLM2Tokenizer.__name__] = InternLM2Tokenizer
 for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
     auto.register(CoMemoConfig, CoMemoForConditionalGeneration)
+AutoImageProcessor.register(CoMemoConfig, image_processor_classes={"pil": CoMemoImageProcessor})
+AutoProcessor.register(CoMemoConfig, CoMemoProcessor)
