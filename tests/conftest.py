@@ -1,11 +1,19 @@
 """Fixtures that every test file shares."""
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from hypothesis import settings
+
+import comemo
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+
+settings.register_profile("comemo", derandomize=True, deadline=None, max_examples=40)
+settings.load_profile("comemo")
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +22,48 @@ def golden() -> Path:
     if not GOLDEN.is_dir():
         pytest.skip("no ../shared/golden beside the clone: nothing recorded to compare with")
     return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def inputs(golden) -> ModuleType:
+    """The functions that draw the recorded inputs."""
+    spec = importlib.util.spec_from_file_location("golden_inputs", golden / "inputs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def checkpoint(golden) -> Path:
+    """A tiny checkpoint in the published layout."""
+    return golden / "ckpt_a"
+
+
+@pytest.fixture(scope="session")
+def _model(checkpoint):
+    model = comemo.CoMemoForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    return model.eval()
+
+
+@pytest.fixture
+def model(_model):
+    """The tiny model in float32; its config and gradients are as loaded in every test."""
+    before = dict(vars(_model.config))
+    yield _model
+    vars(_model.config).update(before)
+    _model.zero_grad(set_to_none=True)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(checkpoint):
+    return comemo.InternLM2Tokenizer.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def processor(checkpoint):
+    return comemo.CoMemoProcessor.from_pretrained(checkpoint)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,233 @@
+"""Every recorded component of the published model: outputs and gradients."""
+
+import pytest
+import torch
+from harness import assert_relative, recorded
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import comemo_kernels as ops
+from comemo_kernels import ImageMemory, spans_from_cu_seqlens
+
+MIXIN = {  # published parameter -> ours, of a mixin layer
+    "attn_gate": "attn_gate",
+    "ff_gate": "mlp_gate",
+    "cross_attention_norm.weight": "attn_norm.weight",
+    "cross_attn.to_kv.weight": "kv_proj.weight",
+    "cross_attn.to_q.weight": "q_proj.weight",
+    "cross_attn.to_out.weight": "o_proj.weight",
+    "ffn_2.w1.weight": "mlp.gate_proj.weight",
+    "ffn_2.w3.weight": "mlp.up_proj.weight",
+    "ffn_2.w2.weight": "mlp.down_proj.weight",
+    "ffn_norm_2.weight": "mlp_norm.weight",
+}
+
+
+@pytest.fixture
+def mixin(model):
+    model.zero_grad(set_to_none=True)
+    return model.model.language_model.layers[1].mixin
+
+
+def check(tensors: dict[str, Tensor], out: Tensor, grads: dict[str, Tensor]) -> None:
+    """`out` and the gradients of (out * loss_weight).sum(), by the golden's names."""
+    assert_relative(out, tensors["out"], "out")
+    (out * tensors["loss_weight"]).sum().backward()
+    for name, leaf in grads.items():
+        assert_relative(leaf.grad, tensors[name], name)
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.clone().requires_grad_()
+
+
+def table(model, position_ids: Tensor):
+    return model.model.language_model._mixin_table(torch.empty(0), position_ids)
+
+
+def positions(golden, N: int, M: int) -> tuple[Tensor, Tensor]:
+    """All cases stand where the plain one does; shorter ones at its first places."""
+    plain = recorded(golden, "components.safetensors", "cross_attn/plain/")
+    return plain["text_position_ids"][:, :N], plain["media_position_ids"][:, :M]
+
+
+def spans_of(tensors: dict[str, Tensor], B: int, N: int, M: int) -> Tensor:
+    if "cu_seqlens_q" in tensors:
+        q, k = tensors["cu_seqlens_q"][0].long(), tensors["cu_seqlens_k"][0].long()
+        return spans_from_cu_seqlens(q, k, N)
+    if "media_attn_mask" in tensors:  # True where a token may read
+        mask = tensors["media_attn_mask"][:, 0]
+        start = mask.long().argmax(-1)
+        return torch.stack([start, start + mask.sum(-1)], -1)
+    if "text_time" in tensors:  # rows of value 1 read nothing
+        return torch.stack(
+            [torch.zeros(B, N), torch.where(tensors["text_time"] == 1, 0, M)], -1
+        ).long()
+    starts = M * torch.arange(B)
+    return torch.stack([starts, starts + M], -1)[:, None]
+
+
+@pytest.mark.parametrize("case", ["plain", "packed", "masked", "text_time", "batch2"])
+def test_cross_attention(golden, model, mixin, case):
+    tensors = recorded(golden, "components.safetensors", f"cross_attn/{case}/")
+    x, media = leaf(tensors["in/x"]), leaf(tensors["in/media"])
+    (B, N, _), M = x.shape, media.shape[1]
+    text_ids, media_ids = positions(golden, N, M)
+    # The golden's media are normed already: the projection alone is compared.
+    key, value = mixin.kv_proj(media).flatten(0, 1).unflatten(-1, (2, 4, 32)).unbind(1)
+    key = ops.apply_rotary(key.view(B, M, 4, 32), *table(model, media_ids)).flatten(0, 1)
+    q = ops.apply_rotary(mixin.q_proj(x).unflatten(-1, (4, 32)), *table(model, text_ids))
+    out = mixin.o_proj(ops.attend_images(q, key, value, spans_of(tensors, B, N, M)).flatten(2))
+    check(
+        tensors,
+        out,
+        {
+            "grad_in/x": x,
+            "grad_in/media": media,
+            "grad_param/to_q.weight": mixin.q_proj.weight,
+            "grad_param/to_kv.weight": mixin.kv_proj.weight,
+            "grad_param/to_out.weight": mixin.o_proj.weight,
+        },
+    )
+
+
+@pytest.mark.parametrize("case", ["plain", "packed"])
+def test_gated_block(golden, model, mixin, case):
+    tensors = recorded(golden, "components.safetensors", f"gated_block/{case}/")
+    x, media = leaf(tensors["in/x"]), leaf(tensors["in/media"])
+    (B, N, _), M = x.shape, media.shape[1]
+    if case == "packed":  # the same samples as the packed cross-attention
+        bounds = recorded(golden, "components.safetensors", "cross_attn/packed/cu_seqlens_")
+        tensors |= {f"cu_seqlens_{name}": bound for name, bound in bounds.items()}
+    text_ids, media_ids = positions(golden, N, M)
+    key, value = mixin.build(media[0], table(model, media_ids))
+    memory = ImageMemory(spans_of(tensors, B, N, M))
+    out = mixin(x, key, value, memory, table(model, text_ids))
+    params = dict(mixin.named_parameters())
+    grads = {f"grad_param/{theirs}": params[ours] for theirs, ours in MIXIN.items()}
+    check(tensors, out, {"grad_in/x": x, "grad_in/media": media} | grads)
+
+
+def test_gated_block_decodes_from_built_memory(golden, model, mixin):
+    plain = recorded(golden, "components.safetensors", "gated_block/plain/")
+    steps = recorded(golden, "components.safetensors", "gated_block/cached/")
+    (N, M) = plain["in/x"].shape[1], plain["in/media"].shape[1]
+    memory = ImageMemory(torch.tensor([[[0, M]]]))
+    text_ids, media_ids = positions(golden, N, M)
+    with torch.no_grad():
+        memory.update(1, *mixin.build(plain["in/media"][0], table(model, media_ids)))
+        key, value = memory.keys[1], memory.values[1]
+        prefill = mixin(plain["in/x"], key, value, memory, table(model, text_ids))
+        assert_relative(prefill, steps["prefill_out"])
+        for i, (x, wanted) in enumerate(zip(steps["step_x"], steps["step_out"], strict=True)):
+            place = torch.tensor([[N + i]])  # the raw count of tokens
+            assert_relative(mixin(x, key, value, memory, table(model, place)), wanted, str(i))
+
+
+def test_projector(golden, model):
+    model.zero_grad(set_to_none=True)
+    tensors = recorded(golden, "components.safetensors", "mlp1/")
+    x, projector = leaf(tensors["in/x"]), model.model.multi_modal_projector
+    params = {f"grad_param/{name}": p for name, p in projector.named_parameters()}
+    check(tensors, projector(x), {"grad_in/x": x} | params)
+
+
+def test_rms_norm(golden, model):
+    tensors = recorded(golden, "components.safetensors", "rmsnorm/")
+    x = leaf(tensors["in/x"])
+    # Which of the model's norms was recorded is not: exactly one must fit.
+    candidates = [m for m in model.modules() if isinstance(m, LlamaRMSNorm)]
+    matching = [m for m in candidates if torch.allclose(m(x), tensors["out"], rtol=1e-4, atol=1e-5)]
+    assert len(matching) == 1
+    model.zero_grad(set_to_none=True)
+    check(tensors, matching[0](x), {"grad_in/x": x, "grad_param/weight": matching[0].weight})
+
+
+def test_decoder_layer(golden, model):
+    model.zero_grad(set_to_none=True)
+    tensors = recorded(golden, "components.safetensors", "decoder_layer/prefill/")
+    text = model.model.language_model
+    layer, x = text.layers[1], leaf(tensors["in/hidden_states"])
+    N = x.shape[1]
+    rotary = text._self_table(x, tensors["position_ids"], torch.tensor([N]))
+    out = layer(x, position_embeddings=rotary)
+    attention, mlp = layer.self_attn, layer.mlp
+    check(
+        tensors,
+        out,
+        {
+            "grad_in/hidden_states": x,
+            "grad_param/attention.wo.weight": attention.o_proj.weight,
+            "grad_param/attention_norm.weight": layer.input_layernorm.weight,
+            "grad_param/ffn_norm.weight": layer.post_attention_layernorm.weight,
+            "grad_param/feed_forward.w1.weight": mlp.gate_proj.weight,
+            "grad_param/feed_forward.w2.weight": mlp.down_proj.weight,
+            "grad_param/feed_forward.w3.weight": mlp.up_proj.weight,
+        },
+    )
+    q, k, v = (getattr(attention, f"{n}_proj").weight.grad for n in "qkv")
+    fused = torch.cat([q.view(2, 2, 32, -1), k.view(2, 1, 32, -1), v.view(2, 1, 32, -1)], 1)
+    assert_relative(fused.view(-1, 128), tensors["grad_param/attention.wqkv.weight"])
+
+
+def test_decoder_layer_with_cache(golden, model):
+    tensors = recorded(golden, "components.safetensors", "decoder_layer/cached/")
+    text = model.model.language_model
+    cache = DynamicCache()
+    for index in range(2):  # layer 1 is recorded
+        cache.update(tensors["past_key"], tensors["past_value"], index)
+    x = tensors["hidden_states"]
+    with torch.no_grad():
+        rotary = text._self_table(x, tensors["position_ids"], torch.tensor([10]))
+        out = text.layers[1](x, position_embeddings=rotary, past_key_values=cache)
+    assert_relative(out, tensors["out"])
+    assert_relative(cache.layers[1].keys[:, :, -1:], tensors["new_key"])
+    assert_relative(cache.layers[1].values[:, :, -1:], tensors["new_value"])
+
+
+def test_vision_tower(golden, inputs, model):
+    tensors = recorded(golden, "components.safetensors", "vision/")
+    tower, pixel_values = model.model.vision_tower, inputs.tiles(3, 1)
+    with torch.no_grad():
+        x = tower.embeddings(pixel_values)
+        assert_relative(x, tensors["embeddings"])
+        for depth in range(3):
+            assert_relative(x, tensors[f"hidden_states/{depth}"], f"hidden state {depth}")
+            x = tower.encoder.layer[depth](x) if depth < 2 else x
+        features = model.model.get_image_features(pixel_values)
+    assert_relative(features, tensors["extract_feature"])
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "size"), [("224", 4, (224, 224)), ("336x224", 5, (336, 224))]
+)
+def test_vision_tower_of_other_sizes(golden, inputs, model, name, seed, size):
+    tensors = recorded(golden, "components.safetensors", f"vision{name}/")
+    pixel_values = inputs.normalise(inputs.picture(seed, *size)[None])
+    with torch.no_grad():
+        assert_relative(model.model.vision_tower.embeddings(pixel_values), tensors["embeddings"])
+        if "extract_feature" in tensors:
+            features = model.model.get_image_features(pixel_values)
+            assert_relative(features, tensors["extract_feature"])
+        else:
+            with pytest.raises(
+                ValueError, match=r"\[tiles, 3, side, side\], got \(1, 3, 224, 336\)"
+            ):
+                model.model.get_image_features(pixel_values)
+
+
+def test_select_layer_runs_no_layer_too_many(golden, inputs, model):
+    tensors = recorded(golden, "components.safetensors", "vision/")
+    for select_layer, depth in ((-1, 2), (-2, 1), (-3, 0), (1, 1)):
+        model.config.select_layer = select_layer
+        norm, first, _, second = model.model.multi_modal_projector
+        with torch.no_grad():
+            x = norm(fold(tensors[f"hidden_states/{depth}"]))
+            wanted = second(torch.nn.functional.gelu(first(x)))
+            found = model.model.get_image_features(inputs.tiles(3, 1))
+        assert_relative(found, wanted, str(select_layer))
+
+
+def fold(x: Tensor) -> Tensor:
+    return ops.fold_tiles(x[:, 1:].unflatten(1, (32, 32))).flatten(1, 2)

@@ -1,0 +1,121 @@
+"""Packed training forward against the recorded one: logits, losses, every gradient."""
+
+import json
+
+import pytest
+import torch
+from harness import LOGITS, assert_relative, recorded
+from transformers.core_model_loading import revert_weight_conversion
+
+from comemo.checkpoint import conversions
+from comemo_kernels import ImageMemory, spans_from_cu_seqlens
+
+
+def load(golden, case):
+    """A recorded batch and the tiles of each of its samples."""
+    notes = json.loads((golden / "packed.json").read_text())
+    batch = recorded(golden, "packed.safetensors", f"{case}/")
+    if case == "single1":  # the same picture as the pack's second sample
+        batch["pixel_u8"] = recorded(golden, "packed.safetensors", "packed3/pixel_u8")[""][1:4]
+    return batch, notes[case]["seq_imgs"][0], notes
+
+
+def forward(model, inputs, batch, seq_imgs, weighted):
+    """The published batch: every sample's tiles are its memory, dummies included."""
+    tokens = model.config.tokens_per_tile
+    media = model.model.get_image_features(inputs.normalise(batch["pixel_u8"].numpy()))
+    tiles = torch.tensor([0, *seq_imgs]).cumsum(0)
+    cu_seqlens = batch["cu_seqlens"][0].long()
+    input_ids = batch["input_ids"].long()
+    memory = ImageMemory(
+        spans_from_cu_seqlens(cu_seqlens, tiles * tokens, input_ids.shape[1]),
+        media=media.flatten(0, 1),
+        position_ids=batch["cross_attention_media_position_ids"][0].long(),
+    )
+    image_mask = model.model.find_image_tokens(input_ids)
+    embeds = model.get_input_embeddings()(input_ids)
+    shown = media[batch["image_flags"].bool()].flatten(0, 1)
+    return model(
+        inputs_embeds=embeds.masked_scatter(image_mask[..., None], shown),
+        position_ids=batch["position_ids"].long(),
+        image_memory=memory,
+        cu_seqlens=cu_seqlens,
+        labels=batch["labels"].long(),
+        loss_weights=batch["loss_weight"] if weighted else None,
+        use_cache=False,
+    )
+
+
+@pytest.mark.parametrize("case", ["packed3", "single1"])
+@pytest.mark.parametrize("loss", ["weighted", "plain"])
+def test_recorded_pack(golden, inputs, model, case, loss):
+    batch, seq_imgs, notes = load(golden, case)
+    out = forward(model, inputs, batch, seq_imgs, loss == "weighted")
+    wanted = notes[f"{case}/a/{loss}"]
+    assert out.loss.item() == pytest.approx(wanted["loss"], abs=1e-5)
+    rows = batch["a/logits_rows"].long()
+    assert (out.logits[0, rows] - batch["a/logits"]).abs().max() < LOGITS
+    assert_relative(out.logits[0].norm(dim=-1), batch["a/logits_rownorm"], "norms of all rows")
+    out.loss.backward()
+    grads = published_gradients(model)
+    norms = wanted["grad_norms"]
+    assert grads.keys() == norms.keys()
+    for name, norm in norms.items():
+        assert grads[name].norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-7), name
+    if loss == "weighted":
+        found = {name: t for name, t in batch.items() if name.startswith("a/grad/")}
+        assert found or case == "single1"  # of which only the norms were recorded
+        for name, grad in found.items():
+            assert_relative(grads[name.removeprefix("a/grad/")], grad, name)
+
+
+def published_gradients(model):
+    """Gradients under the names, and in the fusions, of the published weights."""
+    model._weight_conversions = conversions(model.config.llm_architecture)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return revert_weight_conversion(model, grads)
+
+
+def test_gradient_checkpointing_changes_nothing(golden, inputs, model):
+    batch, seq_imgs, _ = load(golden, "single1")
+    losses, grads = [], []
+    for enable in (False, True):
+        model.zero_grad(set_to_none=True)
+        if enable:
+            model.gradient_checkpointing_enable()
+            model.train()
+        try:
+            out = forward(model, inputs, batch, seq_imgs, True)
+            out.loss.backward()
+        finally:
+            model.gradient_checkpointing_disable()
+            model.eval()
+        assert out.past_key_values is None
+        losses.append(out.loss.item())
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    for name, grad in grads[0].items():
+        assert_relative(grads[1][name], grad, name)
+
+
+def test_a_sample_alone_is_the_sample_in_its_pack(golden, inputs, model):
+    batch, seq_imgs, _ = load(golden, "packed3")
+    with torch.no_grad():
+        packed = forward(model, inputs, batch, seq_imgs, True).logits[0]
+        bounds, start = batch["cu_seqlens"][0].tolist(), 0
+        for tiles, left, right in zip(seq_imgs, bounds, bounds[1:], strict=False):
+            mine = slice(start * 256, (start + tiles) * 256)
+            sample = {
+                name: batch[name][:, left:right]
+                for name in ("input_ids", "position_ids", "labels", "loss_weight")
+            } | {
+                "pixel_u8": batch["pixel_u8"][start : start + tiles],
+                "image_flags": batch["image_flags"][start : start + tiles],
+                "cu_seqlens": torch.tensor([[0, right - left]]),
+                "cross_attention_media_position_ids": batch["cross_attention_media_position_ids"][
+                    :, mine
+                ],
+            }
+            alone = forward(model, inputs, sample, [tiles], True).logits[0]
+            assert (packed[left:right] - alone).abs().max() < LOGITS
+            start += tiles

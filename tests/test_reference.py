@@ -1,0 +1,303 @@
+"""The operations: recorded values, laws, gradients and errors."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import assert_no_worse, recorded
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+
+import comemo_kernels as ops
+from comemo_kernels import reference
+
+GRIDS = st.tuples(st.integers(1, 7), st.integers(1, 7))
+
+
+def random(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# --- positions ---
+
+
+def test_every_recorded_image_has_its_ids(golden):
+    for key, ids in recorded(golden, "subimage_indices.safetensors").items():
+        grid, bias = key.split("_b")
+        cols, rows = map(int, grid.split("x"))
+        ours = ops.image_position_ids((cols, rows), 16, "column", int(bias))
+        assert torch.equal(ours, ids.long()), key
+
+
+def test_every_recorded_sum_of_ids(golden):
+    for row in json.loads((golden / "subimage_indices.json").read_text()):
+        ids = ops.image_position_ids((row["x"], row["y"]), 16, "column", row["position_bias"])
+        found = (len(ids), int(ids.sum()), int(ids.min()), int(ids.max()))
+        assert found == (row["n"], row["sum"], row["min"], row["max"]), row
+
+
+def test_every_recorded_prompt_has_its_ids(golden):
+    tensors = recorded(golden, "chat_positions.safetensors")
+    for name, case in json.loads((golden / "chat_positions.json").read_text()).items():
+        prompt, rule = name.rsplit("/", 1)
+        input_ids = tensors[f"{prompt}/input_ids"].long().reshape(1, -1)
+        image = input_ids == 593
+        if rule == "dhr":
+            ids = ops.rope_dhr_positions(
+                image, torch.ones_like(input_ids), [tuple(g) for g in case["ratios"]], 16, "column"
+            )
+        else:
+            ids = torch.arange(input_ids.shape[1])[None]
+        assert torch.equal(ids[0], tensors[f"{name}/position_ids"].long().reshape(-1)), name
+        media = tensors[f"{name}/media_position_ids"].long().reshape(-1)
+        assert torch.equal(ids[image], media), name
+
+
+@given(grid=GRIDS, side=st.integers(1, 20), order=st.sampled_from(["row", "column"]))
+def test_ids_stay_in_the_thumbnail(grid, side, order):
+    ids = ops.image_position_ids(grid, side, order, bias=5)
+    assert len(ids) == ops.image_tokens(grid, side)
+    assert ids.min() == 5
+    assert ids.max() == 5 + side * side - 1
+    assert torch.equal(ids[-side * side :], 5 + torch.arange(side * side))
+
+
+@given(grid=GRIDS)
+def test_row_order_is_the_geometric_place(grid):
+    cols, rows = grid
+    ids = ops.image_position_ids(grid, 16, thumbnail=False).view(rows, cols, 16, 16)
+    y, x = ids // 16, ids % 16
+    picture = y.permute(0, 2, 1, 3).reshape(rows * 16, cols * 16)
+    assert (picture.diff(dim=0) >= 0).all()
+    assert (picture.diff(dim=1) == 0).all()  # one thumbnail row along each raster row
+    across = x.permute(0, 2, 1, 3).reshape(rows * 16, cols * 16)
+    assert (across.diff(dim=1) >= 0).all()
+    assert (across.diff(dim=0) == 0).all()
+
+
+@given(grid=GRIDS)
+def test_column_order_permutes_tiles(grid):
+    if grid[0] * grid[1] == 1:
+        return
+    cols, rows = grid
+    row = ops.image_position_ids(grid, 16, "row", thumbnail=False).view(rows, cols, 256)
+    column = ops.image_position_ids(grid, 16, "column", thumbnail=False).view(cols, rows, 256)
+    assert torch.equal(row.transpose(0, 1), column)
+
+
+@given(pads=st.lists(st.integers(0, 9), min_size=1, max_size=4), grid=GRIDS)
+def test_a_padded_prompt_has_the_ids_it_has_alone(pads, grid):
+    prompt = F.pad(torch.ones(1, ops.image_tokens(grid, 4), dtype=torch.bool), (3, 2))
+    alone = ops.rope_dhr_positions(prompt, torch.ones_like(prompt), [grid], 4)
+    width = prompt.shape[1]
+    for pad in pads:  # on the left
+        padded, mask = (F.pad(t, (pad, 0)) for t in (prompt, torch.ones_like(prompt)))
+        batch, masks = torch.cat([padded, padded]), torch.cat([mask, mask])
+        ids = ops.rope_dhr_positions(batch, masks, [grid, grid], 4)
+        assert torch.equal(ids[:, -width:], alone.expand(2, -1))
+
+
+def test_wrong_grids_are_refused():
+    image = torch.ones(1, 64, dtype=torch.bool)
+    with pytest.raises(ValueError, match="1 grids of 80 image tokens for prompts that hold 64"):
+        ops.rope_dhr_positions(image, image, [(4, 1)], 4)
+    torn = torch.tensor([[True] * 16 + [False] + [True] * 16])
+    with pytest.raises(ValueError, match="one run of image tokens"):
+        ops.rope_dhr_positions(torn, torch.ones_like(torn), [(2, 1)], 4, thumbnail=False)
+    with pytest.raises(ValueError, match="tile_order"):
+        ops.image_position_ids((1, 2), tile_order="diagonal")
+    with pytest.raises(ValueError, match="grid must be"):
+        ops.image_tokens((-1, 2))
+    with pytest.raises(ValueError, match="one shape"):
+        ops.rope_dhr_positions(image, image[:, :3], [], 4)
+
+
+# --- rotary ---
+
+
+def test_recorded_tables(golden):
+    tensors = recorded(golden, "components.safetensors", "rope/")
+    cos, sin = ops.rotary_table(tensors["positions"][None], 32, 1e6)
+    for kind in ("self", "cross"):
+        for ours, name in ((cos[0], "cos"), (sin[0], "sin")):
+            assert torch.equal(torch.cat([ours, ours], -1), tensors[f"{kind}/{name}"])
+            half = tensors[f"{kind}/{name}_bf16"][:, :16]
+            assert torch.equal(ours.bfloat16(), half)
+
+
+def test_dynamic_scaling_begins_past_its_length_and_leaves_nothing_behind():
+    position_ids = torch.arange(9)[None].expand(3, -1)
+    plain, _ = ops.rotary_table(position_ids, 16, 1e4)
+    for _ in range(2):
+        lengths = torch.tensor([1, 64, 128])
+        cos, _ = ops.rotary_table(position_ids, 16, 1e4, 2.0, lengths, 64)
+        assert torch.equal(cos[:2], plain[:2])
+        base = 1e4 * (2.0 * 128 / 64 - 1) ** (16 / 14)
+        scaled, _ = ops.rotary_table(position_ids[:1], 16, base)
+        torch.testing.assert_close(cos[2:], scaled)
+
+
+@given(offset=st.integers(-50, 50), D=st.sampled_from([2, 6, 64]))
+def test_scores_depend_on_the_difference_of_ids_only(offset, D):
+    q, k = random(1, 4, 2, D, dtype=torch.float64), random(1, 4, 2, D, dtype=torch.float64, seed=1)
+    ids = torch.tensor([[60, 61, 70, 99]])
+
+    def scores(shift):
+        table = [t.double() for t in ops.rotary_table(ids + shift, D)]
+        a, b = (ops.apply_rotary(t, *table) for t in (q, k))
+        return torch.einsum("bnhd,bmhd->bhnm", a, b)
+
+    # The angles are float32: 99 radians are known to 1e-5.
+    torch.testing.assert_close(scores(offset), scores(0), rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_rotation_is_computed_in_float32(dtype):
+    table = ops.rotary_table(torch.arange(7)[None], 64)
+    x = random(1, 7, 3, 64).to(dtype)
+    exact = ops.apply_rotary(x.double(), *table)
+    assert (ops.apply_rotary(x, *table).double() - exact).abs().max() <= (
+        torch.finfo(dtype).eps * exact.abs().max()
+    )
+
+
+def test_rotary_gradient_and_errors():
+    table = [t.double() for t in ops.rotary_table(torch.arange(3)[None], 4)]
+    x = random(1, 3, 2, 4, dtype=torch.float64).requires_grad_()
+    assert gradcheck(lambda x: ops.apply_rotary(x, *table), (x,))
+    with pytest.raises(ValueError, match=r"must be \[B, 3, 2\]"):
+        ops.apply_rotary(x, table[0][:, :2], table[1])
+    with pytest.raises(ValueError, match="even"):
+        ops.rotary_table(torch.arange(3)[None], 5)
+    with pytest.raises(ValueError, match="length"):
+        ops.rotary_table(torch.arange(3)[None], 4, factor=2.0)
+
+
+# --- attention over the image memory ---
+
+
+def naive_attention(q, k, v, spans):
+    """Token by token, as the definition reads."""
+    out = torch.zeros_like(q)
+    groups = q.shape[2] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    for b, n in torch.cartesian_prod(torch.arange(q.shape[0]), torch.arange(q.shape[1])).tolist():
+        start, end = spans.expand(*q.shape[:2], 2)[b, n].tolist()
+        if start < end:
+            scores = torch.einsum("hd,mhd->hm", q[b, n], k[start:end]) / q.shape[-1] ** 0.5
+            out[b, n] = torch.einsum("hm,mhd->hd", scores.softmax(-1), v[start:end])
+    return out
+
+
+def memory_case(B, N, H, G, D, M, seed, per_token=True, dtype=torch.float32):
+    bounds = torch.randint(
+        0, M + 1, (B, N if per_token else 1, 2), generator=torch.Generator().manual_seed(seed)
+    )
+    return {
+        "q": random(B, N, H, D, seed=seed, dtype=dtype),
+        "k": random(M, G, D, seed=seed + 1, dtype=dtype),
+        "v": random(M, G, D, seed=seed + 2, dtype=dtype),
+        "spans": bounds.sort(-1).values,
+    }
+
+
+@pytest.mark.parametrize("compiling", [False, True])
+@given(
+    B=st.integers(1, 3),
+    N=st.integers(1, 9),
+    heads=st.sampled_from([(1, 1), (4, 4), (4, 2)]),
+    D=st.sampled_from([2, 8, 64]),
+    M=st.integers(1, 40),
+    seed=st.integers(0, 99),
+    per_token=st.booleans(),
+)
+def test_attention_is_its_definition(B, N, heads, D, M, seed, per_token, compiling):
+    case = memory_case(B, N, *heads, D, M, seed, per_token)
+    op = reference._attend_masked if compiling else ops.attend_images
+    assert_no_worse(op, naive_attention, case)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_attention_in_half_precision(dtype):
+    assert_no_worse(
+        ops.attend_images, naive_attention, memory_case(2, 5, 4, 4, 64, 33, 7, dtype=dtype)
+    )
+
+
+def test_attention_gradients_are_zero_for_empty_spans():
+    case = memory_case(2, 3, 2, 2, 4, 6, 3, dtype=torch.float64)
+    case["spans"] = torch.tensor([[[0, 4]], [[4, 4]]])
+    leaves = [case[name].requires_grad_() for name in "qkv"]
+    assert gradcheck(lambda q, k, v: ops.attend_images(q, k, v, case["spans"]), leaves)
+    out = ops.attend_images(**case)
+    assert (out[1] == 0).all()
+    grads = torch.autograd.grad(out.square().sum(), leaves)
+    assert (grads[0][1] == 0).all()
+    assert (grads[1][4:] == 0).all()
+
+
+def test_a_row_alone_is_the_row_in_a_batch():
+    case = memory_case(4, 3, 2, 2, 8, 30, 5, per_token=False)
+    whole = ops.attend_images(**case)
+    for b in range(4):
+        start, end = case["spans"][b, 0].tolist()
+        alone = (
+            ops.attend_images(
+                case["q"][b : b + 1],
+                case["k"][start:end],
+                case["v"][start:end],
+                torch.tensor([[[0, end - start]]]),
+            )
+            if end > start
+            else torch.zeros_like(whole[b : b + 1])
+        )
+        torch.testing.assert_close(whole[b : b + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_compiles_whole():
+    compiled = torch.compile(ops.attend_images, fullgraph=True, backend="eager")
+    case = memory_case(2, 3, 2, 2, 8, 30, 5)
+    torch.testing.assert_close(compiled(**case), ops.attend_images(**case), rtol=1e-5, atol=1e-6)
+
+
+def test_attention_says_what_is_wrong():
+    case = memory_case(2, 3, 2, 2, 8, 30, 5)
+    with pytest.raises(ValueError, match=r"spans \(2, 2, 2\) must be \(2, 3, 2\) or \(2, 1, 2\)"):
+        ops.attend_images(**case | {"spans": case["spans"][:, :2]})
+    with pytest.raises(ValueError, match=r"must lie in \[0, 30\]"):
+        ops.attend_images(**case | {"spans": case["spans"] + 31})
+    with pytest.raises(ValueError, match="dividing 2"):
+        ops.attend_images(**case | {"k": random(30, 3, 8), "v": random(30, 3, 8)})
+
+
+# --- tile projection ---
+
+
+@pytest.mark.parametrize("name", ["s05", "s025", "s05_rect"])
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_recorded_folds(golden, name, version):
+    tensors = recorded(golden, "components.safetensors", f"pixel_shuffle/{name}/")
+    folded = ops.fold_tiles(tensors["in"], 0.25 if name == "s025" else 0.5, version)
+    assert torch.equal(folded, tensors[version])
+
+
+def test_projection_gradient():
+    shapes = [(2, 17, 3), (12,), (12,), (5, 12), (5,), (5, 5), (5,)]
+    leaves = [
+        random(*s, dtype=torch.float64, seed=i).requires_grad_() for i, s in enumerate(shapes)
+    ]
+    assert gradcheck(ops.project_tiles, leaves)
+
+
+def test_projection_says_what_is_wrong():
+    weights = [random(*s) for s in [(12,), (12,), (5, 12), (5,), (5, 5), (5,)]]
+    with pytest.raises(ValueError, match=r"1 \+ h\*h"):
+        ops.project_tiles(random(2, 16, 3), *weights)
+    with pytest.raises(ValueError, match="take 16 channels"):
+        ops.project_tiles(random(2, 17, 4), *weights)
+    with pytest.raises(ValueError, match="cannot be folded"):
+        ops.fold_tiles(random(1, 3, 4, 2))
+    with pytest.raises(ValueError, match="version"):
+        ops.fold_tiles(random(1, 4, 4, 2), version="v3")
