@@ -378,8 +378,10 @@ class CoMemoModel(CoMemoPreTrainedModel):
         if memory is None or memory.media is None or image_mask is None:
             return embeds
         # Token j of prompt b's images is media[start_b + j]: beams share their prompt's media.
-        start = memory.spans[:, :1, 0].to(embeds.device)
-        index = (start + image_mask.long().cumsum(1) - 1)[image_mask]
+        start, end = memory.spans[:, 0].to(embeds.device).split(1, dim=-1)  # [B, 1]
+        index = start + image_mask.long().cumsum(1) - 1
+        image_mask = image_mask & (index < end)  # an image token that was generated is a word
+        index = index[image_mask]
         return embeds.masked_scatter(
             image_mask[..., None], memory.media[index].to(embeds.device, embeds.dtype)
         )

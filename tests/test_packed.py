@@ -7,6 +7,8 @@ import torch
 from harness import LOGITS, assert_relative, recorded
 from transformers.core_model_loading import revert_weight_conversion
 
+import comemo_kernels as ops
+from comemo import load_image, prompts
 from comemo.checkpoint import conversions
 from comemo_kernels import ImageMemory, spans_from_cu_seqlens
 
@@ -119,3 +121,23 @@ def test_a_sample_alone_is_the_sample_in_its_pack(golden, inputs, model):
             alone = forward(model, inputs, sample, [tiles], True).logits[0]
             assert (packed[left:right] - alone).abs().max() < LOGITS
             start += tiles
+
+
+@pytest.mark.parametrize("name", ["text", "single", "multi"])
+def test_recorded_sample_has_its_ids(golden, tokenizer, name):
+    wanted = recorded(golden, "packed.safetensors", f"sample/{name}/")
+    item = json.loads((golden / "train_data" / f"{name}.jsonl").read_text())
+    said = [message["value"] for message in item["conversations"]]
+    files = item.get("image", [])
+    files = [files] if isinstance(files, str) else files
+    most = 4 // max(len(files), 1)
+    grids = [load_image(golden / "train_data" / file, max_num=most)[1] for file in files]
+    prompt = prompts.build_prompt(list(zip(said[::2], said[1::2], strict=True)))
+    prompt = prompts.expand_images(prompt, [ops.image_tokens(grid) for grid in grids])
+    input_ids = torch.tensor([prompts.encode_prompt(tokenizer, prompt)])
+    assert torch.equal(input_ids[0], wanted["input_ids"].long())
+    image = input_ids == tokenizer.convert_tokens_to_ids(prompts.IMAGE_CONTEXT)
+    ids = ops.rope_dhr_positions(image, torch.ones_like(image), grids, tile_order="column")
+    assert torch.equal(ids[0], wanted["position_ids"].long())
+    if files:
+        assert torch.equal(ids[image], wanted["cross_attention_media_position_ids"].long())

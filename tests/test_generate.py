@@ -1,0 +1,411 @@
+"""Generation: every recorded chat, and the image memory in every way of decoding."""
+
+import inspect
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from harness import CLEAR_MARGIN, LOGITS, assert_relative, recorded
+from PIL import Image
+from torch._dynamo.testing import CompileCounter
+
+import comemo
+from comemo.model import MixinLayer
+from comemo_kernels import ImageMemory
+
+CHATS = [
+    *("dhr_2x1", "rope_2x1", "dhr_1x1", "rope_1x1", "dhr_2x3", "rope_2x3", "dhr_two", "rope_two"),
+    *("dhr_hist_1img", "rope_hist_1img", "dhr_hist_2img", "eos_1x1", "dhr_1x1_reppen"),
+    *("e2e_wide_max12", "e2e_tall_max4"),
+]
+GREEDY = {"max_new_tokens": 24, "do_sample": False}
+RAW = {"output_logits": True, "return_dict_in_generate": True}
+
+
+def case_of(golden, inputs, name):
+    """The recorded call: its record, and the arguments of `chat`."""
+    record = json.loads((golden / "generate.json").read_text())[f"a/{name}"]
+    if name.startswith("e2e"):
+        file = golden / "train_data" / record["image"]
+        pixel_values, grid = comemo.load_image(file, max_num=record["max_num"], published=True)
+        assert [list(grid)] == record["ratios"]
+    else:
+        pixel_values = torch.cat([inputs.tiles(s, n) for s, n in record["tile_seeds"]])
+    history = record.get("history")
+    config = dict(GREEDY)
+    if name.endswith("reppen"):
+        config |= {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}
+    return record, {
+        "pixel_values": pixel_values,
+        "question": record["question"],
+        "generation_config": config,
+        "history": None if history is None else [tuple(turn) for turn in history],
+        "num_patches_list": record.get("num_patches_list"),
+        "target_aspect_ratio": record["ratios"] and [tuple(g) for g in record["ratios"]],
+    }
+
+
+def prepared(model, tokenizer, case):
+    """What `chat` hands to `generate`."""
+    turns = [*(case["history"] or []), (case["question"], None)]
+    rest = (case["num_patches_list"], case["target_aspect_ratio"])
+    return model.prepare_chat(tokenizer, case["pixel_values"], turns, *rest)[1]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_recorded_chat(golden, inputs, model, tokenizer, name):
+    record, case = case_of(golden, inputs, name)
+    wanted = recorded(golden, "generate.safetensors", f"a/{name}/")
+    builds = count_builds(model)
+    ready = prepared(model, tokenizer, case)
+    assert torch.equal(ready["position_ids"][0], wanted["position_ids"].long())
+    memory = ready["image_memory"]
+    assert torch.equal(memory.position_ids, wanted["media_position_ids"].long())
+    out = model.generate(
+        **ready, **case["generation_config"], **RAW, eos_token_id=record["eos_token_id"]
+    )
+    logits = torch.cat(out.logits)
+    assert logits.shape == wanted["step_logits"].shape
+    assert (logits - wanted["step_logits"]).abs().max() < LOGITS
+    assert out.sequences[0].tolist() == record["tokens"]
+    # The published code built the memory in every layer for every token.
+    assert builds() == record["n_mixin"] < record["expected_to_kv"] == record["to_kv_calls"]
+
+
+@pytest.mark.parametrize("name", CHATS)
+def test_recorded_answer(golden, inputs, model, tokenizer, name):
+    record, case = case_of(golden, inputs, name)
+    history = None if case["history"] is None else list(case["history"])
+    answer, new = model.chat(tokenizer, **case, return_history=True)
+    assert answer == record["response"]
+    assert [list(turn) for turn in new] == record["history_returned"]
+    assert case["history"] == history, "the caller's history was changed"
+
+
+def test_every_recorded_margin_allows_equal_tokens(golden):
+    records = json.loads((golden / "generate.json").read_text())
+    for name in CHATS:
+        margin = records[f"a/{name}"]["min_top2_margin"]
+        assert margin > CLEAR_MARGIN or name in ("rope_2x3",), name
+
+
+def test_recorded_text_only_chat(golden, model, tokenizer):
+    record = json.loads((golden / "generate.json").read_text())["a/text_only"]
+    wanted = recorded(golden, "generate.safetensors", "a/text_only/")
+    builds = count_builds(model)
+    question = "hello world, describe a cat"
+    prompt, ready = model.prepare_chat(tokenizer, None, [(question, None)])
+    assert prompt == record["prompt"]
+    out = model.generate(**ready, **GREEDY, **RAW, eos_token_id=589)
+    assert out.sequences[0].tolist()[1:] == record["tokens"][-24:]
+    if "step_logits" in wanted:
+        assert (torch.cat(out.logits) - wanted["step_logits"]).abs().max() < LOGITS
+    assert builds() == 0
+    assert model.chat(tokenizer, None, question, GREEDY) == record["text"].strip()
+
+
+@pytest.mark.parametrize("name", ["dhr_2x1", "dhr_two", "rope_2x1"])
+def test_recorded_layers(golden, inputs, model, tokenizer, name):
+    _, case = case_of(golden, inputs, name)
+    wanted = recorded(golden, "generate.safetensors", f"a/{name}/")
+    if "prefill_rows" not in wanted:
+        pytest.skip("recorded for three chats only")
+    rows, ready = wanted["prefill_rows"].long(), prepared(model, tokenizer, case)
+    assert_relative(ready["inputs_embeds"][0, rows], wanted["prefill_inputs_embeds"], "embeddings")
+    gated, layers, handles = [], [], []
+    for layer in model.model.language_model.layers:
+        handles.append(layer.register_forward_hook(lambda *a: layers.append(a[-1][0, rows])))
+        if layer.mixin is not None:
+            handles.append(
+                layer.mixin.register_forward_hook(lambda *a: gated.append(a[-1][0, rows]))
+            )
+    ready.pop("input_ids")
+    with torch.no_grad():
+        model(**ready)
+    for handle in handles:
+        handle.remove()
+    assert_relative(torch.stack(layers), wanted["prefill_layer_out"], "layers")
+    assert_relative(torch.stack(gated), wanted["prefill_gated_out"], "mixin layers")
+
+
+@pytest.mark.parametrize("name", ["dhr_2x1", "rope_2x1", "dhr_1x1"])
+def test_bfloat16_is_no_further_off_than_published(golden, inputs, checkpoint, tokenizer, name):
+    record = json.loads((golden / "generate.json").read_text())[f"a/bf16_{name}"]
+    exact = recorded(golden, "generate.safetensors", f"a/{name}/")["step_logits"][0]
+    model = comemo.CoMemoForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    ready = prepared(model.eval(), tokenizer, case_of(golden, inputs, name)[1])
+    ready.pop("input_ids")
+    with torch.no_grad():
+        logits = model(**ready, logits_to_keep=1).logits[0, 0].float()
+    error = (logits - exact).norm() / exact.norm()
+    assert error <= 2 * record["prefill_logit_rel_vs_f32"]
+
+
+def count_builds(model):
+    """A function that tells how often keys and values were built since now."""
+    count = [0]
+    for module in model.modules():
+        if isinstance(module, MixinLayer):
+            module.kv_proj.register_forward_hook(
+                lambda *_: count.__setitem__(0, count[0] + 1), always_call=True
+            )
+    return lambda: count[0]
+
+
+# --- batches, beams, caches, drafts ---
+
+
+def message(text, image=None):
+    content = [{"type": "text", "text": text}]
+    return [
+        {"role": "user", "content": [{"type": "image", "image": image}] * bool(image) + content}
+    ]
+
+
+@pytest.fixture
+def prompts_of(processor, inputs):
+    """Model inputs of one or several conversations, of which the last has no picture."""
+    pictures = [
+        Image.fromarray(inputs.picture(7, 900, 448)),
+        Image.fromarray(inputs.picture(8, 448, 448)),
+        None,
+    ]
+    texts = ["what is this?", "hello world, describe the image in some more words", "hi"]
+
+    def build(*which):
+        return processor.apply_chat_template(
+            [message(texts[i], pictures[i]) for i in which],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )
+
+    return build
+
+
+def answers(model, batch, **options):
+    options = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None} | options
+    return model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("positions", ["raw", "compressed"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"cache_implementation": "static"},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"num_beams": 2, "cache_implementation": "static"},
+        {"use_cache": False},
+    ],
+    ids=str,
+)
+def test_a_row_of_a_batch_is_the_row_alone(model, prompts_of, options, positions):
+    model.config.decode_positions = positions
+    together = answers(model, prompts_of(0, 1, 2), **options)
+    alone = [answers(model, prompts_of(i), **options) for i in range(3)]
+    assert together == [tokens for rows in alone for tokens in rows]
+
+
+def test_caches_agree(model, prompts_of):
+    greedy = answers(model, prompts_of(0, 1, 2))
+    assert answers(model, prompts_of(0, 1, 2), cache_implementation="static") == greedy
+    assert answers(model, prompts_of(0, 1, 2), use_cache=False) == greedy
+
+
+def test_a_generated_image_token_is_a_word(model, prompts_of):
+    """Without a cache the whole sequence is embedded again: no picture belongs to that token."""
+    batch = dict(prompts_of(0))
+    image_id = model.config.image_token_id
+
+    def force(_, scores):
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([image_id]), 0.0)
+
+    for use_cache in (True, False):
+        out = answers(model, batch, logits_processor=[force], use_cache=use_cache)
+        assert out == [[image_id] * 10]
+
+
+def test_decode_positions_matter(model, prompts_of):
+    batch, found = prompts_of(0), []
+    for rule in ("raw", "compressed"):
+        model.config.decode_positions = rule
+        out = model.generate(**batch, max_new_tokens=3, do_sample=False, **RAW)
+        found.append(torch.cat(out.logits))
+    assert torch.equal(found[0][0], found[1][0])  # the first token comes from the prompt
+    assert (found[0][1] - found[1][1]).abs().max() > 10 * LOGITS
+
+
+@pytest.mark.parametrize("positions", ["raw", "compressed"])
+def test_drafts_change_no_token(model, checkpoint, prompts_of, positions):
+    model.config.decode_positions = positions
+    greedy = answers(model, prompts_of(0))
+    assert answers(model, prompts_of(0), prompt_lookup_num_tokens=3) == greedy
+    assistant = type(model)(model.config).eval()
+    assistant.load_state_dict(model.state_dict())
+    assert answers(model, prompts_of(0), assistant_model=assistant) == greedy
+    with torch.no_grad():  # an assistant that drafts something else
+        for parameter in assistant.lm_head.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    assert answers(model, prompts_of(0), assistant_model=assistant) == greedy
+
+
+def test_sampling_returns_several_sequences(model, prompts_of):
+    out = answers(model, prompts_of(0, 2), do_sample=True, num_return_sequences=3)
+    assert len(out) == 6
+
+
+def test_memory_is_reused_by_a_later_call(model, prompts_of):
+    batch = dict(prompts_of(0))
+    greedy = answers(model, batch)
+    with torch.no_grad():
+        first = model(**batch, use_cache=True)
+    memory = first.image_memory
+    assert isinstance(memory, ImageMemory)
+    layers = model.config.mixin_layers
+    assert set(memory.keys) == set(memory.values) == set(layers)
+    config = model.config.mixin_config
+    expected = 2 * len(layers) * len(memory) * config.num_heads * config.head_dim * 4
+    assert memory.nbytes == expected
+    builds = count_builds(model)
+    del batch["pixel_values"]
+    assert answers(model, batch, image_memory=memory) == greedy
+    assert builds() == 0
+
+
+def test_memory_of_other_places_is_refused(model, prompts_of):
+    batch, other = dict(prompts_of(0)), dict(prompts_of(1))
+    with torch.no_grad():
+        memory = model(**other, use_cache=True).image_memory
+    del batch["pixel_values"]
+    with pytest.raises(ValueError, match="image tokens at other positions"):
+        model.generate(**batch, image_memory=memory)
+
+
+def test_nothing_is_left_after_an_exception(model, prompts_of):
+    greedy = answers(model, prompts_of(0))
+
+    class Stop(Exception):
+        pass
+
+    for layer in model.model.language_model.layers:
+        calls = [0]
+
+        def later(*_, calls=calls):
+            calls[0] += 1
+            if calls[0] == 3:  # in the middle of decoding
+                raise Stop
+
+        handle = layer.register_forward_hook(later)
+        with pytest.raises(Stop):
+            answers(model, prompts_of(1))
+        handle.remove()
+        assert answers(model, prompts_of(0)) == greedy
+    state = {name: set(vars(module)) for name, module in model.named_modules()}
+    answers(model, prompts_of(0))
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == state
+
+
+def test_two_threads_get_what_they_get_alone(golden, inputs, model, tokenizer):
+    names = ["dhr_2x1", "dhr_1x1", "rope_2x1", "dhr_two"]
+    cases = [case_of(golden, inputs, name) for name in names]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(2):
+            futures = [pool.submit(model.chat, tokenizer, **case) for _, case in cases]
+            for future, (record, _) in zip(futures, cases, strict=True):
+                assert future.result() == record["response"]
+
+
+def test_decode_step_compiles_whole(model, processor, inputs):
+    """Few graphs, none broken, and in the end no new one for new pictures."""
+    model.config.decode_positions = "raw"
+    counter, eager = CompileCounter(), model.forward
+    compiled = torch.compile(eager, fullgraph=True, backend=counter)
+
+    def forward(*args, **kwargs):
+        step = compiled if kwargs["input_ids"].shape[1] == 1 else eager
+        return step(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(eager)
+    frames = []
+    for width, height in ((900, 448), (448, 448), (448, 1400), (1400, 900), (448, 900)):
+        picture = Image.fromarray(inputs.picture(1, width, height))
+        batch = processor.apply_chat_template(
+            message("what?", picture), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"} | RAW
+        plain = torch.cat(model.generate(**batch, **options).logits)
+        model.forward = forward
+        try:
+            found = torch.cat(model.generate(**batch, **options).logits)
+        finally:
+            del model.forward
+        assert (found - plain).abs().max() < LOGITS
+        frames.append(counter.frame_count)
+    assert frames[0] >= 1
+    assert frames[-2] == frames[-1] <= 4
+
+
+# --- ranges and scaling ---
+
+
+def test_a_prompt_beyond_the_position_range_is_refused(model, prompts_of):
+    batch = prompts_of(0)
+    model.config.mixin_config.max_position_embeddings, limit = 300, 32768
+    try:
+        with pytest.raises(ValueError, match=r"position ids up to \d+, the model has 300"):
+            model.generate(**batch)
+        model.config.mixin_config.max_position_embeddings = 500
+        with pytest.raises(ValueError, match="decode_positions = 'compressed'"):
+            model.generate(**batch)
+        model.config.decode_positions = "compressed"
+        assert answers(model, batch)
+    finally:
+        model.config.mixin_config.max_position_embeddings = limit
+
+
+@pytest.mark.parametrize("rule", ["token_count", "position"])
+def test_dynamic_scaling_is_not_sticky(model, prompts_of, rule):
+    text = model.config.text_config
+    model.config.ntk_length = rule
+    batch = {"input_ids": torch.arange(100, 160)[None]}
+    short = answers(model, batch)
+    text.max_position_embeddings, limit = 40, 32768
+    try:
+        scaled = answers(model, {"input_ids": torch.arange(100, 160)[None]})
+    finally:
+        text.max_position_embeddings = limit
+    assert scaled != short
+    assert answers(model, batch) == short
+
+
+def test_scaling_by_position_ignores_the_tiles(model, prompts_of):
+    """RoPE-DHR ids stay small: by position nothing is scaled where the token count would."""
+    text, batch = model.config.text_config, prompts_of(0)
+    text.max_position_embeddings, limit = 600, 32768
+    try:
+        found = {}
+        for rule in ("position", "token_count"):
+            model.config.ntk_length = rule
+            found[rule] = model.generate(**batch, max_new_tokens=1, do_sample=False, **RAW).logits[
+                0
+            ]
+    finally:
+        text.max_position_embeddings = limit
+    plain = model.generate(**batch, max_new_tokens=1, do_sample=False, **RAW).logits[0]
+    assert torch.equal(found["position"], plain)
+    assert (found["token_count"] - plain).abs().max() > 10 * LOGITS
+
+
+def test_image_marks_need_their_tiles(model, prompts_of):
+    batch = dict(prompts_of(0))
+    tiles = batch.pop("pixel_values")
+    with pytest.raises(ValueError, match=r"2 tiles of 256 tokens for prompts that hold \[768\]"):
+        model.generate(**batch, pixel_values=tiles[:2])
+    with pytest.raises(ValueError, match="1 grids of 256 image tokens"):
+        model.generate(**batch | {"tile_grid": [(1, 1)]}, pixel_values=tiles)
+    model.config.image_token_id = None
+    with pytest.raises(ValueError, match="image_token_id is not set"):
+        model.generate(**batch, pixel_values=tiles)
