@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
@@ -88,8 +89,11 @@ class SplitGroupedQKV(ConversionOps):
     ) -> dict[str, Tensor]:
         (fused,) = (_one(t) for t in input_dict.values())
         group, dim = _group(config)
-        x = fused.unflatten(0, (-1, group + 2, dim))  # [G, group + 2, D, ...]
-        parts = (x[:, :group].flatten(0, 2), x[:, group].flatten(0, 1), x[:, -1].flatten(0, 1))
+        if fused.shape[0] % ((group + 2) * dim):  # left to the report on shapes
+            parts = (fused, fused[:0], fused[:0])
+        else:
+            x = fused.unflatten(0, (-1, group + 2, dim))  # [G, group + 2, D, ...]
+            parts = (x[:, :group].flatten(0, 2), x[:, group].flatten(0, 1), x[:, -1].flatten(0, 1))
         return {name: part.contiguous() for name, part in zip(target_patterns, parts, strict=True)}
 
     @property
@@ -161,7 +165,7 @@ class PublishedCheckpoint:
         """
         directory = pretrained_model_name_or_path
         if directory is not None and os.path.isdir(directory):
-            _refuse_pickles(Path(directory))
+            _check_files(Path(directory), kwargs.get("config") is not None)
         kwargs["use_safetensors"] = True
         kwargs["ignore_mismatched_sizes"] = True  # reported below, all at once
         wants_info = kwargs.pop("output_loading_info", False)
@@ -186,17 +190,24 @@ class PublishedCheckpoint:
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
-def _refuse_pickles(directory: Path) -> None:
-    if any(directory.glob("*.safetensors")):
-        return
-    pickles = sorted(
-        p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in directory.glob(pattern)
-    )
-    if pickles:
-        raise ValueError(
-            f"from_pretrained({directory}): weights must be safetensors, got {pickles}: a pickle"
-            " can execute code and is refused"
-        )
+def _check_files(directory: Path, has_config: bool) -> None:
+    if not has_config and not (directory / "config.json").is_file():
+        raise ValueError(f"from_pretrained({directory}): the directory has no config.json")
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights:
+        pickles = sorted(p.name for end in ("bin", "pt", "pth") for p in directory.glob(f"*.{end}"))
+        if pickles:
+            raise ValueError(
+                f"from_pretrained({directory}): weights must be safetensors, got {pickles}: a"
+                " pickle can execute code and is refused"
+            )
+        raise ValueError(f"from_pretrained({directory}): the directory has no model.safetensors")
+    for file in weights:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
 
 
 def _read_token_ids(model: Any, directory: Path) -> None:

@@ -228,7 +228,9 @@ class CoMemoConfig(PreTrainedConfig):
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()  # the published code has other defaults: leave none out
+        output = self.to_dict()  # the published code has other defaults: leave none out
+        del output["_name_or_path"]  # where it was read is nobody's business
+        return output
 
 
 def _bias_key(architecture: str) -> str:

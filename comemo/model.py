@@ -282,6 +282,10 @@ class CoMemoModel(CoMemoPreTrainedModel):
         channels = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
         width = config.text_config.hidden_size
         self.vision_tower = InternVLVisionModel(config.vision_config)
+        if config.vision_config.use_qk_norm:
+            for layer in self.vision_tower.encoder.layer:  # published: every norm has one eps
+                for norm in (layer.attention.q_norm, layer.attention.k_norm):
+                    norm.variance_epsilon = config.vision_config.layer_norm_eps
         self.multi_modal_projector = nn.Sequential(
             nn.LayerNorm(channels), nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width)
         )
