@@ -18,6 +18,12 @@ History = list[tuple[str, str]]
 class CoMemoChat:
     """`chat` for a model with `generate`."""
 
+    config: Any
+    model: Any
+    device: Any
+    generate: Any
+    _check_range: Any
+
     def chat(
         self,
         tokenizer: Any,
@@ -65,12 +71,12 @@ class CoMemoChat:
         prompt, inputs = self.prepare_chat(
             tokenizer, pixel_values, turns, num_patches_list, target_aspect_ratio, system_message
         )
-        stop = prompts.stop_text(self.config.template)  # type: ignore[attr-defined]
+        stop = prompts.stop_text(self.config.template)
         options: dict[str, Any] = {"generation_config": deepcopy(generation_config)}
         if not isinstance(generation_config, GenerationConfig):
             options = {"pad_token_id": tokenizer.pad_token_id} | dict(generation_config or {})
         options["eos_token_id"] = tokenizer.convert_tokens_to_ids(stop)
-        output = self.generate(**inputs, **options, streamer=streamer)  # type: ignore[attr-defined]
+        output = self.generate(**inputs, **options, streamer=streamer)
         answer = tokenizer.decode(output[0], skip_special_tokens=True).split(stop)[0].strip()
         if verbose:
             print(_shorten(prompt), answer)
@@ -104,7 +110,7 @@ class CoMemoChat:
         Raises:
             ValueError: as of `chat`.
         """
-        config, model = self.config, self.model  # type: ignore[attr-defined]
+        config, model = self.config, self.model
         tiles, grids = check_pictures(
             pixel_values, num_patches_list, target_aspect_ratio, config.use_thumbnail
         )
@@ -115,11 +121,11 @@ class CoMemoChat:
         system = None if system_message is None else prompts.escape(system_message, tokenizer)
         prompt = prompts.build_prompt(inert, config.template, system)
         prompt = prompts.expand_images(prompt, [count * config.tokens_per_tile for count in tiles])
-        input_ids = torch.tensor([prompts.encode_prompt(tokenizer, prompt)], device=self.device)  # type: ignore[attr-defined]
+        input_ids = torch.tensor([prompts.encode_prompt(tokenizer, prompt)], device=self.device)
         image_mask = input_ids == tokenizer.convert_tokens_to_ids(prompts.IMAGE_CONTEXT)
         attention_mask = torch.ones_like(input_ids)
         position_ids = model.prompt_position_ids(image_mask, attention_mask, grids)
-        self._check_range(position_ids, attention_mask, bool(tiles))  # type: ignore[attr-defined]
+        self._check_range(position_ids, attention_mask, bool(tiles))
         memory = None
         if pixel_values is not None:
             memory = model.build_image_memory(pixel_values, image_mask, position_ids)

@@ -155,6 +155,8 @@ register_checkpoint_conversion_mapping(CoMemoConfig.model_type, conversions(*LLM
 class PublishedCheckpoint:
     """Strict `from_pretrained` and a `save_pretrained` that writes the published layout."""
 
+    config: Any
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load weights of the published or of our own layout; never executes code from it.
@@ -185,8 +187,7 @@ class PublishedCheckpoint:
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write the published layout (`save_original_format=False`: the names used here)."""
-        config: Any = self.config  # type: ignore[attr-defined]
-        self._weight_conversions = conversions(config.llm_architecture)
+        self._weight_conversions = conversions(self.config.llm_architecture)
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 

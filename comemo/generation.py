@@ -12,6 +12,9 @@ from comemo_kernels import ImageMemory
 class CoMemoGeneration:
     """`generate` for prompts with images; everything it needs travels in its arguments."""
 
+    config: Any
+    model: Any
+
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`, plus `pixel_values`, `tile_grid` and `image_memory`.
@@ -27,7 +30,7 @@ class CoMemoGeneration:
             ValueError: tiles, grids and image tokens that disagree; a prompt beyond the position
                 range; a memory of other images. Nothing was computed then.
         """
-        model: Any = self.model  # type: ignore[attr-defined]
+        model = self.model
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         grid = kwargs.pop("tile_grid", None)
         memory: ImageMemory | None = kwargs.get("image_memory")
@@ -52,7 +55,7 @@ class CoMemoGeneration:
                 kwargs.pop("pixel_values", None)  # an assistant builds a memory of its own
         if kwargs.get("position_ids") is not None:
             kwargs.setdefault("prompt_length", kwargs["position_ids"].shape[1])
-        return super().generate(input_ids, **kwargs)
+        return super().generate(input_ids, **kwargs)  # type: ignore[misc]
 
     def prepare_inputs_for_generation(
         self,
@@ -67,7 +70,7 @@ class CoMemoGeneration:
         **kwargs: Any,
     ) -> dict[str, Any]:
         kwargs.pop("pixel_values", None)  # the memory was built before the loop
-        inputs = super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
@@ -80,7 +83,7 @@ class CoMemoGeneration:
         tokens = inputs["position_ids"].shape[1]
         if attention_mask is not None:
             inputs["token_counts"] = attention_mask.sum(1)
-            raw = self.config.decode_positions == "raw"  # type: ignore[attr-defined]
+            raw = self.config.decode_positions == "raw"
             if raw and image_memory is not None and prompt_length is not None:
                 # Published: behind the prompt, mixin queries stand at the count of tokens.
                 place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
@@ -115,17 +118,19 @@ class CoMemoGeneration:
         if isinstance(assistant, CoMemoGeneration):
             if pixel_values is not None and theirs.get("image_memory") is not None:
                 input_ids, ids = kwargs["input_ids"], theirs["position_ids"]
-                image_mask = assistant.model.find_image_tokens(input_ids)  # type: ignore[attr-defined]
-                theirs["image_memory"] = assistant.model.build_image_memory(  # type: ignore[attr-defined]
+                image_mask = assistant.model.find_image_tokens(input_ids)
+                theirs["image_memory"] = assistant.model.build_image_memory(
                     pixel_values, image_mask, ids
                 )
         else:
             for name in ("image_memory", "prompt_length"):
                 theirs.pop(name, None)
-        return super()._get_candidate_generator(*args, model_kwargs=theirs, **kwargs)
+        return super()._get_candidate_generator(  # type: ignore[misc]
+            *args, model_kwargs=theirs, **kwargs
+        )
 
     def _check_range(self, position_ids: Tensor, attention_mask: Tensor, images: bool) -> None:
-        config: Any = self.config  # type: ignore[attr-defined]
+        config = self.config
         highest = int(position_ids.max()) if position_ids.numel() else 0
         if images:
             limit = config.mixin_config.max_position_embeddings

@@ -142,6 +142,11 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
             else:
                 # Built here and not ahead of the layers: sharding and offloading hooks make a
                 # layer's weights whole only while its forward runs.
+                if image_memory.media is None or media_table is None:
+                    raise ValueError(
+                        f"CoMemo: the image memory has neither keys of mixin layer {self.layer_idx}"
+                        " nor the media to build them from"
+                    )
                 key, value = self.mixin.build(image_memory.media, media_table)
                 if use_cache:
                     image_memory.update(self.layer_idx, key, value)
@@ -234,7 +239,8 @@ class CoMemoTextModel(LlamaPreTrainedModel):
             tables["query_table"] = self._mixin_table(
                 x, position_ids if query_position_ids is None else query_position_ids
             )
-            if len(image_memory.keys) < len(self.comemo_config.mixin_layers):
+            unbuilt = len(image_memory.keys) < len(self.comemo_config.mixin_layers)
+            if unbuilt and image_memory.position_ids is not None:
                 tables["media_table"] = self._mixin_table(x, image_memory.position_ids[None])
         for layer in self.layers:
             x = layer(
@@ -406,6 +412,7 @@ class CoMemoModel(CoMemoPreTrainedModel):
             raise ValueError("CoMemo: give either input_ids or inputs_embeds")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if inputs_embeds is None:
+            assert input_ids is not None
             image_mask = None
             # Image tokens are looked for where images may stand: in a prompt, not while decoding.
             if pixel_values is not None or (

@@ -84,7 +84,7 @@ class CoMemoProcessor(ProcessorMixin):
         template = prompts.chat_template() if chat_template is None else chat_template
         super().__init__(image_processor, tokenizer, chat_template=template)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
         """Prompts with `<image>` marks, and pictures in reading order, to model inputs.

@@ -1,0 +1,28 @@
+"""`python -m bench NAME [options] [--out DIR]`."""
+
+import argparse
+from pathlib import Path
+
+from bench import decode, measure
+
+BENCHMARKS = {"decode": decode}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="name", required=True)
+    for name, module in BENCHMARKS.items():
+        command = commands.add_parser(name, description=module.__doc__)
+        module.add_arguments(command)
+        command.add_argument("--out", type=Path, help="folder for NAME.json and NAME.csv")
+    options = parser.parse_args()
+    machine = measure.describe_machine()
+    print("  ".join(f"{key} {value}" for key, value in machine.items()))
+    rows = BENCHMARKS[options.name].run(options)
+    measure.show(rows)
+    if options.out:
+        measure.write(options.name, rows, machine, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Time per generated token, with the image memory and without it.
+
+The same model with random weights, the same prompt and the same cache take decode steps by turns
+in two ways: reading the image memory that the prefill left (ours), and building keys and values
+of all image tokens anew in every mixin layer (as the published code does for every token).
+The floor is the bytes that a step must read (weights, self-attention cache, image memory) over
+the read bandwidth measured in the same run.
+"""
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import comemo_kernels as ops
+from bench import measure
+from comemo import CoMemoConfig, CoMemoForConditionalGeneration
+from comemo.demo import RecomputedMemory
+from comemo.model import MixinLayer
+from comemo_kernels import ImageMemory
+
+SIZES: dict[str, dict[str, dict[str, int]]] = {
+    "2B": {"llm_config": {}, "mixin_config": {}},
+    "9B": {
+        "llm_config": {
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "intermediate_size": 14336,
+        },
+        "mixin_config": {
+            "language_dim": 4096,
+            "vision_dim": 4096,
+            "num_heads": 32,
+            "intermediate_size": 14336,
+        },
+    },
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", choices=SIZES, default="2B")
+    parser.add_argument("--layers", type=int, help="decoder layers, if not the size's own")
+    parser.add_argument("--cols", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=8, help="decode steps of each way")
+    parser.add_argument("--vision-tiles", type=int, default=2, help="tiles to time the tower on")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    dtype = getattr(torch, options.dtype)
+    base = CoMemoConfig().to_dict()
+    parts = {part: base[part] | sizes for part, sizes in SIZES[options.size].items()}
+    if options.layers:
+        parts["llm_config"]["num_hidden_layers"] = options.layers
+    config = CoMemoConfig.from_dict(base | parts)
+    print(
+        f"drawing random weights of {options.size}, {config.text_config.num_hidden_layers} layers"
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = CoMemoForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_gate"):
+                parameter.fill_(0.5)
+        return _measure(model, (options.cols, options.rows), options)
+
+
+def _measure(
+    model: CoMemoForConditionalGeneration, grid: tuple[int, int], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    config, tokens = model.config, options.tokens
+    M = ops.image_tokens(grid, config.side)
+    tiles = M // config.tokens_per_tile
+    pixels = torch.randn(options.vision_tiles, 3, 448, 448, dtype=model.dtype)
+    vision = measure.seconds(lambda: model.model.get_image_features(pixels))
+    print(f"vision tower and projector: {vision / len(pixels):.2f} s a tile")
+
+    text = torch.randint(3, 5000, (1, 96))  # the words around a picture: system message, question
+    image = torch.zeros(1, M + 96, dtype=torch.bool)
+    image[:, 60 : 60 + M] = True
+    input_ids = torch.zeros_like(image, dtype=torch.long).masked_scatter(~image, text)
+    mask = torch.ones_like(input_ids)
+    position_ids = model.model.prompt_position_ids(image, mask, [grid])
+    media = torch.randn(M, config.text_config.hidden_size, dtype=model.dtype)
+    memory = ImageMemory.from_media(media, position_ids[image], [M])
+    start = time.perf_counter()
+    out = model(
+        inputs_embeds=model.model.embed(input_ids, image, memory),
+        position_ids=position_ids,
+        image_memory=memory,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    prefill = time.perf_counter() - start
+    cache = out.past_key_values
+    print(f"prefill of {M + 96} tokens: {prefill:.1f} s")
+
+    ways = {"memory": memory, "recomputed": RecomputedMemory.of(memory)}
+    whole: dict[str, list[float]] = {name: [] for name in ways}
+    mixin: dict[str, list[float]] = {name: [] for name in ways}
+    token = out.logits[:, -1].argmax(-1, keepdim=True)
+    place = int(position_ids.max()) + 1
+    with MixinClock(model) as clock:
+        for step in range(tokens + 1):  # the first is a warm-up
+            logits: list[Tensor] = []
+            for name, way in ways.items():
+                clock.seconds = 0.0
+                start = time.perf_counter()
+                result = model(
+                    input_ids=token,
+                    position_ids=torch.tensor([[place]]),
+                    query_position_ids=torch.tensor([[M + 96]]),
+                    past_key_values=cache,
+                    image_memory=way,
+                    use_cache=True,
+                )
+                if step:
+                    whole[name].append(time.perf_counter() - start)
+                    mixin[name].append(clock.seconds)
+                logits.append(result.logits)
+                cache.crop(-1)  # both ways take the same step
+            if not torch.allclose(*logits, rtol=1e-3, atol=1e-3):
+                raise RuntimeError("both ways must say the same: a wrong step is not timed")
+
+    held = [*model.model.language_model.layers.parameters(), model.lm_head.weight]
+    held += [p for layer in cache.layers for p in (layer.keys, layer.values)]
+    unread = [m.kv_proj.weight for m in model.modules() if isinstance(m, MixinLayer)]
+    step_bytes = sum(t.nbytes for t in held) + memory.nbytes - sum(t.nbytes for t in unread)
+    floor = step_bytes / measure.read_bandwidth()
+    rows = []
+    for name in ways:
+        rows.append(
+            {
+                "case": f"{options.size}, {tiles} tiles, {options.dtype}",
+                "layers": config.text_config.num_hidden_layers,
+                "way": name,
+                "token_s": statistics.median(whole[name]),
+                "mixin_s": statistics.median(mixin[name]),
+                "floor_s": floor,
+                "prefill_s": prefill,
+                "vision_s_per_tile": vision / len(pixels),
+                "memory_mib": memory.nbytes / 2**20 if name == "memory" else 0.0,
+                "peak_gib": measure.peak_gib(),
+            }
+        )
+    ours, theirs = rows
+    print(
+        f"\nwhole step {theirs['token_s'] / ours['token_s']:.1f}x, mixin layers"
+        f" {theirs['mixin_s'] / ours['mixin_s']:.1f}x faster with the memory;"
+        f" {floor / ours['token_s']:.0%} of what reading {step_bytes / 2**30:.2f} GiB allows\n"
+    )
+    return rows
+
+
+class MixinClock:
+    """Seconds spent in mixin layers, keys and values included, within a `with` block."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.layers = [m for m in model.modules() if isinstance(m, MixinLayer)]
+        self.seconds = 0.0
+
+    def _timed(self, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return call
+
+    def __enter__(self) -> "MixinClock":
+        for layer in self.layers:
+            layer.build = self._timed(layer.build)  # type: ignore[method-assign]
+            layer.forward = self._timed(layer.forward)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for layer in self.layers:
+            del layer.build, layer.forward

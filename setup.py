@@ -1,0 +1,42 @@
+"""Packaging of `comemo` (the model and its command) and `comemo_kernels` (the operations)."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "comemo_kernels/__init__.py").read_text(), re.MULTILINE
+)[1]
+
+setup(
+    name="comemo-kernels",
+    version=VERSION,
+    description="CoMemo, a vision-language model with an image memory, and its operations",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["comemo", "comemo_kernels"],
+    package_data={"comemo": ["py.typed"], "comemo_kernels": ["py.typed"]},
+    entry_points={"console_scripts": ["comemo = comemo.cli:main"]},
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=5",
+        "safetensors",
+        "sentencepiece",
+        "jinja2",
+        "numpy",
+        "pillow",
+        "tqdm",
+    ],
+    extras_require={
+        "triton": ["triton>=3.3"],
+        "flash-attn": ["flash-attn"],
+        "dev": [
+            *("pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy"),
+            *("scikit-learn", "scikit-image", "matplotlib"),  # photographs for the tests
+        ],
+    },
+)
