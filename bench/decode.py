@@ -19,7 +19,7 @@ import comemo_kernels as ops
 from bench import measure
 from comemo import CoMemoConfig, CoMemoForConditionalGeneration
 from comemo.demo import RecomputedMemory
-from comemo.model import MixinLayer
+from comemo.decoder import MixinLayer
 from comemo_kernels import ImageMemory
 
 SIZES: dict[str, dict[str, dict[str, int]]] = {

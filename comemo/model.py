@@ -16,31 +16,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, LlamaConfig, PreTrainedModel
-from transformers import initialization as init
-from transformers.masking_utils import create_causal_mask
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaMLP,
-    LlamaPreTrainedModel,
-    LlamaRMSNorm,
-    eager_attention_forward,
-)
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import can_return_tuple
 
 import comemo_kernels as ops
 from comemo.chat import CoMemoChat
 from comemo.checkpoint import PublishedCheckpoint
-from comemo.config import CoMemoConfig, MixinConfig
+from comemo.config import CoMemoConfig
+from comemo.decoder import CoMemoTextModel
 from comemo.generation import CoMemoGeneration
 from comemo_kernels import ImageMemory
-
-Table = tuple[Tensor, Tensor]  # cos, sin [B, N, D/2]
 
 
 @dataclass
@@ -48,110 +35,6 @@ class CoMemoOutput(CausalLMOutputWithPast):
     """Adds `image_memory`: the memory that was read, to be handed to the next call."""
 
     image_memory: ImageMemory | None = None
-
-
-class MixinLayer(nn.Module):
-    """Gated image cross-attention and a gated feed-forward network; the identity at gates 0."""
-
-    def __init__(self, config: MixinConfig) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        width, inner = config.language_dim, config.num_heads * config.head_dim
-        self.attn_norm = LlamaRMSNorm(width, eps=1e-5)
-        self.q_proj = nn.Linear(width, inner, bias=False)
-        self.kv_proj = nn.Linear(config.vision_dim, 2 * inner, bias=False)
-        self.o_proj = nn.Linear(inner, width, bias=False)
-        self.attn_gate = nn.Parameter(torch.zeros(1))
-        self.mlp_norm = LlamaRMSNorm(width, eps=1e-5)
-        self.mlp = LlamaMLP(
-            LlamaConfig(hidden_size=width, intermediate_size=config.intermediate_size)
-        )
-        self.mlp_gate = nn.Parameter(torch.zeros(1))
-
-    def build(self, media: Tensor, table: Table) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values [M, H, D] of `media` [M, d], by the norm of the text."""
-        kv = self.kv_proj(self.attn_norm(media)).unflatten(-1, (2, self.num_heads, self.head_dim))
-        key, value = kv.unbind(1)
-        return ops.apply_rotary(key[None], *table)[0], value
-
-    def forward(
-        self, x: Tensor, key: Tensor, value: Tensor, memory: ImageMemory, table: Table
-    ) -> Tensor:
-        """x [B, N, d] -> [B, N, d]; prompts without any image pass unchanged."""
-        q = self.q_proj(self.attn_norm(x)).unflatten(-1, (self.num_heads, self.head_dim))
-        q = ops.apply_rotary(q, *table)  # [B, N, H, D]
-        read = self.o_proj(ops.attend_images(q, key, value, memory.spans).flatten(2))
-        y = x + self.attn_gate.tanh() * read
-        y = y + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(y))
-        return y if memory.active is None else torch.where(memory.active, y, x)
-
-
-class CoMemoAttention(LlamaAttention):
-    """Llama's self-attention with the rotation in float32, as published."""
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Table,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        B, N, _ = hidden_states.shape
-        q, k, v = (
-            proj(hidden_states).view(B, N, -1, self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = (ops.apply_rotary(t, *position_embeddings) for t in (q, k))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        dropout = self.attention_dropout if self.training else 0.0
-        out, weights = attend(
-            self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(out.reshape(B, N, -1)), weights
-
-
-class CoMemoDecoderLayer(LlamaDecoderLayer):
-    """A decoder layer, behind a mixin layer where there is one."""
-
-    def __init__(self, config: CoMemoConfig, layer_idx: int) -> None:
-        super().__init__(config.text_config, layer_idx)
-        self.layer_idx = layer_idx
-        self.self_attn = CoMemoAttention(config.text_config, layer_idx)
-        has_mixin = layer_idx in config.mixin_layers
-        self.mixin = MixinLayer(config.mixin_config) if has_mixin else None
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        image_memory: ImageMemory | None = None,
-        query_table: Table | None = None,
-        media_table: Table | None = None,
-        use_cache: bool | None = False,
-        **kwargs: Any,
-    ) -> Tensor:
-        if self.mixin is not None and image_memory is not None:
-            if self.layer_idx in image_memory.keys:
-                key = image_memory.keys[self.layer_idx]
-                value = image_memory.values[self.layer_idx]
-            else:
-                # Built here and not ahead of the layers: sharding and offloading hooks make a
-                # layer's weights whole only while its forward runs.
-                if image_memory.media is None or media_table is None:
-                    raise ValueError(
-                        f"CoMemo: the image memory has neither keys of mixin layer {self.layer_idx}"
-                        " nor the media to build them from"
-                    )
-                key, value = self.mixin.build(image_memory.media, media_table)
-                if use_cache:
-                    image_memory.update(self.layer_idx, key, value)
-            hidden_states = self.mixin(hidden_states, key, value, image_memory, query_table)
-        return super().forward(hidden_states, use_cache=use_cache, **kwargs)
 
 
 class CoMemoPreTrainedModel(PublishedCheckpoint, PreTrainedModel):
@@ -167,117 +50,6 @@ class CoMemoPreTrainedModel(PublishedCheckpoint, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-
-
-class CoMemoTextModel(LlamaPreTrainedModel):
-    """The decoder: embeddings, layers with their mixin layers, final norm."""
-
-    _no_split_modules = ["CoMemoDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "image_memory"]
-    _can_record_outputs = {"hidden_states": CoMemoDecoderLayer, "attentions": CoMemoAttention}
-
-    def __init__(self, config: CoMemoConfig) -> None:
-        text = config.text_config
-        super().__init__(text)  # its attention implementation can then be set like any model's
-        self.comemo_config = config
-        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size, text.pad_token_id)
-        self.layers = nn.ModuleList(
-            CoMemoDecoderLayer(config, i) for i in range(text.num_hidden_layers)
-        )
-        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, MixinLayer):  # a fresh mixin layer is the identity
-            init.zeros_(module.attn_gate)
-            init.zeros_(module.mlp_gate)
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(
-        self,
-        inputs_embeds: Tensor,
-        position_ids: Tensor,
-        attention_mask: Any = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
-        image_memory: ImageMemory | None = None,
-        query_position_ids: Tensor | None = None,
-        token_counts: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        text, x = self.config, inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=text)
-        if token_counts is None:
-            token_counts = _count_tokens(x, attention_mask, past_key_values)
-        place_in_sample = None
-        if cu_seqlens is not None:
-            place = torch.arange(x.shape[1], device=x.device)
-            sample = torch.searchsorted(cu_seqlens, place, right=True) - 1
-            place_in_sample = (place - cu_seqlens[sample])[None]
-            longest = int(cu_seqlens.diff().max())
-            lengths = cu_seqlens.to(torch.int32)
-            kwargs.update(cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
-            kwargs.update(max_length_q=longest, max_length_k=longest)
-        mask = create_causal_mask(
-            config=text,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            # Of a packed row only: RoPE-DHR ids repeat and would be taken for packed samples.
-            position_ids=place_in_sample,
-        )
-        tables: dict[str, Any] = {
-            "position_embeddings": self._self_table(x, position_ids, token_counts)
-        }
-        if image_memory is not None:
-            tables["query_table"] = self._mixin_table(
-                x, position_ids if query_position_ids is None else query_position_ids
-            )
-            unbuilt = len(image_memory.keys) < len(self.comemo_config.mixin_layers)
-            if unbuilt and image_memory.position_ids is not None:
-                tables["media_table"] = self._mixin_table(x, image_memory.position_ids[None])
-        for layer in self.layers:
-            x = layer(
-                x,
-                image_memory=image_memory,
-                attention_mask=mask,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **tables,
-                **kwargs,
-            )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values
-        )
-
-    def _self_table(self, x: Tensor, position_ids: Tensor, token_counts: Tensor) -> Table:
-        text, scaling = self.config, self.comemo_config.rope_scaling or {"type": None}
-        if scaling["type"] == "linear":
-            position_ids = position_ids / scaling["factor"]
-        dynamic = {}
-        if scaling["type"] == "dynamic":
-            by_position = self.comemo_config.ntk_length == "position"
-            dynamic = {
-                "factor": scaling["factor"],
-                "length": position_ids.amax(1) + 1 if by_position else token_counts,
-                "max_length": text.max_position_embeddings,
-            }
-        table = ops.rotary_table(
-            position_ids, text.head_dim, text.rope_parameters["rope_theta"], **dynamic
-        )
-        # Published: the angles' sine and cosine are rounded to the activations' dtype.
-        return table[0].to(x.dtype), table[1].to(x.dtype)
-
-    def _mixin_table(self, x: Tensor, position_ids: Tensor) -> Table:
-        mixin = self.comemo_config.mixin_config
-        cos, sin = ops.rotary_table(position_ids, mixin.head_dim, mixin.rope_theta)
-        return cos.to(x.dtype), sin.to(x.dtype)
 
 
 class CoMemoModel(CoMemoPreTrainedModel):
@@ -549,11 +321,3 @@ def _loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         return losses.sum() / (labels != -100).sum()
     weights = weights[:, 1:].flatten() * (labels != -100)
     return (losses * weights).sum() / weights.sum()
-
-
-def _count_tokens(x: Tensor, attention_mask: Any, past_key_values: Any) -> Tensor:
-    """[B] tokens so far, padding not counted."""
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        return attention_mask.sum(1)
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
-    return torch.zeros(x.shape[0], device=x.device, dtype=torch.long) + (past + x.shape[1])

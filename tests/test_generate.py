@@ -11,7 +11,7 @@ from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 import comemo
-from comemo.model import MixinLayer
+from comemo.decoder import MixinLayer
 from comemo_kernels import ImageMemory
 
 CHATS = [
