@@ -1,12 +1,13 @@
 """What a checkpoint says of itself, read without its weights."""
 
+import json
 import math
 import os
 import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from comemo.config import CoMemoConfig
 
@@ -28,16 +29,26 @@ def read_config(directory: str | os.PathLike[str]) -> CoMemoConfig:
         The config.
 
     Raises:
-        ValueError: no such directory, no config in it, or one of another model.
-        OSError: a config that is no JSON.
+        ValueError: no such directory, no readable config in it, or one of another model.
     """
     if not os.path.isdir(directory):
         raise ValueError(
             f"there is no directory {str(directory)!r}; MODEL is the directory of a checkpoint, got"
             " for example by `hf download OWNER/NAME --local-dir DIRECTORY`"
         )
-    if not os.path.isfile(os.path.join(directory, "config.json")):
+    file = Path(directory) / "config.json"
+    if not file.is_file():
         raise ValueError(f"{str(directory)!r} holds no config.json: it is no checkpoint")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind != CoMemoConfig.model_type:
+        raise ValueError(
+            f"{str(directory)!r} is a checkpoint of another model: wanted model_type"
+            f" {CoMemoConfig.model_type!r}, got {kind!r}"
+        )
     return CoMemoConfig.from_pretrained(directory)
 
 
@@ -51,8 +62,7 @@ def describe_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
         Facts that can be written as JSON.
 
     Raises:
-        ValueError: no checkpoint of this model, or no safetensors in it.
-        SafetensorError: a damaged file of weights.
+        ValueError: no checkpoint of this model, no safetensors in it, or damaged ones.
     """
     config = read_config(directory)
     text, vision, mixin = config.text_config, config.vision_config, config.mixin_config
@@ -61,10 +71,8 @@ def describe_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{str(directory)!r} holds no safetensors: its weights are missing")
     parts: dict[str, dict[str, Any]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - not a dictionary
-                header = weights.get_slice(name)
-                _add(parts, _part_of(name), math.prod(header.get_shape()), header.get_dtype())
+        for name, shape, dtype in _headers(file):
+            _add(parts, _part_of(name), math.prod(shape), dtype)
     total = {
         "parameters": sum(part["parameters"] for part in parts.values()),
         "bytes": sum(part["bytes"] for part in parts.values()),
@@ -105,6 +113,16 @@ def describe_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
         "parts": {name: parts[name] for name in (*PARTS, "other") if name in parts},
         "total": total,
     }
+
+
+def _headers(file: Path) -> list[tuple[str, list[int], str]]:
+    """Name, shape and dtype of every tensor in a file."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            return [(name, s.get_shape(), s.get_dtype()) for name, s in slices.items()]
+    except SafetensorError as error:
+        raise ValueError(f"{str(file)!r} is no whole file of weights: {error}") from error
 
 
 def _part_of(weight: str) -> str:

@@ -1,0 +1,5 @@
+import sys
+
+from comemo.cli import main
+
+sys.exit(main())

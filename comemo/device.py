@@ -1,0 +1,114 @@
+"""Where to run and in which dtype. The model itself never asks."""
+
+import functools
+import time
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def default_device() -> torch.device:
+    """Choose CUDA before MPS before the CPU.
+
+    Returns:
+        The first of them that this machine has.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+@functools.cache
+def default_dtype(device: torch.device) -> torch.dtype:
+    """Choose the dtype that is fastest on a device.
+
+    Args:
+        device: where the model is to run.
+
+    Returns:
+        On an accelerator bfloat16, or float16 where it has no bfloat16. On a CPU bfloat16 if a
+        matrix product in it takes less time than in float32: without bfloat16 units it takes
+        several times as much. Measured once a process.
+    """
+    if device.type == "cpu":
+        seconds = _product_seconds(torch.float32)
+        faster = _product_seconds(torch.bfloat16, give_up=2 * seconds) < seconds
+        return torch.bfloat16 if faster else torch.float32
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        supported = _can_compute(device, torch.bfloat16)
+    return torch.bfloat16 if supported else torch.float16
+
+
+def parse_device(name: str | None) -> torch.device:
+    """Read a device's name.
+
+    Args:
+        name: such as "cpu", "cuda", "cuda:1"; None for `default_device`.
+
+    Returns:
+        The device.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name is None:
+        return default_device()
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"parse_device: this machine has no device {name!r}") from error
+    if device.type == "meta":
+        raise ValueError("parse_device: 'meta' computes nothing")
+    return device
+
+
+def parse_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Read a dtype's name.
+
+    Args:
+        name: a key of `DTYPES`, or "auto" for `default_dtype`.
+        device: where the model is to run.
+
+    Returns:
+        The dtype.
+
+    Raises:
+        ValueError: an unknown name, or the device cannot compute in this dtype.
+    """
+    if name == "auto":
+        return default_dtype(device)
+    if name not in DTYPES:
+        raise ValueError(f"parse_dtype: dtype must be auto or one of {list(DTYPES)}, got {name!r}")
+    if not _can_compute(device, DTYPES[name]):
+        raise ValueError(f"parse_dtype: {device} cannot compute in {name}: leave out --dtype")
+    return DTYPES[name]
+
+
+def _can_compute(device: torch.device, dtype: torch.dtype) -> bool:
+    try:
+        x = torch.ones(2, 2, device=device, dtype=dtype)
+        (x @ x).softmax(-1).sum().item()
+    except (RuntimeError, TypeError):  # a missing kernel; an MPS without bfloat16
+        return False
+    return True
+
+
+def _product_seconds(dtype: torch.dtype, give_up: float = float("inf")) -> float:
+    """Best time of a few products on the CPU; one of them past `give_up` settles it."""
+    a, b = torch.ones(256, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
+    best = float("inf")
+    for attempt in range(6):  # the first warms up
+        start = time.perf_counter()
+        a @ b
+        seconds = time.perf_counter() - start
+        if attempt:
+            best = min(best, seconds)
+            if seconds > max(give_up, 0.05):
+                break
+    return best

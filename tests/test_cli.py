@@ -1,0 +1,555 @@
+"""The command line as its users meet it: output, exit status, one line for what went wrong."""
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+import comemo
+from comemo import cli, demo, device, info, progress
+
+QUICK = ["--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads cost a tiny model more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cli") / "checkpoint"
+    demo.make_checkpoint(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def loaded(checkpoint):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return AutoModel.from_pretrained(checkpoint, dtype=torch.float32), tokenizer
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "harbour.png"
+    demo.draw_picture(320, 300).save(path)
+    return path
+
+
+def run(capsys, *argv, stdin=None, monkeypatch=None):
+    if stdin is not None:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    capsys.readouterr()
+    status = cli.main([str(word) for word in argv])
+    return status, *capsys.readouterr()
+
+
+def fails(capsys, *argv):
+    """The one line on stderr."""
+    status, out, err = run(capsys, *argv)
+    assert (status, out) == (2, "")
+    assert err.startswith("comemo: error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def expected(loaded, picture, question, pictures=1, grid=True, **options):
+    model, tokenizer = loaded
+    pixel_values, chosen = comemo.load_image(picture)
+    tiles = len(pixel_values)
+    return model.chat(
+        tokenizer,
+        torch.cat([pixel_values] * pictures),
+        question,
+        {"max_new_tokens": 6, **options},
+        num_patches_list=[tiles] * pictures,
+        target_aspect_ratio=[chosen] * pictures if grid else None,
+    )
+
+
+def test_help_and_version(capsys):
+    assert run(capsys)[:2] == (0, cli._parser().format_help())
+    for argv in (["--version"], ["chat", "--help"], ["map", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(argv)
+        assert ended.value.code == 0
+    assert comemo.__version__ in capsys.readouterr().out
+
+
+def test_chat_streams_what_chat_returns(capsys, checkpoint, loaded, picture):
+    status, out, err = run(capsys, "chat", checkpoint, "What?", "--image", picture, *QUICK)
+    assert (status, err) == (0, "")
+    assert out == expected(loaded, picture, "What?") + "\n"
+
+
+def test_question_may_follow_the_options(capsys, checkpoint, loaded, picture):
+    _, out, _ = run(capsys, "chat", checkpoint, "--image", picture, *QUICK, "What?")
+    assert out == expected(loaded, picture, "What?") + "\n"
+
+
+def test_every_picture_gets_its_mark(capsys, checkpoint, loaded, picture):
+    two = ["--image", picture, "--image", picture]
+    _, out, _ = run(capsys, "chat", checkpoint, "Same?", *two, *QUICK)
+    assert out == expected(loaded, picture, "<image>\n<image>\nSame?", 2) + "\n"
+    _, out, _ = run(capsys, "chat", checkpoint, "Is <image> like <image>?", *two, *QUICK)
+    assert out == expected(loaded, picture, "Is <image> like <image>?", 2) + "\n"
+    assert "3 <image> marks for 2 images" in fails(
+        capsys, "chat", checkpoint, "<image>" * 3, *two, *QUICK
+    )
+
+
+def test_options_reach_the_model(capsys, checkpoint, picture, monkeypatch):
+    seen = {}
+
+    def chat(self, tokenizer, pixel_values, question, options, **others):
+        seen.update(options, dtype=self.dtype, tiles=len(pixel_values), **others)
+        return "answer", [(question, "answer")]
+
+    monkeypatch.setattr(comemo.CoMemoForConditionalGeneration, "chat", chat)
+    wide = picture.with_name("wide.png")
+    Image.new("RGB", (900, 300)).save(wide)
+    argv = [
+        "chat",
+        checkpoint,
+        "What?",
+        "--image",
+        wide,
+        "--max-tiles",
+        "3",
+        "--system",
+        "Be brief",
+    ]
+    argv += ["--rope", "original", "--dtype", "bfloat16", "--num-beams", "3", "--top-k", "5"]
+    argv += ["--temperature", "0.5", "--repetition-penalty", "1.5"]
+    status, out, _ = run(capsys, *argv)
+    assert (status, out) == (0, "answer\n")
+    assert seen["target_aspect_ratio"] is None
+    assert seen["streamer"] is None
+    assert (seen["system_message"], seen["tiles"]) == ("Be brief", 4)
+    assert (seen["dtype"], seen["do_sample"], seen["temperature"]) == (torch.bfloat16, True, 0.5)
+    assert (seen["num_beams"], seen["top_k"], seen["repetition_penalty"]) == (3, 5, 1.5)
+    assert (seen["max_new_tokens"], seen["num_patches_list"]) == (512, [4])
+
+
+def test_original_rope(capsys, checkpoint, loaded, picture):
+    words = ["--image", picture, "--rope", "original", *QUICK]
+    _, out, _ = run(capsys, "chat", checkpoint, "What?", *words)
+    assert out == expected(loaded, picture, "What?", grid=False) + "\n"
+
+
+def test_beams_print_at_the_end(capsys, checkpoint, loaded, picture):
+    _, out, _ = run(
+        capsys, "chat", checkpoint, "What?", "--image", picture, "--num-beams", "2", *QUICK
+    )
+    assert out == expected(loaded, picture, "What?", num_beams=2) + "\n"
+
+
+def test_a_seed_repeats(capsys, checkpoint):
+    words = ["chat", checkpoint, "hello", "--sample", "--seed", "7", *QUICK]
+    first, again = run(capsys, *words), run(capsys, *words)
+    assert first == again
+    assert first[0] == 0
+
+
+def test_conversation_from_a_pipe(capsys, checkpoint, loaded, picture, monkeypatch):
+    model, tokenizer = loaded
+    pixel_values, grid = comemo.load_image(picture)
+    history, wanted = None, []
+    for question in ("One?", "Two?"):
+        answer, history = model.chat(
+            tokenizer,
+            pixel_values,
+            question,
+            {"max_new_tokens": 6},
+            history=history,
+            return_history=True,
+            target_aspect_ratio=grid,
+        )
+        wanted.append(answer)
+    status, out, err = run(
+        capsys,
+        *("chat", checkpoint, "--image", picture, *QUICK),
+        stdin="One?\n\nTwo?\n/new\nOne?\n/quit\nnever asked\n",
+        monkeypatch=monkeypatch,
+    )
+    assert (status, err) == (0, "")
+    assert out == "\n".join([*wanted, wanted[0]]) + "\n"
+
+
+def test_a_bad_question_does_not_end_a_conversation(capsys, checkpoint, monkeypatch):
+    status, out, err = run(
+        capsys,
+        *("chat", checkpoint, *QUICK),
+        stdin="see <image>\nhello\n",
+        monkeypatch=monkeypatch,
+    )
+    assert status == 2
+    assert out.count("\n") == 1
+    assert err.splitlines() == [
+        "comemo: error: wanted one <image> mark per image, got 1 <image> mark for 0 images"
+    ]
+
+
+def test_ctrl_c_stops_one_answer(capsys, checkpoint, loaded, picture, monkeypatch):
+    put, calls = progress.AnswerStreamer.put, []
+
+    def interrupt_once(self, value):
+        calls.append(value)
+        put(self, value)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(progress.AnswerStreamer, "put", interrupt_once)
+    status, out, err = run(
+        capsys,
+        *("chat", checkpoint, "--image", picture, "-v", *QUICK),
+        stdin="Stop me\nWhat?\n",
+        monkeypatch=monkeypatch,
+    )
+    assert status == 0
+    assert out.splitlines()[-1] == expected(loaded, picture, "What?")
+    assert "stopped" in err
+
+
+def test_ctrl_c_ends_a_single_question_quietly(capsys, checkpoint, monkeypatch):
+    def interrupt(self, value):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(progress.AnswerStreamer, "put", interrupt)
+    assert run(capsys, "chat", checkpoint, "hello", *QUICK) == (130, "", "")
+
+
+def test_at_a_terminal_an_empty_line_ends(capsys, checkpoint, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("hello\n\nnever asked\n"))
+    status = cli.main(["chat", str(checkpoint), *QUICK])
+    out, err = capsys.readouterr()
+    assert (status, out.count("\n"), err) == (0, 1, "> > ")
+
+
+def test_map(capsys, picture, tmp_path):
+    status, out, err = run(capsys, "map", picture, "-o", tmp_path / "map.png", "--bias", "20")
+    assert (status, out, err) == (0, f"{tmp_path / 'map.png'}\n", "")
+    with Image.open(tmp_path / "map.png") as drawn:
+        assert drawn.width > 400
+
+
+def test_info(capsys, checkpoint, loaded):
+    status, out, err = run(capsys, "info", checkpoint, "--json")
+    facts, model = json.loads(out), loaded[0]
+    assert (status, err) == (0, "")
+    assert facts == json.loads(json.dumps(info.describe_checkpoint(checkpoint)))
+    assert facts["total"]["parameters"] == model.num_parameters()
+    assert facts["total"]["bytes"] == 4 * model.num_parameters()
+    layers = model.model.language_model.layers
+    mixins = sum(p.numel() for layer in layers if layer.mixin for p in layer.mixin.parameters())
+    assert facts["parts"]["mixin layers"]["parameters"] == mixins
+    tower = sum(p.numel() for p in model.model.vision_tower.parameters())
+    assert facts["parts"]["vision tower"]["parameters"] == tower
+    assert facts["mixin"]["before_layers"] == [2, 4]
+    assert facts["memory_bytes_per_tile"]["float32"] == 2 * 2 * 4 * 64 * 256 * 4
+    _, out, _ = run(capsys, "info", checkpoint)
+    assert f"{model.num_parameters():,}" in out
+    assert max(map(len, out.splitlines()[1:])) <= 100
+
+
+def test_info_of_a_published_checkpoint(capsys, golden):
+    facts = info.describe_checkpoint(golden / "ckpt_a")
+    assert set(facts["parts"]) == set(info.PARTS)
+    assert facts["total"]["dtypes"] == ["BF16"]
+    assert facts["total"]["bytes"] == 2 * facts["total"]["parameters"]
+    assert (facts["tile_order"], facts["decode_positions"]) == ("column", "raw")
+
+
+def test_info_of_our_own_layout(tmp_path, loaded, checkpoint):
+    loaded[0].save_pretrained(tmp_path, save_original_format=False)
+    assert (
+        info.describe_checkpoint(tmp_path)["parts"] == info.describe_checkpoint(checkpoint)["parts"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["chat"], "MODEL"),
+        (["sing"], "invalid choice: 'sing'"),
+        (["chat", "M", "a", "b"], "unrecognized arguments: b"),
+        (["chat", "M", "a", "--colour"], "--colour"),
+        (["chat", "M", " "], "empty"),
+        (["chat", "/no/such", "a"], "no directory '/no/such'"),
+        (["info", "/no/such"], "no directory '/no/such'"),
+        (["chat", "M", "a", "--max-new-tokens", "0"], "at least 1, got '0'"),
+        (["chat", "M", "a", "--max-new-tokens", "many"], "got 'many'"),
+        (["chat", "M", "a", "--top-p", "1.5"], "at most 1, got '1.5'"),
+        (["chat", "M", "a", "--temperature", "nan"], "got 'nan'"),
+        (["chat", "M", "a", "--max-tiles", "5000"], "5000"),
+        (["chat", "M", "a", "--rope", "square"], "invalid choice: 'square'"),
+        (["chat", "M", "a", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["map", "/no/such.png", "-o", "map.png"], "/no/such.png"),
+        (["map", "/no/such.png"], "-o"),
+        (["map", "a.png", "-o", "a.png", "--bias", "-1"], "--bias"),
+        (["demo", "--image", "/no/such.png"], "/no/such.png"),
+        (["demo", "--tiles", "41"], "at most 40"),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys, argv, said):
+    assert said in fails(capsys, *argv)
+
+
+def test_mistakes_with_files(capsys, checkpoint, picture, tmp_path):
+    for path, said in (
+        (tmp_path / "no.png", "No such file"),
+        (tmp_path, "picture file"),
+        (checkpoint / "config.json", "not a picture"),
+    ):
+        assert said in fails(capsys, "chat", checkpoint, "a", "--image", path)
+    assert "no config.json" in fails(capsys, "chat", tmp_path, "a")
+    assert "no device 'abacus'" in fails(capsys, "chat", checkpoint, "a", "--device", "abacus")
+    assert ".png" in fails(capsys, "map", picture, "-o", tmp_path / "map.jpg")
+
+
+def broken(checkpoint, tmp_path, name, content=None):
+    """A copy without one file, or with other bytes in it."""
+    copy = tmp_path / "broken"
+    shutil.copytree(checkpoint, copy)
+    (copy / name).unlink()
+    if content is not None:
+        (copy / name).write_bytes(content)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("config.json", b"{", "JSON"),
+        ("config.json", b'{"model_type": "llama"}', "another model"),
+        ("config.json", b'{"model_type": "comemo_chat", "tile_order": "zigzag"}', "zigzag"),
+        ("config.json", b"[]", "another model"),
+        ("tokenizer.model", None, "tokenizer.model"),
+        ("tokenizer.model", b"no model", "damaged tokenizer"),
+        ("tokenizer_config.json", None, "name no <|im_end|>"),
+        ("model.safetensors", None, "safetensors"),
+        ("model.safetensors", b"no weights", "model.safetensors"),
+    ],
+)
+def test_broken_checkpoints(capsys, checkpoint, tmp_path, name, content, said):
+    copy = broken(checkpoint, tmp_path, name, content)
+    assert said in fails(capsys, "chat", copy, "a", *QUICK)
+    if not name.startswith("tokenizer"):
+        assert said in fails(capsys, "info", copy)
+
+
+def test_missing_weights_are_named(capsys, checkpoint, tmp_path):
+    copy = broken(checkpoint, tmp_path, "generation_config.json")
+    weights = load_file(copy / "model.safetensors")
+    del weights["mlp1.1.bias"]
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert "multi_modal_projector.1.bias" in fails(capsys, "chat", copy, "a", *QUICK)
+
+
+def test_debug_shows_the_traceback(capsys):
+    status, _, err = run(capsys, "chat", "/no/such", "a", "--debug")
+    assert status == 2
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("comemo: error: ")
+
+
+def test_out_of_memory_is_no_traceback(capsys, checkpoint, monkeypatch):
+    def chat(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
+
+    monkeypatch.setattr(comemo.CoMemoForConditionalGeneration, "chat", chat)
+    assert "out of memory" in fails(capsys, "chat", checkpoint, "a", *QUICK)
+
+
+def test_a_bug_is_a_traceback(checkpoint, monkeypatch):
+    def chat(self, *args, **kwargs):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(comemo.CoMemoForConditionalGeneration, "chat", chat)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        cli.main(["chat", str(checkpoint), "a", *QUICK])
+
+
+def test_settings_of_the_libraries_come_back(capsys, checkpoint):
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled(), list(warnings.filters)
+    run(capsys, "info", checkpoint)
+    fails(capsys, "info", "/no/such")
+    assert before == (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        list(warnings.filters),
+    )
+
+
+def test_a_long_word_comes_before_its_end():
+    out = io.StringIO()
+    streamer = progress.AnswerStreamer(Letters(), "<|im_end|>", out)
+    for value in ([[1]], list(b"a" * 100)):
+        streamer.put(torch.tensor(value))
+    assert len(out.getvalue()) > 50
+
+
+def test_a_reader_that_leaves(checkpoint):
+    """As `comemo info ... | true` does."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "comemo", "info", str(checkpoint)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 141
+
+
+def test_dtype_of_a_cpu_is_measured(monkeypatch):
+    cpu = torch.device("cpu")
+    for times, chosen in (((1.0, 3.0), torch.float32), ((1.0, 0.4), torch.bfloat16)):
+        seconds = dict(zip((torch.float32, torch.bfloat16), times, strict=True))
+        monkeypatch.setattr(
+            device, "_product_seconds", lambda dtype, give_up=0, seconds=seconds: seconds[dtype]
+        )
+        device.default_dtype.cache_clear()
+        assert device.default_dtype(cpu) == chosen
+    monkeypatch.undo()
+    device.default_dtype.cache_clear()
+    first = device.default_dtype(cpu)
+    monkeypatch.setattr(device, "_product_seconds", None)
+    assert device.default_dtype(cpu) == first
+    assert first in (torch.float32, torch.bfloat16)
+
+
+def test_dtype_of_an_accelerator(monkeypatch):
+    device.default_dtype.cache_clear()
+    for supported, chosen in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, s=supported, **__: s)
+        assert device.default_dtype.__wrapped__(torch.device("cuda")) == chosen
+        monkeypatch.setattr(device, "_can_compute", lambda *_, s=supported: s)
+        assert device.default_dtype.__wrapped__(torch.device("mps")) == chosen
+
+
+def test_device_names():
+    assert device.parse_device(None) == device.default_device()
+    assert device.parse_device("cpu") == torch.device("cpu")
+    for name in ("abacus", "meta", "cuda:99"):
+        with pytest.raises(ValueError, match=name):
+            device.parse_device(name)
+    with pytest.raises(ValueError, match="int8"):
+        device.parse_dtype("int8", torch.device("cpu"))
+
+
+def hooks(model):
+    return sum(len(module._forward_hooks) for module in model.modules())
+
+
+def test_hooks_go_even_on_an_error(loaded):
+    model = loaded[0]
+    before = hooks(model)
+
+    def fail():
+        with progress.reading_bar(model, True):
+            assert hooks(model) == before + 2 + 4
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert hooks(model) == before
+
+
+def test_bar_counts_its_own_thread_only(loaded, picture, capsys):
+    model, tokenizer = loaded
+    pixel_values, grid = comemo.load_image(picture)
+
+    def chat():
+        model.chat(tokenizer, pixel_values, "a", {"max_new_tokens": 3}, target_aspect_ratio=grid)
+
+    with progress.reading_bar(model, True) as bar:
+        assert bar.state() == ("seeing the pictures", 0, 2)
+        other = threading.Thread(target=chat)
+        other.start()
+        other.join()
+        assert bar.calls == {"vision": 0, "text": 0}
+        chat()
+        assert bar.calls["vision"] == 2
+        assert bar.state()[0] == "writing"
+        assert bar.calls["text"] % 4 == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_bar_shows_after_its_delay_if_forced(loaded, capsys):
+    model = loaded[0]
+    for delay, shown in ((0.0, True), (60.0, False)):
+        with progress.reading_bar(model, True, delay=delay, force=True) as bar:
+            for _ in range(100):
+                if not shown or "seeing the pictures" in capsys.readouterr().err:
+                    break
+                bar._closed.wait(0.05)
+            else:
+                pytest.fail("no bar")
+            bar.close()
+            bar.close()
+    assert "seeing" not in capsys.readouterr().err
+
+
+class Screen(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Letters:
+    """A tokenizer whose ids are bytes."""
+
+    def decode(self, ids, skip_special_tokens):
+        return bytes(ids).decode("utf-8", "replace").replace(" n't", "n't")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Two words",
+        "  indented\n\n    - a list\n    - of two\n",
+        "图中有一只猫。It is 黑色 🐈.",
+        "I do n't know",
+        "the end<|im_end|> and more",
+        "https://example.org/" + 60 * "a" + "<|im_end|>",
+        "",
+    ],
+)
+def test_streamed_text_is_the_answer(text):
+    out, started = io.StringIO(), []
+    streamer = progress.AnswerStreamer(
+        Letters(), "<|im_end|>", out, before=lambda: started.append(out.getvalue())
+    )
+    streamer.put(torch.tensor([[1]]))
+    wanted = text.split("<|im_end|>")[0].strip().replace(" n't", "n't")
+    for byte in text.encode():
+        streamer.put(torch.tensor([byte]))
+        assert wanted.startswith(out.getvalue())
+    streamer.end()
+    assert out.getvalue() == wanted + "\n"
+    assert started == [""]
+
+
+def test_answers_cannot_steer_a_terminal():
+    for out, wanted in ((Screen(), "\ufffd[2J\tx\n"), (io.StringIO(), "\x1b[2J\tx\n")):
+        progress.AnswerStreamer(Letters(), "<|im_end|>", out).write("\x1b[2J\tx\n")
+        assert out.getvalue() == wanted
