@@ -18,8 +18,8 @@ from torch import Tensor
 import comemo_kernels as ops
 from bench import measure
 from comemo import CoMemoConfig, CoMemoForConditionalGeneration
-from comemo.demo import RecomputedMemory
 from comemo.decoder import MixinLayer
+from comemo.demo import RecomputedMemory
 from comemo_kernels import ImageMemory
 
 SIZES: dict[str, dict[str, dict[str, int]]] = {

@@ -111,6 +111,7 @@ class CoMemoChat:
             ValueError: as of `chat`.
         """
         config, model = self.config, self.model
+        check_tokenizer(tokenizer, prompts.stop_text(config.template))
         tiles, grids = check_pictures(
             pixel_values, num_patches_list, target_aspect_ratio, config.use_thumbnail
         )
@@ -136,6 +137,22 @@ class CoMemoChat:
             "position_ids": position_ids,
             "image_memory": memory,
         }
+
+
+def check_tokenizer(tokenizer: Any, stop: str) -> None:
+    """Refuse a tokenizer in which control tokens are no tokens: prompts would be wrong words.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    wanted = (prompts.IMAGE_START, prompts.IMAGE_CONTEXT, prompts.IMAGE_END, stop)
+    known = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        raise ValueError(
+            f"chat: the tokenizer must hold {list(wanted)} as added tokens, {missing} are missing:"
+            " is the checkpoint's tokenizer_config.json there?"
+        )
 
 
 def check_pictures(

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer
 
 from comemo import __version__, images, info, prompts
+from comemo.chat import check_tokenizer
 from comemo.config import CHOICES
 from comemo.device import DTYPES, parse_device, parse_dtype
 from comemo.progress import AnswerStreamer, hushed, reading_bar
@@ -189,13 +190,8 @@ class _Session:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, config = args, info.read_config(args.model)
         self.stop = prompts.stop_text(config.template)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(args.model)
-        except RuntimeError as error:  # of sentencepiece
-            raise ValueError(f"{args.model!r} has a damaged tokenizer: {error}") from error
-        for token in (self.stop, prompts.IMAGE_CONTEXT):
-            if self.tokenizer.convert_tokens_to_ids(token) in (None, self.tokenizer.unk_token_id):
-                raise ValueError(f"the tokenizer files of {args.model!r} name no {token}")
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        check_tokenizer(self.tokenizer, self.stop)  # before minutes of loading weights
         max_num = args.max_tiles or config.max_dynamic_patch
         tiles, self.grids = [], []
         for path in args.image:

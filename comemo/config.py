@@ -126,6 +126,12 @@ class CoMemoConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, llm_config: dict | None = None, **kwargs: Any) -> None:
+        parts = {"llm_config": llm_config} | {
+            name: getattr(self, name) for name in self.sub_configs
+        }
+        for name, part in parts.items():
+            if not isinstance(part, (dict, PreTrainedConfig, type(None))):
+                raise ValueError(f"CoMemoConfig: {name} must be a dictionary, got {part!r}")
         if llm_config is not None:
             architecture = (llm_config.get("architectures") or [self.llm_architecture])[0]
             self.llm_architecture = architecture

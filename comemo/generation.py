@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
 
 from comemo_kernels import ImageMemory
 
@@ -93,21 +92,19 @@ class CoMemoGeneration:
                 inputs["query_position_ids"] = query[:, -tokens:].clone()
         return inputs
 
-    @staticmethod
     def _expand_inputs_for_generation(
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: Tensor | None = None,
-        **model_kwargs: Any,
+        self, input_ids: Tensor | None = None, expand_size: int = 1, **model_kwargs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
+        # Tiles and memory are shared by a prompt's beams, everything else is repeated.
         memory, pixel_values = (model_kwargs.pop(k, None) for k in ("image_memory", "pixel_values"))
-        input_ids, model_kwargs = GenerationMixin._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
+            input_ids=input_ids, expand_size=expand_size, **model_kwargs
         )
-        if memory is not None and expand_size > 1:
-            memory = memory.repeat_interleave(expand_size)
-        model_kwargs.update(image_memory=memory, pixel_values=pixel_values)
-        return input_ids, {k: v for k, v in model_kwargs.items() if v is not None}
+        if memory is not None:
+            model_kwargs["image_memory"] = memory.repeat_interleave(expand_size)
+        if pixel_values is not None:
+            model_kwargs["pixel_values"] = pixel_values
+        return input_ids, model_kwargs
 
     def _get_candidate_generator(
         self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any

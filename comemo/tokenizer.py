@@ -31,7 +31,7 @@ class InternLM2Tokenizer(SentencePieceBackend):
         **kwargs: as of any transformers tokenizer.
 
     Raises:
-        ValueError: there is no `vocab_file`.
+        ValueError: there is no `vocab_file`, or it is no sentencepiece model.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
@@ -50,15 +50,20 @@ class InternLM2Tokenizer(SentencePieceBackend):
     ):
         if not vocab_file:
             raise ValueError("InternLM2Tokenizer: wanted the path of a tokenizer.model, got none")
-        super().__init__(
-            vocab_file=vocab_file,
-            unk_token=unk_token,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            pad_token=pad_token,
-            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            **{key: value for key, value in kwargs.items() if key not in LOADING_KEYS},
-        )
+        try:
+            super().__init__(
+                vocab_file=vocab_file,
+                unk_token=unk_token,
+                bos_token=bos_token,
+                eos_token=eos_token,
+                pad_token=pad_token,
+                clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+                **{key: value for key, value in kwargs.items() if key not in LOADING_KEYS},
+            )
+        except RuntimeError as error:  # what sentencepiece raises
+            raise ValueError(
+                f"InternLM2Tokenizer: wanted a sentencepiece model, got {vocab_file}: {error}"
+            ) from error
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
         self.special_tokens_pattern = "prefix_suffix"

@@ -185,3 +185,9 @@ def test_an_exception_in_the_middle_leaves_the_next_answer_right(model, tokenize
     with pytest.raises(Interrupt):
         model.chat(*ask, target_aspect_ratio=[(2, 1)], streamer=Stop(tokenizer))
     assert model.chat(*ask, target_aspect_ratio=[(2, 1)]) == wanted
+
+
+def test_a_tokenizer_without_the_control_tokens_is_refused(model, tokenizer, checkpoint):
+    bare = type(tokenizer)(vocab_file=str(checkpoint / "tokenizer.model"))
+    with pytest.raises(ValueError, match=r"'<IMG_CONTEXT>'.* are missing"):
+        model.chat(bare, None, "hi", GREEDY)

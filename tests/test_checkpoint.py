@@ -420,6 +420,8 @@ def test_a_config_of_another_model_is_refused(directory):
         ({"mixin": {"vision_dim": 64}}, r"hidden_size 32, got \(32, 64\)"),
         ({"llm": {"rope_scaling": {"type": "yarn", "factor": 2.0}}}, "got 'yarn'"),
         ({"llm": {"architectures": ["Qwen2ForCausalLM"]}}, "llm_architecture must be one of"),
+        ({"top": {"llm_config": 3}}, "llm_config must be a dictionary, got 3"),
+        ({"top": {"vision_config": []}}, r"vision_config must be a dictionary, got \[\]"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(change, message):

@@ -2,6 +2,7 @@ import copy
 import io
 import json
 import re
+import shutil
 
 import pytest
 import sentencepiece
@@ -235,3 +236,10 @@ def test_overlapping_names_and_unknown_characters(with_dummy_prefix):
     for text in ("<<x>", "¤¥", "a¤¥¥b"):
         ids = tokenizer(escape(text, tokenizer), add_special_tokens=False)["input_ids"]
         assert not control_ids(tokenizer) & set(ids), text
+
+
+def test_a_damaged_model_file_is_named(tmp_path, checkpoint):
+    shutil.copytree(checkpoint, tmp_path / "ckpt")
+    (tmp_path / "ckpt" / "tokenizer.model").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"wanted a sentencepiece model, got .*tokenizer\.model"):
+        InternLM2Tokenizer.from_pretrained(tmp_path / "ckpt")
