@@ -5,6 +5,7 @@ code; here they become transformers' `LlamaConfig` and `InternVLVisionConfig` an
 `MixinConfig`. Only known keys are taken over: an old file carries some seventy legacy ones.
 """
 
+from copy import deepcopy
 from typing import Any
 
 from transformers import LlamaConfig, PreTrainedConfig
@@ -16,13 +17,14 @@ PUBLISHED_BEHAVIOUR = {
     "decode_positions": "raw",
     "ntk_length": "token_count",
 }
+LLM_MODEL_TYPES = {"InternLM2ForCausalLM": "internlm2", "LlamaForCausalLM": "llama"}
 CHOICES: dict[str, tuple[str, ...]] = {
     "rope": ("dhr", "original"),
     "tile_order": ("row", "column"),
     "decode_positions": ("compressed", "raw"),
     "ntk_length": ("position", "token_count"),
     "ps_version": ("v1", "v2"),
-    "llm_architecture": ("InternLM2ForCausalLM", "LlamaForCausalLM"),
+    "llm_architecture": tuple(LLM_MODEL_TYPES),
 }
 
 LLM_KEYS = (
@@ -135,7 +137,7 @@ class CoMemoConfig(PreTrainedConfig):
         if llm_config is not None:
             architecture = (llm_config.get("architectures") or [self.llm_architecture])[0]
             self.llm_architecture = architecture
-            self.rope_scaling = llm_config.get("rope_scaling")
+            self.rope_scaling = deepcopy(llm_config.get("rope_scaling"))
             self.text_config = _text_from_published(llm_config, architecture)
         elif self.text_config is None:
             self.text_config = _text_from_published({}, self.llm_architecture)
@@ -211,7 +213,7 @@ class CoMemoConfig(PreTrainedConfig):
         text, rope_scaling = output.pop("text_config"), output.pop("rope_scaling")
         output["llm_config"] = {key: text[key] for key in LLM_KEYS} | {
             "architectures": [self.llm_architecture],
-            "model_type": {"I": "internlm2", "L": "llama"}[self.llm_architecture[0]],
+            "model_type": LLM_MODEL_TYPES[self.llm_architecture],
             "rope_theta": self.text_config.rope_parameters["rope_theta"],
             "rope_scaling": rope_scaling,
             _bias_key(self.llm_architecture): text["attention_bias"],

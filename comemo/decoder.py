@@ -64,10 +64,11 @@ class MixinLayer(nn.Module):
         """x [B, N, d] -> [B, N, d]; prompts without any image pass unchanged."""
         q = self.q_proj(self.attn_norm(x)).unflatten(-1, (self.num_heads, self.head_dim))
         q = ops.apply_rotary(q, *table)  # [B, N, H, D]
-        read = self.o_proj(ops.attend_images(q, key, value, memory.spans).flatten(2))
+        spans = memory.spans.to(x.device)  # layers may lie on several devices
+        read = self.o_proj(ops.attend_images(q, key, value, spans).flatten(2))
         y = x + self.attn_gate.tanh() * read
         y = y + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(y))
-        return y if memory.active is None else torch.where(memory.active, y, x)
+        return y if memory.active is None else torch.where(memory.active.to(x.device), y, x)
 
 
 class CoMemoAttention(LlamaAttention):

@@ -41,7 +41,15 @@ class CoMemoGeneration:
             mask = torch.ones_like(input_ids) if mask is None else mask
             kwargs["attention_mask"] = mask
             has_images = pixel_values is not None or memory is not None
-            image_mask = model.find_image_tokens(input_ids) if has_images else mask < 0
+            if has_images or self.config.image_token_id is not None:
+                image_mask = model.find_image_tokens(input_ids)
+            else:
+                image_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+            if not has_images and image_mask.any():
+                raise ValueError(
+                    f"generate: the prompts hold {image_mask.sum(1).tolist()} image tokens, got"
+                    " neither pixel_values nor an image_memory"
+                )
             kwargs["position_ids"] = ids = model.prompt_position_ids(
                 image_mask, mask, grid if has_images else None
             )
@@ -112,16 +120,14 @@ class CoMemoGeneration:
         """Drafts of an assistant come from its own view of the images, or from the text alone."""
         assistant, theirs = kwargs.get("assistant_model"), dict(model_kwargs)
         pixel_values = theirs.pop("pixel_values", None)
-        if isinstance(assistant, CoMemoGeneration):
-            if pixel_values is not None and theirs.get("image_memory") is not None:
-                input_ids, ids = kwargs["input_ids"], theirs["position_ids"]
-                image_mask = assistant.model.find_image_tokens(input_ids)
-                theirs["image_memory"] = assistant.model.build_image_memory(
-                    pixel_values, image_mask, ids
-                )
-        else:
-            for name in ("image_memory", "prompt_length"):
-                theirs.pop(name, None)
+        theirs.pop("image_memory", None)  # of this model's weights
+        if not isinstance(assistant, CoMemoGeneration):
+            theirs.pop("prompt_length", None)
+        elif pixel_values is not None:
+            image_mask = assistant.model.find_image_tokens(kwargs["input_ids"])
+            theirs["image_memory"] = assistant.model.build_image_memory(
+                pixel_values, image_mask, theirs["position_ids"]
+            )
         return super()._get_candidate_generator(  # type: ignore[misc]
             *args, model_kwargs=theirs, **kwargs
         )
