@@ -87,16 +87,16 @@ class CoMemoGeneration:
             **kwargs,
         )
         inputs["image_memory"] = image_memory
-        tokens = inputs["position_ids"].shape[1]
-        if attention_mask is not None:
-            inputs["token_counts"] = attention_mask.sum(1)
+        if position_ids is not None:
+            # Newer transformers drop a mask of ones.
+            mask = torch.ones_like(position_ids) if attention_mask is None else attention_mask
+            inputs["token_counts"] = mask.sum(1)
             raw = self.config.decode_positions == "raw"
             if raw and image_memory is not None and prompt_length is not None:
                 # Published: behind the prompt, mixin queries stand at the count of tokens.
-                place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-                query = torch.where(
-                    place < prompt_length, position_ids, attention_mask.long().cumsum(1) - 1
-                )
+                place = torch.arange(mask.shape[1], device=mask.device)
+                query = torch.where(place < prompt_length, position_ids, mask.long().cumsum(1) - 1)
+                tokens = inputs["position_ids"].shape[1]
                 inputs["query_position_ids"] = query[:, -tokens:].clone()
         return inputs
 
