@@ -77,7 +77,8 @@ class CoMemoChat:
             options = {"pad_token_id": tokenizer.pad_token_id} | dict(generation_config or {})
         options["eos_token_id"] = tokenizer.convert_tokens_to_ids(stop)
         output = self.generate(**inputs, **options, streamer=streamer)
-        answer = tokenizer.decode(output[0], skip_special_tokens=True).split(stop)[0].strip()
+        text = tokenizer.decode(output[0, 1:], skip_special_tokens=True)
+        answer = text.split(stop)[0].strip()
         if verbose:
             print(_shorten(prompt), answer)
         if not return_history:

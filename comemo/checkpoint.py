@@ -19,8 +19,11 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
 )
+from transformers.utils import cached_file
 
 from comemo.config import CoMemoConfig
+
+HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 # Regular expression of the published name -> name here. Order matters when saving: the table is
 # read from its end, and a more special name (.mixin.mlp.) must come before a general one (.mlp.).
@@ -168,6 +171,8 @@ class PublishedCheckpoint:
         directory = pretrained_model_name_or_path
         if directory is not None and os.path.isdir(directory):
             _check_files(Path(directory), kwargs.get("config") is not None)
+            if kwargs.get("distributed_config") or kwargs.get("tp_plan"):
+                _refuse_sharding(Path(directory))
         kwargs["use_safetensors"] = True
         kwargs["ignore_mismatched_sizes"] = True  # reported below, all at once
         wants_info = kwargs.pop("output_loading_info", False)
@@ -182,7 +187,7 @@ class PublishedCheckpoint:
         if faults:
             raise ValueError(f"{cls.__name__}.from_pretrained({directory}): " + "; ".join(faults))
         if directory is not None:
-            _read_token_ids(model, Path(directory))
+            _read_token_ids(model, directory, {k: kwargs[k] for k in HUB_OPTIONS if k in kwargs})
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -211,12 +216,30 @@ def _check_files(directory: Path, has_config: bool) -> None:
             raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
 
 
-def _read_token_ids(model: Any, directory: Path) -> None:
+def _refuse_sharding(directory: Path) -> None:
+    """The loader cuts a tensor into shards before it is converted: fused ones would be torn."""
+    for file in directory.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            names = list(weights.keys())
+            if any(name.startswith(("language_model.", "vision_model.")) for name in names):
+                raise ValueError(
+                    f"from_pretrained({directory}): sharded loading needs our own layout, got the"
+                    " published one: load it whole and save_pretrained(...,"
+                    " save_original_format=False) first"
+                )
+
+
+def _read_token_ids(model: Any, directory: Any, hub_options: dict[str, Any]) -> None:
     """Fill in what published configs leave to the tokenizer: image token, end of a turn."""
-    file = directory / "tokenizer_config.json"
-    if not file.is_file():
+    file = cached_file(
+        directory,
+        "tokenizer_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        **hub_options,
+    )
+    if file is None:
         return
-    added = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+    added = json.loads(Path(file).read_text(encoding="utf-8")).get("added_tokens_decoder", {})
     ids = {token["content"]: int(index) for index, token in added.items()}
     if model.config.image_token_id is None:
         model.config.image_token_id = ids.get("<IMG_CONTEXT>")

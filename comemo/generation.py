@@ -12,6 +12,7 @@ class CoMemoGeneration:
     """`generate` for prompts with images; everything it needs travels in its arguments."""
 
     config: Any
+    generation_config: Any
     model: Any
 
     @torch.no_grad()
@@ -54,6 +55,13 @@ class CoMemoGeneration:
                 image_mask, mask, grid if has_images else None
             )
             self._check_range(ids, mask, has_images)
+            chosen = kwargs.get("generation_config") or self.generation_config
+            chunk = kwargs.get("prefill_chunk_size") or chosen.prefill_chunk_size
+            if has_images and chunk is not None:
+                raise ValueError(
+                    "generate: prefill_chunk_size must be None for prompts with images, got"
+                    f" {chunk}"
+                )
             if memory is not None:
                 _check_same_images(memory, ids[image_mask])
             elif pixel_values is not None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from comemo.images import Grid, Source, open_image, split_tiles
-from comemo_kernels import reference
+from comemo_kernels import image_position_ids
 
 Colour: TypeAlias = tuple[int, int, int]
 
@@ -51,7 +51,7 @@ def token_ids(
     Raises:
         ValueError: an unknown tile order, a negative grid or a side below 1.
     """
-    ids = reference.image_position_ids(grid, side, tile_order, bias, use_thumbnail)
+    ids = image_position_ids(grid, side, tile_order, bias, use_thumbnail)
     return ids.view(-1, side, side)
 
 

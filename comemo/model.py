@@ -55,6 +55,8 @@ class CoMemoPreTrainedModel(PublishedCheckpoint, PreTrainedModel):
 class CoMemoModel(CoMemoPreTrainedModel):
     """Vision tower, projector and decoder."""
 
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+
     def __init__(self, config: CoMemoConfig) -> None:
         super().__init__(config)
         channels = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
@@ -155,12 +157,22 @@ class CoMemoModel(CoMemoPreTrainedModel):
     def embed(
         self, input_ids: Tensor, image_mask: Tensor | None, memory: ImageMemory | None
     ) -> Tensor:
-        """Embeddings [B, N, d] of a whole prompt, image tokens taken from the memory's media."""
+        """Embeddings [B, N, d] of whole prompts, image tokens taken from the memory's media.
+
+        Raises:
+            ValueError: prompts with fewer image tokens than their memory, or spans per token.
+        """
         embeds = self.get_input_embeddings()(input_ids)
         if memory is None or memory.media is None or image_mask is None:
             return embeds
         # Token j of prompt b's images is media[start_b + j]: beams share their prompt's media.
-        start, end = memory.spans[:, 0].to(embeds.device).split(1, dim=-1)  # [B, 1]
+        spans = memory.spans.to(embeds.device)
+        start, end = spans[:, 0].split(1, dim=-1)  # [B, 1]
+        if spans.shape[1] != 1 or (image_mask.sum(1, keepdim=True) < end - start).any():
+            raise ValueError(
+                f"embed: prompts with {image_mask.sum(1).tolist()} image tokens must hold the whole"
+                f" image memory, whose spans are {tuple(spans.shape)}: {spans[:, 0].tolist()}"
+            )
         index = start + image_mask.long().cumsum(1) - 1
         image_mask = image_mask & (index < end)  # an image token that was generated is a word
         index = index[image_mask]

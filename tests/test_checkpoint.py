@@ -264,6 +264,15 @@ def test_native_layout_loads_too(tmp_path, checkpoint, model):
         assert torch.equal(ours, theirs), name
 
 
+def test_the_model_without_its_head_loads_too(checkpoint, model):
+    base = comemo.CoMemoModel.from_pretrained(checkpoint, dtype=torch.float32)
+    for (name, ours), theirs in zip(
+        base.state_dict().items(), model.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+    assert base.config.image_token_id == model.config.image_token_id
+
+
 def test_recorded_checkpoint_round_trips(tmp_path, checkpoint):
     AutoModel.from_pretrained(checkpoint).save_pretrained(tmp_path)
     wanted = load_file(checkpoint / "model.safetensors")
@@ -402,6 +411,11 @@ def test_a_truncated_file_is_an_error(directory):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"model\.safetensors.*not a whole safetensors file"):
         AutoModel.from_pretrained(directory)
+
+
+def test_sharded_loading_of_the_published_layout_is_refused(directory):
+    with pytest.raises(ValueError, match="sharded loading needs our own layout"):
+        AutoModel.from_pretrained(directory, tp_plan="auto")
 
 
 def test_a_config_of_another_model_is_refused(directory):

@@ -406,6 +406,8 @@ def test_image_marks_need_their_tiles(model, prompts_of):
         model.generate(**batch, pixel_values=tiles[:2])
     with pytest.raises(ValueError, match="1 grids of 256 image tokens"):
         model.generate(**batch | {"tile_grid": [(1, 1)]}, pixel_values=tiles)
+    with pytest.raises(ValueError, match=r"prefill_chunk_size must be None .* got 64"):
+        model.generate(**batch, pixel_values=tiles, prefill_chunk_size=64)
     with pytest.raises(ValueError, match=r"hold \[768\] image tokens, got neither"):
         model.generate(**{k: v for k, v in batch.items() if k != "tile_grid"})
     model.config.image_token_id = None

@@ -51,6 +51,13 @@ def test_a_memory_without_its_media_says_so(model):
         model(input_ids=torch.tensor([[5]]), image_memory=memory)
 
 
+def test_a_prompt_without_its_image_tokens_says_so(model):
+    memory = ImageMemory.from_media(torch.randn(4, 128), torch.arange(4), [4])
+    image_id = model.config.image_token_id
+    with pytest.raises(ValueError, match=r"prompts with \[2\] image tokens must hold the whole"):
+        model(input_ids=torch.tensor([[5, image_id, image_id, 7]]), image_memory=memory)
+
+
 def test_keys_and_values_own_no_more_than_they_hold(model):
     """A view into the projection's output would hold twice the bytes that `nbytes` tells."""
     layer = model.model.language_model.layers[1].mixin
