@@ -190,6 +190,12 @@ class _Session:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, config = args, info.read_config(args.model)
         self.stop = prompts.stop_text(config.template)
+        # What transformers says of a missing file is about other kinds of tokenizers.
+        held = set(os.listdir(args.model))
+        if "tokenizer_config.json" not in held:
+            raise ValueError(f"{args.model!r} has no tokenizer_config.json")
+        if not held & {"tokenizer.model", "tokenizer.json"}:
+            raise ValueError(f"{args.model!r} has neither tokenizer.model nor tokenizer.json")
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
         check_tokenizer(self.tokenizer, self.stop)  # before minutes of loading weights
         max_num = args.max_tiles or config.max_dynamic_patch

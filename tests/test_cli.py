@@ -345,7 +345,7 @@ def broken(checkpoint, tmp_path, name, content=None):
         ("config.json", b"[]", "another model"),
         ("tokenizer.model", None, "tokenizer.model"),
         ("tokenizer.model", b"no model", "wanted a sentencepiece model"),
-        ("tokenizer_config.json", None, "are missing"),
+        ("tokenizer_config.json", None, "has no tokenizer_config.json"),
         ("model.safetensors", None, "safetensors"),
         ("model.safetensors", b"no weights", "model.safetensors"),
     ],
