@@ -3,12 +3,15 @@
 import json
 import shutil
 
+import oracle
 import pytest
 import torch
+from harness import assert_relative
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
 import comemo
+import comemo_kernels as ops
 from comemo import CoMemoConfig, CoMemoForConditionalGeneration
 
 TEXT = {
@@ -216,6 +219,30 @@ def test_every_variant_round_trips_bit_for_bit(tmp_path, name):
     with torch.no_grad():
         assert torch.equal(again(**batch).logits, logits)
     assert again.config.to_diff_dict() == model.config.to_diff_dict()
+
+
+@pytest.mark.parametrize("order", ["row", "column"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_computes_what_its_weights_say(tmp_path, name, order):
+    config = published_config(**VARIANTS[name]) | {"tile_order": order}
+    weights = published_weights(config)
+    model = AutoModel.from_pretrained(write(tmp_path / "in", config, weights)).eval()
+    batch = example(model, grid=(2, 3))
+    input_ids, side = batch["input_ids"][0], model.config.side
+    image = (input_ids == 7).nonzero()[:, 0]
+    ids = torch.empty_like(input_ids)
+    ids[: image[0]] = torch.arange(3)
+    ids[image] = ops.image_position_ids((2, 3), side, order, bias=3)
+    ids[image[-1] + 1 :] = 3 + side**2 + torch.arange(6)
+    wanted = oracle.logits(
+        {key: weight.double() for key, weight in weights.items()},
+        config,
+        *(input_ids, ids, 7),
+        batch["pixel_values"].double(),
+    )
+    with torch.no_grad():
+        found = model(**batch).logits[0]
+    assert_relative(found, wanted.float())
 
 
 def test_layouts_of_both_language_models_agree(tmp_path):
