@@ -7,8 +7,10 @@ from types import ModuleType
 import pytest
 import torch
 from hypothesis import settings
+from transformers import AutoModel, AutoTokenizer
 
 import comemo
+from comemo import demo
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
@@ -69,3 +71,35 @@ def processor(checkpoint):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Threads cost a tiny model more than they give."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint(tmp_path_factory):
+    """The tiny checkpoint that `comemo demo` makes."""
+    directory = tmp_path_factory.mktemp("demo") / "checkpoint"
+    demo.make_checkpoint(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def loaded(demo_checkpoint):
+    """Model and tokenizer of `demo_checkpoint`."""
+    tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint)
+    return AutoModel.from_pretrained(demo_checkpoint, dtype=torch.float32), tokenizer
+
+
+@pytest.fixture(scope="session")
+def picture_file(tmp_path_factory):
+    """A PNG of the picture that `comemo demo` draws."""
+    path = tmp_path_factory.mktemp("pictures") / "harbour.png"
+    demo.draw_picture(320, 300).save(path)
+    return path

@@ -6,49 +6,29 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import warnings
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
 import comemo
-from comemo import cli, demo, device, info, progress
+from comemo import cli, info, progress
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ["--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost a tiny model more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(scope="module")
+def checkpoint(demo_checkpoint):
+    return demo_checkpoint
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("cli") / "checkpoint"
-    demo.make_checkpoint(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def loaded(checkpoint):
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    return AutoModel.from_pretrained(checkpoint, dtype=torch.float32), tokenizer
-
-
-@pytest.fixture(scope="module")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "harbour.png"
-    demo.draw_picture(320, 300).save(path)
-    return path
+def picture(picture_file):
+    return picture_file
 
 
 def run(capsys, *argv, stdin=None, monkeypatch=None):
@@ -400,14 +380,6 @@ def test_settings_of_the_libraries_come_back(capsys, checkpoint):
     )
 
 
-def test_a_long_word_comes_before_its_end():
-    out = io.StringIO()
-    streamer = progress.AnswerStreamer(Letters(), "<|im_end|>", out)
-    for value in ([[1]], list(b"a" * 100)):
-        streamer.put(torch.tensor(value))
-    assert len(out.getvalue()) > 50
-
-
 def test_a_reader_that_leaves(checkpoint):
     """As `comemo info ... | true` does."""
     process = subprocess.Popen(
@@ -419,137 +391,3 @@ def test_a_reader_that_leaves(checkpoint):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(60) == 141
-
-
-def test_dtype_of_a_cpu_is_measured(monkeypatch):
-    cpu = torch.device("cpu")
-    for times, chosen in (((1.0, 3.0), torch.float32), ((1.0, 0.4), torch.bfloat16)):
-        seconds = dict(zip((torch.float32, torch.bfloat16), times, strict=True))
-        monkeypatch.setattr(
-            device, "_product_seconds", lambda dtype, give_up=0, seconds=seconds: seconds[dtype]
-        )
-        device.default_dtype.cache_clear()
-        assert device.default_dtype(cpu) == chosen
-    monkeypatch.undo()
-    device.default_dtype.cache_clear()
-    first = device.default_dtype(cpu)
-    monkeypatch.setattr(device, "_product_seconds", None)
-    assert device.default_dtype(cpu) == first
-    assert first in (torch.float32, torch.bfloat16)
-
-
-def test_dtype_of_an_accelerator(monkeypatch):
-    device.default_dtype.cache_clear()
-    for supported, chosen in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, s=supported, **__: s)
-        assert device.default_dtype.__wrapped__(torch.device("cuda")) == chosen
-        monkeypatch.setattr(device, "_can_compute", lambda *_, s=supported: s)
-        assert device.default_dtype.__wrapped__(torch.device("mps")) == chosen
-
-
-def test_device_names():
-    assert device.parse_device(None) == device.default_device()
-    assert device.parse_device("cpu") == torch.device("cpu")
-    for name in ("abacus", "meta", "cuda:99"):
-        with pytest.raises(ValueError, match=name):
-            device.parse_device(name)
-    with pytest.raises(ValueError, match="int8"):
-        device.parse_dtype("int8", torch.device("cpu"))
-
-
-def hooks(model):
-    return sum(len(module._forward_hooks) for module in model.modules())
-
-
-def test_hooks_go_even_on_an_error(loaded):
-    model = loaded[0]
-    before = hooks(model)
-
-    def fail():
-        with progress.reading_bar(model, True):
-            assert hooks(model) == before + 2 + 4
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert hooks(model) == before
-
-
-def test_bar_counts_its_own_thread_only(loaded, picture, capsys):
-    model, tokenizer = loaded
-    pixel_values, grid = comemo.load_image(picture)
-
-    def chat():
-        model.chat(tokenizer, pixel_values, "a", {"max_new_tokens": 3}, target_aspect_ratio=grid)
-
-    with progress.reading_bar(model, True) as bar:
-        assert bar.state() == ("seeing the pictures", 0, 2)
-        other = threading.Thread(target=chat)
-        other.start()
-        other.join()
-        assert bar.calls == {"vision": 0, "text": 0}
-        chat()
-        assert bar.calls["vision"] == 2
-        assert bar.state()[0] == "writing"
-        assert bar.calls["text"] % 4 == 0
-    assert capsys.readouterr().err == ""
-
-
-def test_bar_shows_after_its_delay_if_forced(loaded, capsys):
-    model = loaded[0]
-    for delay, shown in ((0.0, True), (60.0, False)):
-        with progress.reading_bar(model, True, delay=delay, force=True) as bar:
-            for _ in range(100):
-                if not shown or "seeing the pictures" in capsys.readouterr().err:
-                    break
-                bar._closed.wait(0.05)
-            else:
-                pytest.fail("no bar")
-            bar.close()
-            bar.close()
-    assert "seeing" not in capsys.readouterr().err
-
-
-class Screen(io.StringIO):
-    def isatty(self):
-        return True
-
-
-class Letters:
-    """A tokenizer whose ids are bytes."""
-
-    def decode(self, ids, skip_special_tokens):
-        return bytes(ids).decode("utf-8", "replace").replace(" n't", "n't")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Two words",
-        "  indented\n\n    - a list\n    - of two\n",
-        "图中有一只猫。It is 黑色 🐈.",
-        "I do n't know",
-        "the end<|im_end|> and more",
-        "https://example.org/" + 60 * "a" + "<|im_end|>",
-        "",
-    ],
-)
-def test_streamed_text_is_the_answer(text):
-    out, started = io.StringIO(), []
-    streamer = progress.AnswerStreamer(
-        Letters(), "<|im_end|>", out, before=lambda: started.append(out.getvalue())
-    )
-    streamer.put(torch.tensor([[1]]))
-    wanted = text.split("<|im_end|>")[0].strip().replace(" n't", "n't")
-    for byte in text.encode():
-        streamer.put(torch.tensor([byte]))
-        assert wanted.startswith(out.getvalue())
-    streamer.end()
-    assert out.getvalue() == wanted + "\n"
-    assert started == [""]
-
-
-def test_answers_cannot_steer_a_terminal():
-    for out, wanted in ((Screen(), "\ufffd[2J\tx\n"), (io.StringIO(), "\x1b[2J\tx\n")):
-        progress.AnswerStreamer(Letters(), "<|im_end|>", out).write("\x1b[2J\tx\n")
-        assert out.getvalue() == wanted

@@ -9,31 +9,22 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModel, AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 import comemo
 from comemo import cli, demo, progress
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost a tiny model more than they give."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("demo")
-    demo.make_checkpoint(directory)
-    return directory
+def checkpoint(demo_checkpoint):
+    return demo_checkpoint
 
 
 @pytest.fixture(scope="module")
-def model(checkpoint):
-    return AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
+def model(loaded):
+    return loaded[0]
 
 
 def test_checkpoint_is_in_the_published_layout(checkpoint, golden):

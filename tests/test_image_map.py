@@ -3,19 +3,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sklearn.datasets
 import torch
+from pictures import CHINA
 from PIL import Image
 
 import comemo.image_map as image_map
 from comemo.image_map import draw_map, save_map, token_ids
 from comemo.images import load_image
 
-CHINA = Path(sklearn.datasets.__path__[0]) / "images" / "china.jpg"
-
 
 def place(grid, side, t, r, c):
-    """Thumbnail cell of a token by spec/comemo.md, section 4, for the geometric order."""
+    """Thumbnail cell of a token for the geometric order, as the formula reads."""
     cols, rows = grid
 
     def cell(k, n, at):
