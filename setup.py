@@ -32,11 +32,10 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "triton": ["triton>=3.3"],
-        "flash-attn": ["flash-attn"],
+        "flash-attn": ["flash-attn"],  # for attn_implementation="flash_attention_2"
         "dev": [
-            *("pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy"),
-            *("scikit-learn", "scikit-image", "matplotlib"),  # photographs for the tests
+            *("pytest", "hypothesis", "ruff", "mypy"),
+            *("scikit-learn", "scikit-image"),  # photographs for the tests
         ],
     },
 )
