@@ -99,11 +99,8 @@ class CoMemoConfig(PreTrainedConfig):
     """
 
     model_type = "comemo_chat"
-    sub_configs = {
-        "text_config": LlamaConfig,
-        "vision_config": InternVLVisionConfig,
-        "mixin_config": MixinConfig,
-    }
+    # Without mixin_config: these are the parts whose attention transformers may set.
+    sub_configs = {"text_config": LlamaConfig, "vision_config": InternVLVisionConfig}
     keys_to_ignore_at_inference = ["past_key_values", "image_memory"]
 
     text_config: Any = None
@@ -128,9 +125,8 @@ class CoMemoConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, llm_config: dict | None = None, **kwargs: Any) -> None:
-        parts = {"llm_config": llm_config} | {
-            name: getattr(self, name) for name in self.sub_configs
-        }
+        parts = {"llm_config": llm_config, "text_config": self.text_config}
+        parts |= {"vision_config": self.vision_config, "mixin_config": self.mixin_config}
         for name, part in parts.items():
             if not isinstance(part, (dict, PreTrainedConfig, type(None))):
                 raise ValueError(f"CoMemoConfig: {name} must be a dictionary, got {part!r}")

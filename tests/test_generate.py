@@ -348,6 +348,26 @@ def test_decode_step_compiles_whole(model, processor, inputs):
     assert frames[-2] == frames[-1] <= 4
 
 
+def test_attention_of_the_parts_can_be_chosen(checkpoint, model, prompts_of):
+    batch = prompts_of(0)
+    eager = (
+        type(model)
+        .from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
+        .eval()
+    )
+    with torch.no_grad():
+        out = eager(**batch, output_hidden_states=True, output_attentions=True)
+        wanted = model(**batch).logits
+    layers = model.config.text_config.num_hidden_layers
+    assert len(out.hidden_states) == layers + 1
+    assert len(out.attentions) == layers
+    assert (out.logits - wanted).abs().max() < LOGITS
+    eager.set_attn_implementation("sdpa")
+    assert eager.config.text_config._attn_implementation == "sdpa"
+    with torch.no_grad():
+        assert (eager(**batch).logits - wanted).abs().max() < LOGITS
+
+
 # --- ranges and scaling ---
 
 
