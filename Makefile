@@ -27,7 +27,8 @@ $(VENV)/ready: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	nvidia-smi -L >/dev/null 2>&1 || $(PIP) install '$(TORCH)+cpu' 2>/dev/null || true
 	$(PIP) install '$(TORCH)'
-	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) install --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:

@@ -19,7 +19,8 @@ class ImageMemory:
         spans: int64 [B, 1, 2] or [B, N, 2], half-open: what each prompt, or each token, may read.
         active: bool [B, 1, 1] or [B, N, 1], False where a prompt has no image at all and passes
             the mixin layers unchanged; None if there is no such prompt.
-        media: [M, d] projected image tokens; dropped once every layer is built.
+        media: [M, d] projected image tokens: what keys and values are built from, and what a
+            prompt's image tokens are embedded as.
         position_ids: int64 [M], ids of the image tokens in their prompts.
         keys, values: mixin layer index -> [M, H, D]; keys are rotated.
     """
@@ -60,12 +61,6 @@ class ImageMemory:
     def update(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Keep the rotated keys and the values [M, H, D] of a mixin layer."""
         self.keys[layer], self.values[layer] = key, value
-
-    def finalize(self, layers: int) -> "ImageMemory":
-        """Drop the source features once all `layers` mixin layers are built. Returns itself."""
-        if len(self.keys) == layers:
-            self.media = self.position_ids = None
-        return self
 
     def repeat_interleave(self, times: int) -> "ImageMemory":
         """The memory of every prompt `times` over (beams); keys and values are shared."""
