@@ -35,13 +35,13 @@ class RecomputedMemory(ImageMemory):
         """The same images, nothing built.
 
         Args:
-            memory: one that still has its media.
+            memory: one that has its media.
 
         Returns:
             A memory over the same tensors.
 
         Raises:
-            ValueError: the media was dropped.
+            ValueError: it has none.
         """
         if memory.media is None:
             raise ValueError("RecomputedMemory.of: wanted a memory with its media, got None")
