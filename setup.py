@@ -23,7 +23,7 @@ setup(
     entry_points={"console_scripts": ["comemo = comemo.cli:main"]},
     install_requires=[
         "torch>=2.6",
-        "transformers>=5.6",
+        "transformers>=5.10",
         "safetensors",
         "sentencepiece",
         "jinja2",
