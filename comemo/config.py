@@ -168,14 +168,11 @@ class CoMemoConfig(PreTrainedConfig):
             raise ValueError(
                 f"CoMemoConfig: rope_scaling type must be 'dynamic' or 'linear', got {kind!r}"
             )
-        if (
-            not -self.vision_config.num_hidden_layers - 1
-            <= self.select_layer
-            <= (self.vision_config.num_hidden_layers)
-        ):
+        depth = self.vision_config.num_hidden_layers
+        if not -depth - 1 <= self.select_layer <= depth:
             raise ValueError(
-                f"CoMemoConfig: select_layer {self.select_layer} is outside the"
-                f" {self.vision_config.num_hidden_layers + 1} hidden states of the vision tower"
+                f"CoMemoConfig: select_layer {self.select_layer} is outside the {depth + 1} hidden"
+                " states of the vision tower"
             )
 
     @property

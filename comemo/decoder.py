@@ -46,8 +46,9 @@ class MixinLayer(nn.Module):
         self.o_proj = nn.Linear(inner, width, bias=False)
         self.attn_gate = nn.Parameter(torch.zeros(1))
         self.mlp_norm = LlamaRMSNorm(width, eps=1e-5)
-        self.mlp = LlamaMLP(
-            LlamaConfig(hidden_size=width, intermediate_size=config.intermediate_size)
+        wide = config.intermediate_size
+        self.mlp = LlamaMLP(  # which has no heads; the default number need not divide the width
+            LlamaConfig(hidden_size=width, intermediate_size=wide, num_attention_heads=1)
         )
         self.mlp_gate = nn.Parameter(torch.zeros(1))
 

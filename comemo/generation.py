@@ -28,49 +28,62 @@ class CoMemoGeneration:
 
         Raises:
             ValueError: tiles, grids and image tokens that disagree; a prompt beyond the position
-                range; a memory of other images. Nothing was computed then.
+                range; a memory whose images stood elsewhere; arguments that exclude each other.
+                Nothing was computed then.
         """
-        model = self.model
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         grid = kwargs.pop("tile_grid", None)
         memory: ImageMemory | None = kwargs.get("image_memory")
         pixel_values = kwargs.get("pixel_values")
-        if kwargs.get("position_ids") is None and input_ids is not None:
-            if kwargs.get("inputs_embeds") is not None:
-                raise ValueError("generate: inputs_embeds need their position_ids")
-            mask = kwargs.get("attention_mask")
-            mask = torch.ones_like(input_ids) if mask is None else mask
-            kwargs["attention_mask"] = mask
-            has_images = pixel_values is not None or memory is not None
-            if has_images or self.config.image_token_id is not None:
-                image_mask = model.find_image_tokens(input_ids)
-            else:
-                image_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-            if not has_images and image_mask.any():
-                raise ValueError(
-                    f"generate: the prompts hold {image_mask.sum(1).tolist()} image tokens, got"
-                    " neither pixel_values nor an image_memory"
-                )
-            kwargs["position_ids"] = ids = model.prompt_position_ids(
-                image_mask, mask, grid if has_images else None
+        embeds, assistant = kwargs.get("inputs_embeds"), kwargs.get("assistant_model")
+        chosen = kwargs.get("generation_config") or self.generation_config
+        chunk = kwargs.get("prefill_chunk_size") or chosen.prefill_chunk_size
+        has_images = pixel_values is not None or memory is not None
+        if chunk is not None and (has_images or embeds is not None):
+            raise ValueError(
+                "generate: prefill_chunk_size must be None for prompts with images or"
+                f" inputs_embeds, got {chunk}"
             )
-            self._check_range(ids, mask, has_images)
-            chosen = kwargs.get("generation_config") or self.generation_config
-            chunk = kwargs.get("prefill_chunk_size") or chosen.prefill_chunk_size
-            if has_images and chunk is not None:
+        if pixel_values is not None and memory is not None and assistant is None:
+            raise ValueError("generate: give either pixel_values or image_memory, got both")
+        if embeds is not None:
+            if pixel_values is not None or kwargs.get("position_ids") is None:
                 raise ValueError(
-                    "generate: prefill_chunk_size must be None for prompts with images, got"
-                    f" {chunk}"
+                    "generate: inputs_embeds need position_ids, and an image_memory instead of"
+                    " pixel_values"
                 )
-            if memory is not None:
-                _check_same_images(memory, ids[image_mask])
-            elif pixel_values is not None:
-                kwargs["image_memory"] = model.build_image_memory(pixel_values, image_mask, ids)
-            if kwargs.get("assistant_model") is None:
+        elif pixel_values is not None or kwargs.get("position_ids") is None:
+            self._prepare_prompt(input_ids, grid, kwargs)
+            if assistant is None:
                 kwargs.pop("pixel_values", None)  # an assistant builds a memory of its own
         if kwargs.get("position_ids") is not None:
             kwargs.setdefault("prompt_length", kwargs["position_ids"].shape[1])
         return super().generate(input_ids, **kwargs)  # type: ignore[misc]
+
+    def _prepare_prompt(self, input_ids: Tensor, grid: Any, kwargs: dict[str, Any]) -> None:
+        """Fill in mask, positions and memory of whole prompts, checked."""
+        model, memory = self.model, kwargs.get("image_memory")
+        pixel_values, mask = kwargs.get("pixel_values"), kwargs.get("attention_mask")
+        kwargs["attention_mask"] = mask = torch.ones_like(input_ids) if mask is None else mask
+        has_images = pixel_values is not None or memory is not None
+        if has_images or self.config.image_token_id is not None:
+            image_mask = model.find_image_tokens(input_ids)
+        else:
+            image_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        if not has_images and image_mask.any():
+            raise ValueError(
+                f"generate: the prompts hold {image_mask.sum(1).tolist()} image tokens, got"
+                " neither pixel_values nor an image_memory"
+            )
+        ids = kwargs.get("position_ids")
+        if ids is None:
+            ids = model.prompt_position_ids(image_mask, mask, grid if has_images else None)
+            kwargs["position_ids"] = ids
+        self._check_range(ids, mask, has_images)
+        if memory is not None:
+            _check_same_places(memory, image_mask, ids)
+        elif pixel_values is not None:
+            kwargs["image_memory"] = model.build_image_memory(pixel_values, image_mask, ids)
 
     def prepare_inputs_for_generation(
         self,
@@ -164,11 +177,15 @@ class CoMemoGeneration:
             )
 
 
-def _check_same_images(memory: ImageMemory, position_ids: Tensor) -> None:
-    if memory.position_ids is None or not torch.equal(
-        memory.position_ids.cpu(), position_ids.cpu()
+def _check_same_places(memory: ImageMemory, image_mask: Tensor, position_ids: Tensor) -> None:
+    ids, lengths = position_ids[image_mask].cpu(), image_mask.sum(1).tolist()
+    held = (memory.spans[:, 0, 1] - memory.spans[:, 0, 0]).tolist()
+    if (
+        memory.position_ids is None
+        or held != lengths
+        or not torch.equal(memory.position_ids.cpu(), ids)
     ):
         raise ValueError(
-            f"generate: image_memory holds {len(memory)} image tokens at other positions than the"
-            f" prompt's {len(position_ids)}: build it for this prompt, or pass pixel_values"
+            f"generate: image_memory holds {held} image tokens at other positions than the"
+            f" prompts' {lengths}: build it for these prompts, or pass pixel_values"
         )

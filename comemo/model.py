@@ -194,6 +194,8 @@ class CoMemoModel(CoMemoPreTrainedModel):
     ) -> tuple[BaseModelOutputWithPast, ImageMemory | None]:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("CoMemo: give either input_ids or inputs_embeds")
+        if pixel_values is not None and (inputs_embeds is not None or image_memory is not None):
+            raise ValueError("CoMemo: pixel_values need input_ids and exclude an image_memory")
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if inputs_embeds is None:
             assert input_ids is not None
@@ -206,7 +208,7 @@ class CoMemoModel(CoMemoPreTrainedModel):
                 if position_ids is None:
                     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
                     position_ids = self.prompt_position_ids(image_mask, mask, tile_grid)
-                if image_memory is None:
+                if pixel_values is not None:
                     image_memory = self.build_image_memory(pixel_values, image_mask, position_ids)
             inputs_embeds = self.embed(input_ids, image_mask, image_memory)
         if position_ids is None:

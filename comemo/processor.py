@@ -10,6 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 import comemo_kernels as ops
 from comemo import images as pictures
 from comemo import prompts
+from comemo.checkpoint import HUB_OPTIONS
 from comemo.config import CoMemoConfig
 
 
@@ -164,7 +165,8 @@ class CoMemoProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
     ) -> list[Any]:
         """Published checkpoints hold no processor files: the config says it all."""
-        config = CoMemoConfig.from_pretrained(pretrained_model_name_or_path)
+        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        config = CoMemoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         settings = {
             "input_size": config.force_image_size,
             "min_num": config.min_dynamic_patch,
@@ -175,8 +177,8 @@ class CoMemoProcessor(ProcessorMixin):
             processor_dict.setdefault("chat_template", prompts.chat_template(config.template))
             processor_dict.setdefault("tokens_per_tile", config.tokens_per_tile)
             settings |= processor_dict.pop("image_processor", None) or {}
-        image_processor = CoMemoImageProcessor(**settings)
-        return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path)]
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
+        return [CoMemoImageProcessor(**settings), tokenizer]
 
 
 def flatten_images(images: Any) -> list[Any]:

@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 from hypothesis import settings
+from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
 import comemo
@@ -71,6 +72,13 @@ def processor(checkpoint):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def photograph():
+    from pictures import CHINA  # here: it skips where no photographs are installed
+
+    return Image.open(CHINA).convert("RGB").crop((100, 50, 400, 250)).copy()
 
 
 @pytest.fixture(scope="module")

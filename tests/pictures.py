@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn ships the photographs")
 skimage = pytest.importorskip("skimage", reason="scikit-image ships the photographs")
@@ -14,10 +13,6 @@ CHINA, FLOWER = (
     Path(datasets.__path__[0]) / "images" / name for name in ("china.jpg", "flower.jpg")
 )
 SKIMAGE = Path(skimage.__file__).parent / "data"
-
-
-def photograph():
-    return Image.open(CHINA).convert("RGB").crop((100, 50, 400, 250)).copy()
 
 
 def encode(image, kind, **options):

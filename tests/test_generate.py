@@ -277,6 +277,35 @@ def test_memory_is_reused_by_a_later_call(model, prompts_of):
     assert builds() == 0
 
 
+def test_positions_may_be_given(model, prompts_of):
+    batch = dict(prompts_of(0))
+    greedy = answers(model, batch)
+    image = model.model.find_image_tokens(batch["input_ids"])
+    ids = model.model.prompt_position_ids(image, batch["attention_mask"], batch["tile_grid"])
+    assert answers(model, batch | {"position_ids": ids}) == greedy
+    plain = torch.arange(ids.shape[1])[None]
+    first = (batch | {"position_ids": plain}, batch | {"tile_grid": None})
+    assert answers(model, first[0]) == answers(model, first[1])
+
+
+def test_arguments_that_exclude_each_other(model, tokenizer, prompts_of):
+    batch = dict(prompts_of(0))
+    with torch.no_grad():
+        memory = model(**batch, use_cache=True).image_memory
+    with pytest.raises(ValueError, match="either pixel_values or image_memory, got both"):
+        model.generate(**batch, image_memory=memory)
+    with pytest.raises(ValueError, match="exclude an image_memory"):
+        model(**batch, image_memory=memory)
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    with pytest.raises(ValueError, match="inputs_embeds need position_ids"):
+        model.generate(inputs_embeds=embeds, pixel_values=batch["pixel_values"])
+    with pytest.raises(ValueError, match="pixel_values need input_ids"):
+        model(inputs_embeds=embeds, pixel_values=batch["pixel_values"])
+    for pixel_values in (batch["pixel_values"], None):
+        with pytest.raises(ValueError, match="prefill_chunk_size must be None"):
+            model.chat(tokenizer, pixel_values, "hi", {"prefill_chunk_size": 8})
+
+
 def test_memory_of_other_places_is_refused(model, prompts_of):
     batch, other = dict(prompts_of(0)), dict(prompts_of(1))
     with torch.no_grad():
@@ -284,6 +313,10 @@ def test_memory_of_other_places_is_refused(model, prompts_of):
     del batch["pixel_values"]
     with pytest.raises(ValueError, match="image tokens at other positions"):
         model.generate(**batch, image_memory=memory)
+    del other["pixel_values"]
+    twice = {name: tensor.repeat(2, 1) for name, tensor in other.items()}
+    with pytest.raises(ValueError, match=r"holds \[256\] image tokens .* prompts' \[256, 256\]"):
+        model.generate(**twice, image_memory=memory)
 
 
 def test_nothing_is_left_after_an_exception(model, prompts_of):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import CHINA, FLOWER, encode, photograph
+from pictures import CHINA, FLOWER, encode
 from PIL import Image
 
 from comemo.images import (
@@ -24,11 +24,6 @@ from comemo.images import (
     open_image,
     split_tiles,
 )
-
-
-@pytest.fixture(scope="module", name="photograph")
-def _photograph():
-    return photograph()
 
 
 def chunk(name, data):

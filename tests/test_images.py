@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from pictures import CHINA, FLOWER, SKIMAGE, encode, photograph, pixels
+from pictures import CHINA, FLOWER, SKIMAGE, encode, pixels
 from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
@@ -34,11 +34,6 @@ TURNS = {
     7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
     8: lambda a: np.rot90(a, 1),
 }
-
-
-@pytest.fixture(scope="module", name="photograph")
-def _photograph():
-    return photograph()
 
 
 @pytest.fixture(scope="module")

@@ -56,11 +56,9 @@ def test_version_is_told_once():
     assert f"## {comemo.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_readme_runs(checkpoint, tmp_path, monkeypatch):
-    from pictures import photograph
-
+def test_readme_runs(checkpoint, photograph, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    photograph().save("street.jpg")
+    photograph.save("street.jpg")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 2
     scope = {}
