@@ -57,14 +57,14 @@ class MixinLayer(nn.Module):
         kv = self.kv_proj(self.attn_norm(media)).unflatten(-1, (2, self.num_heads, self.head_dim))
         key, value = kv.unbind(1)
         # A view of `value` would keep the unrotated keys alive for as long as the memory.
-        return ops.apply_rotary(key[None], *table)[0], value.contiguous()
+        return ops.apply_rotary(key[None], None, *table)[0][0], value.contiguous()
 
     def forward(
         self, x: Tensor, key: Tensor, value: Tensor, memory: ImageMemory, table: Table
     ) -> Tensor:
         """x [B, N, d] -> [B, N, d]; prompts without any image pass unchanged."""
         q = self.q_proj(self.attn_norm(x)).unflatten(-1, (self.num_heads, self.head_dim))
-        q = ops.apply_rotary(q, *table)  # [B, N, H, D]
+        q, _ = ops.apply_rotary(q, None, *table)  # [B, N, H, D]
         spans = memory.spans.to(x.device)  # layers may lie on several devices
         read = self.o_proj(ops.attend_images(q, key, value, spans).flatten(2))
         y = x + self.attn_gate.tanh() * read
@@ -88,7 +88,7 @@ class CoMemoAttention(LlamaAttention):
             proj(hidden_states).view(B, N, -1, self.head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = (ops.apply_rotary(t, *position_embeddings) for t in (q, k))
+        q, k = ops.apply_rotary(q, k, *position_embeddings)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)

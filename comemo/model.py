@@ -119,11 +119,10 @@ class CoMemoModel(CoMemoPreTrainedModel):
         if tile_grid is None or self.config.rope == "original":
             counted = attention_mask.long()
             return (counted.cumsum(1) - 1).clamp(min=0) * counted
-        grids = tile_grid.tolist() if isinstance(tile_grid, Tensor) else tile_grid
         return ops.rope_dhr_positions(
             image_mask,
             attention_mask,
-            [(int(cols), int(rows)) for cols, rows in grids],
+            tile_grid,
             self.config.side,
             self.config.tile_order,
             self.config.use_thumbnail,

@@ -1,20 +1,29 @@
 """Operations of CoMemo, a model with image memory. `reference` defines what each computes."""
 
+from importlib.util import find_spec
+
 from comemo_kernels import reference
+from comemo_kernels.grids import TEXT, ImageGrids
 from comemo_kernels.memory import ImageMemory, spans_from_cu_seqlens
 from comemo_kernels.reference import (
-    apply_rotary,
     attend_images,
     fold_tiles,
     image_position_ids,
     image_tokens,
     project_tiles,
-    rope_dhr_positions,
     rotary_table,
 )
 
+if find_spec("triton"):
+    from comemo_kernels.positions import rope_dhr_positions
+    from comemo_kernels.rotary import apply_rotary
+else:  # macOS, Windows: the same functions, unfused
+    from comemo_kernels.reference import apply_rotary, rope_dhr_positions
+
 __version__ = "0.1.0"
 __all__ = [
+    "TEXT",
+    "ImageGrids",
     "ImageMemory",
     "apply_rotary",
     "attend_images",

@@ -1,7 +1,153 @@
 """The few lines every kernel file shares. Knows torch; knows nothing of CoMemo."""
 
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+
+Config = dict[str, int]  # block sizes, num_warps, num_stages: what a launch passes to its kernel
+
 
 def check(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless `condition`; `message` names function, wanted and got."""
     if not condition:
         raise ValueError(message)
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether `x` goes to a kernel: on a GPU, or anywhere under Triton's interpreter."""
+    return x.is_cuda or INTERPRET
+
+
+def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Make `launch` the operator `torch.ops.comemo.<name>` of `schema`, and return it.
+
+    It runs with the device of its first tensor current, in whatever thread it is called. Arguments
+    that the schema marks as written, `Tensor(a!)`, get a new version, so that autograd notices.
+
+    Args:
+        schema: "name(Tensor x, ...) -> Tensor", without namespace.
+        launch: allocates outputs and launches; validates nothing, asks no device.
+        fake: returns what `launch` would without running it: torch.compile traces that.
+    """
+    name, arguments = schema.split("(", 1)
+    torch.library.define(f"comemo::{name}", f"({arguments}", tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.comemo, name).default
+    written = [
+        i
+        for i, argument in enumerate(operator._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    guarded = _with_versions(_on_its_device(launch), written) if written else _on_its_device(launch)
+    for key in ("CUDA", "CPU") if INTERPRET else ("CUDA",):
+        torch.library.impl(f"comemo::{name}", key, guarded)
+    torch.library.register_fake(f"comemo::{name}", fake)
+    return operator
+
+
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(launch)
+    def guarded(*args: Any) -> Any:
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        index = first.get_device()  # -1 on a CPU
+        if index < 0 or index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(index):
+            return launch(*args)
+
+    return guarded
+
+
+def _with_versions(launch: Callable[..., Any], written: list[int]) -> Callable[..., Any]:
+    @functools.wraps(launch)
+    def versioned(*args: Any) -> Any:
+        result = launch(*args)
+        tensors = [t for i in written for t in _tensors(args[i]) if not t.is_inference()]
+        torch.autograd.graph.increment_version(tensors)
+        return result
+
+    return versioned
+
+
+def _tensors(argument: Any) -> Iterable[Tensor]:
+    if argument is None:
+        return ()
+    return (argument,) if isinstance(argument, Tensor) else argument
+
+
+def to_device(values: Tensor, device: torch.device | str | None) -> Tensor:
+    """Copy a small tensor of the host to `device`; the host does not wait for a GPU."""
+    if device is None or torch.device(device).type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+class Kernel:
+    """A jitted kernel, the configurations it ships, and a launch that costs the host little.
+
+    The first of `configs` runs; nothing is ever measured here. `python -m bench ... --tune`
+    measures them all, and its result is a new order in a commit.
+
+    Triton's own launch looks at every argument to find the compiled kernel. A launcher that
+    knows what it depends on says it in `key`, and from the second launch on the compiled kernel
+    is called directly.
+    """
+
+    def __init__(self, function: Any, configs: Sequence[Config]) -> None:
+        self.function, self.configs = function, tuple(configs)
+        self._compiled: dict[Any, Any] = {}
+        self._choose(self.configs[0])
+
+    def _choose(self, config: Config) -> None:
+        self.config = config
+        self._blocks = [value for name, value in config.items() if name.isupper()]
+
+    def launch(self, programs: int, key: Hashable, *args: Any) -> None:
+        """Run `programs` programs on the current stream of the current device.
+
+        Args:
+            programs: size of the grid.
+            key: everything that the compiled code depends on, the device's index included: dtypes,
+                compile-time values, and which arguments Triton takes for multiples of 16. None:
+                let Triton look.
+            args: the kernel's arguments in its order, up to the block sizes of the configuration.
+        """
+        if programs == 0:
+            return
+        config = self.config
+        compiled = None if key is None else self._compiled.get((key, id(config)))
+        if compiled is None:
+            # Triton 3.10 turns fusion of products and sums off by default.
+            compiled = self.function[programs, 1, 1](*args, **config, enable_fp_fusion=True)
+            if key is not None and compiled is not None:  # the interpreter compiles nothing
+                self._compiled[key, id(config)] = compiled
+        else:
+            compiled[programs, 1, 1](*args, *self._blocks)
+
+    @contextlib.contextmanager
+    def using(self, config: Config) -> Iterator[None]:
+        """Launch with another configuration within the block; for tuning and for gates."""
+        previous = self.config
+        self._choose(config)
+        try:
+            yield
+        finally:
+            self._choose(previous)
+
+
+def documented(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Decorate a public function with the docstring of its reference: it is written once."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__doc__ = reference.__doc__
+        return function
+
+    return decorate

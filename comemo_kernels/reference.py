@@ -16,26 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from comemo_kernels._op import check
-
-Grid = tuple[int, int]  # (cols, rows) of tiles
-
-
-def image_tokens(grid: Grid, side: int = 16, thumbnail: bool = True) -> int:
-    """Tokens of one image: S*S per tile, and S*S for the thumbnail where there is one.
-
-    Args:
-        grid: (cols, rows) of tiles; 0 x 0 is a video frame: one picture, no tiles.
-        side: S.
-        thumbnail: whether images of more than one tile carry a thumbnail.
-
-    Returns:
-        Number of tokens, a multiple of S*S.
-
-    Raises:
-        ValueError: a negative grid or a side below 1.
-    """
-    tiles = _check_grid("image_tokens", grid, side)
-    return side * side * (tiles + 1 if thumbnail and tiles > 1 else max(tiles, 1))
+from comemo_kernels.grids import (
+    Grid,
+    ImageGrids,
+    check_grid,
+    check_tile_order,
+    image_tokens,
+    thumbnail_cells,
+)
 
 
 def image_position_ids(
@@ -66,84 +54,114 @@ def image_position_ids(
     Raises:
         ValueError: a negative grid, a side below 1 or an unknown tile order.
     """
-    tiles = _check_grid("image_position_ids", grid, side)
-    check(
-        tile_order in ("row", "column"),
-        f"image_position_ids: tile_order must be 'row' or 'column', got {tile_order!r}",
-    )
-    raster = torch.arange(side * side)
-    if tiles <= 1:
-        return bias + raster
+    check_grid("image_position_ids", grid, side)
+    check_tile_order("image_position_ids", tile_order)
     cols, rows = grid
-
-    def cells(n: int) -> Tensor:  # [n, S]: thumbnail row or column under each raster row or column
-        k, t = torch.arange(n)[:, None], torch.arange(side)
-        # A raster of one token has one cell; the formula would divide by zero.
-        return (side * ((side - 1) * k + t) - 1).clamp(min=0) // max((side - 1) * n, 1)
-
-    ids = cells(rows)[:, None, :, None] * side + cells(cols)[None, :, None, :]  # [rows, cols, S, S]
-    if tile_order == "column":
-        ids = ids.transpose(0, 1)
-    ids = ids.reshape(-1)
-    return bias + (torch.cat([ids, raster]) if thumbnail else ids)
+    tokens = image_tokens(grid, side, thumbnail)
+    return bias + thumbnail_cells(torch.arange(tokens), cols, rows, side, tile_order)
 
 
 def rope_dhr_positions(
     image_mask: Tensor,
     attention_mask: Tensor,
-    grids: Sequence[Grid],
+    grids: Sequence[Grid] | Tensor,
     side: int = 16,
     tile_order: str = "row",
     thumbnail: bool = True,
+    validate: bool = True,
 ) -> Tensor:
     """RoPE-DHR position ids of whole prompts.
 
     Text counts 0, 1, ...; an image whose first token would be `bias` spends the ids
-    [bias, bias + S*S) whatever its tile count; padding gets 0.
+    [bias, bias + S*S) whatever its tile count; padding gets 0. On a GPU it is one launch.
+    Source: CoMemo (arXiv:2506.06279).
 
     Args:
         image_mask: bool [B, N], True at image tokens.
         attention_mask: [B, N], 0 at padding.
-        grids: (cols, rows) of every image, in reading order, prompt after prompt.
+        grids: (cols, rows) of every image, in reading order, prompt after prompt; a list, or
+            integers [I, 2], best on the CPU: of a tensor on a GPU the host has to wait.
         side, tile_order, thumbnail: as of `image_position_ids`.
+        validate: whether to look if the grids fit the mask, for which the host waits for the
+            GPU; without it ids of prompts that do not fit mean nothing.
 
     Returns:
         int64 [B, N] on the masks' device.
 
     Raises:
-        ValueError: masks of different shapes; grids that ask for another number of image
-            tokens than the prompts hold; an image torn apart by text or by a prompt's end.
+        ValueError: masks of different shapes or devices; an unknown tile order; with `validate`,
+            grids that ask for another number of image tokens than the prompts hold, or an image
+            torn apart by text or by a prompt's end.
     """
-    check(
-        image_mask.shape == attention_mask.shape and image_mask.ndim == 2,
-        "rope_dhr_positions: image_mask and attention_mask must have one shape [B, N], got"
-        f" {tuple(image_mask.shape)} and {tuple(attention_mask.shape)}",
-    )
-    counts = [image_tokens(grid, side, thumbnail) for grid in grids]
-    where = image_mask.reshape(-1).nonzero().squeeze(1)  # flat places of all image tokens
-    check(
-        sum(counts) == len(where),
-        f"rope_dhr_positions: {len(counts)} grids of {sum(counts)} image tokens for prompts that"
-        f" hold {len(where)}",
-    )
-    advance = attention_mask.bool().to(torch.int64)  # ids that each token uses up
-    advance[image_mask] = 0
-    relative = torch.zeros_like(advance)
-    if counts:
-        last = torch.tensor(counts, device=where.device).cumsum(0) - 1
-        first = torch.cat([last.new_zeros(1), last[:-1] + 1])
-        whole = (where[last] - where[first] == last - first) & (
-            where[last] // image_mask.shape[1] == where[first] // image_mask.shape[1]
+    packed = pack_prompt_grids(image_mask, attention_mask, grids, side, tile_order, thumbnail)
+    B, N = image_mask.shape
+    text = attention_mask.bool() & ~image_mask
+    text_before = text.cumsum(1) - text.long()
+    if not len(packed.table):
+        ids = text_before
+        whole = ~image_mask
+    else:
+        # Where images are whole, counts alone tell everything: how many image tokens of all
+        # prompts lie before a token says which images are complete there.
+        seen = image_mask.reshape(-1).long().cumsum(0).view(B, N) - image_mask.long()
+        offset, _, cols, rows = packed.table.long().t().contiguous()  # [I] each
+        image = (torch.searchsorted(offset, seen, right=True) - 1).clamp(min=0)  # [B, N]
+        place = seen - offset[image]  # in its image, of an image token
+        complete = image + (~image_mask & (place > 0)).long()
+        before = seen[:, :1]  # all prompts ahead
+        ahead = image[:, :1] + (before > offset[image[:, :1]]).long()
+        cells = thumbnail_cells(place, cols[image], rows[image], side, tile_order)
+        ids = text_before + side**2 * (complete - ahead) + torch.where(image_mask, cells, 0)
+        follows = F.pad(image_mask[:, :-1], (1, 0))  # on an image token
+        whole = ~image_mask | (((place == 0) | follows) & (seen < packed.end))
+    if validate:
+        check_prompt_grids(image_mask, packed, whole)
+    return torch.where(text | image_mask, ids, 0)
+
+
+def pack_prompt_grids(
+    image_mask: Tensor,
+    attention_mask: Tensor,
+    grids: Sequence[Grid] | Tensor,
+    side: int,
+    tile_order: str,
+    thumbnail: bool,
+) -> ImageGrids:
+    """Grids of `rope_dhr_positions` on the device of its masks, arguments checked."""
+    if (
+        image_mask.ndim != 2
+        or image_mask.dtype != torch.bool
+        or image_mask.shape != attention_mask.shape
+        or image_mask.device != attention_mask.device
+    ):
+        raise ValueError(
+            "rope_dhr_positions: image_mask and attention_mask must have one shape [B, N] and"
+            f" device, the first of bool, got {image_mask.dtype} {tuple(image_mask.shape)} on"
+            f" {image_mask.device} and {tuple(attention_mask.shape)} on {attention_mask.device}"
         )
-        check(
-            bool(whole.all()),
-            f"rope_dhr_positions: images of {counts} tokens must each be one run of image tokens"
-            f" in one prompt, got whole = {whole.tolist()}",
-        )
-        ids = [image_position_ids(grid, side, tile_order, 0, thumbnail) for grid in grids]
-        relative.view(-1)[where] = torch.cat(ids).to(where.device)
-        advance.view(-1)[where[last]] = side * side
-    return advance.cumsum(1) - advance + relative
+    listed = grids.tolist() if isinstance(grids, Tensor) else grids
+    pairs = [(int(cols), int(rows)) for cols, rows in listed]
+    for pair in pairs:
+        check_grid("rope_dhr_positions", pair, side)
+    return ImageGrids.pack(
+        pairs, side=side, tile_order=tile_order, thumbnail=thumbnail, device=image_mask.device
+    )
+
+
+def check_prompt_grids(image_mask: Tensor, packed: ImageGrids, whole: Tensor) -> None:
+    """Raise the errors of `rope_dhr_positions` that depend on what the masks hold."""
+    found = int(image_mask.sum())
+    check(
+        found == packed.end,
+        f"rope_dhr_positions: {len(packed.table)} grids of {packed.end} image tokens for prompts"
+        f" that hold {found}",
+    )
+    check(
+        bool(whole.all()),
+        "rope_dhr_positions: each image must be one run of image tokens in one prompt, got prompts"
+        f" {(~whole).any(-1).nonzero().flatten().tolist()} with torn ones, grids"
+        f" {packed.table[:, 2:].tolist()}",
+    )
 
 
 def rotary_table(
@@ -188,29 +206,157 @@ def rotary_table(
     return angle.cos(), angle.sin()
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of each head of `x` (rotate-half, as in Llama).
+def apply_rotary(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | ImageGrids | None = None,
+    inplace: bool = False,
+    published: bool = False,
+    validate: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotate the halves of each head of queries and keys (rotate-half, as in Llama).
+
+    On a GPU it is one launch for both, reading and writing each once.
 
     Args:
-        x: [B, N, H, D].
-        cos, sin: [B or 1, N, D/2]; the published model rounds them to the dtype of `x` first.
+        q: [B, N, H, D] or, packed, [T, H, D]; float16, bfloat16, float32 or float64. On a GPU D
+            must be contiguous; the other strides are free, as of a view into a packed qkv or of
+            `x.transpose(1, 2)`.
+        k: [B, N, G, D] or [T, G, D], the dtype of `q`; None to rotate `q` alone.
+        cos, sin: floating point, of angles in radians. With `positions` [P, R/2], a row for each
+            id; without [B or 1, N, R/2] or [T, R/2], a row for each token. The first R of D are
+            rotated, the others copied. Of a table that repeats its halves, as transformers has,
+            give the first half: `cos[..., : D // 2]`.
+        positions: int32 or int64 [B or 1, N] or [T] ids in any order, each in [0, P); or
+            `ImageGrids`, from which a kernel derives the ids itself; None: see cos.
+        inplace: write into `q` and `k` and return them; autograd follows.
+        published: round cos and sin to the dtype of `q` first, as the published model does.
+        validate: whether to look for ids beyond the table, for which the host waits for the GPU.
+            Without it such a token's rotated part becomes NaN.
 
     Returns:
-        [B, N, H, D] in the dtype of `x`, computed in float32 (float64 for float64).
+        q and k (None if None was given), rotated, in their dtype; computed in float32, of float64
+        in float64. Differentiable in q and k.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes, dtypes, devices or strides that do not fit; grids whose tokens overrun
+            the sequence; ids beyond the table if `validate`; on a GPU a table that requires grad.
     """
-    wanted = (x.shape[1], x.shape[-1] // 2)
-    check(
-        x.shape[-1] % 2 == 0 and cos.shape[1:] == sin.shape[1:] == wanted,
-        f"apply_rotary: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must be"
-        f" [B, {wanted[0]}, {wanted[1]}] for x {tuple(x.shape)}",
-    )
-    exact = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos.to(exact).unsqueeze(2), sin.to(exact).unsqueeze(2)  # [B, N, 1, D/2]
-    x1, x2 = x.to(exact).chunk(2, dim=-1)
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+    check_rotary(q, k, cos, sin, positions, validate)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    if positions is not None:
+        shape = q.shape[:-2]
+        ids = positions
+        if isinstance(positions, ImageGrids):
+            ids = positions.position_ids(shape.numel()).view(shape)
+        cos, sin = (_rows(t, ids.long()) for t in (cos, sin))
+    if published:
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)
+    cos, sin = cos.to(exact).unsqueeze(-2), sin.to(exact).unsqueeze(-2)  # [B, N, 1, R/2]
+    return tuple(None if x is None else _rotate(x, cos, sin, inplace) for x in (q, k))  # type: ignore[return-value]
+
+
+def _rows(table: Tensor, ids: Tensor) -> Tensor:
+    """[..., R/2] rows of `table` [P, R/2]; NaN for ids beyond it."""
+    known = (ids >= 0) & (ids < table.shape[0])
+    rows = table[torch.where(known, ids, 0)]
+    return torch.where(known[..., None], rows, float("nan"))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inplace: bool) -> Tensor:
+    R = 2 * cos.shape[-1]
+    x1, x2 = x[..., :R].to(cos.dtype).chunk(2, dim=-1)
+    rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
+    if inplace:
+        x[..., :R].copy_(rotated)
+        return x
+    return rotated if R == x.shape[-1] else torch.cat([rotated, x[..., R:]], dim=-1)
+
+
+def check_rotary(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | ImageGrids | None,
+    validate: bool,
+) -> None:
+    """Raise the errors of `apply_rotary` that do not depend on where it runs.
+
+    Conditions first and messages only if one fails: this runs on every call of a decode step.
+    """
+    shape, table = q.shape, cos.shape
+    tokens, D, half = shape[:-2], shape[-1], table[-1]
+    if len(shape) not in (3, 4) or not q.is_floating_point():
+        raise ValueError(
+            "apply_rotary: q must be floating point [B, N, H, D] or [T, H, D], got"
+            f" {q.dtype} {tuple(shape)}"
+        )
+    device = q.device
+    if k is not None and (
+        k.shape != (*tokens, k.shape[-2], D) or k.dtype != q.dtype or k.device != device
+    ):
+        raise ValueError(
+            "apply_rotary: k must be as q but for the number of heads, got"
+            f" {k.dtype} {tuple(k.shape)} on {k.device} for {q.dtype} {tuple(shape)} on {device}"
+        )
+    if (
+        table != sin.shape
+        or cos.dtype != sin.dtype
+        or not cos.is_floating_point()
+        or cos.device != device
+        or sin.device != device
+    ):
+        raise ValueError(
+            "apply_rotary: cos and sin must be floating point of one shape and dtype on the device"
+            f" of q, got {cos.dtype} {tuple(cos.shape)} on {cos.device} and"
+            f" {sin.dtype} {tuple(sin.shape)} on {sin.device} for q on {device}"
+        )
+    if not 0 < 2 * half <= D:
+        raise ValueError(
+            f"apply_rotary: cos {tuple(cos.shape)} must rotate an even number of the {D} elements"
+            f" of a head of q {tuple(shape)}, got {2 * half}"
+        )
+    if positions is None:
+        if table[:-1] != tokens and (len(shape) == 3 or table[:-1] != (1, shape[1])):
+            raise ValueError(
+                f"apply_rotary: without positions cos must be {[*tokens, half]}, a row for each"
+                f" token of q, got {list(table)}"
+            )
+        return
+    if len(table) != 2:
+        raise ValueError(
+            "apply_rotary: with positions cos must be [P, R/2], a row for each id, got"
+            f" {tuple(table)}"
+        )
+    if isinstance(positions, ImageGrids):
+        positions.check_length("apply_rotary", tokens.numel())
+        if positions.table.device != device:
+            raise ValueError(
+                f"apply_rotary: positions must be on the device of q, {device}, got"
+                f" {positions.table.device}"
+            )
+        ids = positions.position_ids(tokens.numel()) if validate else None
+    else:
+        ids = positions
+        if (
+            ids.dtype not in (torch.int32, torch.int64)
+            or ids.device != device
+            or (ids.shape != tokens and (len(shape) == 3 or ids.shape != (1, shape[1])))
+        ):
+            raise ValueError(
+                f"apply_rotary: positions must be int32 or int64 {list(tokens)} on {device}, got"
+                f" {ids.dtype} {list(ids.shape)} on {ids.device}"
+            )
+    if validate and ids is not None and ids.numel():
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= cos.shape[0]:
+            raise ValueError(
+                f"apply_rotary: ids must lie in [0, {cos.shape[0]}), the rows of cos, got"
+                f" {low} to {high}"
+            )
 
 
 def attend_images(q: Tensor, k: Tensor, v: Tensor, spans: Tensor) -> Tensor:
@@ -332,13 +478,6 @@ def project_tiles(
     x = fold_tiles(tokens[:, 1:].reshape(T, h, h, C), ratio, version).flatten(1, 2)
     x = F.layer_norm(x, (width,), norm_weight, norm_bias, eps)
     return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
-
-
-def _check_grid(name: str, grid: Grid, side: int) -> int:
-    cols, rows = grid
-    check(cols >= 0 and rows >= 0, f"{name}: grid must be (cols, rows) >= 0, got {tuple(grid)}")
-    check(side >= 1, f"{name}: side must be at least 1, got {side}")
-    return cols * rows
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

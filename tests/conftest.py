@@ -1,12 +1,13 @@
 """Fixtures that every test file shares."""
 
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
@@ -15,8 +16,44 @@ from comemo import demo
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
 settings.register_profile("comemo", derandomize=True, deadline=None, max_examples=40)
-settings.load_profile("comemo")
+# In the interpreter shrinking an example takes minutes.
+generate = (Phase.explicit, Phase.generate)
+settings.register_profile("kernels", settings.get_profile("comemo"), max_examples=20, phases=generate)
+settings.load_profile("kernels" if INTERPRET or DEVICE == "cuda" else "comemo")
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "kernel: runs kernels, on a GPU or with TRITON_INTERPRET=1; deselected elsewhere unless"
+        " kernel(reference=True), which is worth running on the reference too",
+    )
+    config.addinivalue_line("markers", "gpu: needs a GPU; deselected elsewhere")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Keep what can run here: under the interpreter kernels alone, it is slow for the rest."""
+
+    def runs_here(item):
+        kernel = item.get_closest_marker("kernel")
+        if item.get_closest_marker("gpu"):
+            return DEVICE == "cuda"
+        if INTERPRET:
+            return kernel is not None
+        return kernel is None or DEVICE == "cuda" or kernel.kwargs.get("reference", False)
+
+    config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
+    items[:] = [item for item in items if runs_here(item)]
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where kernels run: on a GPU if there is one, else on the CPU in Triton's interpreter."""
+    return DEVICE
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """How results are held against recorded ones and against exact arithmetic: all tolerances."""
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +12,10 @@ from torch import Tensor
 LOGITS = 3e-4  # absolute, for logits of magnitude 10: three times the published code's own noise
 RELATIVE = 1e-4  # to the largest element: components and gradients
 CLEAR_MARGIN = 1e-3  # between the two best logits: above it the greedy token must be equal
+SLACK = 2.0  # times the error that PyTorch itself makes in the tested dtype
+SLACK_GRADIENT = 3.0
+
+Inputs = dict[str, object]
 
 
 def recorded(golden: Path, file: str, prefix: str = "") -> dict[str, Tensor]:
@@ -28,23 +34,87 @@ def assert_relative(
     assert error <= RELATIVE, f"{name}: relative error {error:.2e} above {RELATIVE:.0e}"
 
 
-def assert_no_worse(op: Callable, reference: Callable, inputs: dict, slack: float = 2.0) -> None:
-    """`op` errs at most `slack` times as much as `reference` does in the same dtype.
+def evaluate(
+    op: Callable, inputs: Inputs, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Outputs of `op`, and gradients of the inputs that require them for random cotangents.
 
-    Errors are measured from `reference` in float64 on the same rounded inputs; one rounding of
-    the largest value is the floor, for a reference that happens to be exact.
+    With `dtype`, floating point inputs are converted to it first.
     """
 
     def convert(value: object) -> object:
-        floats = isinstance(value, Tensor) and value.is_floating_point()
-        return value.double() if floats else value
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return value.detach().to(dtype or value.dtype).requires_grad_(value.requires_grad)
 
-    actual, rounded = op(**inputs), reference(**inputs)
-    exact = reference(**{name: convert(value) for name, value in inputs.items()})
-    assert actual.shape == exact.shape
-    assert torch.isfinite(actual).all(), "not finite"
-    floor = torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    for measure in (Tensor.amax, Tensor.mean):
-        error = measure((actual.double() - exact).abs()).item()
-        yardstick = measure((rounded.double() - exact).abs()).item()
-        assert error <= slack * yardstick + floor, f"error {error:.2e}, PyTorch {yardstick:.2e}"
+    inputs = {name: convert(value) for name, value in inputs.items()}
+    found = op(**inputs)
+    outputs = [t for t in (found if isinstance(found, tuple) else (found,)) if t is not None]
+    results = {f"output {i}": t for i, t in enumerate(outputs)}
+    leaves = {n: v for n, v in inputs.items() if isinstance(v, Tensor) and v.requires_grad}
+    if leaves:
+        generator = torch.Generator().manual_seed(1)
+        cotangents = [torch.randn(t.shape, generator=generator).to(t) for t in outputs]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+        results |= {f"gradient of {n}": g for n, g in zip(leaves, grads, strict=True)}
+    return {name: t.detach() for name, t in results.items()}
+
+
+def assert_matches(op: Callable, reference: Callable, inputs: Inputs) -> None:
+    """`op` errs at most SLACK times as much as `reference` does in the same dtype.
+
+    Errors are measured from `reference` in float64 on the same rounded inputs; one rounding of
+    the largest value is the floor, for a reference that happens to be exact. Integers must be
+    equal. Everything that `op` allocates with torch.empty lies between NaN, as does what it held.
+    """
+    with red_zones():
+        ours = evaluate(op, inputs)
+    rounded, exact = evaluate(reference, inputs), evaluate(reference, inputs, torch.float64)
+    assert list(ours) == list(rounded)
+    for name, actual in ours.items():
+        truth = exact[name]
+        assert actual.shape == truth.shape, name
+        assert actual.dtype == rounded[name].dtype, name
+        if not actual.is_floating_point():
+            assert torch.equal(actual, rounded[name]), name
+            continue
+        if not actual.numel():
+            continue
+        assert torch.isfinite(actual).all(), f"{name}: not finite (an element not written?)"
+        slack = SLACK_GRADIENT if name.startswith("gradient") else SLACK
+        floor = torch.finfo(actual.dtype).eps * truth.abs().max().item()
+        for kind, measure in (("largest", Tensor.amax), ("mean", Tensor.mean)):
+            error = measure((actual.double() - truth).abs()).item()
+            yardstick = measure((rounded[name].double() - truth).abs()).item()
+            assert error <= slack * yardstick + floor, (
+                f"{name}: {kind} error {error:.2e}, PyTorch {yardstick:.2e}, floor {floor:.2e}"
+            )
+
+
+@contextlib.contextmanager
+def red_zones(strip: int = 4096) -> Iterator[None]:
+    """Poison what torch.empty and torch.empty_like return, and fence it.
+
+    An element that a kernel forgets stays NaN (the smallest number, of integers); one that it
+    writes outside its output leaves a mark in a strip beside it, found on exit.
+    """
+    buffers: list[tuple[Tensor, object]] = []
+    originals = torch.empty, torch.empty_like
+
+    def fence(like: Tensor) -> Tensor:
+        poison = math.nan if like.is_floating_point() else torch.iinfo(like.dtype).min
+        size = like.untyped_storage().size() // like.element_size()
+        buffer = like.new_full((size + 2 * strip,), poison)
+        buffers.append((buffer, poison))
+        return buffer.as_strided(like.shape, like.stride(), strip)
+
+    torch.empty = lambda *args, **kwargs: fence(originals[0](*args, **kwargs))
+    torch.empty_like = lambda *args, **kwargs: fence(originals[1](*args, **kwargs))
+    try:
+        yield
+    finally:
+        torch.empty, torch.empty_like = originals
+    for buffer, poison in buffers:
+        for end in (buffer[:strip], buffer[-strip:]):
+            untouched = end.isnan() if poison is math.nan else end == poison
+            assert untouched.all(), "written outside the output"

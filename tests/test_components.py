@@ -76,8 +76,8 @@ def test_cross_attention(golden, model, mixin, case):
     text_ids, media_ids = positions(golden, N, M)
     # The golden's media are normed already: the projection alone is compared.
     key, value = mixin.kv_proj(media).flatten(0, 1).unflatten(-1, (2, 4, 32)).unbind(1)
-    key = ops.apply_rotary(key.view(B, M, 4, 32), *table(model, media_ids)).flatten(0, 1)
-    q = ops.apply_rotary(mixin.q_proj(x).unflatten(-1, (4, 32)), *table(model, text_ids))
+    key = ops.apply_rotary(key.view(B, M, 4, 32), None, *table(model, media_ids))[0].flatten(0, 1)
+    q, _ = ops.apply_rotary(mixin.q_proj(x).unflatten(-1, (4, 32)), None, *table(model, text_ids))
     out = mixin.o_proj(ops.attend_images(q, key, value, spans_of(tensors, B, N, M)).flatten(2))
     check(
         tensors,

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import assert_no_worse, recorded
+from harness import assert_matches, recorded
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
@@ -216,12 +216,12 @@ def memory_case(B, N, H, G, D, M, seed, per_token=True, dtype=torch.float32):
 def test_attention_is_its_definition(B, N, heads, D, M, seed, per_token, compiling):
     case = memory_case(B, N, *heads, D, M, seed, per_token)
     op = reference._attend_masked if compiling else ops.attend_images
-    assert_no_worse(op, naive_attention, case)
+    assert_matches(op, naive_attention, case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_attention_in_half_precision(dtype):
-    assert_no_worse(
+    assert_matches(
         ops.attend_images, naive_attention, memory_case(2, 5, 4, 4, 64, 33, 7, dtype=dtype)
     )
 

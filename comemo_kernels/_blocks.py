@@ -1,0 +1,48 @@
+"""Block functions that several kernels share: blocks in, blocks out."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def find_image(
+    grids_ptr,  # [I, 4], contiguous: offset, bias, cols, rows
+    places,  # any shape
+    num_images,
+    num_steps,  # bit length of num_images
+):
+    """Index of the last image that begins at or before each place; -1 before the first."""
+    low = tl.zeros_like(places).to(tl.int32)
+    high = low + num_images
+    for _ in range(num_steps):
+        middle = (low + high) // 2
+        open = low < high
+        offsets = tl.load(grids_ptr + middle * 4, mask=open, other=0)
+        after = open & (offsets > places)
+        low = tl.where(open & (offsets <= places), middle + 1, low)
+        high = tl.where(after, middle, high)
+    return low - 1
+
+
+@triton.jit
+def thumbnail_cell(
+    place,  # of the token in its image
+    cols,
+    rows,
+    SIDE: tl.constexpr,
+    COLUMN: tl.constexpr,  # tiles take their cells column by column, as published
+):
+    """Thumbnail cell under each token of an image; see `comemo_kernels.grids`."""
+    AREA: tl.constexpr = SIDE * SIDE
+    tile, inside = place // AREA, place % AREA
+    r, c = inside // SIDE, inside % SIDE
+    if COLUMN:
+        major = tl.maximum(rows, 1)
+        i, j = tile // major, tile % major
+    else:
+        major = tl.maximum(cols, 1)
+        i, j = tile % major, tile // major
+    y = tl.maximum(SIDE * ((SIDE - 1) * j + r) - 1, 0) // tl.maximum((SIDE - 1) * rows, 1)
+    x = tl.maximum(SIDE * ((SIDE - 1) * i + c) - 1, 0) // tl.maximum((SIDE - 1) * cols, 1)
+    thumbnail = (tile >= cols * rows) | (cols * rows <= 1)
+    return tl.where(thumbnail, inside, y * SIDE + x)

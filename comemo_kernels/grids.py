@@ -1,0 +1,194 @@
+"""Tile grids: how many tokens an image has, and which thumbnail cell each of them is.
+
+RoPE-DHR gives a tile token the id of the thumbnail cell that covers the same place:
+
+    id = bias + f(j, r, rows) * S + f(i, c, cols)
+    f(k, t, n) = max(S * ((S-1)*k + t) - 1, 0) // ((S-1) * n)
+
+for tile column i, tile row j, raster row r and raster column c of the token. The thumbnail, which
+comes last, has bias + 0 .. S*S-1.
+Source: CoMemo (arXiv:2506.06279); exact integers instead of the published float linspace.
+
+Letters: S tokens along a tile's side, I images.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from comemo_kernels._op import check, to_device
+
+Grid = tuple[int, int]  # (cols, rows) of tiles
+TEXT = (-1, -1)  # in the place of a grid: no image, text counts on from here
+
+
+def image_tokens(grid: Grid, side: int = 16, thumbnail: bool = True) -> int:
+    """Tokens of one image: S*S per tile, and S*S for the thumbnail where there is one.
+
+    Args:
+        grid: (cols, rows) of tiles; 0 x 0 is a video frame: one picture, no tiles.
+        side: S.
+        thumbnail: whether images of more than one tile carry a thumbnail.
+
+    Returns:
+        Number of tokens, a multiple of S*S.
+
+    Raises:
+        ValueError: a negative grid or a side below 1.
+    """
+    tiles = check_grid("image_tokens", grid, side)
+    return side * side * (tiles + 1 if thumbnail and tiles > 1 else max(tiles, 1))
+
+
+def check_grid(name: str, grid: Grid, side: int) -> int:
+    """Number of tiles of a grid that is one.
+
+    Raises:
+        ValueError: in the name of function `name`, a negative grid or a side below 1.
+    """
+    cols, rows = grid
+    check(
+        cols >= 0 and rows >= 0, f"{name}: grid must be (cols, rows) of at least 0, got {grid}"
+    )
+    check(side >= 1, f"{name}: side must be at least 1, got {side}")
+    return cols * rows
+
+
+def check_tile_order(name: str, tile_order: str) -> None:
+    """Raise ValueError in the name of function `name` for an unknown tile order."""
+    check(
+        tile_order in ("row", "column"),
+        f"{name}: tile_order must be 'row' or 'column', got {tile_order!r}",
+    )
+
+
+def thumbnail_cells(
+    place: Tensor, cols: Tensor | int, rows: Tensor | int, side: int, tile_order: str
+) -> Tensor:
+    """Thumbnail cell 0 .. S*S-1 of the token at `place` of an image of cols x rows tiles."""
+    cols, rows = torch.as_tensor(cols), torch.as_tensor(rows)
+    tile, inside = place // side**2, place % side**2
+    r, c = inside // side, inside % side
+    if tile_order == "column":
+        i, j = tile // rows.clamp(min=1), tile % rows.clamp(min=1)
+    else:
+        i, j = tile % cols.clamp(min=1), tile // cols.clamp(min=1)
+
+    def cell(k: Tensor, t: Tensor, n: Tensor) -> Tensor:
+        # A raster of one token has one cell; the formula would divide by zero.
+        return (side * ((side - 1) * k + t) - 1).clamp(min=0) // ((side - 1) * n).clamp(min=1)
+
+    thumbnail = (tile >= cols * rows) | (cols * rows <= 1)
+    return torch.where(thumbnail, inside, cell(j, r, rows) * side + cell(i, c, cols))
+
+
+@dataclass(frozen=True)
+class ImageGrids:
+    """Where images lie in a sequence of tokens, from which kernels derive position ids.
+
+    Tokens before the first image have the ids 0, 1, ...; an image has ids [bias, bias + S*S);
+    the tokens behind it count on from bias + S*S. Of a batch [B, N] the sequence is its B*N tokens
+    row by row. A pure record: build it with `pack`, which checks.
+
+    Attributes:
+        table: int32 [I, 4], contiguous, ascending in its first column: offset (place of the
+            image's first token), bias, cols, rows. Cols and rows of -1 (`TEXT`) stand for no image:
+            from `offset` on text counts from `bias` (a packed sample or a batch row begins).
+        side: S.
+        tile_order: "row", or "column" as published.
+        thumbnail: whether images of more than one tile carry a thumbnail.
+        end: number of tokens that the sequence needs to hold all images.
+    """
+
+    table: Tensor
+    side: int = 16
+    tile_order: str = "row"
+    thumbnail: bool = True
+    end: int = 0
+
+    @classmethod
+    def pack(
+        cls,
+        grids: Sequence[Grid],
+        offsets: Sequence[int] | None = None,
+        biases: Sequence[int] | None = None,
+        side: int = 16,
+        tile_order: str = "row",
+        thumbnail: bool = True,
+        device: torch.device | str | None = None,
+    ) -> "ImageGrids":
+        """Check, and copy to a device without waiting for it.
+
+        Args:
+            grids: (cols, rows) of every image, in order; `TEXT` where text begins anew.
+            offsets: place of each image's first token; one behind the other if None, as in an
+                image memory.
+            biases: id of each image's first thumbnail token; all 0 if None: image-relative ids.
+            side, tile_order, thumbnail: as of `image_position_ids`.
+            device: where the kernels run.
+
+        Raises:
+            ValueError: another number of offsets or biases than grids; an image that begins before
+                the one ahead of it ends; a negative grid, offset or bias; an unknown tile order.
+        """
+        check_tile_order("ImageGrids.pack", tile_order)
+        counts = [
+            0 if tuple(grid) == TEXT else image_tokens(grid, side, thumbnail) for grid in grids
+        ]
+        if offsets is None:
+            offsets = [sum(counts[:i]) for i in range(len(counts))]
+        biases = [0] * len(counts) if biases is None else biases
+        check(
+            len(offsets) == len(biases) == len(counts),
+            f"ImageGrids.pack: {len(counts)} grids need as many offsets and biases, got"
+            f" {len(offsets)} and {len(biases)}",
+        )
+        end = 0
+        for i, (offset, count) in enumerate(zip(offsets, counts, strict=True)):
+            check(
+                offset >= end and biases[i] >= 0,
+                f"ImageGrids.pack: image {i} must begin at {end} or later with a bias of at least"
+                f" 0, got offset {offset} and bias {biases[i]}",
+            )
+            end = offset + count
+        rows = [
+            (offset, bias, *grid) for offset, bias, grid in zip(offsets, biases, grids, strict=True)
+        ]
+        table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
+        return cls(to_device(table, device), side, tile_order, thumbnail, end)
+
+    def position_ids(self, tokens: int) -> Tensor:
+        """Ids of the sequence's first `tokens` tokens.
+
+        Args:
+            tokens: length of the sequence.
+
+        Returns:
+            int64 [tokens], on the table's device; no synchronisation.
+
+        Raises:
+            ValueError: a sequence too short for the images.
+        """
+        self.check_length("ImageGrids.position_ids", tokens)
+        place = torch.arange(tokens, device=self.table.device)
+        if not len(self.table):
+            return place
+        image = torch.searchsorted(self.table[:, 0].contiguous(), place.int(), right=True) - 1
+        offset, bias, cols, rows = self.table[image.clamp(min=0)].long().unbind(-1)
+        area, tiles = self.side**2, cols * rows
+        tiles = torch.where((tiles > 1) & self.thumbnail, tiles + 1, tiles.clamp(min=1))
+        count = torch.where(cols < 0, 0, area * tiles)
+        place_in_image = place - offset
+        cells = thumbnail_cells(place_in_image, cols, rows, self.side, self.tile_order)
+        behind = place_in_image - count + torch.where(cols < 0, 0, area)
+        ids = bias + torch.where(place_in_image < count, cells, behind)
+        return torch.where(image < 0, place, ids)
+
+    def check_length(self, name: str, tokens: int) -> None:
+        """Raise ValueError in the name of function `name` if images overrun a sequence."""
+        if self.end > tokens:
+            raise ValueError(
+                f"{name}: images that end at token {self.end} overrun a sequence of {tokens} tokens"
+            )

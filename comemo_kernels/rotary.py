@@ -1,0 +1,392 @@
+"""Rotary position embedding of queries and keys in one launch (RoPE-DHR).
+
+    y1 = x1 * cos[p] - x2 * sin[p]
+    y2 = x2 * cos[p] + x1 * sin[p]        x = [x1, x2, rest] along D,  p = position of the token
+
+A rotation is orthogonal: the gradient is the same kernel with -sin (INVERSE), and nothing but the
+table has to be kept for it.
+Traffic: q and k read once and written once, B * N * (H + G) * D * 2 elements (in place with
+R < D only the rotated part), and per token its id of 4 or 8 bytes. Table rows are read once per
+token and group of BLOCK_H heads; the rows of images, 256 whatever their tiles, stay in L2.
+Source: CoMemo (arXiv:2506.06279); halves, not pairs, are rotated, as in Llama.
+
+Letters: B batch, N tokens, H query heads, G key heads, D head dimension, R rotated part of it,
+P rows of the table, I images.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from comemo_kernels import reference
+from comemo_kernels._blocks import find_image, thumbnail_cell
+from comemo_kernels._op import Kernel, documented, on_triton, register
+from comemo_kernels.grids import ImageGrids
+
+# --- kernel ---
+
+
+@triton.jit
+def _image_position(
+    grids_ptr, token, num_images, num_steps, SIDE: tl.constexpr, COLUMN, THUMBNAIL: tl.constexpr
+):
+    """Position id of each token of a sequence, as `ImageGrids.position_ids`."""
+    image = find_image(grids_ptr, token, num_images, num_steps)
+    row = grids_ptr + image * 4
+    inside = image >= 0
+    offset = tl.load(row, mask=inside, other=0)
+    bias = tl.load(row + 1, mask=inside, other=0)
+    cols = tl.load(row + 2, mask=inside, other=-1)
+    rows = tl.load(row + 3, mask=inside, other=-1)
+    tiles = tl.maximum(cols * rows, 1)
+    if THUMBNAIL:
+        tiles = tl.where(tiles > 1, tiles + 1, tiles)
+    spent = tl.where(cols < 0, 0, SIDE * SIDE)
+    place = token - offset
+    cell = thumbnail_cell(place, cols, rows, SIDE, COLUMN)
+    return bias + tl.where(place < spent * tiles, cell, place + spent * (1 - tiles))
+
+
+@triton.jit
+def _rotate_heads(
+    y_ptr,  # [B, N, H, D]
+    y_strides,  # of B, N, H; D is contiguous
+    x_ptr,  # [B, N, H, D]
+    x_strides,
+    batch,
+    token,  # [BLOCK_T * BLOCK_H]
+    head,  # [BLOCK_T * BLOCK_H]
+    mask_r,  # [BLOCK_T * BLOCK_H]
+    cos,  # [BLOCK_T * BLOCK_H, BLOCK_D]
+    sin,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+):
+    x_rows = x_ptr + batch * x_strides[0] + token * x_strides[1] + head * x_strides[2]
+    y_rows = y_ptr + batch * y_strides[0] + token * y_strides[1] + head * y_strides[2]
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = mask_r[:, None] & (offs_d < HALF)[None, :]
+    x_ptrs, y_ptrs = x_rows[:, None] + offs_d[None, :], y_rows[:, None] + offs_d[None, :]
+    x1 = tl.load(x_ptrs, mask=mask, other=0.0).to(cos.dtype)
+    x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0).to(cos.dtype)
+    tl.store(y_ptrs, x1 * cos - x2 * sin, mask=mask)
+    tl.store(y_ptrs + HALF, x2 * cos + x1 * sin, mask=mask)
+    if REST > 0:
+        offs_rest = tl.arange(0, BLOCK_REST)
+        mask = mask_r[:, None] & (offs_rest < REST)[None, :]
+        offs = 2 * HALF + offs_rest[None, :]
+        tl.store(y_rows[:, None] + offs, tl.load(x_rows[:, None] + offs, mask=mask), mask=mask)
+
+
+# Lengths and head counts do not specialise: a new length never compiles.
+@triton.jit(
+    do_not_specialize=[
+        "ids_strides",
+        "num_tokens",
+        "num_rows",
+        "num_images",
+        "num_steps",
+        "num_q_heads",
+        "num_k_heads",
+    ]
+)
+def _rotary_kernel(
+    q_out_ptr,  # [B, N, H, D]
+    k_out_ptr,  # [B, N, G, D]
+    q_ptr,
+    k_ptr,
+    cos_ptr,  # [P, R/2] by id, [B, N, R/2] by token
+    sin_ptr,
+    ids_ptr,  # [B, N] ids, or [I, 4] grids
+    q_out_strides,  # of B, N, H; D is contiguous
+    k_out_strides,
+    q_strides,
+    k_strides,
+    table_strides,  # of B and N, or (of P, 0)
+    ids_strides,
+    num_tokens,  # N
+    num_rows,  # P
+    num_images,
+    num_steps,  # bit length of num_images
+    num_q_heads,
+    num_k_heads,
+    POSITIONS: tl.constexpr,  # "table": a row for each token; "ids"; "grids"
+    SIDE: tl.constexpr,
+    COLUMN: tl.constexpr,
+    THUMBNAIL: tl.constexpr,
+    INVERSE: tl.constexpr,
+    ROUND: tl.constexpr,  # cos and sin to the dtype of q first
+    HALF: tl.constexpr,  # R / 2
+    REST: tl.constexpr,  # elements to copy behind the rotated ones
+    BLOCK_D: tl.constexpr,  # HALF rounded up to a power of two
+    BLOCK_REST: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One program rotates BLOCK_H heads, of q or of k, of BLOCK_T tokens of one batch row."""
+    ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
+    pid = tl.program_id(0)
+    # Groups of one token block lie side by side: its rows of the table are read from L2 once.
+    q_groups = tl.cdiv(num_q_heads, BLOCK_H)
+    groups = q_groups + tl.cdiv(num_k_heads, BLOCK_H)
+    pid_h, pid_t = pid % groups, pid // groups
+    blocks = tl.cdiv(num_tokens, BLOCK_T)
+    batch = (pid_t // blocks).to(tl.int64)
+    # Token and head share an axis: a thread then holds 8 bf16, 128 bits, of each half.
+    offs_r = tl.arange(0, BLOCK_T * BLOCK_H)
+    token = ((pid_t % blocks) * BLOCK_T + offs_r // BLOCK_H).to(tl.int64)
+    mask_t = token < num_tokens
+
+    if POSITIONS == "table":
+        row = batch * table_strides[0] + token * table_strides[1]
+        known = mask_t
+    else:
+        if POSITIONS == "ids":
+            ids_ptrs = ids_ptr + batch * ids_strides[0] + token * ids_strides[1]
+            position = tl.load(ids_ptrs, mask=mask_t, other=0).to(tl.int64)
+        else:
+            place = (batch * num_tokens + token).to(tl.int32)
+            position = _image_position(
+                ids_ptr, place, num_images, num_steps, SIDE, COLUMN, THUMBNAIL
+            ).to(tl.int64)
+        row = position * table_strides[0]
+        known = mask_t & (position >= 0) & (position < num_rows)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = known[:, None] & (offs_d < HALF)[None, :]
+    offs = row[:, None] + offs_d[None, :]
+    cos = tl.load(cos_ptr + offs, mask=mask, other=float("nan"))
+    sin = tl.load(sin_ptr + offs, mask=mask, other=float("nan"))
+    if ROUND:
+        cos = cos.to(q_ptr.dtype.element_ty)
+        sin = sin.to(q_ptr.dtype.element_ty)
+    cos = cos.to(ACC)
+    sin = sin.to(ACC)
+    if INVERSE:
+        sin = -sin
+
+    if pid_h < q_groups:
+        head = (pid_h * BLOCK_H + offs_r % BLOCK_H).to(tl.int64)
+        mask_r = mask_t & (head < num_q_heads)
+        _rotate_heads(
+            *(q_out_ptr, q_out_strides, q_ptr, q_strides, batch, token, head, mask_r, cos, sin),
+            *(HALF, REST, BLOCK_D, BLOCK_REST),
+        )
+    else:
+        head = ((pid_h - q_groups) * BLOCK_H + offs_r % BLOCK_H).to(tl.int64)
+        mask_r = mask_t & (head < num_k_heads)
+        _rotate_heads(
+            *(k_out_ptr, k_out_strides, k_ptr, k_strides, batch, token, head, mask_r, cos, sin),
+            *(HALF, REST, BLOCK_D, BLOCK_REST),
+        )
+
+
+rotary_kernel = Kernel(
+    _rotary_kernel,
+    [
+        {"BLOCK_T": 8, "BLOCK_H": 4, "num_warps": 4},
+        {"BLOCK_T": 4, "BLOCK_H": 4, "num_warps": 4},
+        {"BLOCK_T": 8, "BLOCK_H": 8, "num_warps": 8},
+        {"BLOCK_T": 8, "BLOCK_H": 8, "num_warps": 4},
+        {"BLOCK_T": 16, "BLOCK_H": 2, "num_warps": 4},
+    ],
+)
+
+# --- operator ---
+
+
+class _Plan(NamedTuple):
+    """What layouts and flags decide of a launch."""
+
+    programs: int
+    runtime: tuple[Any, ...]  # strides and sizes, in the kernel's order
+    constants: tuple[Any, ...]  # compile-time values, likewise
+    multiples: bool  # whether all strides are multiples of 16 and fit 32 bits
+
+
+@functools.lru_cache(maxsize=1024)  # the layers of a model ask for the same few, step by step
+def _plan(
+    blocks: tuple[int, int],  # BLOCK_T, BLOCK_H
+    q_shape: tuple[int, ...],
+    num_k_heads: int,
+    x_strides: tuple[tuple[int, ...], ...],  # of q_out, k_out, q, k
+    table_shape: tuple[int, ...],
+    table_strides: tuple[int, ...],
+    ids_shape: tuple[int, ...],
+    ids_strides: tuple[int, ...],
+    kind: str,
+    inplace: bool,
+    flags: tuple[Any, ...],
+) -> _Plan:
+    (*batch, N, H, D), half = q_shape, table_shape[-1]
+    rest = 0 if inplace else D - 2 * half
+    groups = -(-H // blocks[1]) - (-num_k_heads // blocks[1])
+    strides = [s[:3] if batch else (0, *s[:2]) for s in x_strides]
+    if kind == "table":
+        strides.append(_batch_strides(table_shape[:-1], table_strides[:-1]))
+    else:
+        strides.append((table_strides[0], 0))
+    multiples = all(s % 16 == 0 and s < 2**31 for of_one in strides for s in of_one)
+    id_strides = _batch_strides(ids_shape, ids_strides) if kind == "ids" else (0, 0)
+    images = ids_shape[0] if kind == "grids" else 0
+    return _Plan(
+        groups * (batch[0] if batch else 1) * -(-N // blocks[0]),
+        (*strides, id_strides, N, table_shape[0], images, images.bit_length(), H, num_k_heads),
+        (kind, *flags, half, rest, _power_of_two(half), _power_of_two(rest)),
+        multiples and max(id_strides) < 2**31,
+    )
+
+
+def _batch_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of B and N, of a tensor that may lack B or have one row for all."""
+    return (0, strides[-1]) if len(shape) == 1 or shape[0] == 1 else strides
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _launch_into(
+    ys: list[Tensor],
+    xs: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | None,
+    side: int,
+    *flags: bool,  # column, thumbnail, inverse, published
+) -> None:
+    """Rotate `xs`, one or two tensors, into `ys`, which may be the same."""
+    q, k, q_out, k_out = xs[0], xs[-1], ys[0], ys[-1]
+    kind, ids = "grids" if side else "ids", positions
+    if ids is None:
+        kind, ids = "table", cos
+    config = rotary_kernel.config
+    plan = _plan(
+        *((config["BLOCK_T"], config["BLOCK_H"]), q.shape, k.shape[-2] if len(xs) == 2 else 0),
+        (q_out.stride(), k_out.stride(), q.stride(), k.stride()),
+        *(cos.shape, cos.stride(), ids.shape, ids.stride(), kind, q_out is q, (side, *flags)),
+    )
+    addresses = q_out.data_ptr() | k_out.data_ptr() | q.data_ptr() | k.data_ptr()
+    addresses |= cos.data_ptr() | sin.data_ptr() | ids.data_ptr()
+    # Triton compiles for multiples of 16 and for 32-bit numbers: where all are, it need not look.
+    key = None
+    if plan.multiples and addresses % 16 == 0:
+        key = (q.get_device(), q.dtype, cos.dtype, ids.dtype, plan.constants)
+    rotary_kernel.launch(
+        *(plan.programs, key, q_out, k_out, q, k, cos, sin, ids, *plan.runtime, *plan.constants)
+    )
+
+
+def _launch(xs: list[Tensor], *args: Any) -> list[Tensor]:
+    ys = _fake(xs)
+    _launch_into(ys, xs, *args)
+    return ys
+
+
+def _fake(xs: list[Tensor], *_: Any) -> list[Tensor]:
+    return [torch.empty_like(x) for x in xs]
+
+
+_ARGUMENTS = (
+    "Tensor cos, Tensor sin, Tensor? positions, int side, bool column, bool thumbnail,"
+    " bool inverse, bool published"
+)
+_rotary = register(f"rotary(Tensor[] xs, {_ARGUMENTS}) -> Tensor[]", _launch, _fake)
+_rotary_ = register(
+    f"rotary_(Tensor(a!)[] xs, {_ARGUMENTS}) -> ()",
+    lambda xs, *args: _launch_into(xs, xs, *args),
+    lambda *_: None,
+)
+
+
+class _Rotary(torch.autograd.Function):
+    """Its gradient is itself, turned the other way: differentiable to any order."""
+
+    @staticmethod
+    def forward(ctx, inplace, cos, sin, positions, side, column, thumbnail, inverse, published, *xs):
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.options = side, column, thumbnail, inverse, published
+        ctx.set_materialize_grads(False)
+        if inplace:
+            ctx.mark_dirty(*xs)
+            _rotary_(list(xs), cos, sin, positions, *ctx.options)
+            return xs
+        return tuple(_rotary(list(xs), cos, sin, positions, *ctx.options))
+
+    @staticmethod
+    def backward(ctx, *dys):
+        side, column, thumbnail, inverse, published = ctx.options
+        wanted = ctx.needs_input_grad[9:]
+        used = [i for i, dy in enumerate(dys) if dy is not None and wanted[i]]
+        dxs: list[Tensor | None] = [None] * len(dys)
+        if used:
+            turned = (
+                *(False, *ctx.saved_tensors, side, column, thumbnail, not inverse, published),
+                *(dys[i] if dys[i].stride(-1) == 1 else dys[i].contiguous() for i in used),
+            )
+            for i, dx in zip(used, _Rotary.apply(*turned), strict=True):
+                dxs[i] = dx
+        return *[None] * 9, *dxs
+
+
+# --- public ---
+
+
+@documented(reference.apply_rotary)
+def apply_rotary(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor | ImageGrids | None = None,
+    inplace: bool = False,
+    published: bool = False,
+    validate: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    if not on_triton(q):
+        return reference.apply_rotary(q, k, cos, sin, positions, inplace, published, validate)
+    reference.check_rotary(q, k, cos, sin, positions, validate)
+    _check_strides(q, k, cos, sin)
+    side, column, thumbnail = 0, False, False
+    if isinstance(positions, ImageGrids):
+        side, column = positions.side, positions.tile_order == "column"
+        positions, thumbnail = positions.table, positions.thumbnail
+    xs = [q] if k is None else [q, k]
+    options = (side, column, thumbnail, False, published)
+    if torch.is_grad_enabled() and (q.requires_grad or xs[-1].requires_grad):
+        if cos.requires_grad or sin.requires_grad:
+            raise ValueError(
+                "apply_rotary: on a GPU cos and sin must not require grad, the kernel has no"
+                " gradient for them: use comemo_kernels.reference.apply_rotary"
+            )
+        table = (cos, sin, positions, *options)
+        if inplace:
+            # A launch each: autograd lets a function that writes into a view return only that.
+            ys = [_Rotary.apply(True, *table, x)[0] for x in xs]
+        else:
+            ys = _Rotary.apply(False, *table, *xs)
+    elif inplace:
+        _rotary_(xs, cos, sin, positions, *options)
+        ys = xs
+    else:
+        ys = _rotary(xs, cos, sin, positions, *options)
+    return ys[0], None if k is None else ys[1]
+
+
+def _check_strides(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> None:
+    k = q if k is None else k
+    if q.stride(-1) != 1 or k.stride(-1) != 1 or cos.stride(-1) != 1:
+        raise ValueError(
+            "apply_rotary: the last dimension must be contiguous, got strides"
+            f" {q.stride()} of q, {k.stride()} of k, {cos.stride()} of cos"
+        )
+    if cos.stride() != sin.stride():
+        raise ValueError(
+            f"apply_rotary: cos and sin must have one layout, got strides {cos.stride()} and"
+            f" {sin.stride()}"
+        )
