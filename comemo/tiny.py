@@ -75,12 +75,12 @@ def make_checkpoint(directory: str | Path, seed: int = 0) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CoMemoForConditionalGeneration(config)
-        _spread(model)
+        spread_weights(model)
     model.save_pretrained(directory)
 
 
 @torch.no_grad()
-def _spread(model: CoMemoForConditionalGeneration) -> None:
+def spread_weights(model: CoMemoForConditionalGeneration) -> None:
     """Make every part matter: open gates, and weights that do not shrink what they carry."""
     for name, weight in model.named_parameters():
         if name.endswith("_gate"):

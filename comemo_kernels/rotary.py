@@ -84,10 +84,12 @@ def _rotate_heads(
         tl.store(y_rows[:, None] + offs, tl.load(x_rows[:, None] + offs, mask=mask), mask=mask)
 
 
-# Lengths and head counts do not specialise: a new length never compiles.
+# Lengths, counts and strides of ids do not specialise: a new length never compiles. (Numbers in a
+# tuple would all the same, hence two strides beside each other.)
 @triton.jit(
     do_not_specialize=[
-        "ids_strides",
+        "ids_stride_b",
+        "ids_stride_n",
         "num_tokens",
         "num_rows",
         "num_images",
@@ -109,7 +111,8 @@ def _rotary_kernel(
     q_strides,
     k_strides,
     table_strides,  # of B and N, or (of P, 0)
-    ids_strides,
+    ids_stride_b,
+    ids_stride_n,
     num_tokens,  # N
     num_rows,  # P
     num_images,
@@ -148,7 +151,7 @@ def _rotary_kernel(
         known = mask_t
     else:
         if POSITIONS == "ids":
-            ids_ptrs = ids_ptr + batch * ids_strides[0] + token * ids_strides[1]
+            ids_ptrs = ids_ptr + batch * ids_stride_b + token * ids_stride_n
             position = tl.load(ids_ptrs, mask=mask_t, other=0).to(tl.int64)
         else:
             place = (batch * num_tokens + token).to(tl.int32)
@@ -236,7 +239,7 @@ def _plan(
     images = ids_shape[0] if kind == "grids" else 0
     return _Plan(
         groups * (batch[0] if batch else 1) * -(-N // blocks[0]),
-        (*strides, id_strides, N, table_shape[0], images, images.bit_length(), H, num_k_heads),
+        (*strides, *id_strides, N, table_shape[0], images, images.bit_length(), H, num_k_heads),
         (kind, *flags, half, rest, _power_of_two(half), _power_of_two(rest)),
         multiples and max(id_strides) < 2**31,
     )
@@ -308,30 +311,34 @@ class _Rotary(torch.autograd.Function):
     """Its gradient is itself, turned the other way: differentiable to any order."""
 
     @staticmethod
-    def forward(ctx, inplace, cos, sin, positions, side, column, thumbnail, inverse, published, *xs):
+    def forward(ctx, q, k, inplace, cos, sin, positions, *flags):
+        # What is written in place comes first: of a view, autograd takes that for its base.
         ctx.save_for_backward(cos, sin, positions)
-        ctx.options = side, column, thumbnail, inverse, published
+        ctx.flags = flags
         ctx.set_materialize_grads(False)
+        xs = [q] if k is None else [q, k]
         if inplace:
             ctx.mark_dirty(*xs)
-            _rotary_(list(xs), cos, sin, positions, *ctx.options)
-            return xs
-        return tuple(_rotary(list(xs), cos, sin, positions, *ctx.options))
+            _rotary_(xs, cos, sin, positions, *flags)
+            return tuple(xs)
+        return tuple(_rotary(xs, cos, sin, positions, *flags))
 
     @staticmethod
     def backward(ctx, *dys):
-        side, column, thumbnail, inverse, published = ctx.options
-        wanted = ctx.needs_input_grad[9:]
-        used = [i for i, dy in enumerate(dys) if dy is not None and wanted[i]]
-        dxs: list[Tensor | None] = [None] * len(dys)
+        side, column, thumbnail, inverse, published = ctx.flags
+        used = [i for i, dy in enumerate(dys) if dy is not None and ctx.needs_input_grad[i]]
+        dxs: list[Tensor | None] = [None, None]
         if used:
-            turned = (
-                *(False, *ctx.saved_tensors, side, column, thumbnail, not inverse, published),
-                *(dys[i] if dys[i].stride(-1) == 1 else dys[i].contiguous() for i in used),
-            )
-            for i, dx in zip(used, _Rotary.apply(*turned), strict=True):
+            given = [dys[i] if dys[i].stride(-1) == 1 else dys[i].contiguous() for i in used]
+            table = (*ctx.saved_tensors, side, column, thumbnail, not inverse, published)
+            # torch.compile, which has no gradients of gradients, cannot trace this within itself.
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                turned = _Rotary.apply(given[0], given[1] if len(given) > 1 else None, False, *table)
+            else:
+                turned = _rotary(given, *table)
+            for i, dx in zip(used, turned, strict=True):
                 dxs[i] = dx
-        return *[None] * 9, *dxs
+        return *dxs, None, None, None, None, *[None] * len(ctx.flags)
 
 
 # --- public ---
@@ -367,9 +374,9 @@ def apply_rotary(
         table = (cos, sin, positions, *options)
         if inplace:
             # A launch each: autograd lets a function that writes into a view return only that.
-            ys = [_Rotary.apply(True, *table, x)[0] for x in xs]
+            ys = [_Rotary.apply(x, None, True, *table)[0] for x in xs]
         else:
-            ys = _Rotary.apply(False, *table, *xs)
+            ys = _Rotary.apply(q, k, False, *table)
     elif inplace:
         _rotary_(xs, cos, sin, positions, *options)
         ys = xs

@@ -1,0 +1,141 @@
+"""What kernels share: launches that skip Triton's look, devices, versions of what is written."""
+
+import types
+
+import pytest
+import torch
+
+from comemo_kernels import _op
+
+
+class Recorder:
+    """Stands for a jitted function and for what it compiles: records launches."""
+
+    def __init__(self, compiled=None):
+        self.calls, self.compiled = [], compiled
+
+    def __getitem__(self, grid):
+        def call(*args, **options):
+            self.calls.append((grid, args, options))
+            return self.compiled
+
+        return call
+
+
+def make_kernel():
+    compiled = Recorder()
+    configs = [{"BLOCK": 8, "num_warps": 4}, {"BLOCK": 16, "num_warps": 2}]
+    function = Recorder(compiled)
+    return _op.Kernel(function, configs), function, compiled
+
+
+def test_a_known_key_calls_the_compiled_kernel():
+    kernel, function, compiled = make_kernel()
+    for n in (1, 2, 3):
+        kernel.launch(5, "key", "x", n)
+    assert function.calls == [
+        ((5, 1, 1), ("x", 1), {"BLOCK": 8, "num_warps": 4, "enable_fp_fusion": True})
+    ]
+    assert compiled.calls == [((5, 1, 1), ("x", n, 8), {}) for n in (2, 3)]
+    kernel.launch(5, "other key", "x", 4)
+    assert len(function.calls) == 2
+
+
+def test_without_a_key_triton_looks_every_time():
+    kernel, function, compiled = make_kernel()
+    for _ in range(3):
+        kernel.launch(5, None, "x")
+    assert len(function.calls) == 3
+    assert not compiled.calls
+
+
+def test_an_empty_grid_is_not_launched():
+    kernel, function, _ = make_kernel()
+    kernel.launch(0, "key", "x")
+    assert not function.calls
+
+
+def test_another_configuration_is_for_a_block_of_code():
+    kernel, function, compiled = make_kernel()
+    kernel.launch(1, "key")
+    with pytest.raises(RuntimeError, match="inside"), kernel.using(kernel.configs[1]):
+        kernel.launch(1, "key")
+        kernel.launch(1, "key")
+        raise RuntimeError("inside")
+    kernel.launch(1, "key")
+    assert [options["BLOCK"] for _, _, options in function.calls] == [8, 16]
+    assert [args for _, args, _ in compiled.calls] == [(16,), (8,)]
+
+
+def test_a_launch_runs_on_the_device_of_its_tensors(monkeypatch):
+    entered = []
+
+    class Guard:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            entered.append(self.index)
+
+        def __exit__(self, *_):
+            entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    guarded = _op._on_its_device(lambda xs: entered.append("launched"))
+    for index, wanted in ((-1, []), (0, []), (1, [1])):
+        entered.clear()
+        guarded([types.SimpleNamespace(get_device=lambda index=index: index)])
+        assert entered == [*wanted, "launched", *(["left"] if wanted else [])]
+
+
+def test_what_a_schema_marks_as_written_gets_a_new_version():
+    x, y, z = (torch.zeros(1) for _ in range(3))
+    versioned = _op._with_versions(lambda *args: None, [0, 2, 3])
+    versioned([x, y], z, None, z)
+    assert [t._version for t in (x, y, z)] == [1, 1, 1]
+    with torch.inference_mode():
+        versioned([torch.zeros(1)], z, None, x)
+
+
+def test_a_small_tensor_stays_where_it_is_wanted(device):
+    values = torch.arange(3)
+    assert _op.to_device(values, None).device.type == "cpu"
+    assert torch.equal(_op.to_device(values, device).cpu(), values)
+
+
+@pytest.mark.gpu
+def test_threads_and_devices_of_a_gradient(device):
+    """The gradient is computed in a thread of autograd's, on the device of its tensors."""
+    from comemo_kernels import apply_rotary, reference, rotary_table
+
+    last = f"cuda:{torch.cuda.device_count() - 1}"  # another than the current one, if there is one
+    cos, sin = (t[0].to(last) for t in rotary_table(torch.arange(9)[None], 64))
+    q = torch.randn(9, 4, 64, device=last, requires_grad=True)
+    weight = torch.randn_like(q)
+    grads = []
+    for op in (apply_rotary, reference.apply_rotary):
+        (op(q, None, cos, sin)[0] * weight).sum().backward()
+        grads.append(q.grad)
+        q.grad = None
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.gpu
+def test_a_captured_launch_reads_new_positions(device):
+    from comemo_kernels import apply_rotary, reference, rotary_table
+
+    cos, sin = (t[0].to(device) for t in rotary_table(torch.arange(99)[None], 128))
+    q = torch.randn(1, 1, 16, 128, device=device, dtype=torch.bfloat16)
+    k = torch.randn(1, 1, 8, 128, device=device, dtype=torch.bfloat16)
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    apply_rotary(q, k, cos, sin, ids)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = apply_rotary(q, k, cos, sin, ids)
+    for place in (3, 98):
+        ids.fill_(place)
+        graph.replay()
+        wanted = reference.apply_rotary(q, k, cos, sin, ids)
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs)

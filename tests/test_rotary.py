@@ -1,0 +1,391 @@
+"""The rotary kernel: against its reference, its laws, its contract with torch, its errors."""
+
+import pytest
+import torch
+from harness import assert_matches, evaluate
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+from comemo_kernels import TEXT, ImageGrids, apply_rotary, reference, rotary_table
+from comemo_kernels import rotary as kernels
+
+pytestmark = pytest.mark.kernel(reference=True)  # its laws are the reference's too
+
+LAYOUTS = ("bnhd", "bhnd", "packed qkv", "tokens")
+KINDS = ("int32", "int64", "grids", "table", "one table for all")
+ROWS = 80  # of the table
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def heads(layout, B, N, H, G, D, dtype, device):
+    """q and k in a memory layout: both orders of tokens and heads, views of one qkv, no batch."""
+    generator = torch.Generator().manual_seed(B + 10 * N)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    if layout == "packed qkv":
+        return draw(B, N, H + 2 * G, D).split([H, G, G], dim=2)[:2]
+    if layout == "bhnd":
+        return draw(B, H, N, D).transpose(1, 2), draw(B, G, N, D).transpose(1, 2)
+    q, k = draw(B, N, H, D), draw(B, N, G, D)
+    return (q.flatten(0, 1), k.flatten(0, 1)) if layout == "tokens" else (q, k)
+
+
+def make_inputs(
+    B=2, N=5, H=2, G=1, D=8, R=8, dtype=torch.float32, layout="bnhd", kind="int64", device="cpu"
+):
+    q, k = heads(layout, B, N, H, G, D, dtype, device)
+    tokens, P = q.shape[:-2], ROWS
+    generator = torch.Generator().manual_seed(N)
+    table = rotary_table(torch.arange(P)[None], R, 100.0)
+    cos, sin = (t[0].to(torch.promote_types(dtype, torch.float32)) for t in table)
+    ids = torch.randint(P, tokens, generator=generator)  # repeated, in any order
+    positions = None
+    if kind in ("int32", "int64"):
+        positions = ids.to(getattr(torch, kind)).to(device)
+    elif kind == "grids":
+        positions = grids_within(tokens.numel(), device)
+    else:
+        rows = ids[:1] if kind == "one table for all" and layout != "tokens" else ids
+        cos, sin = cos[rows], sin[rows]
+    cos, sin = cos.to(device), sin.to(device)
+    return {
+        "q": q.requires_grad_(),
+        "k": k.requires_grad_(),
+        "cos": cos,
+        "sin": sin,
+        "positions": positions,
+    }
+
+
+def grids_within(tokens, device):
+    """Text, an image of 2 x 1 tiles of 4 tokens, text that begins anew, a frame: what has room."""
+    grids, offsets, biases = [(2, 1), TEXT, (0, 0)], [2, 17, 18], [2, 0, 1]
+    rooms = [offset + 12 for offset in offsets]
+    fitting = [i for i in range(3) if rooms[i] <= tokens]
+    grids, offsets, biases = ([x[i] for i in fitting] for x in (grids, offsets, biases))
+    return ImageGrids.pack(grids, offsets, biases, side=2, device=device)
+
+
+# --- values and gradients ---
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    B=st.integers(1, 3),
+    N=st.integers(1, 20),
+    H=st.integers(1, 5),
+    G=st.integers(1, 2),
+    widths=st.sampled_from([(2, 2), (6, 6), (64, 64), (80, 32), (7, 4)]),
+    published=st.booleans(),
+)
+def test_matches_reference(device, dtype, layout, kind, B, N, H, G, widths, published):
+    if published and dtype == torch.bfloat16 and device == "cpu":
+        published = False  # Triton's interpreter truncates to bfloat16
+    inputs = make_inputs(B, N, H, G, *widths, dtype, layout, kind, device)
+    assert_matches(apply_rotary, reference.apply_rotary, inputs | {"published": published})
+
+
+@pytest.mark.parametrize("kind", ["int64", "grids", "table"])
+def test_gradients_of_any_order(device, kind):
+    inputs = make_inputs(1, 2, D=4, R=2, dtype=torch.float64, kind=kind, device=device)
+    q, k = inputs.pop("q"), inputs.pop("k")
+    rotate = lambda q, k: apply_rotary(q, k, **inputs)  # noqa: E731
+    assert gradcheck(rotate, (q, k))
+    assert gradgradcheck(rotate, (q, k))
+
+
+def test_an_output_that_is_not_used_costs_no_gradient(device):
+    inputs = make_inputs(device=device)
+    q, k = inputs["q"], inputs["k"]
+    rotated, _ = apply_rotary(**inputs)
+    assert torch.autograd.grad(rotated.sum(), [q, k], allow_unused=True)[1] is None
+    frozen = inputs | {"k": k.detach()}
+    for ours, theirs in zip(apply_rotary(**frozen), apply_rotary(**inputs), strict=True):
+        assert torch.equal(ours, theirs)
+    (gradient,) = torch.autograd.grad(apply_rotary(**frozen)[0].sum(), [q])  # strides of 0
+    (expected,) = torch.autograd.grad(reference.apply_rotary(**frozen)[0].sum(), [q])
+    torch.testing.assert_close(gradient, expected)
+
+
+# --- laws ---
+
+
+def test_turning_back_undoes_it(device):
+    inputs = make_inputs(N=33, D=64, R=64, device=device)
+    q, k = apply_rotary(**inputs)
+    back = {"cos": inputs["cos"], "sin": -inputs["sin"], "positions": inputs["positions"]}
+    for turned, given_ in zip(apply_rotary(q, k, **back), (inputs["q"], inputs["k"]), strict=True):
+        torch.testing.assert_close(turned, given_)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_layout_and_kind_of_position_gives_the_same_bits(device, dtype):
+    B, N = 1, 40
+    wanted = make_inputs(B, N, 4, 2, dtype=dtype, layout="packed qkv", kind="grids", device=device)
+    first = evaluate(apply_rotary, wanted)
+    ids = wanted["positions"].position_ids(N).to(device)[None]
+    cos, sin = wanted["cos"], wanted["sin"]
+    q, k = (wanted[name].detach() for name in "qk")
+    positions = {"positions": ids, "cos": cos, "sin": sin}
+    for layout in (
+        {"q": q.contiguous(), "k": k.contiguous()},
+        {n: x.transpose(1, 2).contiguous().transpose(1, 2) for n, x in (("q", q), ("k", k))},
+    ):
+        for change in (
+            positions,
+            positions | {"positions": ids.int()},
+            {"positions": None, "cos": cos[ids], "sin": sin[ids]},
+        ):
+            leaves = {name: x.requires_grad_() for name, x in layout.items()}
+            again = evaluate(apply_rotary, wanted | leaves | change)
+            for name, value in first.items():
+                assert torch.equal(again[name], value), name
+    flat = apply_rotary(q[0], k[0], cos, sin, ids[0])
+    for i, value in enumerate(flat):
+        assert torch.equal(value[None], first[f"output {i}"])
+
+
+def test_a_row_alone_is_the_row_in_a_batch(device):
+    inputs = make_inputs(B=3, N=13, H=5, device=device)
+    whole = apply_rotary(**inputs)
+    for b in range(3):
+        row = {name: inputs[name][b : b + 1] for name in ("q", "k", "positions")}
+        for alone, together in zip(apply_rotary(**inputs | row), whole, strict=True):
+            assert torch.equal(alone, together[b : b + 1])
+
+
+def test_queries_alone(device):
+    inputs = make_inputs(device=device)
+    q, k = apply_rotary(**inputs)
+    alone, none = apply_rotary(**inputs | {"k": None})
+    assert none is None
+    assert torch.equal(alone, q)
+    assert torch.equal(apply_rotary(**inputs | {"q": inputs["k"], "k": None})[0], k)
+
+
+def test_only_the_rotary_part_is_touched(device):
+    inputs = make_inputs(N=9, D=24, R=6, device=device)
+    narrow = inputs | {name: inputs[name][..., :6].contiguous() for name in "qk"}
+    for wide, part, given_ in zip(
+        apply_rotary(**inputs), apply_rotary(**narrow), (inputs["q"], inputs["k"]), strict=True
+    ):
+        assert torch.equal(wide[..., :6], part)
+        assert torch.equal(wide[..., 6:], given_[..., 6:])
+
+
+def test_published_rounds_the_table(device):
+    inputs = make_inputs(N=9, dtype=torch.float16, device=device)
+    rounded = inputs | {name: inputs[name].half() for name in ("cos", "sin")}
+    ours, theirs = apply_rotary(**inputs, published=True), apply_rotary(**rounded)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not torch.equal(ours[0], apply_rotary(**inputs)[0])
+
+
+@pytest.mark.parametrize("bad", [-1, ROWS, 2**31 - 1])
+def test_an_id_beyond_the_table_becomes_nan_or_an_error(device, bad):
+    inputs = make_inputs(N=9, D=10, R=8, device=device)
+    inputs["positions"][1, 4] = bad
+    for op in (apply_rotary, reference.apply_rotary):
+        for x, y in zip((inputs["q"], inputs["k"]), op(**inputs), strict=True):
+            assert y[1, 4, :, :8].isnan().all()
+            assert torch.equal(y[1, 4, :, 8:], x[1, 4, :, 8:])
+            y = y.detach()
+            y[1, 4] = 0
+            assert not y.isnan().any()
+        with pytest.raises(ValueError, match=rf"ids must lie in \[0, {ROWS}\).*got .*{bad}"):
+            op(**inputs, validate=True)
+
+
+def test_nothing_to_rotate(device):
+    for empty in ({"B": 0}, {"N": 0}, {"H": 0}, {"H": 0, "G": 0}):
+        inputs = make_inputs(**{"kind": "int64"} | empty, device=device)
+        for op in (apply_rotary, reference.apply_rotary):
+            q, k = op(**inputs, validate=True)
+            assert q.shape == inputs["q"].shape
+            assert k.shape == inputs["k"].shape
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_offsets_past_two_to_the_31(device, inplace):
+    """The second row of q begins beyond what 32 bits can address; only touched pages exist."""
+    far = 2**31 + 64
+    memory = torch.empty(far + 1024, dtype=torch.float16, device=device)
+    q = memory.as_strided((2, 3, 2, 8), (far, 16, 8, 1))
+    small = make_inputs(N=3, dtype=torch.float16, device=device)
+    q.copy_(small["q"])
+    with torch.no_grad():
+        ours, _ = apply_rotary(**small | {"q": q}, inplace=inplace)
+    small = make_inputs(N=3, dtype=torch.float16, device=device)
+    assert torch.equal(ours, reference.apply_rotary(**small)[0].detach())
+
+
+# --- in place ---
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_place_is_the_same(device, layout):
+    inputs = make_inputs(N=9, D=10, R=8, layout=layout, device=device)
+    wanted = apply_rotary(**inputs)
+    copies = {name: torch.empty_like(inputs[name]).copy_(inputs[name]).detach() for name in "qk"}
+    if layout == "packed qkv":
+        packed = torch.cat([inputs["q"], inputs["k"]], dim=2).detach()
+        copies = dict(zip("qk", packed.split([2, 1], dim=2), strict=True))
+    with torch.no_grad():
+        ours = apply_rotary(**inputs | copies, inplace=True)
+    for name, mine, value in zip("qk", ours, wanted, strict=True):
+        assert mine is copies[name]
+        assert torch.equal(mine, value)
+
+
+def test_autograd_sees_what_was_written(device):
+    inputs = make_inputs(N=9, device=device)
+
+    def through(op, q, k, **kwargs):
+        x, y = 2 * q, (3 * k.flatten(2)).view(k.shape)  # y is a view, as of a projection
+        return op(**inputs | {"q": x, "k": y}, **kwargs)
+
+    leaves = inputs["q"], inputs["k"]
+    weights = [torch.randn_like(x) for x in leaves]
+    for op in (apply_rotary, reference.apply_rotary):
+        grads = [
+            torch.autograd.grad(
+                sum((y * w).sum() for y, w in zip(through(op, *leaves, **kw), weights, strict=True)),
+                leaves,
+            )
+            for kw in ({}, {"inplace": True})
+        ]
+        for plain, inplace in zip(*grads, strict=True):
+            torch.testing.assert_close(plain, inplace)
+        with pytest.raises(RuntimeError, match="leaf"):
+            op(**inputs, inplace=True)
+    x = 2 * inputs["q"]
+    square = x.square()  # saves x
+    apply_rotary(**inputs | {"q": x, "k": None}, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+    x = inputs["q"].detach().clone()
+    version = x._version
+    apply_rotary(**inputs | {"q": x, "k": None}, inplace=True)
+    assert x._version > version
+    with torch.inference_mode():
+        x = x.clone()
+        apply_rotary(**inputs | {"q": x, "k": None}, inplace=True)
+
+
+# --- contract with torch ---
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operator_contract(device, layout):
+    for kind in ("int64", "grids", "table"):
+        inputs = make_inputs(N=30, layout=layout, kind=kind, device=device)
+        q, k, cos, sin, positions = (
+            x.detach() if isinstance(x, torch.Tensor) else x for x in inputs.values()
+        )
+        flags = (0, False, False, False, False)
+        if kind == "grids":
+            positions, flags = positions.table, (2, True, True, False, False)
+        opcheck(kernels._rotary, ([q, k], cos, sin, positions, *flags))
+        written = [q.clone(), k.clone()]
+        opcheck(kernels._rotary_, (written, cos, sin, positions, *flags))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("kind", ["int64", "grids", "table"])
+def test_compiles_whole(device, kind, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(apply_rotary, fullgraph=True, dynamic=dynamic)
+    for N in (15, 30):
+        inputs = make_inputs(N=N, kind=kind, device=device)
+        ours, eager = evaluate(compiled, inputs), evaluate(apply_rotary, inputs)
+        for name, value in eager.items():
+            assert torch.equal(ours[name], value), name
+    with torch.no_grad():
+        copies = inputs | {name: inputs[name].detach().clone() for name in "qk"}
+        compiled(**copies, inplace=True)
+        assert torch.equal(copies["q"], eager["output 0"])
+
+
+def test_fifty_lengths_are_one_graph(device):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(apply_rotary, fullgraph=True, backend=counter)
+    for N in range(4, 54):
+        with torch.no_grad():
+            inputs = make_inputs(B=1, N=N, kind="int64", device=device)
+            compiled(**inputs)
+    assert counter.frame_count <= 2  # the first length, then any length
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(device, dtype):
+    inputs = make_inputs(dtype=dtype, device=device)
+    with torch.autocast(device, dtype):
+        mixed = evaluate(apply_rotary, inputs)
+    for name, value in evaluate(apply_rotary, inputs).items():
+        assert torch.equal(mixed[name], value)
+
+
+# --- errors ---
+
+
+def wrong(device):
+    """Arguments that do not fit, and what must be said of them."""
+    inputs = make_inputs(N=5, device=device)
+    q, k, cos, sin, positions = inputs.values()
+    long = ImageGrids.pack([(2, 1)], side=2, device=device)
+    return {
+        "q of integers": ({"q": q.int()}, r"q must be floating point.*int32 \(2, 5, 2, 8\)"),
+        "q of 2 dimensions": ({"q": q[0, 0]}, r"got torch.float32 \(2, 8\)"),
+        "k of other tokens": ({"k": k[:, :4]}, r"\(2, 4, 1, 8\).* for .*\(2, 5, 2, 8\)"),
+        "k of another dtype": ({"k": k.half()}, "k must be as q.*float16"),
+        "k without a batch": ({"k": k[0]}, r"k must be as q.*\(5, 1, 8\)"),
+        "sin of another shape": ({"sin": sin[:3]}, r"one shape.*\(80, 4\).*\(3, 4\)"),
+        "a table of integers": ({"cos": cos.int(), "sin": sin.int()}, "floating point"),
+        "a table too wide": (
+            {"cos": torch.cat([cos, cos], 1), "sin": torch.cat([sin, sin], 1)},
+            r"even number of the 8 elements .* got 16",
+        ),
+        "ids of other tokens": ({"positions": positions[:, :4]}, r"\[2, 5\].* got .*\[2, 4\]"),
+        "ids of floats": ({"positions": positions.float()}, "int32 or int64.*float32"),
+        "a table for each token beside ids": (
+            {"cos": cos[positions], "sin": sin[positions]},
+            r"with positions cos must be \[P, R/2\]",
+        ),
+        "a table without ids": ({"positions": None}, r"must be \[2, 5, 4\].*got \[80, 4\]"),
+        "grids that overrun": (
+            {"positions": long, "q": q[:, :1, :], "k": k[:, :1, :]},
+            "end at token 12 overrun a sequence of 2",
+        ),
+    }
+
+
+@pytest.mark.parametrize("case", wrong("cpu"))
+@pytest.mark.parametrize("op", [apply_rotary, reference.apply_rotary], ids=["kernel", "reference"])
+def test_says_what_is_wrong(device, op, case):
+    change, message = wrong(device)[case]
+    with pytest.raises(ValueError, match=rf"(?s)^apply_rotary: .*{message}"):
+        op(**make_inputs(N=5, device=device) | change)
+
+
+@pytest.mark.kernel
+def test_says_what_a_kernel_cannot_do(device):
+    inputs = make_inputs(N=5, device=device)
+    q = inputs["q"].transpose(1, 3).contiguous().transpose(1, 3)
+    with pytest.raises(ValueError, match=r"last dimension must be contiguous.*\(80, 2, 1, 10\)|got"):
+        apply_rotary(**inputs | {"q": q})
+    spread = torch.cat([inputs["sin"]] * 2, 1)[:, :4]
+    with pytest.raises(ValueError, match="one layout"):
+        apply_rotary(**inputs | {"sin": spread})
+    with pytest.raises(ValueError, match="must not require grad"):
+        apply_rotary(**inputs | {"cos": inputs["cos"].requires_grad_()})
