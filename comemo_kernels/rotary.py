@@ -52,6 +52,15 @@ def _image_position(
 
 
 @triton.jit
+def _offset(index, stride, ALIGNED: tl.constexpr):
+    """Elements from `index` steps of `stride`; multiples of 8, 128 bits of bf16, if ALIGNED."""
+    offset = index.to(tl.int64) * stride
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 8)
+    return offset
+
+
+@triton.jit
 def _rotate_heads(
     y_ptr,  # [B, N, H, D]
     y_strides,  # of B, N, H; D is contiguous
@@ -65,11 +74,14 @@ def _rotate_heads(
     sin,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    x_rows = x_ptr + batch * x_strides[0] + token * x_strides[1] + head * x_strides[2]
-    y_rows = y_ptr + batch * y_strides[0] + token * y_strides[1] + head * y_strides[2]
+    x_rows = x_ptr + _offset(batch, x_strides[0], ALIGNED) + _offset(token, x_strides[1], ALIGNED)
+    y_rows = y_ptr + _offset(batch, y_strides[0], ALIGNED) + _offset(token, y_strides[1], ALIGNED)
+    x_rows += _offset(head, x_strides[2], ALIGNED)
+    y_rows += _offset(head, y_strides[2], ALIGNED)
     offs_d = tl.arange(0, BLOCK_D)
     mask = mask_r[:, None] & (offs_d < HALF)[None, :]
     x_ptrs, y_ptrs = x_rows[:, None] + offs_d[None, :], y_rows[:, None] + offs_d[None, :]
@@ -84,35 +96,41 @@ def _rotate_heads(
         tl.store(y_rows[:, None] + offs, tl.load(x_rows[:, None] + offs, mask=mask), mask=mask)
 
 
-# Lengths, counts and strides of ids do not specialise: a new length never compiles. (Numbers in a
-# tuple would all the same, hence two strides beside each other.)
+# No number specialises: neither a new length nor a new layout compiles anything. (Strides in a
+# tuple would specialise all the same.)
 @triton.jit(
     do_not_specialize=[
-        "ids_stride_b",
-        "ids_stride_n",
-        "num_tokens",
-        "num_rows",
-        "num_images",
-        "num_steps",
-        "num_q_heads",
-        "num_k_heads",
+        *("q_out_stride_b", "q_out_stride_n", "q_out_stride_h"),
+        *("k_out_stride_b", "k_out_stride_n", "k_out_stride_h"),
+        *("q_stride_b", "q_stride_n", "q_stride_h", "k_stride_b", "k_stride_n", "k_stride_h"),
+        *("table_stride_b", "table_stride_n", "ids_stride_b", "ids_stride_n"),
+        *("num_tokens", "num_rows", "num_images", "num_steps", "num_q_heads", "num_k_heads"),
     ]
 )
 def _rotary_kernel(
-    q_out_ptr,  # [B, N, H, D]
+    q_out_ptr,  # [B, N, H, D], D contiguous
     k_out_ptr,  # [B, N, G, D]
     q_ptr,
     k_ptr,
     cos_ptr,  # [P, R/2] by id, [B, N, R/2] by token
     sin_ptr,
     ids_ptr,  # [B, N] ids, or [I, 4] grids
-    q_out_strides,  # of B, N, H; D is contiguous
-    k_out_strides,
-    q_strides,
-    k_strides,
-    table_strides,  # of B and N, or (of P, 0)
-    ids_stride_b,
-    ids_stride_n,
+    q_out_stride_b: tl.int64,
+    q_out_stride_n: tl.int64,
+    q_out_stride_h: tl.int64,
+    k_out_stride_b: tl.int64,
+    k_out_stride_n: tl.int64,
+    k_out_stride_h: tl.int64,
+    q_stride_b: tl.int64,
+    q_stride_n: tl.int64,
+    q_stride_h: tl.int64,
+    k_stride_b: tl.int64,
+    k_stride_n: tl.int64,
+    k_stride_h: tl.int64,
+    table_stride_b: tl.int64,  # of B and N; by id 0 and that of P
+    table_stride_n: tl.int64,
+    ids_stride_b: tl.int64,
+    ids_stride_n: tl.int64,
     num_tokens,  # N
     num_rows,  # P
     num_images,
@@ -127,6 +145,7 @@ def _rotary_kernel(
     ROUND: tl.constexpr,  # cos and sin to the dtype of q first
     HALF: tl.constexpr,  # R / 2
     REST: tl.constexpr,  # elements to copy behind the rotated ones
+    ALIGNED: tl.constexpr,  # all strides but those of ids are multiples of 8
     BLOCK_D: tl.constexpr,  # HALF rounded up to a power of two
     BLOCK_REST: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -140,26 +159,26 @@ def _rotary_kernel(
     groups = q_groups + tl.cdiv(num_k_heads, BLOCK_H)
     pid_h, pid_t = pid % groups, pid // groups
     blocks = tl.cdiv(num_tokens, BLOCK_T)
-    batch = (pid_t // blocks).to(tl.int64)
+    batch = pid_t // blocks
     # Token and head share an axis: a thread then holds 8 bf16, 128 bits, of each half.
     offs_r = tl.arange(0, BLOCK_T * BLOCK_H)
-    token = ((pid_t % blocks) * BLOCK_T + offs_r // BLOCK_H).to(tl.int64)
+    token = (pid_t % blocks) * BLOCK_T + offs_r // BLOCK_H
     mask_t = token < num_tokens
 
+    known = mask_t
     if POSITIONS == "table":
-        row = batch * table_strides[0] + token * table_strides[1]
-        known = mask_t
+        row = _offset(batch, table_stride_b, ALIGNED) + _offset(token, table_stride_n, ALIGNED)
     else:
         if POSITIONS == "ids":
             ids_ptrs = ids_ptr + batch * ids_stride_b + token * ids_stride_n
-            position = tl.load(ids_ptrs, mask=mask_t, other=0).to(tl.int64)
+            position = tl.load(ids_ptrs, mask=mask_t, other=0)
         else:
-            place = (batch * num_tokens + token).to(tl.int32)
             position = _image_position(
-                ids_ptr, place, num_images, num_steps, SIDE, COLUMN, THUMBNAIL
-            ).to(tl.int64)
-        row = position * table_strides[0]
-        known = mask_t & (position >= 0) & (position < num_rows)
+                *(ids_ptr, batch * num_tokens + token, num_images, num_steps),
+                *(SIDE, COLUMN, THUMBNAIL),
+            )
+        known &= (position >= 0) & (position < num_rows)
+        row = _offset(position, table_stride_n, ALIGNED)
     offs_d = tl.arange(0, BLOCK_D)
     mask = known[:, None] & (offs_d < HALF)[None, :]
     offs = row[:, None] + offs_d[None, :]
@@ -174,18 +193,20 @@ def _rotary_kernel(
         sin = -sin
 
     if pid_h < q_groups:
-        head = (pid_h * BLOCK_H + offs_r % BLOCK_H).to(tl.int64)
-        mask_r = mask_t & (head < num_q_heads)
+        head = pid_h * BLOCK_H + offs_r % BLOCK_H
         _rotate_heads(
-            *(q_out_ptr, q_out_strides, q_ptr, q_strides, batch, token, head, mask_r, cos, sin),
-            *(HALF, REST, BLOCK_D, BLOCK_REST),
+            *(q_out_ptr, (q_out_stride_b, q_out_stride_n, q_out_stride_h)),
+            *(q_ptr, (q_stride_b, q_stride_n, q_stride_h)),
+            *(batch, token, head, mask_t & (head < num_q_heads), cos, sin),
+            *(HALF, REST, ALIGNED, BLOCK_D, BLOCK_REST),
         )
     else:
-        head = ((pid_h - q_groups) * BLOCK_H + offs_r % BLOCK_H).to(tl.int64)
-        mask_r = mask_t & (head < num_k_heads)
+        head = (pid_h - q_groups) * BLOCK_H + offs_r % BLOCK_H
         _rotate_heads(
-            *(k_out_ptr, k_out_strides, k_ptr, k_strides, batch, token, head, mask_r, cos, sin),
-            *(HALF, REST, BLOCK_D, BLOCK_REST),
+            *(k_out_ptr, (k_out_stride_b, k_out_stride_n, k_out_stride_h)),
+            *(k_ptr, (k_stride_b, k_stride_n, k_stride_h)),
+            *(batch, token, head, mask_t & (head < num_k_heads), cos, sin),
+            *(HALF, REST, ALIGNED, BLOCK_D, BLOCK_REST),
         )
 
 
@@ -207,9 +228,8 @@ class _Plan(NamedTuple):
     """What layouts and flags decide of a launch."""
 
     programs: int
-    runtime: tuple[Any, ...]  # strides and sizes, in the kernel's order
+    runtime: tuple[int, ...]  # strides and sizes, in the kernel's order
     constants: tuple[Any, ...]  # compile-time values, likewise
-    multiples: bool  # whether all strides are multiples of 16 and fit 32 bits
 
 
 @functools.lru_cache(maxsize=1024)  # the layers of a model ask for the same few, step by step
@@ -229,19 +249,18 @@ def _plan(
     (*batch, N, H, D), half = q_shape, table_shape[-1]
     rest = 0 if inplace else D - 2 * half
     groups = -(-H // blocks[1]) - (-num_k_heads // blocks[1])
-    strides = [s[:3] if batch else (0, *s[:2]) for s in x_strides]
+    strides = [stride for s in x_strides for stride in (s[:3] if batch else (0, *s[:2]))]
     if kind == "table":
-        strides.append(_batch_strides(table_shape[:-1], table_strides[:-1]))
+        strides += _batch_strides(table_shape[:-1], table_strides[:-1])
     else:
-        strides.append((table_strides[0], 0))
-    multiples = all(s % 16 == 0 and s < 2**31 for of_one in strides for s in of_one)
-    id_strides = _batch_strides(ids_shape, ids_strides) if kind == "ids" else (0, 0)
+        strides += (0, table_strides[0])
+    aligned = all(stride % 8 == 0 for stride in strides)
+    strides += _batch_strides(ids_shape, ids_strides) if kind == "ids" else (0, 0)
     images = ids_shape[0] if kind == "grids" else 0
     return _Plan(
         groups * (batch[0] if batch else 1) * -(-N // blocks[0]),
-        (*strides, *id_strides, N, table_shape[0], images, images.bit_length(), H, num_k_heads),
-        (kind, *flags, half, rest, _power_of_two(half), _power_of_two(rest)),
-        multiples and max(id_strides) < 2**31,
+        (*strides, N, table_shape[0], images, images.bit_length(), H, num_k_heads),
+        (kind, *flags, half, rest, aligned, _power_of_two(half), _power_of_two(rest)),
     )
 
 
@@ -276,9 +295,8 @@ def _launch_into(
     )
     addresses = q_out.data_ptr() | k_out.data_ptr() | q.data_ptr() | k.data_ptr()
     addresses |= cos.data_ptr() | sin.data_ptr() | ids.data_ptr()
-    # Triton compiles for multiples of 16 and for 32-bit numbers: where all are, it need not look.
-    key = None
-    if plan.multiples and addresses % 16 == 0:
+    key = None  # Triton compiles for addresses that are multiples of 16: if all are, it need not look
+    if addresses % 16 == 0:
         key = (q.get_device(), q.dtype, cos.dtype, ids.dtype, plan.constants)
     rotary_kernel.launch(
         *(plan.programs, key, q_out, k_out, q, k, cos, sin, ids, *plan.runtime, *plan.constants)
