@@ -2,10 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from bench import decode, measure
+from bench import decode, measure, rotary
 
-BENCHMARKS = {"decode": decode}
+BENCHMARKS: dict[str, Any] = {"decode": decode, "rotary": rotary}
 
 
 def main() -> None:

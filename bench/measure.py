@@ -1,13 +1,16 @@
 """What every measurement needs: the machine in words, a clock, bytes, tables and files."""
 
 import csv
+import importlib.metadata
 import json
+import math
 import platform
 import resource
 import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,10 @@ def describe_machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        **_describe_gpu(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
         "transformers": transformers.__version__,
         "commit": _git("rev-parse", "--short", "HEAD")
         + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""),
@@ -40,6 +44,25 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _describe_gpu() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        return {"gpu": "none"}
+    query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = f"unknown ({error})"
+    return {"gpu": torch.cuda.get_device_name(), query: said}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
 def _git(*command: str) -> str:
     root = Path(__file__).parents[1]
     done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=False)
@@ -54,6 +77,120 @@ def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
         run()
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds a call: median, and the 20th and 80th percentile, of the rounds."""
+
+    us: float
+    low_us: float
+    high_us: float
+
+
+def compare(
+    ways: dict[str, Callable[[int], Any]], sets: int, device: str, rounds: int = 15
+) -> dict[str, Timing]:
+    """Time several ways to do one thing, by turns.
+
+    Args:
+        ways: name -> a call on input set i. Enough sets make every call find the caches cold.
+        sets: how many input sets there are; a round calls each once.
+        device: where the work runs. On a GPU events bracket a round, and the GPU is kept busy
+            until the host has queued all of it, so that no launch is waited for.
+        rounds: of each way; the first is a warm-up and does not count.
+    """
+    measure = _gpu_round if device == "cuda" else _cpu_round
+    seconds_of: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, way in ways.items():
+            seconds_a_call = measure(way, sets) / sets
+            if turn:
+                seconds_of[name].append(seconds_a_call)
+    timings = {}
+    for name, found in seconds_of.items():
+        found.sort()
+        fifth = len(found) // 5
+        marks = statistics.median(found), found[fifth], found[-1 - fifth]
+        timings[name] = Timing(*(1e6 * mark for mark in marks))
+    return timings
+
+
+def _cpu_round(way: Callable[[int], Any], sets: int) -> float:
+    start = time.perf_counter()
+    for i in range(sets):
+        way(i)
+    return time.perf_counter() - start
+
+
+_queueing: dict[Any, float] = {}  # seconds that the host takes to queue a round of a way
+
+
+def _gpu_round(way: Callable[[int], Any], sets: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(2e9 * 1.5 * _queueing.get(way, 2e-3)))  # cycles, of at most 2 GHz
+    began = time.perf_counter()
+    start.record()
+    for i in range(sets):
+        way(i)
+    end.record()
+    _queueing[way] = time.perf_counter() - began
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def host_us(call: Callable[[], Any], calls: int = 300) -> float:
+    """Microseconds of the host's time that a call takes, nothing waited for: best of 5."""
+    best = math.inf
+    for _ in range(6):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        best = min(best, (time.perf_counter() - start) / calls)
+    return 1e6 * best
+
+
+def graph_us(call: Callable[[], Any], calls: int = 50) -> float:
+    """Microseconds of a call within a CUDA graph of `calls` of them."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    return compare({"graph": lambda _: graph.replay()}, 1, "cuda")["graph"].us / calls
+
+
+def extra_mib(call: Callable[[], Any]) -> float:
+    """MiB of GPU memory that a call needs beyond what is held, its results included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = call()
+    torch.cuda.synchronize()
+    del result
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second, read and written, of a copy too large for any cache."""
+    elements = 2**30 if device == "cuda" else 2**27
+    source = torch.randn(elements // 2**10, device=device).repeat(2**10)
+    target = torch.empty_like(source)
+    timing = compare({"copy": lambda _: target.copy_(source)}, 1, device, rounds=9)
+    return 2e6 * source.nbytes / timing["copy"].us
+
+
+def cache_bytes(device: str) -> int:
+    """Bytes of input that leave nothing of an earlier call in the cache."""
+    if device == "cpu":
+        return 2**28
+    return 3 * torch.cuda.get_device_properties(0).L2_cache_size
 
 
 def read_bandwidth(gibibytes: float = 1.0) -> float:
@@ -75,17 +212,23 @@ def write(name: str, rows: list[dict[str, Any]], machine: dict[str, Any], out: P
     (out / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
     with (out / f"{name}.csv").open("w", newline="") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in machine.items())
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, _columns(rows), restval="")
         writer.writeheader()
         writer.writerows(rows)
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print rows as an aligned table."""
-    cells = [list(rows[0])] + [[_text(value) for value in row.values()] for row in rows]
+    columns = _columns(rows)
+    cells = [columns, *([_text(row.get(name, "")) for name in columns] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+
+
+def _columns(rows: list[dict[str, Any]]) -> list[str]:
+    """Every column that a row has, in the order of their first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _text(value: Any) -> str:

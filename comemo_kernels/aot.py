@@ -138,7 +138,7 @@ class OfflineDriver:
 def offline(target: GPUTarget) -> Iterator[list[Any]]:
     """Within this block launches compile for `target`, run nothing, and are recorded."""
     compiled: list[Any] = []
-    run, previous = JITFunction.run, driver._active
+    run, previous = JITFunction.run, dict(vars(driver))
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
@@ -149,7 +149,7 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
         yield compiled
     finally:
         JITFunction.run = run
-        driver.set_active(previous)
+        vars(driver).update(previous)
 
 
 def compile_case(case: Case, config: Config, chip: str) -> Compiled:

@@ -39,7 +39,7 @@ def _images_ahead(grids_ptr, seen, num_images, num_steps):
 def _rope_dhr_kernel(
     ids_ptr,  # [B, N], contiguous
     torn_ptr,  # [B], 1 where images do not fit the prompt
-    image_ptr,  # [B, N] bool, contiguous
+    image_ptr,  # [B, N] of 0 and 1, contiguous
     attention_ptr,  # [B, N], contiguous
     grids_ptr,  # [I, 4], contiguous, offsets one behind the other
     num_tokens,  # N
@@ -67,24 +67,24 @@ def _rope_dhr_kernel(
         token = start + offs
         mask = token < num_tokens
         place = ahead + token
-        is_image = tl.load(image_ptr + place, mask=mask, other=0).to(tl.int1)
-        follows = tl.load(image_ptr + place - 1, mask=mask & (token > 0), other=0).to(tl.int1)
+        is_image = tl.load(image_ptr + place, mask=mask, other=0).to(tl.int32)
+        follows = tl.load(image_ptr + place - 1, mask=mask & (token > 0), other=0).to(tl.int32)
         attended = tl.load(attention_ptr + place, mask=mask, other=0) != 0
-        is_text = attended & ~is_image
-        seen_before = seen + tl.cumsum(is_image.to(tl.int32), 0) - is_image.to(tl.int32)
-        text_before = text + tl.cumsum(is_text.to(tl.int32), 0) - is_text.to(tl.int32)
+        is_text = (attended & (is_image == 0)).to(tl.int32)
+        seen_before = seen + tl.cumsum(is_image, 0) - is_image
+        text_before = text + tl.cumsum(is_text, 0) - is_text
         image, offset = _images_ahead(grids_ptr, seen_before, num_images, num_steps)
         cols = tl.load(grids_ptr + image * 4 + 2, mask=image < num_images, other=0)
         rows = tl.load(grids_ptr + image * 4 + 3, mask=image < num_images, other=0)
         in_image = seen_before - offset
-        complete = image + (~is_image & (in_image > 0)).to(tl.int32)
+        complete = image + ((is_image == 0) & (in_image > 0)).to(tl.int32)
         cell = thumbnail_cell(in_image, cols, rows, SIDE, COLUMN)
-        ids = text_before + SIDE * SIDE * (complete - images_ahead) + tl.where(is_image, cell, 0)
-        tl.store(ids_ptr + place, tl.where(is_text | is_image, ids, 0).to(tl.int64), mask=mask)
-        whole = ((in_image == 0) | follows) & (seen_before < num_image_tokens)
-        torn = tl.maximum(torn, tl.max((is_image & ~whole).to(tl.int32)))
-        seen += tl.sum(is_image.to(tl.int32))
-        text += tl.sum(is_text.to(tl.int32))
+        ids = text_before + SIDE * SIDE * (complete - images_ahead) + is_image * cell
+        tl.store(ids_ptr + place, ((is_text + is_image) * ids).to(tl.int64), mask=mask)
+        broken = ((in_image > 0) & (follows == 0)) | (seen_before >= num_image_tokens)
+        torn = tl.maximum(torn, tl.max(is_image * broken.to(tl.int32)))
+        seen += tl.sum(is_image)
+        text += tl.sum(is_text)
     if prompt == tl.num_programs(0) - 1:
         torn = tl.maximum(torn, (seen != num_image_tokens).to(tl.int32))
     tl.store(torn_ptr + prompt, torn)
@@ -108,7 +108,10 @@ def _launch(
     thumbnail: bool,
 ) -> tuple[Tensor, Tensor]:
     ids, torn = _fake(image_mask)
-    image_mask, attention_mask = image_mask.contiguous(), attention_mask.contiguous()
+    image_mask, attention_mask = (
+        mask.contiguous().view(torch.uint8) if mask.dtype == torch.bool else mask.contiguous()
+        for mask in (image_mask, attention_mask)
+    )
     B, N = image_mask.shape
     images = len(grids)
     rope_dhr_kernel.launch(
@@ -151,6 +154,6 @@ def rope_dhr_positions(
         *(image_mask, attention_mask, packed.table, packed.end),
         *(side, tile_order == "column", thumbnail),
     )
-    if validate and bool(torn.any()):
+    if validate and (not len(ids) or bool(torn.any())):
         return reference.rope_dhr_positions(*arguments)  # which says what does not fit
     return ids

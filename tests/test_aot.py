@@ -26,7 +26,13 @@ CASES = [(case, config) for case in aot.cases() for config in case.kernel.config
     ("case", "config"), CASES, ids=[f"{case.name} {list(c.values())}" for case, c in CASES]
 )
 def test_compiles_within_the_limits(case, config, chip):
-    assert not aot.compile_case(case, config, chip).faults
+    try:
+        row = aot.compile_case(case, config, chip)
+    except Exception as error:
+        if "ld.lld not found" not in str(error):
+            raise
+        pytest.skip("triton below 3.4 brings no linker for AMD")
+    assert not row.faults
 
 
 def test_no_kernel_is_forgotten():
@@ -67,7 +73,9 @@ def test_lengths_and_heads_compile_nothing_new():
             for B, H, G in ((1, 4, 1), (3, 16, 2), (2, 1, 1)):
                 q, k = torch.empty(B, N, H, 64).half(), torch.empty(B, G, N, 64).half()
                 rotate(q, k.transpose(1, 2), table, torch.zeros(B, N, dtype=torch.int64))
-        assert len(found) == 1
+                odd = torch.empty(B, N, H, 6).half()
+                rotate(odd, odd[:, :, :1], table[:, :3], torch.zeros(1, N, dtype=torch.int64))
+        assert len(found) == 2
         assert None not in found
         assert all(len(kernels) == 1 for kernels in found.values())
         for q in (  # what a key must tell apart or leave to Triton

@@ -261,6 +261,8 @@ def test_prompts_say_what_is_wrong(device):
         ops.rope_dhr_positions(image, image, [(1, 1)], 4)
     with pytest.raises(ValueError, match="1 grids of 16 image tokens for prompts that hold 0"):
         ops.rope_dhr_positions(~image, image, [(1, 1)], 4)
+    with pytest.raises(ValueError, match="1 grids of 16 image tokens for prompts that hold 0"):
+        ops.rope_dhr_positions(image[:0], image[:0], [(1, 1)], 4)
     torn = torch.tensor([[True] * 16 + [False] + [True] * 16], device=device)
     with pytest.raises(ValueError, match=r"one run of image tokens.* prompts \[0\] with torn"):
         ops.rope_dhr_positions(torn, torn, [(2, 1)], 4, thumbnail=False)

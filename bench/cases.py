@@ -1,0 +1,90 @@
+"""Shapes and positions of real prompts, by name."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import comemo_kernels as ops
+from comemo_kernels import TEXT, ImageGrids
+from comemo_kernels.grids import Grid
+
+HEADS = {"2B": (16, 8), "9B": (32, 8)}  # of queries, of keys
+HEAD_DIM = 128
+TOKENS_PER_TILE = 256
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Samples in one row: each is text, then pictures with some text behind each."""
+
+    samples: list[tuple[int, list[Grid], int]]  # text ahead, grids, text behind each picture
+    batch: int = 1
+    decoding: int | None = None  # position of the one token of a decode step, if it is one
+    grids: list[Grid] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "grids", [grid for s in self.samples for grid in s[1]])
+
+    @property
+    def tokens(self) -> int:
+        """Of one row."""
+        if self.decoding is not None:
+            return 1
+        return sum(
+            ahead + sum(ops.image_tokens(grid) + behind for grid in grids)
+            for ahead, grids, behind in self.samples
+        )
+
+    def image_grids(self, device: str) -> ImageGrids:
+        """Where the pictures of a row lie."""
+        entries: list[tuple[Grid, int, int]] = []
+        place = 0
+        for ahead, grids, behind in self.samples:
+            entries.append((TEXT, place, 0))
+            place, count = place + ahead, ahead
+            for grid in grids:
+                entries.append((grid, place, count))
+                place += ops.image_tokens(grid) + behind
+                count += TOKENS_PER_TILE + behind
+        kinds, offsets, biases = zip(*entries, strict=True)
+        return ImageGrids.pack(kinds, offsets, biases, device=device)
+
+    def position_ids(self, device: str) -> Tensor:
+        """int64 [B, N]."""
+        if self.decoding is not None:
+            return torch.full((self.batch, 1), self.decoding, device=device)
+        ids = self.image_grids(device).position_ids(self.tokens)
+        return ids.expand(self.batch, -1).contiguous()
+
+    def masks(self, device: str) -> tuple[Tensor, Tensor]:
+        """Image mask and attention mask [B, N]."""
+        row: list[bool] = []
+        for ahead, grids, behind in self.samples:
+            row += [False] * ahead
+            for grid in grids:
+                row += [True] * ops.image_tokens(grid) + [False] * behind
+        image = torch.tensor(row, device=device).expand(self.batch, -1).contiguous()
+        return image, torch.ones_like(image, dtype=torch.int64)
+
+
+PROMPTS = {
+    # A chat about nothing but words.
+    "chat_1k": Prompt([(1024, [], 0)]),
+    # System message and question around a picture of 12 tiles and its thumbnail: 3,424 tokens.
+    "one_image_3k": Prompt([(60, [(4, 3)], 36)]),
+    # A training row of 16,384 tokens and 46 tiles: six samples, one of them without a picture.
+    "pack_16k": Prompt(
+        [
+            (100, [(4, 3)], 300),
+            (720, [], 0),
+            (60, [(3, 3), (2, 1)], 96),
+            (200, [(1, 1), (1, 1), (1, 1)], 156),
+            (64, [(2, 2), (3, 2)], 200),
+            (500, [(2, 2)], 1604),
+        ]
+    ),
+    # The next token of one conversation, of 32.
+    "decode_1": Prompt([], batch=1, decoding=352),
+    "decode_32": Prompt([], batch=32, decoding=352),
+}

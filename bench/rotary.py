@@ -1,0 +1,239 @@
+"""Rotary embedding of q and k: GB/s of several ways, against a plain copy in the same run.
+
+Ways: `eager`, the published one (gather rows of a table, rotate by halves); `compile`, torch.compile
+of this library's reference; `liger`, where Liger-Kernel is installed (it rotates in place, in the
+activations' dtype, from rows already gathered, and copies what is not contiguous); `ours`, `ours in
+place` and `ours grids`, which derives ids from the picture's grid. Rows `host` tell what a call
+costs the host, and within a CUDA graph.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import comemo_kernels as ops
+from bench import measure
+from bench.cases import HEAD_DIM, HEADS, PROMPTS, Prompt
+from comemo_kernels import reference
+from comemo_kernels.rotary import rotary_kernel
+from tests.harness import assert_matches
+
+try:
+    from liger_kernel.ops.rope import LigerRopeFunction
+except ImportError:
+    LigerRopeFunction = None
+
+SIZES = ("chat_1k", "one_image_3k", "pack_16k")
+LAYOUTS = ("contiguous", "packed qkv")
+Row = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cases", nargs="+", choices=SIZES, default=SIZES)
+    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--tune", action="store_true", help="time every shipped configuration")
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = options.dtype or ("bfloat16" if device == "cuda" else "float32")
+    copy = measure.copy_bandwidth(device)
+    print(f"a copy moves {copy / 1e9:.0f} GB/s")
+    bench = RotaryBench(device, getattr(torch, name), copy, options.rounds)
+    if options.tune:
+        return [row for case in options.cases for row in bench.tune(case, options.heads)]
+    rows = []
+    for heads in options.heads:
+        for case in options.cases:
+            for layout in options.layouts:
+                rows += bench.time_case(case, heads, layout, not options.no_compile)
+        if device == "cuda":
+            rows += bench.time_host(heads)
+    return rows
+
+
+class RotaryBench:
+    """What every case shares: device, dtype, and the bandwidth that it is held against."""
+
+    def __init__(self, device: str, dtype: torch.dtype, copy: float, rounds: int) -> None:
+        self.device, self.dtype, self.copy, self.rounds = device, dtype, copy, rounds
+        cos, sin = ops.rotary_table(torch.arange(4096, device=device)[None], HEAD_DIM, 1e6)
+        self.cos, self.sin = cos[0], sin[0]  # [P, D/2] float32
+
+    def draw(self, prompt: Prompt, heads: str, layout: str) -> tuple[Tensor, Tensor]:
+        """q [B, N, H, D] and k [B, N, G, D]."""
+        (H, G), shape = HEADS[heads], (prompt.batch, prompt.tokens)
+        if layout == "packed qkv":
+            qkv = torch.randn(*shape, H + 2 * G, HEAD_DIM, device=self.device, dtype=self.dtype)
+            q, k, _ = qkv.split([H, G, G], dim=2)
+            return q, k
+        return (
+            torch.randn(*shape, H, HEAD_DIM, device=self.device, dtype=self.dtype),
+            torch.randn(*shape, G, HEAD_DIM, device=self.device, dtype=self.dtype),
+        )
+
+    def ways(self, prompt: Prompt, compiled: bool) -> Iterator[tuple[str, Callable[..., Any]]]:
+        """Name and rotation (q, k) -> (q, k) of every way that can do a prompt."""
+        ids, cos, sin = prompt.position_ids(self.device), self.cos, self.sin
+        wide_cos, wide_sin = (torch.cat([t, t], -1).to(self.dtype) for t in (cos, sin))
+        yield "eager", lambda q, k: rotate_as_published(q, k, wide_cos, wide_sin, ids)
+        if compiled:
+            torch._dynamo.reset()
+            rotate = torch.compile(reference.apply_rotary)
+            yield "compile", lambda q, k: rotate(q, k, cos, sin, ids)
+        if LigerRopeFunction is not None and self.device == "cuda":
+            rows_cos, rows_sin = wide_cos[ids], wide_sin[ids]
+
+            def liger(q: Tensor, k: Tensor) -> Any:
+                q, k = q.transpose(1, 2), k.transpose(1, 2)
+                q, k = LigerRopeFunction.apply(q, k, rows_cos, rows_sin)
+                return q.transpose(1, 2), k.transpose(1, 2)
+
+            yield "liger", liger
+        yield "ours", lambda q, k: ops.apply_rotary(q, k, cos, sin, ids)
+        if prompt.grids and prompt.batch == 1:
+            grids = prompt.image_grids(self.device)
+            yield "ours grids", lambda q, k: ops.apply_rotary(q, k, cos, sin, grids)
+
+    def check(self, prompt: Prompt, heads: str, layout: str, ways: dict[str, Any]) -> None:
+        """Refuse to time what is wrong: ours by the tests' own budget, peers by three digits."""
+        small = Prompt([(40, [(2, 1)], 7)]) if prompt.decoding is None else prompt
+        for given in (small, prompt):
+            q, k = self.draw(given, heads, layout)
+            inputs = {"q": q.requires_grad_(), "k": k.requires_grad_()}
+            inputs |= {"cos": self.cos, "sin": self.sin}
+            kinds: list[Any] = [given.position_ids(self.device)]
+            if given.grids and given.batch == 1:
+                kinds.append(given.image_grids(self.device))
+            for positions in kinds:
+                assert_matches(
+                    ops.apply_rotary, reference.apply_rotary, inputs | {"positions": positions}
+                )
+        q, k = self.draw(prompt, heads, layout)
+        exact = reference.apply_rotary(
+            q.double(), k.double(), self.cos, self.sin, prompt.position_ids(self.device)
+        )
+        for name, way in ways.items():
+            for found, wanted in zip(way(q.clone(), k.clone()), exact, strict=True):
+                error = (found.double() - wanted).norm() / wanted.norm()
+                if not error < 1e-2:  # bfloat16 rounds to 4e-3
+                    raise RuntimeError(f"rotary: {name} errs by {error:.1e}, it is not timed")
+
+    def time_case(self, case: str, heads: str, layout: str, compiled: bool) -> list[Row]:
+        """Forward and backward of every way, on inputs that no cache holds."""
+        prompt = PROMPTS[case]
+        H, G = HEADS[heads]
+        moved = 2 * prompt.batch * prompt.tokens * (H + G) * HEAD_DIM * self.dtype.itemsize
+        sets = max(2, min(64, -(-measure.cache_bytes(self.device) // moved)))
+        ways = dict(self.ways(prompt, compiled))
+        self.check(prompt, heads, layout, ways)
+        inputs = [self.draw(prompt, heads, layout) for _ in range(sets)]
+        rows = []
+
+        def record(direction: str, calls: dict[str, Callable[[int], Any]]) -> None:
+            for name, timing in measure.compare(calls, sets, self.device, self.rounds).items():
+                speed = moved / timing.us * 1e6
+                rows.append(
+                    {
+                        "case": f"{case} {heads} {layout}",
+                        "pass": direction,
+                        "way": name,
+                        "us": timing.us,
+                        "low_us": timing.low_us,
+                        "high_us": timing.high_us,
+                        "gb_s": speed / 1e9,
+                        "of_copy": speed / self.copy,
+                        "extra_mib": measure.extra_mib(lambda call=calls[name]: call(0))
+                        if self.device == "cuda"
+                        else 0.0,
+                    }
+                )
+
+        def call(way: Callable[..., Any]) -> Callable[[int], Any]:
+            return lambda i: way(*inputs[i])
+
+        ids = prompt.position_ids(self.device)
+        in_place = lambda q, k: ops.apply_rotary(q, k, self.cos, self.sin, ids, inplace=True)  # noqa: E731
+        with torch.no_grad():
+            record("forward", {n: call(way) for n, way in (ways | {"ours in place": in_place}).items()})
+        gradients = {}
+        for name, way in ways.items():
+            leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in inputs]
+            # Of what is not a leaf, which Liger may write into.
+            outputs = [way(*(x.view_as(x) for x in pair)) for pair in leaves]
+            gradients[name] = self._gradient(outputs, leaves, inputs)
+        record("backward", gradients)
+        return rows
+
+    @staticmethod
+    def _gradient(outputs: Any, leaves: Any, cotangents: Any) -> Callable[[int], Any]:
+        return lambda i: torch.autograd.grad(
+            outputs[i], leaves[i], cotangents[i], retain_graph=True
+        )
+
+    def time_host(self, heads: str) -> list[Row]:
+        """A decode step's call: the host's time, and the GPU's within a graph."""
+        rows = []
+        for case in ("decode_1", "decode_32", "chat_1k"):
+            prompt = PROMPTS[case]
+            ways = dict(self.ways(prompt, compiled=False))
+            self.check(prompt, heads, "contiguous", ways)
+            q, k = self.draw(prompt, heads, "contiguous")
+            for name, way in ways.items():
+                with torch.no_grad():
+                    call = lambda way=way: way(q, k)  # noqa: E731
+                    row = {"case": f"{case} {heads} contiguous", "pass": "host", "way": name}
+                    row |= {"host_us": measure.host_us(call), "graph_us": measure.graph_us(call)}
+                    rows.append(row)
+        return rows
+
+    def tune(self, case: str, heads: list[str]) -> Iterator[Row]:
+        """Every shipped configuration of the kernel; the fastest belongs first in its list."""
+        if self.device != "cuda":
+            raise SystemExit("python -m bench rotary --tune: needs a GPU, found none")
+        prompt = PROMPTS[case]
+        for size in heads:
+            H, G = HEADS[size]
+            moved = 2 * prompt.tokens * (H + G) * HEAD_DIM * self.dtype.itemsize
+            sets = max(2, min(64, -(-measure.cache_bytes(self.device) // moved)))
+            inputs = [self.draw(prompt, size, "contiguous") for _ in range(sets)]
+            ids = prompt.position_ids(self.device)
+
+            def with_config(config: Any, inputs: Any = inputs, ids: Tensor = ids) -> Any:
+                def call(i: int) -> None:
+                    with rotary_kernel.using(config):
+                        ops.apply_rotary(*inputs[i], self.cos, self.sin, ids)
+
+                return call
+
+            calls = {str(c): with_config(c) for c in rotary_kernel.configs}
+            with torch.no_grad():
+                for name, timing in measure.compare(calls, sets, "cuda", self.rounds).items():
+                    speed = moved / timing.us * 1e6
+                    yield {
+                        "case": f"{case} {size} contiguous",
+                        "pass": "tune",
+                        "way": name,
+                        "us": timing.us,
+                        "gb_s": speed / 1e9,
+                        "of_copy": speed / self.copy,
+                    }
+
+
+def rotate_as_published(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, ids: Tensor) -> Any:
+    """Gather rows [B, N, D] of doubled tables in the activations' dtype, rotate in float32."""
+    cos, sin = cos[ids].unsqueeze(2), sin[ids].unsqueeze(2)
+
+    def rotate(x: Tensor) -> Tensor:
+        x = x.float()
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+    return rotate(q).to(q.dtype), rotate(k).to(k.dtype)
