@@ -6,13 +6,25 @@ BIN := $(VENV)/bin
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test lint bench clean
+# On a machine with a GPU and its own packages nothing is installed.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+OUT ?= bench/results/gpu
+
+.PHONY: demo test lint kernels aot bench gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/comemo demo
 
-test: $(VENV)/ready lint
+test: $(VENV)/ready lint kernels
 	$(BIN)/python -m pytest
+
+# The kernels in Triton's interpreter, on any machine.
+kernels: $(VENV)/ready
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+
+# What the compiler makes of every kernel, for every GPU that is claimed; none is needed.
+aot: $(VENV)/ready
+	$(BIN)/python -m comemo_kernels.aot
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -21,6 +33,10 @@ lint: $(VENV)/ready
 
 bench: $(VENV)/ready
 	$(BIN)/python -m bench decode
+
+# The GPU suite and every benchmark, in under nine minutes.
+gpu:
+	$(GPU_PYTHON) -m bench gpu --out $(OUT)
 
 # Torch first: where there is no GPU its CPU build, if an index or folder that pip knows has one.
 $(VENV)/ready: setup.py constraints.txt

@@ -23,6 +23,7 @@ setup(
     entry_points={"console_scripts": ["comemo = comemo.cli:main"]},
     install_requires=[
         "torch>=2.6",
+        "triton>=3.3; platform_system == 'Linux'",
         "transformers>=5.10",
         "safetensors",
         "sentencepiece",
@@ -34,7 +35,7 @@ setup(
     extras_require={
         "flash-attn": ["flash-attn"],  # for attn_implementation="flash_attention_2"
         "dev": [
-            *("pytest", "hypothesis", "ruff", "mypy"),
+            *("pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "matplotlib"),
             *("scikit-learn", "scikit-image"),  # photographs for the tests
         ],
     },

@@ -1,12 +1,18 @@
 """`python -m bench NAME [options] [--out DIR]`."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from bench import decode, measure, rotary
+from bench import decode, gpu, measure, positions, rotary
 
-BENCHMARKS: dict[str, Any] = {"decode": decode, "rotary": rotary}
+BENCHMARKS: dict[str, Any] = {
+    "decode": decode,
+    "gpu": gpu,
+    "positions": positions,
+    "rotary": rotary,
+}
 
 
 def main() -> None:
@@ -21,8 +27,9 @@ def main() -> None:
     print("  ".join(f"{key} {value}" for key, value in machine.items()))
     rows = BENCHMARKS[options.name].run(options)
     measure.show(rows)
-    if options.out:
+    if options.out and options.name != "gpu":  # which writes what its stages measured
         measure.write(options.name, rows, machine, options.out)
+    sys.exit(1 if getattr(options, "failed", False) else 0)
 
 
 if __name__ == "__main__":

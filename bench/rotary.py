@@ -1,13 +1,14 @@
 """Rotary embedding of q and k: GB/s of several ways, against a plain copy in the same run.
 
-Ways: `eager`, the published one (gather rows of a table, rotate by halves); `compile`, torch.compile
-of this library's reference; `liger`, where Liger-Kernel is installed (it rotates in place, in the
-activations' dtype, from rows already gathered, and copies what is not contiguous); `ours`, `ours in
-place` and `ours grids`, which derives ids from the picture's grid. Rows `host` tell what a call
-costs the host, and within a CUDA graph.
+Ways: `eager`, the published one (gather rows of a table, rotate by halves); `compile`, this
+library's reference under torch.compile; `liger`, where Liger-Kernel is installed (it rotates in
+place, in the activations' dtype, from rows already gathered, and copies what is not contiguous);
+`ours`, `ours in place` and `ours grids`, which derives ids from the picture's grid. Rows `host`:
+what a call costs the host, and what it takes within a CUDA graph.
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -81,7 +82,7 @@ class RotaryBench:
 
     def ways(self, prompt: Prompt, compiled: bool) -> Iterator[tuple[str, Callable[..., Any]]]:
         """Name and rotation (q, k) -> (q, k) of every way that can do a prompt."""
-        ids, cos, sin = prompt.position_ids(self.device), self.cos, self.sin
+        cos, sin, (ids, *grids) = self.cos, self.sin, self.positions(prompt)
         wide_cos, wide_sin = (torch.cat([t, t], -1).to(self.dtype) for t in (cos, sin))
         yield "eager", lambda q, k: rotate_as_published(q, k, wide_cos, wide_sin, ids)
         if compiled:
@@ -98,33 +99,49 @@ class RotaryBench:
 
             yield "liger", liger
         yield "ours", lambda q, k: ops.apply_rotary(q, k, cos, sin, ids)
-        if prompt.grids and prompt.batch == 1:
-            grids = prompt.image_grids(self.device)
-            yield "ours grids", lambda q, k: ops.apply_rotary(q, k, cos, sin, grids)
+        if grids:
+            yield "ours grids", lambda q, k: ops.apply_rotary(q, k, cos, sin, grids[0])
 
-    def check(self, prompt: Prompt, heads: str, layout: str, ways: dict[str, Any]) -> None:
-        """Refuse to time what is wrong: ours by the tests' own budget, peers by three digits."""
-        small = Prompt([(40, [(2, 1)], 7)]) if prompt.decoding is None else prompt
-        for given in (small, prompt):
-            q, k = self.draw(given, heads, layout)
-            inputs = {"q": q.requires_grad_(), "k": k.requires_grad_()}
-            inputs |= {"cos": self.cos, "sin": self.sin}
-            kinds: list[Any] = [given.position_ids(self.device)]
-            if given.grids and given.batch == 1:
-                kinds.append(given.image_grids(self.device))
-            for positions in kinds:
-                assert_matches(
-                    ops.apply_rotary, reference.apply_rotary, inputs | {"positions": positions}
-                )
-        q, k = self.draw(prompt, heads, layout)
+    def right_ways(
+        self, prompt: Prompt, heads: str, layout: str, compiled: bool
+    ) -> dict[str, Callable[..., Any]]:
+        """The ways that are right; a wrong one is not timed, and if it is ours nothing is."""
+        given = [(self.draw(prompt, heads, layout), prompt)]
+        if prompt.decoding is None:
+            small = Prompt([(40, [(2, 1)], 7)])
+            leaves = tuple(x.requires_grad_() for x in self.draw(small, heads, layout))
+            given.append((leaves, small))  # gradients too
+        for (q, k), of in given:
+            inputs = {"q": q, "k": k, "cos": self.cos, "sin": self.sin}
+            for positions in self.positions(of):
+                inputs["positions"] = positions
+                assert_matches(ops.apply_rotary, reference.apply_rotary, inputs)
+        (q, k), _ = given[0]
         exact = reference.apply_rotary(
-            q.double(), k.double(), self.cos, self.sin, prompt.position_ids(self.device)
+            q.double(), k.double(), self.cos, self.sin, self.positions(prompt)[0]
         )
-        for name, way in ways.items():
-            for found, wanted in zip(way(q.clone(), k.clone()), exact, strict=True):
-                error = (found.double() - wanted).norm() / wanted.norm()
-                if not error < 1e-2:  # bfloat16 rounds to 4e-3
-                    raise RuntimeError(f"rotary: {name} errs by {error:.1e}, it is not timed")
+        right = {}
+        for name, way in self.ways(prompt, compiled):
+            try:
+                error = max(
+                    ((x.double() - y).norm() / y.norm()).item()
+                    for x, y in zip(way(q.clone(), k.clone()), exact, strict=True)
+                )
+            except Exception as fault:  # another library's, in a version that we do not know
+                print(f"rotary: {name} is not timed: {type(fault).__name__}: {fault}")
+                continue
+            if error < 1e-2:  # bfloat16 rounds to 4e-3
+                right[name] = way
+            else:
+                print(f"rotary: {name} is not timed: it errs by {error:.1e}")
+        return right
+
+    def positions(self, prompt: Prompt) -> list[Any]:
+        """Its ids, and its grids where it has some."""
+        found: list[Any] = [prompt.position_ids(self.device)]
+        if prompt.grids and prompt.batch == 1:
+            found.append(prompt.image_grids(self.device))
+        return found
 
     def time_case(self, case: str, heads: str, layout: str, compiled: bool) -> list[Row]:
         """Forward and backward of every way, on inputs that no cache holds."""
@@ -132,8 +149,7 @@ class RotaryBench:
         H, G = HEADS[heads]
         moved = 2 * prompt.batch * prompt.tokens * (H + G) * HEAD_DIM * self.dtype.itemsize
         sets = max(2, min(64, -(-measure.cache_bytes(self.device) // moved)))
-        ways = dict(self.ways(prompt, compiled))
-        self.check(prompt, heads, layout, ways)
+        ways = self.right_ways(prompt, heads, layout, compiled)
         inputs = [self.draw(prompt, heads, layout) for _ in range(sets)]
         rows = []
 
@@ -150,7 +166,7 @@ class RotaryBench:
                         "high_us": timing.high_us,
                         "gb_s": speed / 1e9,
                         "of_copy": speed / self.copy,
-                        "extra_mib": measure.extra_mib(lambda call=calls[name]: call(0))
+                        "extra_mib": measure.extra_mib(functools.partial(calls[name], 0))
                         if self.device == "cuda"
                         else 0.0,
                     }
@@ -160,9 +176,14 @@ class RotaryBench:
             return lambda i: way(*inputs[i])
 
         ids = prompt.position_ids(self.device)
-        in_place = lambda q, k: ops.apply_rotary(q, k, self.cos, self.sin, ids, inplace=True)  # noqa: E731
+
+        def in_place(q: Tensor, k: Tensor) -> Any:
+            return ops.apply_rotary(q, k, self.cos, self.sin, ids, inplace=True)
+
         with torch.no_grad():
-            record("forward", {n: call(way) for n, way in (ways | {"ours in place": in_place}).items()})
+            record(
+                "forward", {n: call(way) for n, way in (ways | {"ours in place": in_place}).items()}
+            )
         gradients = {}
         for name, way in ways.items():
             leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in inputs]
@@ -183,15 +204,20 @@ class RotaryBench:
         rows = []
         for case in ("decode_1", "decode_32", "chat_1k"):
             prompt = PROMPTS[case]
-            ways = dict(self.ways(prompt, compiled=False))
-            self.check(prompt, heads, "contiguous", ways)
+            ways = self.right_ways(prompt, heads, "contiguous", compiled=False)
             q, k = self.draw(prompt, heads, "contiguous")
             for name, way in ways.items():
                 with torch.no_grad():
-                    call = lambda way=way: way(q, k)  # noqa: E731
-                    row = {"case": f"{case} {heads} contiguous", "pass": "host", "way": name}
-                    row |= {"host_us": measure.host_us(call), "graph_us": measure.graph_us(call)}
-                    rows.append(row)
+                    call = functools.partial(way, q, k)
+                    rows.append(
+                        {
+                            "case": f"{case} {heads} contiguous",
+                            "pass": "host",
+                            "way": name,
+                            "host_us": measure.host_us(call),
+                            "graph_us": measure.graph_us(call),
+                        }
+                    )
         return rows
 
     def tune(self, case: str, heads: list[str]) -> Iterator[Row]:

@@ -46,3 +46,33 @@ def thumbnail_cell(
     x = tl.maximum(SIDE * ((SIDE - 1) * i + c) - 1, 0) // tl.maximum((SIDE - 1) * cols, 1)
     thumbnail = (tile >= cols * rows) | (cols * rows <= 1)
     return tl.where(thumbnail, inside, y * SIDE + x)
+
+
+@triton.jit
+def image_position(
+    grids_ptr, token, num_images, num_steps, SIDE: tl.constexpr, COLUMN, THUMBNAIL: tl.constexpr
+):
+    """Position id of each token of a sequence, as `ImageGrids.position_ids`."""
+    image = find_image(grids_ptr, token, num_images, num_steps)
+    row = grids_ptr + image * 4
+    inside = image >= 0
+    offset = tl.load(row, mask=inside, other=0)
+    bias = tl.load(row + 1, mask=inside, other=0)
+    cols = tl.load(row + 2, mask=inside, other=-1)
+    rows = tl.load(row + 3, mask=inside, other=-1)
+    tiles = tl.maximum(cols * rows, 1)
+    if THUMBNAIL:
+        tiles = tl.where(tiles > 1, tiles + 1, tiles)
+    spent = tl.where(cols < 0, 0, SIDE * SIDE)
+    place = token - offset
+    cell = thumbnail_cell(place, cols, rows, SIDE, COLUMN)
+    return bias + tl.where(place < spent * tiles, cell, place + spent * (1 - tiles))
+
+
+@triton.jit
+def offset_of(index, stride, ALIGNED: tl.constexpr):
+    """Elements from `index` steps of `stride`; multiples of 8, 128 bits of bf16, if ALIGNED."""
+    offset = index.to(tl.int64) * stride
+    if ALIGNED:
+        offset = tl.multiple_of(offset, 8)
+    return offset

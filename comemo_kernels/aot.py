@@ -27,7 +27,6 @@ from triton.runtime.jit import JITFunction
 
 from comemo_kernels import positions, rotary
 from comemo_kernels._op import Config, Kernel
-from comemo_kernels.grids import ImageGrids
 
 
 class Chip(NamedTuple):
@@ -170,7 +169,9 @@ def compile_case(case: Case, config: Config, chip: str) -> Compiled:
     return Compiled(
         kernel=kernel.metadata.name,
         case=case.name,
-        config=" ".join(f"{k.removeprefix('BLOCK_').removeprefix('num_')} {v}" for k, v in config.items()),
+        config=" ".join(
+            f"{k.removeprefix('BLOCK_').removeprefix('num_')} {v}" for k, v in config.items()
+        ),
         chip=chip,
         registers=registers,
         spilled=spilled,
@@ -189,7 +190,9 @@ def _read_nvidia(kernel: Any) -> tuple[int, int, str]:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage, sass = (
-            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run(
+                [tool, flag, file.name], capture_output=True, text=True, check=True
+            ).stdout
             for flag in ("--dump-resource-usage", "--dump-sass")
         )
     counts = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}

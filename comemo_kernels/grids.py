@@ -49,9 +49,7 @@ def check_grid(name: str, grid: Grid, side: int) -> int:
         ValueError: in the name of function `name`, a negative grid or a side below 1.
     """
     cols, rows = grid
-    check(
-        cols >= 0 and rows >= 0, f"{name}: grid must be (cols, rows) of at least 0, got {grid}"
-    )
+    check(cols >= 0 and rows >= 0, f"{name}: grid must be (cols, rows) of at least 0, got {grid}")
     check(side >= 1, f"{name}: side must be at least 1, got {side}")
     return cols * rows
 

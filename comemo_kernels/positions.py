@@ -21,6 +21,7 @@ from torch import Tensor
 
 from comemo_kernels import reference
 from comemo_kernels._blocks import find_image, thumbnail_cell
+from comemo_kernels._checks import pack_prompt_grids
 from comemo_kernels._op import Kernel, documented, on_triton, register
 from comemo_kernels.grids import Grid
 
@@ -149,7 +150,7 @@ def rope_dhr_positions(
     arguments = (image_mask, attention_mask, grids, side, tile_order, thumbnail)
     if not on_triton(image_mask):
         return reference.rope_dhr_positions(*arguments, validate)
-    packed = reference.pack_prompt_grids(*arguments)
+    packed = pack_prompt_grids(*arguments)
     ids, torn = _rope_dhr(
         *(image_mask, attention_mask, packed.table, packed.end),
         *(side, tile_order == "column", thumbnail),

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from comemo_kernels._checks import check_prompt_grids, check_rotary, pack_prompt_grids
 from comemo_kernels._op import check
 from comemo_kernels.grids import (
     Grid,
@@ -119,51 +120,6 @@ def rope_dhr_positions(
     return torch.where(text | image_mask, ids, 0)
 
 
-def pack_prompt_grids(
-    image_mask: Tensor,
-    attention_mask: Tensor,
-    grids: Sequence[Grid] | Tensor,
-    side: int,
-    tile_order: str,
-    thumbnail: bool,
-) -> ImageGrids:
-    """Grids of `rope_dhr_positions` on the device of its masks, arguments checked."""
-    if (
-        image_mask.ndim != 2
-        or image_mask.dtype != torch.bool
-        or image_mask.shape != attention_mask.shape
-        or image_mask.device != attention_mask.device
-    ):
-        raise ValueError(
-            "rope_dhr_positions: image_mask and attention_mask must have one shape [B, N] and"
-            f" device, the first of bool, got {image_mask.dtype} {tuple(image_mask.shape)} on"
-            f" {image_mask.device} and {tuple(attention_mask.shape)} on {attention_mask.device}"
-        )
-    listed = grids.tolist() if isinstance(grids, Tensor) else grids
-    pairs = [(int(cols), int(rows)) for cols, rows in listed]
-    for pair in pairs:
-        check_grid("rope_dhr_positions", pair, side)
-    return ImageGrids.pack(
-        pairs, side=side, tile_order=tile_order, thumbnail=thumbnail, device=image_mask.device
-    )
-
-
-def check_prompt_grids(image_mask: Tensor, packed: ImageGrids, whole: Tensor) -> None:
-    """Raise the errors of `rope_dhr_positions` that depend on what the masks hold."""
-    found = int(image_mask.sum())
-    check(
-        found == packed.end,
-        f"rope_dhr_positions: {len(packed.table)} grids of {packed.end} image tokens for prompts"
-        f" that hold {found}",
-    )
-    check(
-        bool(whole.all()),
-        "rope_dhr_positions: each image must be one run of image tokens in one prompt, got prompts"
-        f" {(~whole).any(-1).nonzero().flatten().tolist()} with torn ones, grids"
-        f" {packed.table[:, 2:].tolist()}",
-    )
-
-
 def rotary_table(
     position_ids: Tensor,
     dim: int,
@@ -246,12 +202,12 @@ def apply_rotary(
     """
     check_rotary(q, k, cos, sin, positions, validate)
     exact = torch.promote_types(q.dtype, torch.float32)
+    if isinstance(positions, ImageGrids):
+        tokens = q.shape[:-2]
+        positions = positions.position_ids(tokens.numel()).view(tokens)
     if positions is not None:
-        shape = q.shape[:-2]
-        ids = positions
-        if isinstance(positions, ImageGrids):
-            ids = positions.position_ids(shape.numel()).view(shape)
-        cos, sin = (_rows(t, ids.long()) for t in (cos, sin))
+        ids = positions.long()
+        cos, sin = _rows(cos, ids), _rows(sin, ids)
     if published:
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
     cos, sin = cos.to(exact).unsqueeze(-2), sin.to(exact).unsqueeze(-2)  # [B, N, 1, R/2]
@@ -272,91 +228,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inplace: bool) -> Tensor:
     if inplace:
         x[..., :R].copy_(rotated)
         return x
-    return rotated if R == x.shape[-1] else torch.cat([rotated, x[..., R:]], dim=-1)
-
-
-def check_rotary(
-    q: Tensor,
-    k: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor | ImageGrids | None,
-    validate: bool,
-) -> None:
-    """Raise the errors of `apply_rotary` that do not depend on where it runs.
-
-    Conditions first and messages only if one fails: this runs on every call of a decode step.
-    """
-    shape, table = q.shape, cos.shape
-    tokens, D, half = shape[:-2], shape[-1], table[-1]
-    if len(shape) not in (3, 4) or not q.is_floating_point():
-        raise ValueError(
-            "apply_rotary: q must be floating point [B, N, H, D] or [T, H, D], got"
-            f" {q.dtype} {tuple(shape)}"
-        )
-    device = q.device
-    if k is not None and (
-        k.shape != (*tokens, k.shape[-2], D) or k.dtype != q.dtype or k.device != device
-    ):
-        raise ValueError(
-            "apply_rotary: k must be as q but for the number of heads, got"
-            f" {k.dtype} {tuple(k.shape)} on {k.device} for {q.dtype} {tuple(shape)} on {device}"
-        )
-    if (
-        table != sin.shape
-        or cos.dtype != sin.dtype
-        or not cos.is_floating_point()
-        or cos.device != device
-        or sin.device != device
-    ):
-        raise ValueError(
-            "apply_rotary: cos and sin must be floating point of one shape and dtype on the device"
-            f" of q, got {cos.dtype} {tuple(cos.shape)} on {cos.device} and"
-            f" {sin.dtype} {tuple(sin.shape)} on {sin.device} for q on {device}"
-        )
-    if not 0 < 2 * half <= D:
-        raise ValueError(
-            f"apply_rotary: cos {tuple(cos.shape)} must rotate an even number of the {D} elements"
-            f" of a head of q {tuple(shape)}, got {2 * half}"
-        )
-    if positions is None:
-        if table[:-1] != tokens and (len(shape) == 3 or table[:-1] != (1, shape[1])):
-            raise ValueError(
-                f"apply_rotary: without positions cos must be {[*tokens, half]}, a row for each"
-                f" token of q, got {list(table)}"
-            )
-        return
-    if len(table) != 2:
-        raise ValueError(
-            "apply_rotary: with positions cos must be [P, R/2], a row for each id, got"
-            f" {tuple(table)}"
-        )
-    if isinstance(positions, ImageGrids):
-        positions.check_length("apply_rotary", tokens.numel())
-        if positions.table.device != device:
-            raise ValueError(
-                f"apply_rotary: positions must be on the device of q, {device}, got"
-                f" {positions.table.device}"
-            )
-        ids = positions.position_ids(tokens.numel()) if validate else None
-    else:
-        ids = positions
-        if (
-            ids.dtype not in (torch.int32, torch.int64)
-            or ids.device != device
-            or (ids.shape != tokens and (len(shape) == 3 or ids.shape != (1, shape[1])))
-        ):
-            raise ValueError(
-                f"apply_rotary: positions must be int32 or int64 {list(tokens)} on {device}, got"
-                f" {ids.dtype} {list(ids.shape)} on {ids.device}"
-            )
-    if validate and ids is not None and ids.numel():
-        low, high = (int(bound) for bound in ids.aminmax())
-        if low < 0 or high >= cos.shape[0]:
-            raise ValueError(
-                f"apply_rotary: ids must lie in [0, {cos.shape[0]}), the rows of cos, got"
-                f" {low} to {high}"
-            )
+    return rotated if x.shape[-1] == R else torch.cat([rotated, x[..., R:]], dim=-1)
 
 
 def attend_images(q: Tensor, k: Tensor, v: Tensor, spans: Tensor) -> Tensor:

@@ -23,41 +23,12 @@ import triton.language as tl
 from torch import Tensor
 
 from comemo_kernels import reference
-from comemo_kernels._blocks import find_image, thumbnail_cell
+from comemo_kernels._blocks import image_position, offset_of
+from comemo_kernels._checks import check_rotary
 from comemo_kernels._op import Kernel, documented, on_triton, register
 from comemo_kernels.grids import ImageGrids
 
 # --- kernel ---
-
-
-@triton.jit
-def _image_position(
-    grids_ptr, token, num_images, num_steps, SIDE: tl.constexpr, COLUMN, THUMBNAIL: tl.constexpr
-):
-    """Position id of each token of a sequence, as `ImageGrids.position_ids`."""
-    image = find_image(grids_ptr, token, num_images, num_steps)
-    row = grids_ptr + image * 4
-    inside = image >= 0
-    offset = tl.load(row, mask=inside, other=0)
-    bias = tl.load(row + 1, mask=inside, other=0)
-    cols = tl.load(row + 2, mask=inside, other=-1)
-    rows = tl.load(row + 3, mask=inside, other=-1)
-    tiles = tl.maximum(cols * rows, 1)
-    if THUMBNAIL:
-        tiles = tl.where(tiles > 1, tiles + 1, tiles)
-    spent = tl.where(cols < 0, 0, SIDE * SIDE)
-    place = token - offset
-    cell = thumbnail_cell(place, cols, rows, SIDE, COLUMN)
-    return bias + tl.where(place < spent * tiles, cell, place + spent * (1 - tiles))
-
-
-@triton.jit
-def _offset(index, stride, ALIGNED: tl.constexpr):
-    """Elements from `index` steps of `stride`; multiples of 8, 128 bits of bf16, if ALIGNED."""
-    offset = index.to(tl.int64) * stride
-    if ALIGNED:
-        offset = tl.multiple_of(offset, 8)
-    return offset
 
 
 @triton.jit
@@ -78,10 +49,14 @@ def _rotate_heads(
     BLOCK_D: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ):
-    x_rows = x_ptr + _offset(batch, x_strides[0], ALIGNED) + _offset(token, x_strides[1], ALIGNED)
-    y_rows = y_ptr + _offset(batch, y_strides[0], ALIGNED) + _offset(token, y_strides[1], ALIGNED)
-    x_rows += _offset(head, x_strides[2], ALIGNED)
-    y_rows += _offset(head, y_strides[2], ALIGNED)
+    x_rows = (
+        x_ptr + offset_of(batch, x_strides[0], ALIGNED) + offset_of(token, x_strides[1], ALIGNED)
+    )
+    y_rows = (
+        y_ptr + offset_of(batch, y_strides[0], ALIGNED) + offset_of(token, y_strides[1], ALIGNED)
+    )
+    x_rows += offset_of(head, x_strides[2], ALIGNED)
+    y_rows += offset_of(head, y_strides[2], ALIGNED)
     offs_d = tl.arange(0, BLOCK_D)
     mask = mask_r[:, None] & (offs_d < HALF)[None, :]
     x_ptrs, y_ptrs = x_rows[:, None] + offs_d[None, :], y_rows[:, None] + offs_d[None, :]
@@ -167,18 +142,18 @@ def _rotary_kernel(
 
     known = mask_t
     if POSITIONS == "table":
-        row = _offset(batch, table_stride_b, ALIGNED) + _offset(token, table_stride_n, ALIGNED)
+        row = offset_of(batch, table_stride_b, ALIGNED) + offset_of(token, table_stride_n, ALIGNED)
     else:
         if POSITIONS == "ids":
             ids_ptrs = ids_ptr + batch * ids_stride_b + token * ids_stride_n
             position = tl.load(ids_ptrs, mask=mask_t, other=0)
         else:
-            position = _image_position(
+            position = image_position(
                 *(ids_ptr, batch * num_tokens + token, num_images, num_steps),
                 *(SIDE, COLUMN, THUMBNAIL),
             )
         known &= (position >= 0) & (position < num_rows)
-        row = _offset(position, table_stride_n, ALIGNED)
+        row = offset_of(position, table_stride_n, ALIGNED)
     offs_d = tl.arange(0, BLOCK_D)
     mask = known[:, None] & (offs_d < HALF)[None, :]
     offs = row[:, None] + offs_d[None, :]
@@ -295,7 +270,9 @@ def _launch_into(
     )
     addresses = q_out.data_ptr() | k_out.data_ptr() | q.data_ptr() | k.data_ptr()
     addresses |= cos.data_ptr() | sin.data_ptr() | ids.data_ptr()
-    key = None  # Triton compiles for addresses that are multiples of 16: if all are, it need not look
+    key = (
+        None  # Triton compiles for addresses that are multiples of 16: if all are, it need not look
+    )
     if addresses % 16 == 0:
         key = (q.get_device(), q.dtype, cos.dtype, ids.dtype, plan.constants)
     rotary_kernel.launch(
@@ -351,7 +328,9 @@ class _Rotary(torch.autograd.Function):
             table = (*ctx.saved_tensors, side, column, thumbnail, not inverse, published)
             # torch.compile, which has no gradients of gradients, cannot trace this within itself.
             if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                turned = _Rotary.apply(given[0], given[1] if len(given) > 1 else None, False, *table)
+                turned = _Rotary.apply(
+                    given[0], given[1] if len(given) > 1 else None, False, *table
+                )
             else:
                 turned = _rotary(given, *table)
             for i, dx in zip(used, turned, strict=True):
@@ -375,7 +354,7 @@ def apply_rotary(
 ) -> tuple[Tensor, Tensor | None]:
     if not on_triton(q):
         return reference.apply_rotary(q, k, cos, sin, positions, inplace, published, validate)
-    reference.check_rotary(q, k, cos, sin, positions, validate)
+    check_rotary(q, k, cos, sin, positions, validate)
     _check_strides(q, k, cos, sin)
     side, column, thumbnail = 0, False, False
     if isinstance(positions, ImageGrids):

@@ -22,7 +22,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 settings.register_profile("comemo", derandomize=True, deadline=None, max_examples=40)
 # In the interpreter shrinking an example takes minutes.
 generate = (Phase.explicit, Phase.generate)
-settings.register_profile("kernels", settings.get_profile("comemo"), max_examples=20, phases=generate)
+settings.register_profile(
+    "kernels", settings.get_profile("comemo"), max_examples=20, phases=generate
+)
 settings.load_profile("kernels" if INTERPRET or DEVICE == "cuda" else "comemo")
 
 

@@ -34,9 +34,7 @@ def assert_relative(
     assert error <= RELATIVE, f"{name}: relative error {error:.2e} above {RELATIVE:.0e}"
 
 
-def evaluate(
-    op: Callable, inputs: Inputs, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
+def evaluate(op: Callable, inputs: Inputs, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Outputs of `op`, and gradients of the inputs that require them for random cotangents.
 
     With `dtype`, floating point inputs are converted to it first.

@@ -99,10 +99,7 @@ def test_lengths_and_heads_compile_nothing_new():
 def _product_kernel(c_ptr, a_ptr, b_ptr, N: tl.constexpr, TENSOR_CORES: tl.constexpr):
     offs = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
     a, b = tl.load(a_ptr + offs), tl.load(b_ptr + offs)
-    if TENSOR_CORES:
-        c = tl.dot(a, b)
-    else:
-        c = (a * b).to(tl.float32)
+    c = tl.dot(a, b) if TENSOR_CORES else (a * b).to(tl.float32)
     tl.store(c_ptr + offs, c)
 
 

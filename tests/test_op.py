@@ -58,10 +58,15 @@ def test_an_empty_grid_is_not_launched():
 def test_another_configuration_is_for_a_block_of_code():
     kernel, function, compiled = make_kernel()
     kernel.launch(1, "key")
-    with pytest.raises(RuntimeError, match="inside"), kernel.using(kernel.configs[1]):
-        kernel.launch(1, "key")
-        kernel.launch(1, "key")
-        raise RuntimeError("inside")
+
+    def fail_within():
+        with kernel.using(kernel.configs[1]):
+            kernel.launch(1, "key")
+            kernel.launch(1, "key")
+            raise RuntimeError("within")
+
+    with pytest.raises(RuntimeError, match="within"):
+        fail_within()
     kernel.launch(1, "key")
     assert [options["BLOCK"] for _, _, options in function.calls] == [8, 16]
     assert [args for _, args, _ in compiled.calls] == [(16,), (8,)]

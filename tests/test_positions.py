@@ -215,7 +215,7 @@ def test_grids_of_an_image_memory_lie_one_behind_the_other():
 def test_grids_say_what_is_wrong():
     with pytest.raises(ValueError, match="2 grids need as many offsets and biases, got 1 and 2"):
         ImageGrids.pack([(1, 1), (1, 1)], offsets=[0])
-    with pytest.raises(ValueError, match="image 1 must begin at 260 or later.* got offset 4"):
+    with pytest.raises(ValueError, match=r"image 1 must begin at 260 or later.* got offset 4"):
         ImageGrids.pack([(1, 1), (1, 1)], offsets=[4, 4])
     with pytest.raises(ValueError, match="bias of at least 0, got offset 0 and bias -1"):
         ImageGrids.pack([(1, 1)], biases=[-1])

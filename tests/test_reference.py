@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from harness import assert_matches, recorded
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +9,7 @@ from torch.autograd import gradcheck
 
 import comemo_kernels as ops
 from comemo_kernels import reference
+
 
 def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -257,7 +257,9 @@ def test_autograd_sees_what_was_written(device):
     for op in (apply_rotary, reference.apply_rotary):
         grads = [
             torch.autograd.grad(
-                sum((y * w).sum() for y, w in zip(through(op, *leaves, **kw), weights, strict=True)),
+                sum(
+                    (y * w).sum() for y, w in zip(through(op, *leaves, **kw), weights, strict=True)
+                ),
                 leaves,
             )
             for kw in ({}, {"inplace": True})
@@ -382,7 +384,9 @@ def test_says_what_is_wrong(device, op, case):
 def test_says_what_a_kernel_cannot_do(device):
     inputs = make_inputs(N=5, device=device)
     q = inputs["q"].transpose(1, 3).contiguous().transpose(1, 3)
-    with pytest.raises(ValueError, match=r"last dimension must be contiguous.*\(80, 2, 1, 10\)|got"):
+    with pytest.raises(
+        ValueError, match=r"last dimension must be contiguous.*\(80, 2, 1, 10\)|got"
+    ):
         apply_rotary(**inputs | {"q": q})
     spread = torch.cat([inputs["sin"]] * 2, 1)[:, :4]
     with pytest.raises(ValueError, match="one layout"):

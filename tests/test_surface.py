@@ -51,6 +51,22 @@ def test_rooms_do_not_mix(room, never):
         assert never.isdisjoint(imports(file)), file.name
 
 
+def test_kernel_files_do_not_import_each_other():
+    """A file with kernels knows what all share, and `reference`; nothing else of the package."""
+    shared = {"_op", "_blocks", "_checks", "grids", "reference"}
+    kernels = [
+        file
+        for file in (ROOT / "comemo_kernels").glob("*.py")
+        if "triton" in imports(file) and file.stem not in {"aot", "_blocks"}
+    ]
+    assert {file.stem for file in kernels} >= {"rotary", "positions"}
+    for file in kernels:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("comemo_kernels"):
+                names = node.module.split(".")[1:] or [alias.name for alias in node.names]
+                assert set(names) <= shared, file.name
+
+
 def test_version_is_told_once():
     assert comemo.__version__ == comemo_kernels.__version__
     assert f"## {comemo.__version__}" in (ROOT / "CHANGELOG.md").read_text()

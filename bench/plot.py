@@ -1,0 +1,58 @@
+"""Pictures of what was measured; measures nothing itself."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def draw(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
+    """A PNG for each benchmark: a bar for each way, grouped by case and pass.
+
+    Bars are the share of a plain copy's bandwidth where a row tells it, else microseconds.
+
+    Args:
+        rows: of `results.json`.
+        out: folder for `<bench>.png`.
+
+    Returns:
+        The files; none where matplotlib is not installed, which is said.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        print("no matplotlib: no plots")
+        return []
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    files = []
+    for bench in dict.fromkeys(row["bench"] for row in rows):
+        timed = [row for row in rows if row["bench"] == bench and "us" in row]
+        groups = list(dict.fromkeys((row["case"], row["pass"]) for row in timed))
+        ways = list(dict.fromkeys(row["way"] for row in timed))
+        if not groups:
+            continue
+        measured = "of_copy" if all("of_copy" in row for row in timed) else "us"
+        figure, axes = pyplot.subplots(figsize=(2 + 1.1 * len(groups), 5), layout="constrained")
+        width = 0.8 / len(ways)
+        for i, way in enumerate(ways):
+            found = {
+                place + i * width: row[measured]
+                for place, group in enumerate(groups)
+                for row in timed
+                if (row["case"], row["pass"], row["way"]) == (*group, way)
+            }
+            axes.bar(list(found), list(found.values()), width, label=way)
+        axes.set_xticks(
+            [place + 0.4 - width / 2 for place in range(len(groups))],
+            [f"{case}\n{kind}".replace(" ", "\n") for case, kind in groups],
+            fontsize=7,
+        )
+        axes.set_ylabel("share of a copy's bandwidth" if measured == "of_copy" else "microseconds")
+        axes.set_title(bench)
+        axes.legend()
+        axes.grid(axis="y", alpha=0.3)
+        files.append(out / f"{bench}.png")
+        figure.savefig(files[-1], dpi=110)
+        pyplot.close(figure)
+    return files

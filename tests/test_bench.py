@@ -1,0 +1,152 @@
+"""The benchmarks: cases that are what they say, rows, wrong ways that are not timed, stages."""
+
+import argparse
+import csv
+import json
+import sys
+
+import pytest
+import torch
+
+import comemo_kernels as ops
+from bench import gpu, measure, plot, positions, rotary
+from bench.cases import PROMPTS
+
+
+def options_of(module, *words):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    options = parser.parse_args(words)
+    options.out = None
+    return options
+
+
+def test_cases_are_what_they_say():
+    assert PROMPTS["chat_1k"].tokens == 1024
+    assert PROMPTS["one_image_3k"].tokens == 3424
+    assert PROMPTS["pack_16k"].tokens == 16384
+    assert sum(ops.image_tokens(grid) for grid in PROMPTS["pack_16k"].grids) == 46 * 256
+    for name in ("one_image_3k", "chat_1k"):
+        prompt = PROMPTS[name]
+        image, attention = prompt.masks("cpu")
+        ids = ops.rope_dhr_positions(image, attention, prompt.grids)
+        assert torch.equal(prompt.position_ids("cpu"), ids)
+    assert (PROMPTS["pack_16k"].position_ids("cpu") == 0).sum() == 6  # samples
+    assert PROMPTS["decode_32"].position_ids("cpu").shape == (32, 1)
+
+
+@pytest.fixture
+def tiny_copy(monkeypatch):
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1)
+
+
+RUN = ("--cases", "chat_1k", "--heads", "2B", "--rounds", "1", "--no-compile")
+
+
+def test_rotary_rows(tiny_copy):
+    rows = rotary.run(options_of(rotary, *RUN))
+    assert {row["case"] for row in rows} == {"chat_1k 2B contiguous", "chat_1k 2B packed qkv"}
+    assert {(row["pass"], row["way"]) for row in rows} == {
+        *((kind, way) for kind in ("forward", "backward") for way in ("eager", "ours")),
+        ("forward", "ours in place"),
+    }
+    moved = 2 * 1024 * 24 * 128 * 4
+    for row in rows:
+        assert 0 < row["low_us"] <= row["us"] <= row["high_us"]
+        assert row["gb_s"] == pytest.approx(moved / row["us"] / 1e3)
+        assert row["of_copy"] == pytest.approx(row["gb_s"] / 10)
+
+
+def test_a_wrong_kernel_is_not_timed(tiny_copy, monkeypatch, capsys):
+    right = rotary.rotate_as_published
+    monkeypatch.setattr(rotary, "rotate_as_published", lambda q, k, *t: right(k, q, *t))
+    rows = rotary.run(options_of(rotary, *RUN, "--layouts", "contiguous"))
+    assert {row["way"] for row in rows} == {"ours", "ours in place"}
+    assert "eager is not timed" in capsys.readouterr().out
+    monkeypatch.setattr(rotary, "rotate_as_published", lambda q, k, *t: (2 * right(q, k, *t)[0], k))
+    assert {row["way"] for row in rotary.run(options_of(rotary, *RUN))} == {"ours", "ours in place"}
+    apply_rotary = ops.apply_rotary
+    monkeypatch.setattr(ops, "apply_rotary", lambda q, k, *a, **kw: apply_rotary(q, q, *a, **kw))
+    with pytest.raises(AssertionError):
+        rotary.run(options_of(rotary, *RUN))
+
+
+def test_position_rows_and_a_wrong_one(monkeypatch):
+    words = ("--rounds", "1", "--cases", "one_image_3k", "eight_of_3k")
+    rows = positions.run(options_of(positions, *words))
+    assert len(rows) == 8
+    assert all(row["us"] > 0 for row in rows)
+    monkeypatch.setattr(ops, "rope_dhr_positions", lambda image, *_, **kw: image.long())
+    with pytest.raises(RuntimeError, match="ours numbers one_image_3k otherwise"):
+        positions.run(options_of(positions, *words))
+
+
+def test_tuning_needs_a_gpu(tiny_copy):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit, match="needs a GPU, found none"):
+        rotary.run(options_of(rotary, "--tune"))
+    with pytest.raises(SystemExit, match="needs a GPU, torch sees none"):
+        gpu.run(options_of(gpu))
+
+
+MEASURED = [
+    {"bench": "a", "case": "c", "pass": "forward", "way": "ours", "us": 2.0, "of_copy": 0.9},
+    {"bench": "a", "case": "c", "pass": "forward", "way": "eager", "us": 5.0, "of_copy": 0.4},
+    {"bench": "a", "case": "c", "pass": "host", "way": "ours", "host_us": 9.0},
+    {"bench": "b", "case": "c", "pass": "forward", "way": "ours", "us": 1.0},
+]
+
+
+def test_digest_compares_within_a_case():
+    first, host, other = gpu.digest(MEASURED)
+    assert first["/ eager"] == 2.5
+    assert first["of_copy"] == 0.9
+    assert host["host_us"] == 9.0
+    assert not {"/ eager"} & {*host, *other}
+
+
+def test_files_and_plots(tmp_path):
+    measure.write("results", MEASURED, measure.describe_machine(), tmp_path)
+    held = json.loads((tmp_path / "results.json").read_text())
+    assert held["rows"] == MEASURED
+    assert {"gpu", "torch", "triton", "commit", "date"} <= held["machine"].keys()
+    lines = [x for x in (tmp_path / "results.csv").open() if not x.startswith("#")]
+    assert [row["host_us"] for row in csv.DictReader(lines)] == ["", "", "9.0", ""]
+    pytest.importorskip("matplotlib")
+    assert {file.name for file in plot.draw(MEASURED, tmp_path)} == {"a.png", "b.png"}
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
+    """The command's flow, with stages that need no GPU."""
+    write = (
+        "import json, sys, pathlib; json.dump({'rows': [{'case': 'c', 'pass': 'forward', 'way':"
+        " 'ours', 'us': 1.5}]}, (pathlib.Path(sys.argv[-1]) / 'bench.json').open('w'))"
+    )
+    stages = {
+        "suite": ["-c", "print('F'); raise SystemExit(1)"],
+        "hangs": ["-c", "import time; time.sleep(60)"],
+        "measures": ["-c", write],
+    }
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measure, "describe_machine", lambda: {"gpu": "none"})
+    options = argparse.Namespace(out=tmp_path, minutes=1.0, stages=list(stages))
+    monkeypatch.setattr(gpu, "SUITE_SHARE", 0.5)
+    run_stage = gpu._run_stage
+    monkeypatch.setattr(
+        gpu, "_run_stage", lambda n, limit, out: run_stage(n, 5 if n == "hangs" else limit, out)
+    )
+    outcome = {row["stage"]: row["outcome"] for row in gpu.run(options)}
+    assert outcome["suite"].startswith("failed, exit code 1")
+    assert outcome["hangs"].startswith("out of time after 5 s")
+    assert outcome["measures"] == "passed"
+    assert options.failed
+    assert sys.executable
+    assert (tmp_path / "pytest.log").read_text().endswith("F\n")
+    assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["us"] == 1.5
+    assert "1.5" in capsys.readouterr().out
+    options = argparse.Namespace(out=tmp_path, minutes=0.0, stages=["measures"])
+    assert gpu.run(options)[0]["outcome"] == "no time left"
