@@ -10,6 +10,7 @@ the language model.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -202,11 +203,11 @@ def apply_rotary(
     """
     check_rotary(q, k, cos, sin, positions, validate)
     exact = torch.promote_types(q.dtype, torch.float32)
+    tokens = q.shape[:-2]
+    ids = positions
     if isinstance(positions, ImageGrids):
-        tokens = q.shape[:-2]
-        positions = positions.position_ids(tokens.numel()).view(tokens)
-    if positions is not None:
-        ids = positions.long()
+        ids = positions.position_ids(tokens.numel()).view(tokens)
+    if ids is not None:
         cos, sin = _rows(cos, ids), _rows(sin, ids)
     if published:
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
@@ -214,10 +215,10 @@ def apply_rotary(
     return tuple(None if x is None else _rotate(x, cos, sin, inplace) for x in (q, k))  # type: ignore[return-value]
 
 
-def _rows(table: Tensor, ids: Tensor) -> Tensor:
-    """[..., R/2] rows of `table` [P, R/2]; NaN for ids beyond it."""
+def _rows(table: Tensor, ids: Any) -> Tensor:
+    """[..., R/2] rows of `table` [P, R/2] for integers `ids` [...]; NaN for ids beyond it."""
     known = (ids >= 0) & (ids < table.shape[0])
-    rows = table[torch.where(known, ids, 0)]
+    rows = table[torch.where(known, ids, 0).long()]
     return torch.where(known[..., None], rows, float("nan"))
 
 
