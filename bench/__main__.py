@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import decode, gpu, measure, positions, rotary
+from bench import decode, gpu, host, measure, positions, rotary
 
 BENCHMARKS: dict[str, Any] = {
     "decode": decode,
     "gpu": gpu,
+    "host": host,
     "positions": positions,
     "rotary": rotary,
 }

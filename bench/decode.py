@@ -3,13 +3,13 @@
 The same model with random weights, the same prompt and the same cache take decode steps by turns
 in two ways: reading the image memory that the prefill left (ours), and building keys and values
 of all image tokens anew in every mixin layer (as the published code does for every token).
+It runs on a GPU if there is one; every part is then waited for, which a real step would not do.
 The floor is the bytes that a step must read (weights, self-attention cache, image memory) over
 the read bandwidth measured in the same run.
 """
 
 import argparse
 import statistics
-import time
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from bench import measure
 from comemo import CoMemoConfig, CoMemoForConditionalGeneration
 from comemo.decoder import MixinLayer
 from comemo.demo import RecomputedMemory
+from comemo.device import default_device
 from comemo_kernels import ImageMemory
 
 SIZES: dict[str, dict[str, dict[str, int]]] = {
@@ -65,7 +66,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = CoMemoForConditionalGeneration(config).eval()
+        with torch.device(default_device()):
+            model = CoMemoForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(before)
     with torch.no_grad():
@@ -78,22 +80,22 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _measure(
     model: CoMemoForConditionalGeneration, grid: tuple[int, int], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    config, tokens = model.config, options.tokens
+    config, tokens, device = model.config, options.tokens, model.device
     M = ops.image_tokens(grid, config.side)
     tiles = M // config.tokens_per_tile
-    pixels = torch.randn(options.vision_tiles, 3, 448, 448, dtype=model.dtype)
+    pixels = torch.randn(options.vision_tiles, 3, 448, 448, dtype=model.dtype, device=device)
     vision = measure.seconds(lambda: model.model.get_image_features(pixels))
     print(f"vision tower and projector: {vision / len(pixels):.2f} s a tile")
 
     text = torch.randint(3, 5000, (1, 96))  # the words around a picture: system message, question
-    image = torch.zeros(1, M + 96, dtype=torch.bool)
+    image = torch.zeros(1, M + 96, dtype=torch.bool, device=device)
     image[:, 60 : 60 + M] = True
-    input_ids = torch.zeros_like(image, dtype=torch.long).masked_scatter(~image, text)
+    input_ids = torch.zeros_like(image, dtype=torch.long).masked_scatter(~image, text.to(device))
     mask = torch.ones_like(input_ids)
     position_ids = model.model.prompt_position_ids(image, mask, [grid])
-    media = torch.randn(M, config.text_config.hidden_size, dtype=model.dtype)
+    media = torch.randn(M, config.text_config.hidden_size, dtype=model.dtype, device=device)
     memory = ImageMemory.from_media(media, position_ids[image], [M])
-    start = time.perf_counter()
+    start = measure.now()
     out = model(
         inputs_embeds=model.model.embed(input_ids, image, memory),
         position_ids=position_ids,
@@ -101,7 +103,7 @@ def _measure(
         use_cache=True,
         logits_to_keep=1,
     )
-    prefill = time.perf_counter() - start
+    prefill = measure.now() - start
     cache = out.past_key_values
     print(f"prefill of {M + 96} tokens: {prefill:.1f} s")
 
@@ -115,17 +117,17 @@ def _measure(
             logits: list[Tensor] = []
             for name, way in ways.items():
                 clock.seconds = 0.0
-                start = time.perf_counter()
+                start = measure.now()
                 result = model(
                     input_ids=token,
-                    position_ids=torch.tensor([[place]]),
-                    query_position_ids=torch.tensor([[M + 96]]),
+                    position_ids=torch.tensor([[place]], device=device),
+                    query_position_ids=torch.tensor([[M + 96]], device=device),
                     past_key_values=cache,
                     image_memory=way,
                     use_cache=True,
                 )
                 if step:
-                    whole[name].append(time.perf_counter() - start)
+                    whole[name].append(measure.now() - start)
                     mixin[name].append(clock.seconds)
                 logits.append(result.logits)
                 cache.crop(-1)  # both ways take the same step
@@ -136,12 +138,13 @@ def _measure(
     held += [p for layer in cache.layers for p in (layer.keys, layer.values)]
     unread = [m.kv_proj.weight for m in model.modules() if isinstance(m, MixinLayer)]
     step_bytes = sum(t.nbytes for t in held) + memory.nbytes - sum(t.nbytes for t in unread)
-    floor = step_bytes / measure.read_bandwidth()
+    floor = step_bytes / measure.read_bandwidth(device)
     rows = []
     for name in ways:
         rows.append(
             {
                 "case": f"{options.size}, {tiles} tiles, {options.dtype}",
+                "pass": "decode",
                 "layers": config.text_config.num_hidden_layers,
                 "way": name,
                 "token_s": statistics.median(whole[name]),
@@ -171,11 +174,11 @@ class MixinClock:
 
     def _timed(self, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
+            start = measure.now()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - start
+                self.seconds += measure.now() - start
 
         return call
 

@@ -27,6 +27,7 @@ STAGES: dict[str, list[str]] = {  # name -> arguments of python
     "rotary": ["-m", "bench", "rotary"],
     "tune rotary": ["-m", "bench", "rotary", "--tune", "--cases", "pack_16k"],
     "positions": ["-m", "bench", "positions"],
+    "decode": ["-m", "bench", "decode", "--dtype", "bfloat16"],
 }
 SUITE_SHARE = 0.5  # of the time, at most
 

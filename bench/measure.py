@@ -69,13 +69,20 @@ def _git(*command: str) -> str:
     return done.stdout.strip()
 
 
+def now() -> float:
+    """Seconds of a clock, read when all work given to a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
     """Median wall time of `run` in seconds; the caller warms up."""
     times = []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start = now()
         run()
-        times.append(time.perf_counter() - start)
+        times.append(now() - start)
     return statistics.median(times)
 
 
@@ -193,15 +200,17 @@ def cache_bytes(device: str) -> int:
     return 3 * torch.cuda.get_device_properties(0).L2_cache_size
 
 
-def read_bandwidth(gibibytes: float = 1.0) -> float:
+def read_bandwidth(device: torch.device, gibibytes: float = 1.0) -> float:
     """Bytes per second of a float32 matrix-vector product too large for any cache."""
     rows = int(gibibytes * 2**30 / 4 / 4096)
-    matrix, vector = torch.ones(rows, 4096), torch.ones(4096)
+    matrix, vector = torch.ones(rows, 4096, device=device), torch.ones(4096, device=device)
     return matrix.nbytes / min(seconds(lambda: matrix @ vector) for _ in range(5))
 
 
 def peak_gib() -> float:
-    """Largest resident memory of this process so far, in GiB."""
+    """Largest memory of the GPU, or resident memory of this process, so far in GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
     scale = 1 if platform.system() == "Darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
 

@@ -85,7 +85,7 @@ def _tensors(argument: Any) -> Iterable[Tensor]:
 
 def to_device(values: Tensor, device: torch.device | str | None) -> Tensor:
     """Copy a small tensor of the host to `device`; the host does not wait for a GPU."""
-    if device is None or torch.device(device).type != "cuda":
+    if device is None or torch.device(device).type != "cuda" or torch.compiler.is_compiling():
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 

@@ -188,11 +188,12 @@ def _rotary_kernel(
 rotary_kernel = Kernel(
     _rotary_kernel,
     [
+        # Rows of the table are read for each group of heads: few, large groups read them least.
+        {"BLOCK_T": 4, "BLOCK_H": 8, "num_warps": 4},
         {"BLOCK_T": 8, "BLOCK_H": 4, "num_warps": 4},
-        {"BLOCK_T": 4, "BLOCK_H": 4, "num_warps": 4},
         {"BLOCK_T": 8, "BLOCK_H": 8, "num_warps": 8},
         {"BLOCK_T": 8, "BLOCK_H": 8, "num_warps": 4},
-        {"BLOCK_T": 16, "BLOCK_H": 2, "num_warps": 4},
+        {"BLOCK_T": 4, "BLOCK_H": 4, "num_warps": 4},
     ],
 )
 

@@ -53,6 +53,24 @@ def test_accesses_are_as_wide_as_they_can_be():
         assert row.wide == (2 * 4 + 2) * elements // 8
 
 
+@pytest.mark.parametrize("odd", ["q", "k", "table", "none"])
+def test_what_is_not_aligned_is_not_taken_for_it(odd):
+    """Rows of 132 elements begin where no 128 bits do; one such tensor narrows all accesses."""
+
+    def rows(name, *shape):
+        x = torch.empty(*shape, 132 if odd == name else 128, device="meta", dtype=torch.bfloat16)
+        return x[..., :128]
+
+    q, k, table = rows("q", 1, 64, 4), rows("k", 1, 64, 4), rows("table", 1, 64)[..., :64]
+    case = aot.Case(
+        rotary.rotary_kernel,
+        odd,
+        lambda: rotary._launch([q, k], table, table, None, 0, False, False, False, False),
+    )
+    row = aot.compile_case(case, rotary.rotary_kernel.config, "sm_90")
+    assert bool(row.wide) == (odd == "none")
+
+
 def test_lengths_and_heads_compile_nothing_new():
     """What decides a launch's key decides the compiled kernel, and a length is no part of it."""
     found = {}

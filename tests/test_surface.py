@@ -76,7 +76,7 @@ def test_readme_runs(checkpoint, photograph, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photograph.save("street.jpg")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     scope = {}
     for block in blocks:
         assert "./CoMemo-2B" in block or "path" in scope
@@ -86,3 +86,4 @@ def test_readme_runs(checkpoint, photograph, tmp_path, monkeypatch):
     assert len(scope["history"]) == 1
     assert isinstance(scope["memory"], comemo.ImageMemory)
     assert scope["model"].dtype == torch.bfloat16
+    assert scope["q"].shape == (1, 3424, 16, 128)
