@@ -33,7 +33,7 @@ def check_rotary(
         k.shape != (*tokens, k.shape[-2], D) or k.dtype != q.dtype or k.device != device
     ):
         raise ValueError(
-            "apply_rotary: k must be as q but for the number of heads, got"
+            "apply_rotary: k must be as q [B, N, H, D] but for the number of heads, got"
             f" {k.dtype} {tuple(k.shape)} on {k.device} for {q.dtype} {tuple(shape)} on {device}"
         )
     if (
@@ -51,7 +51,8 @@ def check_rotary(
     if not 0 < 2 * half <= D:
         raise ValueError(
             f"apply_rotary: cos {tuple(cos.shape)} must rotate an even number of the {D} elements"
-            f" of a head of q {tuple(shape)}, got {2 * half}"
+            f" of a head of q {tuple(shape)}, got {2 * half}: of a table that repeats its halves"
+            " give the first, cos[..., : D // 2]"
         )
     if positions is None:
         if table[:-1] != tokens and (len(shape) == 3 or table[:-1] != (1, shape[1])):
@@ -75,6 +76,11 @@ def check_rotary(
         ids = positions.position_ids(tokens.numel()) if validate else None
     else:
         ids = positions
+        if not isinstance(ids, Tensor):
+            raise ValueError(
+                "apply_rotary: positions must be a tensor of ids, ImageGrids or None, got"
+                f" {type(ids).__name__}"
+            )
         if (
             ids.dtype not in (torch.int32, torch.int64)
             or ids.device != device
@@ -114,9 +120,9 @@ def pack_prompt_grids(
             f" {image_mask.device} and {tuple(attention_mask.shape)} on {attention_mask.device}"
         )
     listed = grids.tolist() if isinstance(grids, Tensor) else grids
+    for grid in listed:
+        check_grid("rope_dhr_positions", grid, side)
     pairs = [(int(cols), int(rows)) for cols, rows in listed]
-    for pair in pairs:
-        check_grid("rope_dhr_positions", pair, side)
     return ImageGrids.pack(
         pairs, side=side, tile_order=tile_order, thumbnail=thumbnail, device=image_mask.device
     )

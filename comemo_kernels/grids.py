@@ -48,10 +48,13 @@ def check_grid(name: str, grid: Grid, side: int) -> int:
     Raises:
         ValueError: in the name of function `name`, a negative grid or a side below 1.
     """
-    cols, rows = grid
-    check(cols >= 0 and rows >= 0, f"{name}: grid must be (cols, rows) of at least 0, got {grid}")
+    pair = isinstance(grid, Sequence) and len(grid) == 2
+    check(
+        pair and min(grid) >= 0,
+        f"{name}: grid must be (cols, rows) of at least 0, got {grid}",
+    )
     check(side >= 1, f"{name}: side must be at least 1, got {side}")
-    return cols * rows
+    return grid[0] * grid[1]
 
 
 def check_tile_order(name: str, tile_order: str) -> None:
@@ -132,9 +135,7 @@ class ImageGrids:
                 the one ahead of it ends; a negative grid, offset or bias; an unknown tile order.
         """
         check_tile_order("ImageGrids.pack", tile_order)
-        counts = [
-            0 if tuple(grid) == TEXT else image_tokens(grid, side, thumbnail) for grid in grids
-        ]
+        counts = [0 if grid == TEXT else image_tokens(grid, side, thumbnail) for grid in grids]
         if offsets is None:
             offsets = [sum(counts[:i]) for i in range(len(counts))]
         biases = [0] * len(counts) if biases is None else biases

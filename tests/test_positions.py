@@ -279,5 +279,8 @@ def test_prompts_say_what_is_wrong(device):
         ops.image_position_ids((1, 2), tile_order="diagonal")
     with pytest.raises(ValueError, match="rope_dhr_positions: grid must be"):
         ops.rope_dhr_positions(image, image, [(-1, 2)], 4)
+    for grids in ((2, 2), [(1, 1, 1)]):  # a grid that is not in a list; a grid of three
+        with pytest.raises(ValueError, match=r"rope_dhr_positions: grid must be \(cols, rows\)"):
+            ops.rope_dhr_positions(image, image, grids, 4)
     with pytest.raises(ValueError, match="grid must be"):
         ops.image_tokens((-1, 2))

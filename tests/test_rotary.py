@@ -356,9 +356,10 @@ def wrong(device):
         "a table of integers": ({"cos": cos.int(), "sin": sin.int()}, "floating point"),
         "a table too wide": (
             {"cos": torch.cat([cos, cos], 1), "sin": torch.cat([sin, sin], 1)},
-            r"even number of the 8 elements .* got 16",
+            r"even number of the 8 elements .* got 16: .* give the first",
         ),
         "ids of other tokens": ({"positions": positions[:, :4]}, r"\[2, 5\].* got .*\[2, 4\]"),
+        "ids in a list": ({"positions": [0, 1]}, "a tensor of ids, ImageGrids or None, got list"),
         "ids of floats": ({"positions": positions.float()}, "int32 or int64.*float32"),
         "a table for each token beside ids": (
             {"cos": cos[positions], "sin": sin[positions]},
