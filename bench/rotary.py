@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> list[Row]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.tune and device == "cpu":
+        raise SystemExit("python -m bench rotary --tune: needs a GPU, found none")
     name = options.dtype or ("bfloat16" if device == "cuda" else "float32")
     copy = measure.copy_bandwidth(device)
     print(f"a copy moves {copy / 1e9:.0f} GB/s")
@@ -222,8 +224,6 @@ class RotaryBench:
 
     def tune(self, case: str, heads: list[str]) -> Iterator[Row]:
         """Every shipped configuration of the kernel; the fastest belongs first in its list."""
-        if self.device != "cuda":
-            raise SystemExit("python -m bench rotary --tune: needs a GPU, found none")
         prompt = PROMPTS[case]
         for size in heads:
             H, G = HEADS[size]
@@ -241,7 +241,7 @@ class RotaryBench:
 
             calls = {str(c): with_config(c) for c in rotary_kernel.configs}
             with torch.no_grad():
-                for name, timing in measure.compare(calls, sets, "cuda", self.rounds).items():
+                for name, timing in measure.compare(calls, sets, self.device, self.rounds).items():
                     speed = moved / timing.us * 1e6
                     yield {
                         "case": f"{case} {size} contiguous",

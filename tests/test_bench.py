@@ -91,6 +91,45 @@ def test_tuning_needs_a_gpu(tiny_copy):
         gpu.run(options_of(gpu))
 
 
+def test_host_and_tuning_rows(tiny_copy, monkeypatch):
+    """What only a GPU is asked for, with the clocks of a GPU replaced."""
+    monkeypatch.setattr(measure, "graph_us", lambda call: (call(), 1.5)[1])
+    monkeypatch.setattr(measure, "host_us", lambda call: (call(), 9.5)[1])
+    bench = rotary.RotaryBench("cpu", torch.float32, 1e10, rounds=1)
+    rows = bench.time_host("2B")
+    assert {(row["case"], row["way"]) for row in rows} == {
+        (f"{case} 2B contiguous", way)
+        for case in ("decode_1", "decode_32", "chat_1k")
+        for way in ("eager", "ours")
+    }
+    assert all((row["host_us"], row["graph_us"]) == (9.5, 1.5) for row in rows)
+    before = rotary.rotary_kernel.config
+    tuned = list(bench.tune("chat_1k", ["2B"]))
+    assert [row["way"] for row in tuned] == [str(c) for c in rotary.rotary_kernel.configs]
+    assert rotary.rotary_kernel.config is before
+
+
+def test_a_round_on_a_gpu_is_timed_by_events(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, end):
+            return 3.0  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("busy"))
+    timing = measure.compare({"way": log.append}, 2, "cuda", rounds=1)["way"]
+    assert log == ["wait", "busy", "event", 0, 1, "event", "wait"] * 2
+    assert timing == measure.Timing(1500.0, 1500.0, 1500.0)
+
+
 MEASURED = [
     {"bench": "a", "case": "c", "pass": "forward", "way": "ours", "us": 2.0, "of_copy": 0.9},
     {"bench": "a", "case": "c", "pass": "forward", "way": "eager", "us": 5.0, "of_copy": 0.4},
