@@ -15,6 +15,7 @@ def check_rotary(
     cos: Tensor,
     sin: Tensor,
     positions: Tensor | ImageGrids | None,
+    inplace: bool,
     validate: bool,
 ) -> None:
     """Raise the errors of `apply_rotary` that do not depend on where it runs.
@@ -53,6 +54,16 @@ def check_rotary(
             f"apply_rotary: cos {tuple(cos.shape)} must rotate an even number of the {D} elements"
             f" of a head of q {tuple(shape)}, got {2 * half}: of a table that repeats its halves"
             " give the first, cos[..., : D // 2]"
+        )
+    if inplace and any(
+        stride == 0 and size > 1
+        for x in (q, k)
+        if x is not None
+        for size, stride in zip(x.shape, x.stride(), strict=True)
+    ):
+        raise ValueError(
+            "apply_rotary: what is written in place must not be expanded, got strides"
+            f" {q.stride()} of q" + ("" if k is None else f", {k.stride()} of k")
         )
     if positions is None:
         if table[:-1] != tokens and (len(shape) == 3 or table[:-1] != (1, shape[1])):

@@ -198,10 +198,11 @@ def apply_rotary(
         in float64. Differentiable in q and k.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit; grids whose tokens overrun
-            the sequence; ids beyond the table if `validate`; on a GPU a table that requires grad.
+        ValueError: shapes, dtypes, devices or strides that do not fit; an expanded tensor to be
+            written in place; grids whose tokens overrun the sequence; ids beyond the table if
+            `validate`; on a GPU a table that requires grad.
     """
-    check_rotary(q, k, cos, sin, positions, validate)
+    check_rotary(q, k, cos, sin, positions, inplace, validate)
     exact = torch.promote_types(q.dtype, torch.float32)
     tokens = q.shape[:-2]
     ids = positions

@@ -355,7 +355,7 @@ def apply_rotary(
 ) -> tuple[Tensor, Tensor | None]:
     if not on_triton(q):
         return reference.apply_rotary(q, k, cos, sin, positions, inplace, published, validate)
-    check_rotary(q, k, cos, sin, positions, validate)
+    check_rotary(q, k, cos, sin, positions, inplace, validate)
     _check_strides(q, k, cos, sin)
     side, column, thumbnail = 0, False, False
     if isinstance(positions, ImageGrids):

@@ -366,6 +366,10 @@ def wrong(device):
             r"with positions cos must be \[P, R/2\]",
         ),
         "a table without ids": ({"positions": None}, r"must be \[2, 5, 4\].*got \[80, 4\]"),
+        "an expanded tensor in place": (
+            {"q": q[:, :1].detach().expand(2, 5, 2, 8), "inplace": True},
+            r"must not be expanded, got strides \(.*0.*\) of q",
+        ),
         "grids that overrun": (
             {"positions": long, "q": q[:, :1, :], "k": k[:, :1, :]},
             "end at token 12 overrun a sequence of 2",
