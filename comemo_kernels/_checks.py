@@ -8,6 +8,8 @@ from torch import Tensor
 from comemo_kernels._op import check
 from comemo_kernels.grids import Grid, ImageGrids, check_grid
 
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
 
 def check_rotary(
     q: Tensor,
@@ -22,14 +24,13 @@ def check_rotary(
 
     Conditions first and messages only if one fails: this runs on every call of a decode step.
     """
-    shape, table = q.shape, cos.shape
-    tokens, D, half = shape[:-2], shape[-1], table[-1]
-    if len(shape) not in (3, 4) or not q.is_floating_point():
+    shape, table, device = q.shape, cos.shape, q.device
+    if len(shape) not in (3, 4) or q.dtype not in DTYPES:
         raise ValueError(
-            "apply_rotary: q must be floating point [B, N, H, D] or [T, H, D], got"
-            f" {q.dtype} {tuple(shape)}"
+            "apply_rotary: q must be [B, N, H, D] or [T, H, D] of float16, bfloat16, float32 or"
+            f" float64, got {q.dtype} {tuple(shape)}"
         )
-    device = q.device
+    tokens, D, half = shape[:-2], shape[-1], table[-1] if table else 0
     if k is not None and (
         k.shape != (*tokens, k.shape[-2], D) or k.dtype != q.dtype or k.device != device
     ):
@@ -40,13 +41,13 @@ def check_rotary(
     if (
         table != sin.shape
         or cos.dtype != sin.dtype
-        or not cos.is_floating_point()
+        or cos.dtype not in DTYPES
         or cos.device != device
         or sin.device != device
     ):
         raise ValueError(
-            "apply_rotary: cos and sin must be floating point of one shape and dtype on the device"
-            f" of q, got {cos.dtype} {tuple(cos.shape)} on {cos.device} and"
+            "apply_rotary: cos and sin must be of one shape, floating dtype and device, that"
+            f" of q; got {cos.dtype} {tuple(cos.shape)} on {cos.device} and"
             f" {sin.dtype} {tuple(sin.shape)} on {sin.device} for q on {device}"
         )
     if not 0 < 2 * half <= D:

@@ -271,9 +271,8 @@ def _launch_into(
     )
     addresses = q_out.data_ptr() | k_out.data_ptr() | q.data_ptr() | k.data_ptr()
     addresses |= cos.data_ptr() | sin.data_ptr() | ids.data_ptr()
-    key = (
-        None  # Triton compiles for addresses that are multiples of 16: if all are, it need not look
-    )
+    # Triton compiles for addresses that are multiples of 16: where all are, it need not look.
+    key = None
     if addresses % 16 == 0:
         key = (q.get_device(), q.dtype, cos.dtype, ids.dtype, plan.constants)
     rotary_kernel.launch(

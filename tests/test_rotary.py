@@ -347,13 +347,15 @@ def wrong(device):
     q, k, cos, sin, positions = inputs.values()
     long = ImageGrids.pack([(2, 1)], side=2, device=device)
     return {
-        "q of integers": ({"q": q.int()}, r"q must be floating point.*int32 \(2, 5, 2, 8\)"),
+        "q of integers": ({"q": q.int()}, r"q must be .* float64, got torch.int32 \(2, 5, 2, 8\)"),
         "q of 2 dimensions": ({"q": q[0, 0]}, r"got torch.float32 \(2, 8\)"),
+        "q of float8": ({"q": q.to(torch.float8_e4m3fn)}, "got torch.float8_e4m3fn"),
+        "a table of no dimension": ({"cos": cos[0, 0], "sin": sin[0, 0]}, "got 0"),
         "k of other tokens": ({"k": k[:, :4]}, r"\(2, 4, 1, 8\).* for .*\(2, 5, 2, 8\)"),
         "k of another dtype": ({"k": k.half()}, "k must be as q.*float16"),
         "k without a batch": ({"k": k[0]}, r"k must be as q.*\(5, 1, 8\)"),
         "sin of another shape": ({"sin": sin[:3]}, r"one shape.*\(80, 4\).*\(3, 4\)"),
-        "a table of integers": ({"cos": cos.int(), "sin": sin.int()}, "floating point"),
+        "a table of integers": ({"cos": cos.int(), "sin": sin.int()}, "one shape, floating dtype"),
         "a table too wide": (
             {"cos": torch.cat([cos, cos], 1), "sin": torch.cat([sin, sin], 1)},
             r"even number of the 8 elements .* got 16: .* give the first",
