@@ -63,12 +63,12 @@ def make_inputs(
 
 
 def grids_within(tokens, device):
-    """Text, an image of 2 x 1 tiles of 4 tokens, text that begins anew, a frame: what has room."""
-    grids, offsets, biases = [(2, 1), TEXT, (0, 0)], [2, 17, 18], [2, 0, 1]
-    rooms = [offset + 12 for offset in offsets]
-    fitting = [i for i in range(3) if rooms[i] <= tokens]
-    grids, offsets, biases = ([x[i] for i in fitting] for x in (grids, offsets, biases))
-    return ImageGrids.pack(grids, offsets, biases, side=2, device=device)
+    """Text, an image of 2 x 2 tiles of 4 tokens, text that begins anew, a frame: what has room."""
+    order = ("row", "column")[tokens % 2]
+    entries = [((2, 2), 2, 2, 22), (TEXT, 25, 0, 25), ((0, 0), 26, 1, 30)]
+    fitting = [entry[:3] for entry in entries if entry[3] <= tokens]
+    grids, offsets, biases = zip(*fitting, strict=True) if fitting else ((), (), ())
+    return ImageGrids.pack(grids, offsets, biases, side=2, tile_order=order, device=device)
 
 
 # --- values and gradients ---
@@ -184,9 +184,11 @@ def test_only_the_rotary_part_is_touched(device):
 def test_published_rounds_the_table(device):
     inputs = make_inputs(N=9, dtype=torch.float16, device=device)
     rounded = inputs | {name: inputs[name].half() for name in ("cos", "sin")}
-    ours, theirs = apply_rotary(**inputs, published=True), apply_rotary(**rounded)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert not torch.equal(ours[0], apply_rotary(**inputs)[0])
+    ours = evaluate(apply_rotary, inputs | {"published": True})
+    for name, value in evaluate(apply_rotary, rounded).items():
+        assert torch.equal(ours[name], value), name
+    plain = evaluate(apply_rotary, inputs)
+    assert not any(torch.equal(ours[name], value) for name, value in plain.items())
 
 
 @pytest.mark.parametrize("bad", [-1, ROWS, 2**31 - 1])
