@@ -156,5 +156,6 @@ def rope_dhr_positions(
         *(side, tile_order == "column", thumbnail),
     )
     if validate and (not len(ids) or bool(torn.any())):
-        return reference.rope_dhr_positions(*arguments)  # which says what does not fit
+        reference.rope_dhr_positions(*arguments)  # which says what does not fit
+        assert not len(ids), "rope_dhr_positions: the kernel refuses what its reference takes"
     return ids

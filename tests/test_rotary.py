@@ -102,6 +102,19 @@ def test_gradients_of_any_order(device, kind):
     assert gradgradcheck(rotate, (q, k))
 
 
+@pytest.mark.kernel
+def test_only_gradients_that_are_asked_for_are_computed(device, monkeypatch):
+    inputs = make_inputs(device=device)
+    launched, operator = [], kernels._rotary
+    counting = lambda xs, *args: (launched.append(len(xs)), operator(xs, *args))[1]  # noqa: E731
+    monkeypatch.setattr(kernels, "_rotary", counting)
+    q, k = apply_rotary(**inputs)
+    (q.sum() + k.sum()).backward()
+    q, k = apply_rotary(**inputs | {"k": inputs["k"].detach()})
+    (q.sum() + k.sum()).backward()
+    assert launched == [2, 2, 2, 1]
+
+
 def test_an_output_that_is_not_used_costs_no_gradient(device):
     inputs = make_inputs(device=device)
     q, k = inputs["q"], inputs["k"]
