@@ -93,7 +93,7 @@ def _rope_dhr_kernel(
 
 rope_dhr_kernel = Kernel(
     _rope_dhr_kernel,
-    [{"BLOCK_N": 1024, "num_warps": 8}, {"BLOCK_N": 512, "num_warps": 4}],
+    [{"BLOCK_N": 512, "num_warps": 4}, {"BLOCK_N": 1024, "num_warps": 4}],
 )
 
 # --- operator ---
