@@ -3,7 +3,6 @@
 import argparse
 import csv
 import json
-import sys
 
 import pytest
 import torch
@@ -183,7 +182,6 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(tmp_path, monkeypatc
     assert outcome["hangs"].startswith("out of time after 5 s")
     assert outcome["measures"] == "passed"
     assert options.failed
-    assert sys.executable
     assert (tmp_path / "pytest.log").read_text().endswith("F\n")
     assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["us"] == 1.5
     assert "1.5" in capsys.readouterr().out
