@@ -20,7 +20,6 @@ from bench import measure
 from comemo import CoMemoConfig, CoMemoForConditionalGeneration
 from comemo.decoder import MixinLayer
 from comemo.demo import RecomputedMemory
-from comemo.device import default_device
 from comemo_kernels import ImageMemory
 
 SIZES: dict[str, dict[str, dict[str, int]]] = {
@@ -66,7 +65,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(default_device()):
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
             model = CoMemoForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(before)

@@ -107,13 +107,16 @@ def compare(
             until the host has queued all of it, so that no launch is waited for.
         rounds: of each way; the first is a warm-up and does not count.
     """
-    measure = _gpu_round if device == "cuda" else _cpu_round
     seconds_of: dict[str, list[float]] = {name: [] for name in ways}
+    queueing = dict.fromkeys(ways, 2e-3)  # seconds that the host takes to queue a round
     for turn in range(rounds + 1):
         for name, way in ways.items():
-            seconds_a_call = measure(way, sets) / sets
+            if device == "cuda":
+                seconds, queueing[name] = _gpu_round(way, sets, queueing[name])
+            else:
+                seconds = _cpu_round(way, sets)
             if turn:
-                seconds_of[name].append(seconds_a_call)
+                seconds_of[name].append(seconds / sets)
     timings = {}
     for name, found in seconds_of.items():
         found.sort()
@@ -130,21 +133,20 @@ def _cpu_round(way: Callable[[int], Any], sets: int) -> float:
     return time.perf_counter() - start
 
 
-_queueing: dict[Any, float] = {}  # seconds that the host takes to queue a round of a way
-
-
-def _gpu_round(way: Callable[[int], Any], sets: int) -> float:
+def _gpu_round(way: Callable[[int], Any], sets: int, queueing: float) -> tuple[float, float]:
+    """Seconds that the GPU took, and that the host took to queue it all."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(int(2e9 * 1.5 * _queueing.get(way, 2e-3)))  # cycles, of at most 2 GHz
+    # Cycles, of at most 2 GHz. A way that waits for the GPU waits for this too: hence the bound.
+    torch.cuda._sleep(int(2e9 * min(1.5 * queueing, 0.05)))
     began = time.perf_counter()
     start.record()
     for i in range(sets):
         way(i)
     end.record()
-    _queueing[way] = time.perf_counter() - began
+    queued = time.perf_counter() - began
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3, queued
 
 
 def host_us(call: Callable[[], Any], calls: int = 300) -> float:
