@@ -18,7 +18,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["comemo", "comemo_kernels"],
+    packages=["comemo", "comemo_kernels", "comemo_kernels.reference"],
     package_data={"comemo": ["py.typed"], "comemo_kernels": ["py.typed"]},
     entry_points={"console_scripts": ["comemo = comemo.cli:main"]},
     install_requires=[

@@ -110,7 +110,7 @@ def memory_case(B, N, H, G, D, M, seed, per_token=True, dtype=torch.float32):
 )
 def test_attention_is_its_definition(B, N, heads, D, M, seed, per_token, compiling):
     case = memory_case(B, N, *heads, D, M, seed, per_token)
-    op = reference._attend_masked if compiling else ops.attend_images
+    op = reference.attention._attend_masked if compiling else ops.attend_images
     assert_matches(op, naive_attention, case)
 
 

@@ -1,0 +1,35 @@
+"""What each kernel must compute, in plain PyTorch: the specification, and the CPU path.
+
+Same names and signatures as the public functions of the package. Each function works in the
+dtype it is given (rotations, angles and norms in float32 at least); the tests run it in float64 as
+the truth and in the tested dtype as the yardstick.
+
+Letters: B prompts, N tokens of a prompt, M tokens of the image memory, I images, H heads, G heads
+of keys and values, D head dimension, P rows of a rotary table, T tiles, S tokens along a tile's
+side, C channels of the vision tower, d width of the language model.
+"""
+
+from comemo_kernels.grids import image_tokens
+from comemo_kernels.reference.attention import attend_images
+from comemo_kernels.reference.glue import gated_residual, norm_linear, norm_swiglu
+from comemo_kernels.reference.positions import (
+    image_position_ids,
+    rope_dhr_positions,
+    rotary_table,
+)
+from comemo_kernels.reference.rotary import apply_rotary
+from comemo_kernels.reference.tiles import fold_tiles, project_tiles
+
+__all__ = [
+    "apply_rotary",
+    "attend_images",
+    "fold_tiles",
+    "gated_residual",
+    "image_position_ids",
+    "image_tokens",
+    "norm_linear",
+    "norm_swiglu",
+    "project_tiles",
+    "rope_dhr_positions",
+    "rotary_table",
+]

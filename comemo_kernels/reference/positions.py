@@ -1,0 +1,152 @@
+"""Position ids and rotary angles, in PyTorch."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from comemo_kernels._checks import check_prompt_grids, pack_prompt_grids
+from comemo_kernels._op import check
+from comemo_kernels.grids import (
+    Grid,
+    check_grid,
+    check_tile_order,
+    image_tokens,
+    thumbnail_cells,
+)
+
+
+def image_position_ids(
+    grid: Grid,
+    side: int = 16,
+    tile_order: str = "row",
+    bias: int = 0,
+    thumbnail: bool = True,
+) -> Tensor:
+    """RoPE-DHR position ids of one image's tokens: tiles row-major, then the thumbnail.
+
+    A tile token gets the id of the thumbnail cell that covers the same place:
+    `f(j, r, rows) * S + f(i, c, cols)` for tile column i, tile row j, raster row r, raster
+    column c, with `f(k, t, n) = max(S*((S-1)*k + t) - 1, 0) // ((S-1)*n)`.
+    Source: CoMemo (arXiv:2506.06279); exact integers instead of the published float linspace.
+
+    Args:
+        grid: (cols, rows) of tiles; up to one tile there is only the thumbnail's raster.
+        side: S, tokens along a tile's side.
+        tile_order: "row" gives tile t the ids of its own place; "column" those of column
+            t // rows, row t % rows, as the published code does.
+        bias: id of the image's first thumbnail token.
+        thumbnail: whether images of more than one tile carry a thumbnail.
+
+    Returns:
+        int64 [image_tokens(grid, side, thumbnail)], each in [bias, bias + S*S).
+
+    Raises:
+        ValueError: a negative grid, a side below 1 or an unknown tile order.
+    """
+    check_grid("image_position_ids", grid, side)
+    check_tile_order("image_position_ids", tile_order)
+    cols, rows = grid
+    tokens = image_tokens(grid, side, thumbnail)
+    return bias + thumbnail_cells(torch.arange(tokens), cols, rows, side, tile_order)
+
+
+def rope_dhr_positions(
+    image_mask: Tensor,
+    attention_mask: Tensor,
+    grids: Sequence[Grid] | Tensor,
+    side: int = 16,
+    tile_order: str = "row",
+    thumbnail: bool = True,
+    validate: bool = True,
+) -> Tensor:
+    """RoPE-DHR position ids of whole prompts.
+
+    Text counts 0, 1, ...; an image whose first token would be `bias` spends the ids
+    [bias, bias + S*S) whatever its tile count; padding gets 0. On a GPU it is one launch.
+    Source: CoMemo (arXiv:2506.06279).
+
+    Args:
+        image_mask: bool [B, N], True at image tokens.
+        attention_mask: [B, N], 0 at padding.
+        grids: (cols, rows) of every image, in reading order, prompt after prompt; a list, or
+            integers [I, 2], best on the CPU: of a tensor on a GPU the host has to wait.
+        side, tile_order, thumbnail: as of `image_position_ids`.
+        validate: whether to look if the grids fit the mask, for which the host waits for the
+            GPU; without it ids of prompts that do not fit mean nothing.
+
+    Returns:
+        int64 [B, N] on the masks' device.
+
+    Raises:
+        ValueError: masks of different shapes or devices; an unknown tile order; with `validate`,
+            grids that ask for another number of image tokens than the prompts hold, or an image
+            torn apart by text or by a prompt's end.
+    """
+    packed = pack_prompt_grids(image_mask, attention_mask, grids, side, tile_order, thumbnail)
+    B, N = image_mask.shape
+    text = attention_mask.bool() & ~image_mask
+    text_before = text.cumsum(1) - text.long()
+    if not len(packed.table):
+        ids = text_before
+        whole = ~image_mask
+    else:
+        # Where images are whole, counts alone tell everything: how many image tokens of all
+        # prompts lie before a token says which images are complete there.
+        seen = image_mask.reshape(-1).long().cumsum(0).view(B, N) - image_mask.long()
+        offset, _, cols, rows = packed.table.long().t().contiguous()  # [I] each
+        image = (torch.searchsorted(offset, seen, right=True) - 1).clamp(min=0)  # [B, N]
+        place = seen - offset[image]  # in its image, of an image token
+        complete = image + (~image_mask & (place > 0)).long()
+        before = seen[:, :1]  # all prompts ahead
+        ahead = image[:, :1] + (before > offset[image[:, :1]]).long()
+        cells = thumbnail_cells(place, cols[image], rows[image], side, tile_order)
+        ids = text_before + side**2 * (complete - ahead) + torch.where(image_mask, cells, 0)
+        follows = F.pad(image_mask[:, :-1], (1, 0))  # on an image token
+        whole = ~image_mask | (((place == 0) | follows) & (seen < packed.end))
+    if validate:
+        check_prompt_grids(image_mask, packed, whole)
+    return torch.where(text | image_mask, ids, 0)
+
+
+def rotary_table(
+    position_ids: Tensor,
+    dim: int,
+    theta: float = 10000.0,
+    factor: float | None = None,
+    length: Tensor | None = None,
+    max_length: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each token's rotary angles.
+
+    With `factor`, dynamic-NTK scaling: from `length` > `max_length` on, theta grows by
+    `(factor * length / max_length - (factor - 1)) ** (dim / (dim - 2))`. It depends on this call
+    only: a long prompt leaves nothing behind.
+
+    Args:
+        position_ids: [B, N] integers (floats for interpolated positions).
+        dim: D, even.
+        theta: base of the angles.
+        factor: dynamic-NTK factor, or None.
+        length: [B] tokens or positions of each prompt; needed with `factor`.
+        max_length: length up to which nothing is scaled.
+
+    Returns:
+        cos, sin: float32 [B, N, D/2] of angles in radians.
+
+    Raises:
+        ValueError: an odd `dim`, or `factor` without `length`.
+    """
+    check(dim % 2 == 0, f"rotary_table: dim must be even, got {dim}")
+    exponent = torch.arange(0, dim, 2, device=position_ids.device).float() / dim  # [D/2]
+    if factor is None:
+        frequency = (1.0 / theta**exponent)[None]  # [1, D/2]
+    else:
+        check(length is not None, "rotary_table: factor needs the length of each prompt, got None")
+        assert length is not None
+        growth = (factor * length.double() / max_length - (factor - 1)).clamp(min=1.0)
+        base = theta * growth ** (dim / (dim - 2))  # [B], exactly theta where nothing is scaled
+        frequency = 1.0 / base.float()[:, None] ** exponent
+    angle = position_ids.float()[:, :, None] * frequency[:, None]
+    return angle.cos(), angle.sin()
