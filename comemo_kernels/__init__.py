@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from comemo_kernels import reference
 from comemo_kernels.grids import TEXT, ImageGrids
 from comemo_kernels.memory import ImageMemory, spans_from_cu_seqlens
+from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
 from comemo_kernels.reference import (
-    attend_images,
     fold_tiles,
     image_position_ids,
     image_tokens,
@@ -15,18 +15,31 @@ from comemo_kernels.reference import (
 )
 
 if find_spec("triton"):
+    from comemo_kernels.attention import attend_images, attention_workspace
+    from comemo_kernels.build import build_memory
     from comemo_kernels.positions import rope_dhr_positions
     from comemo_kernels.rotary import apply_rotary
 else:  # macOS, Windows: the same functions, unfused
-    from comemo_kernels.reference import apply_rotary, rope_dhr_positions
+    from comemo_kernels.reference import (
+        apply_rotary,
+        attend_images,
+        attention_workspace,
+        build_memory,
+        rope_dhr_positions,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
     "TEXT",
+    "AttentionWorkspace",
     "ImageGrids",
     "ImageMemory",
+    "MemoryScales",
+    "QueryRotation",
     "apply_rotary",
     "attend_images",
+    "attention_workspace",
+    "build_memory",
     "fold_tiles",
     "image_position_ids",
     "image_tokens",

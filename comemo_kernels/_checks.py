@@ -7,8 +7,10 @@ from torch import Tensor
 
 from comemo_kernels._op import check
 from comemo_kernels.grids import Grid, ImageGrids, check_grid
+from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+FLOAT8 = torch.float8_e4m3fn
 
 
 def check_rotary(
@@ -154,3 +156,215 @@ def check_prompt_grids(image_mask: Tensor, packed: ImageGrids, whole: Tensor) ->
         f" {(~whole).any(-1).nonzero().flatten().tolist()} with torn ones, grids"
         f" {packed.table[:, 2:].tolist()}",
     )
+
+
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    rotation: QueryRotation | None,
+    scales: MemoryScales | None,
+    workspace: AttentionWorkspace | None,
+) -> None:
+    """Raise the errors of `attend_images` that do not depend on where it runs."""
+    if q.ndim != 4 or q.dtype not in DTYPES:
+        raise ValueError(
+            "attend_images: q must be [B, N, H, D] of float16, bfloat16, float32 or float64, got"
+            f" {q.dtype} {tuple(q.shape)}"
+        )
+    B, N, H, D = q.shape
+    device = q.device
+    if (
+        k.ndim != 3
+        or k.shape != v.shape
+        or k.shape[2] != D
+        or k.shape[1] == 0
+        or H % k.shape[1]
+        or k.dtype != v.dtype
+        or k.device != device
+        or v.device != device
+    ):
+        raise ValueError(
+            f"attend_images: k and v must be [M, G, {D}] with G dividing {H}, of one dtype, on"
+            f" {device}, got {k.dtype} {tuple(k.shape)} on {k.device} and {v.dtype}"
+            f" {tuple(v.shape)} on {v.device}"
+        )
+    if k.dtype != (FLOAT8 if scales is not None else q.dtype):
+        raise ValueError(
+            f"attend_images: k and v must be of {q.dtype} as q, or of {FLOAT8} with scales, got"
+            f" {k.dtype} with" + ("out scales" if scales is None else " scales")
+        )
+    if (
+        tuple(spans.shape) not in ((B, N, 2), (B, 1, 2))
+        or spans.dtype not in (torch.int32, torch.int64)
+        or spans.device != device
+    ):
+        raise ValueError(
+            f"attend_images: spans must be int32 or int64 {(B, N, 2)} or {(B, 1, 2)} on {device},"
+            f" got {spans.dtype} {tuple(spans.shape)} on {spans.device}"
+        )
+    M, G = k.shape[:2]
+    if scales is not None:
+        tiles = -(-M // scales.tile) if scales.tile > 0 else -1
+        for name, scale in (("keys", scales.keys), ("values", scales.values)):
+            if scale.shape != (tiles, G) or scale.dtype != torch.float32 or scale.device != device:
+                raise ValueError(
+                    f"attend_images: scales.{name} must be float32 {(tiles, G)} on {device}, for"
+                    f" {M} rows in tiles of {scales.tile}, got {scale.dtype} {tuple(scale.shape)}"
+                    f" on {scale.device}"
+                )
+    if rotation is not None:
+        _check_rotation(rotation, q)
+    if workspace is not None and (
+        workspace.out.shape != q.shape
+        or workspace.out.dtype != q.dtype
+        or workspace.out.device != device
+        or workspace.parts.shape[1:] != (G, B * N * H // G, D)
+    ):
+        raise ValueError(
+            f"attend_images: the workspace must be for {q.dtype} {tuple(q.shape)} on {device} and"
+            f" {G} key heads, got one for {workspace.out.dtype} {tuple(workspace.out.shape)} on"
+            f" {workspace.out.device} and {workspace.parts.shape[1]}"
+        )
+
+
+def check_workspace(q: Tensor, k: Tensor, splits: int | None) -> None:
+    """Raise the errors of `attention_workspace`."""
+    if q.ndim != 4 or k.ndim != 3 or not k.shape[1] or q.shape[2] % k.shape[1]:
+        raise ValueError(
+            "attention_workspace: q must be [B, N, H, D] and k [M, G, D] with G dividing H, got"
+            f" {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if splits is not None and splits < 1:
+        raise ValueError(f"attention_workspace: splits must be at least 1, got {splits}")
+
+
+def _check_rotation(rotation: QueryRotation, q: Tensor) -> None:
+    B, N, _, D = q.shape
+    cos, sin, ids, starts, biases = rotation
+    if (
+        cos.ndim != 2
+        or cos.shape != sin.shape
+        or cos.dtype != sin.dtype
+        or cos.dtype not in DTYPES
+        or cos.device != q.device
+        or sin.device != q.device
+        or not 0 < 2 * cos.shape[1] <= D
+    ):
+        raise ValueError(
+            "attend_images: rotation.cos and .sin must be [P, R/2] of a floating dtype with R at"
+            f" most {D}, on {q.device}, got {cos.dtype} {tuple(cos.shape)} on {cos.device} and"
+            f" {sin.dtype} {tuple(sin.shape)} on {sin.device}"
+        )
+    if (
+        ids.shape not in ((B, N), (1, N))
+        or ids.dtype not in (torch.int32, torch.int64)
+        or ids.device != q.device
+    ):
+        raise ValueError(
+            f"attend_images: rotation.positions must be int32 or int64 {(B, N)} on {q.device}, got"
+            f" {ids.dtype} {tuple(ids.shape)} on {ids.device}"
+        )
+    if (starts is None) != (biases is None) or (
+        starts is not None
+        and biases is not None
+        and (
+            starts.ndim != 1
+            or biases.shape not in ((B, len(starts)), (1, len(starts)))
+            or {starts.dtype, biases.dtype} != {torch.int32}
+            or {starts.device, biases.device} != {q.device}
+        )
+    ):
+        told = [None if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (starts, biases)]
+        raise ValueError(
+            f"attend_images: rotation.starts and .biases must be int32 [I] and [{B} or 1, I] on"
+            f" {q.device}, or both None, got {told[0]} and {told[1]}"
+        )
+
+
+def check_read(M: int, spans: Tensor, starts: Tensor | None) -> None:
+    """Raise the errors of `attend_images` that depend on values: a GPU has to be waited for."""
+    if spans.numel() and not bool(((spans >= 0) & (spans <= M)).all()):
+        low, high = (int(bound) for bound in spans.aminmax())
+        raise ValueError(
+            f"attend_images: spans must lie in [0, {M}], the memory, got {low} to {high}"
+        )
+    if starts is not None and len(starts):
+        listed = starts.tolist()
+        if listed[0] != 0 or listed != sorted(set(listed)):
+            raise ValueError(f"attend_images: rotation.starts must ascend from 0, got {listed}")
+
+
+def check_build(
+    media: Tensor,
+    kv_weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor] | None,
+    cos: Tensor,
+    sin: Tensor,
+    ids: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scales: Sequence[MemoryScales] | None,
+    row: int,
+) -> None:
+    """Raise the errors of `build_memory`, before anything is written."""
+    if media.ndim != 2 or media.dtype not in DTYPES:
+        raise ValueError(
+            "build_memory: media must be [M, d] of float16, bfloat16, float32 or float64, got"
+            f" {media.dtype} {tuple(media.shape)}"
+        )
+    (M, d), L = media.shape, len(kv_weights)
+    counts = [L if x is None else len(x) for x in (norm_weights, keys, values, scales)]
+    if L == 0 or set(counts) != {L}:
+        raise ValueError(
+            "build_memory: kv_weights, norm_weights, keys, values and scales must be of one length,"
+            f" that of the layers, got {[L, *counts]}"
+        )
+    if keys[0].ndim != 3:
+        raise ValueError(f"build_memory: keys must be [C, G, D], got {tuple(keys[0].shape)}")
+    C, G, D = keys[0].shape
+    held = FLOAT8 if scales is not None else media.dtype
+    for wanted, dtype, name, tensors in (
+        ((2 * G * D, d), media.dtype, "kv_weights", kv_weights),
+        ((d,), media.dtype, "norm_weights", norm_weights or ()),
+        ((C, G, D), held, "keys", keys),
+        ((C, G, D), held, "values", values),
+        ((2 * cos.shape[-1],), None, "cos and sin, repeated,", (torch.empty(D, device="meta"),)),
+    ):
+        for x in tensors:
+            if x.shape != wanted or (dtype and (x.dtype != dtype or x.device != media.device)):
+                raise ValueError(
+                    f"build_memory: {name} must be {dtype} {wanted} on {media.device} for media"
+                    f" {tuple(media.shape)} and keys {(C, G, D)}, got {x.dtype} {tuple(x.shape)} on"
+                    f" {x.device}"
+                )
+    if cos.ndim != 2 or cos.shape != sin.shape or {cos.device, sin.device} != {media.device}:
+        raise ValueError(
+            f"build_memory: cos and sin must be [P, D/2] on {media.device}, got"
+            f" {tuple(cos.shape)} on {cos.device} and {tuple(sin.shape)} on {sin.device}"
+        )
+    if ids.shape != (M,) or ids.dtype != torch.int32 or ids.device != media.device:
+        raise ValueError(
+            f"build_memory: ids must be int32 {(M,)} on {media.device}, got {ids.dtype}"
+            f" {tuple(ids.shape)} on {ids.device}"
+        )
+    if not 0 <= row <= row + M <= C:
+        raise ValueError(
+            f"build_memory: {M} rows from row {row} on must lie in the capacity {C} of the memory"
+        )
+    for scale in scales or ():
+        wanted = (-(-C // scale.tile), G)
+        if (
+            scale.tile != (scales or ())[0].tile
+            or row % scale.tile
+            or any(
+                x.shape != wanted or x.dtype != torch.float32 or x.device != media.device
+                for x in scale[:2]
+            )
+        ):
+            raise ValueError(
+                f"build_memory: scales must be float32 {wanted} on {media.device} of one tile that"
+                f" divides row {row}, got {tuple(scale.keys.shape)} and"
+                f" {tuple(scale.values.shape)} of tile {scale.tile}"
+            )

@@ -25,6 +25,18 @@ def on_triton(x: Tensor) -> bool:
     return x.is_cuda or INTERPRET
 
 
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """Multiprocessors of a GPU by its index; below 0, where there is none, those of an H200."""
+    return 132 if device < 0 else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def has_float8(device: int) -> bool:
+    """Whether a GPU, by its index, converts float8_e4m3fn."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Make `launch` the operator `torch.ops.comemo.<name>` of `schema`, and return it.
 

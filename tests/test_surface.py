@@ -53,7 +53,7 @@ def test_rooms_do_not_mix(room, never):
 
 def test_kernel_files_do_not_import_each_other():
     """A file with kernels knows what all share, and `reference`; nothing else of the package."""
-    shared = {"_op", "_blocks", "_checks", "grids", "reference"}
+    shared = {"_op", "_blocks", "_checks", "grids", "reading", "reference"}
     kernels = [
         file
         for file in (ROOT / "comemo_kernels").glob("*.py")

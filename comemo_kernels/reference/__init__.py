@@ -10,8 +10,9 @@ side, C channels of the vision tower, d width of the language model.
 """
 
 from comemo_kernels.grids import image_tokens
-from comemo_kernels.reference.attention import attend_images
+from comemo_kernels.reference.attention import attend_images, attention_workspace
 from comemo_kernels.reference.glue import gated_residual, norm_linear, norm_swiglu
+from comemo_kernels.reference.memory import build_memory
 from comemo_kernels.reference.positions import (
     image_position_ids,
     rope_dhr_positions,
@@ -23,6 +24,8 @@ from comemo_kernels.reference.tiles import fold_tiles, project_tiles
 __all__ = [
     "apply_rotary",
     "attend_images",
+    "attention_workspace",
+    "build_memory",
     "fold_tiles",
     "gated_residual",
     "image_position_ids",

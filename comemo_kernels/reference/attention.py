@@ -1,59 +1,202 @@
 """Attention over the image memory, in PyTorch."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comemo_kernels._op import check
+from comemo_kernels._checks import check_attention, check_read, check_workspace
+from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
+
+ROWS = 256  # queries whose scores are held at once where SDPA cannot be used
 
 
-def attend_images(q: Tensor, k: Tensor, v: Tensor, spans: Tensor) -> Tensor:
+def attend_images(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    rotation: QueryRotation | None = None,
+    scales: MemoryScales | None = None,
+    return_lse: bool = False,
+    validate: bool = False,
+    workspace: AttentionWorkspace | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Every query reads its own span of the image memory: softmax(q k^T / sqrt(D)) v.
 
-    Spans are the only mask: packed samples, ragged batches, prompts that share one memory.
-    Queries of equal span are computed together, so beams read their memory once.
+    Spans are the only mask: packed samples, ragged batches, prompts that share one memory, images
+    that only later tokens see. On a GPU what several queries read is read once for a block of them
+    (beams, drafts, a batch on one picture), and with few queries keys are split over the GPU's
+    multiprocessors; the result depends on neither order nor timing.
+
+    Where gradients are required it is a PyTorch composition on a GPU too.
+    Source: CoMemo (arXiv:2506.06279).
 
     Args:
-        q: [B, N, H, D], rotated.
-        k, v: [M, G, D], k rotated; H a multiple of G.
-        spans: integers [B, N, 2] or [B, 1, 2], half-open [start, end) in [0, M].
+        q: [B, N, H, D]; float16, bfloat16 or float32, on a CPU also float64.
+        k, v: [M, G, D] of the dtype of q, or float8_e4m3fn with `scales`; H a multiple of G; on a
+            GPU D contiguous, other strides free. k is rotated.
+        spans: int32 or int64 [B, N, 2] or [B, 1, 2], half-open [start, end) in [0, M].
+        rotation: how q is rotated on load; None if it is rotated already.
+        scales: factors of a float8 memory.
+        return_lse: whether to return the log-sum-exp of the scores too.
+        validate: whether to look if spans lie in the memory and images ascend, for which the host
+            waits for the GPU; on a CPU it is always looked at. Without it nothing outside the
+            memory is read either.
+        workspace: of `attention_workspace`, for a call that allocates nothing; not with gradients.
 
     Returns:
-        [B, N, H, D]; zeros, with zero gradients, where a span is empty.
+        [B, N, H, D] in the dtype of q; zeros, with zero gradients, where a span is empty. With
+        `return_lse` also float32 [B, N, H] (float64 of float64), natural logarithm, -inf where a
+        span is empty.
 
     Raises:
-        ValueError: shapes that do not fit, or (where that needs no synchronisation) a span
-            outside the memory.
+        ValueError: shapes, dtypes or devices that do not fit; a span outside the memory or images
+            that do not ascend, if looked at; on a GPU strides or float64 that a kernel does not
+            take, or a GPU without float8.
     """
+    check_attention(q, k, v, spans, rotation, scales, workspace)
+    starts = None if rotation is None else rotation.starts
+    known = not (q.is_cuda or torch.compiler.is_compiling())  # values of spans are at hand
+    if validate or known:
+        check_read(k.shape[0], spans, starts)
+    if scales is not None:
+        k, v = (
+            _unscale(x, scale, scales.tile, q.dtype)
+            for x, scale in ((k, scales.keys), (v, scales.values))
+        )
+    attend = _attend_spans if known else _attend_masked
+    out, lse = attend(q, k, v, spans, rotation, return_lse)
+    if workspace is not None:
+        out = workspace.out.copy_(out)
+        if lse is not None:
+            lse = workspace.lse.copy_(lse)
+    return (out, lse) if lse is not None else out
+
+
+def attention_workspace(q: Tensor, k: Tensor, splits: int | None = None) -> AttentionWorkspace:
+    """What `attend_images` needs to allocate nothing for queries like `q` and keys like `k`.
+
+    Args:
+        q: [B, N, H, D]; only shape, dtype and device matter.
+        k: [M, G, D]; with a memory that grows, its whole capacity.
+        splits: over how many programs the keys of a block are split; None lets the shapes and the
+            GPU decide.
+
+    Returns:
+        Tensors on the device of q, for one call at a time.
+
+    Raises:
+        ValueError: H that is no multiple of G, or no splits.
+    """
+    check_workspace(q, k, splits)
+    (B, N, H, D), G = q.shape, k.shape[1]
+    nothing = torch.empty(1, device=q.device)
+    return AttentionWorkspace(
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty(B, N, H, device=q.device),
+        nothing.expand(1, G, B * N * H // G, D),  # PyTorch allocates as it likes
+        *(nothing, nothing.int()),
+    )
+
+
+def _unscale(x: Tensor, scale: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
+    """[M, G, D] of float8 times its tiles' factors, in `dtype`."""
+    exact = torch.promote_types(dtype, torch.float32)
+    factors = scale.repeat_interleave(tile, 0)[: x.shape[0], :, None]
+    return (x.to(exact) * factors.to(exact)).to(dtype)
+
+
+def turn(x: Tensor, distance: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [..., H, D] by `distance` [...] rows of the table, of either sign."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    row = distance.abs().long()
+    known = (row < cos.shape[0])[..., None]
+    row = row.clamp(max=cos.shape[0] - 1)
+    c = torch.where(known, cos[row].to(exact), float("nan")).unsqueeze(-2)  # [..., 1, R/2]
+    s = (sin[row].to(exact) * distance.sign()[..., None].to(exact)).unsqueeze(-2)
+    R = 2 * cos.shape[1]
+    x1, x2 = x[..., :R].to(exact).chunk(2, dim=-1)
+    turned = torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], dim=-1).to(x.dtype)
+    return turned if x.shape[-1] == R else torch.cat([turned, x[..., R:]], dim=-1)
+
+
+def _attend_spans(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    rotation: QueryRotation | None,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Queries of equal span, and of equal biases, together: beams read their memory once."""
     B, N, H, D = q.shape
-    M, G = k.shape[:2]
-    check(
-        k.shape == v.shape == (M, G, D) and G > 0 and H % G == 0,
-        f"attend_images: k {tuple(k.shape)} and v {tuple(v.shape)} must be [M, G, {D}] with G"
-        f" dividing {H}",
-    )
-    check(
-        tuple(spans.shape) in ((B, N, 2), (B, 1, 2)),
-        f"attend_images: spans {tuple(spans.shape)} must be {(B, N, 2)} or {(B, 1, 2)}",
-    )
-    if spans.is_cuda or torch.compiler.is_compiling():
-        return _attend_masked(q, k, v, spans)  # the values of the spans are not at hand
-    spans = spans.expand(B, N, 2).reshape(-1, 2)
-    distinct, owner = torch.unique(spans, dim=0, return_inverse=True)
-    check(
-        not len(spans) or bool((distinct >= 0).all() and (distinct <= M).all()),
-        f"attend_images: spans must lie in [0, {M}], got {distinct.tolist()}",
-    )
+    rotate, biases, starts = rotation is not None, None, [0]
+    kind = spans.expand(B, N, 2).reshape(-1, 2).long()
+    if rotation is not None and rotation.starts is not None and rotation.biases is not None:
+        starts = rotation.starts.tolist() or [0]
+        biases = rotation.biases.expand(B, -1)
+        if len(rotation.biases) > 1:  # the same images may stand elsewhere in each prompt
+            prompt = torch.arange(B, device=q.device).repeat_interleave(N)
+            kind = torch.cat([kind, prompt[:, None]], 1)
+    distinct, owner = torch.unique(kind, dim=0, return_inverse=True)
     flat = q.reshape(B * N, H, D)
-    out = torch.zeros_like(flat)
-    for index, (start, end) in enumerate(distinct.tolist()):
+    ids = rotation.positions.expand(B, N).reshape(-1) if rotation is not None else None
+    prompts = torch.arange(B, device=q.device).repeat_interleave(N)
+    out = torch.zeros_like(flat, memory_format=torch.contiguous_format)
+    lse = flat.new_full((B * N, H), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
+    for index, (start, end, *_) in enumerate(distinct.tolist()):
         if start >= end:
             continue
-        if len(distinct) == 1:  # one span: no gathering
-            return _attend(flat, k[start:end], v[start:end]).view(B, N, H, D)
-        rows = (owner == index).nonzero().squeeze(1)
-        out = out.index_copy(0, rows, _attend(flat[rows], k[start:end], v[start:end]))
-    return out.view(B, N, H, D)
+        alone = len(distinct) == 1  # no gathering
+        rows = None if alone else (owner == index).nonzero().squeeze(1)
+        queries = flat if rows is None else flat[rows]
+        edges = [
+            (i, max(first, start), min(last, end))
+            for i, (first, last) in enumerate(zip(starts, [*starts[1:], k.shape[0]], strict=True))
+            if first < end and last > start
+        ]
+        turned = []
+        for i, first, last in edges:
+            turn = queries
+            if rotate and rotation is not None and ids is not None:
+                distance = ids if rows is None else ids[rows]
+                if biases is not None and biases.shape[1]:
+                    owners = prompts if rows is None else prompts[rows]
+                    distance = distance - biases[owners, i]
+                turn = turn(queries, distance, rotation.cos, rotation.sin)
+            turned.append((turn, first, last))
+        if len(turned) == 1 and not return_lse:
+            read = _attend(turned[0][0], k[start:end], v[start:end])
+        else:
+            read, found = _attend_pieces(turned, k, v[start:end])
+            lse = found if rows is None else lse.index_copy(0, rows, found)
+        out = read if rows is None else out.index_copy(0, rows, read)
+    return out.view(B, N, H, D), lse.view(B, N, H) if return_lse else None
+
+
+def _attend_pieces(
+    pieces: list[tuple[Tensor, int, int]], k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One softmax over pieces of keys, each with queries [R, H, D] of its own rotation."""
+    (R, H, D), G = pieces[0][0].shape, k.shape[1]
+    values = v.transpose(0, 1).unsqueeze(1)  # [G, 1, M, D]
+    outs, lses = [], []
+    for first in range(0, R, ROWS):
+        scores = torch.cat(
+            [
+                q[first : first + ROWS].unflatten(1, (G, H // G)).permute(1, 2, 0, 3)
+                @ k[start:end].permute(1, 2, 0).unsqueeze(1)
+                for q, start, end in pieces
+            ],
+            dim=-1,
+        )  # [G, H/G, rows, M]
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / math.sqrt(D)
+        weights = scores.softmax(-1).to(v.dtype)
+        outs.append((weights @ values).permute(2, 0, 1, 3).flatten(1, 2))
+        lses.append(scores.logsumexp(-1).permute(2, 0, 1).flatten(1, 2))
+    return torch.cat(outs), torch.cat(lses)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -64,12 +207,47 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tens
     return out.squeeze(0).transpose(0, 1)
 
 
-def _attend_masked(q: Tensor, k: Tensor, v: Tensor, spans: Tensor) -> Tensor:
+def _attend_masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    rotation: QueryRotation | None = None,
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The same without a look at any value: keys turned by their image's bias, a dense mask."""
     B, N, H, D = q.shape
     place = torch.arange(k.shape[0], device=q.device)
+    if rotation is not None:
+        ids = rotation.positions.expand(B, N)
+        q = turn(q, ids, rotation.cos, rotation.sin)
+        if rotation.starts is not None and rotation.biases is not None and len(rotation.starts):
+            image = torch.searchsorted(rotation.starts, place.int(), right=True) - 1
+            biases = rotation.biases[:, image.clamp(min=0)]  # [B or 1, M]
+            if len(biases) > 1:
+                # Prompts one by one, each with keys of its own.
+                parts = [
+                    _attend_masked(
+                        *(q[b : b + 1], turn(k, biases[b], rotation.cos, rotation.sin), v),
+                        *(spans[b : b + 1], None, return_lse),
+                    )
+                    for b in range(B)
+                ]
+                outs, lses = zip(*parts, strict=True)
+                return torch.cat(outs), torch.cat(lses) if return_lse else None
+            k = turn(k, biases[0], rotation.cos, rotation.sin)
     seen = (place >= spans[..., :1]) & (place < spans[..., 1:])  # [B, N or 1, M]
     seen = seen.expand(B, N, -1).reshape(B * N, -1)
     # An empty span attends to everything and is then zeroed: softmax over nothing is NaN.
     some = seen.any(-1, keepdim=True)
-    out = _attend(q.reshape(B * N, H, D), k, v, seen | ~some)
-    return torch.where(some[..., None], out, 0).view(B, N, H, D)
+    flat = q.reshape(B * N, H, D)
+    out = _attend(flat, k, v, seen | ~some)
+    out = torch.where(some[..., None], out, 0).view(B, N, H, D)
+    lse = None
+    if return_lse:
+        grouped = flat.unflatten(1, (k.shape[1], -1))
+        scores = torch.einsum("rgjd,mgd->rgjm", grouped, k).flatten(1, 2) / math.sqrt(D)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores.masked_fill(~seen[:, None], -math.inf)
+        lse = scores.logsumexp(-1).view(B, N, H)
+    return out, lse

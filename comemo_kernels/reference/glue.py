@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from comemo_kernels._checks import DTYPES
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm as Llama has it: normalised in float32, rounded, then weighted."""
@@ -13,15 +15,134 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+    """Product with `weight` of x, normalised by its root mean square as Llama does it.
+
+    y = x / sqrt(mean(x^2) + eps) in float32, rounded, times norm_weight; then y weight^T.
+
+    On a GPU up to 16 rows without gradients are one launch, which reads the weight once and keeps
+    y to itself. More rows, gradients, float64 and autocast are a composition of PyTorch's: of a
+    plain product its libraries leave nothing to gain.
+
+    Args:
+        x: [..., d]; float16, bfloat16, float32 or float64. On a GPU d must be contiguous; other
+            strides are free.
+        norm_weight: [d] in the dtype of x.
+        weight: [O, d] in the dtype of x; on a GPU d must be contiguous.
+        eps: what is added to the mean square.
+
+    Returns:
+        [..., O] in the dtype of x; sums in float32, of float64 in float64. A row of up to 16 has
+        the same bits whatever the others are. Differentiable in all tensors.
+
+    Raises:
+        ValueError: shapes, dtypes (but under autocast) or devices that do not fit; on a GPU a last
+            dimension that is not contiguous.
+    """
+    check_norm_linear(x, norm_weight, weight)
     return F.linear(rms_norm(x, norm_weight, eps), weight)
 
 
 def norm_swiglu(
     x: Tensor, norm_weight: Tensor, gate_weight: Tensor, up_weight: Tensor, eps: float = 1e-5
 ) -> Tensor:
+    """Inner half of a gated feed-forward network: silu(y gate_weight^T) * (y up_weight^T).
+
+    y is x normalised as by `norm_linear`, and so is the choice of one launch or a composition;
+    the launch reads both weights once.
+
+    Args:
+        x: [..., d]; float16, bfloat16, float32 or float64. On a GPU d must be contiguous; other
+            strides are free.
+        norm_weight: [d] in the dtype of x.
+        gate_weight, up_weight: [F, d] in the dtype of x; on a GPU d must be contiguous.
+        eps: what is added to the mean square.
+
+    Returns:
+        [..., F] in the dtype of x; sums, and in one launch also silu and the product, in float32,
+        of float64 in float64. Differentiable in all tensors.
+
+    Raises:
+        ValueError: shapes, dtypes (but under autocast) or devices that do not fit; on a GPU a last
+            dimension that is not contiguous.
+    """
+    check_norm_swiglu(x, norm_weight, gate_weight, up_weight)
     y = rms_norm(x, norm_weight, eps)
     return F.silu(F.linear(y, gate_weight)) * F.linear(y, up_weight)
 
 
 def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+    """x + tanh(gate) * (a weight^T): what a mixin layer read or thought, as far as its gate opens.
+
+    On a GPU up to 16 rows without gradients are one launch, which reads the weight once. More
+    rows, gradients, float64 and autocast are the product of PyTorch's library and one pass over
+    the rows. The host never waits for the gate.
+
+    Args:
+        x: [..., d]; float16, bfloat16, float32 or float64. On a GPU d must be contiguous; other
+            strides are free.
+        a: [..., K] with the rows and dtype of x; on a GPU K must be contiguous.
+        weight: [d, K] in the dtype of x; on a GPU K must be contiguous.
+        gate: [1] in the dtype of x, before tanh. At 0 the result is x.
+
+    Returns:
+        [..., d] in the dtype of x, a new tensor; sums in float32, of float64 in float64.
+        Differentiable in all tensors.
+
+    Raises:
+        ValueError: shapes, dtypes (but under autocast) or devices that do not fit; on a GPU a last
+            dimension that is not contiguous.
+    """
+    check_gated_residual(x, a, weight, gate)
     return x + gate.tanh() * F.linear(a, weight)
+
+
+def check_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor) -> None:
+    """Raise the errors of `norm_linear` that do not depend on where it runs."""
+    d = x.shape[-1:]
+    _check(
+        *("norm_linear", x),
+        *(("norm_weight", norm_weight, d), ("weight", weight, weight.shape[:1] + d)),
+    )
+
+
+def check_norm_swiglu(
+    x: Tensor, norm_weight: Tensor, gate_weight: Tensor, up_weight: Tensor
+) -> None:
+    """Raise the errors of `norm_swiglu` that do not depend on where it runs."""
+    d = x.shape[-1:]
+    wide = gate_weight.shape[:1] + d
+    _check(
+        *("norm_swiglu", x, ("norm_weight", norm_weight, d)),
+        *(("gate_weight", gate_weight, wide), ("up_weight", up_weight, wide)),
+    )
+
+
+def check_gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> None:
+    """Raise the errors of `gated_residual` that do not depend on where it runs."""
+    d, K = x.shape[-1:], a.shape[-1:]
+    _check(
+        *("gated_residual", x, ("a", a, x.shape[:-1] + K)),
+        *(("weight", weight, d + K), ("gate", gate, torch.Size([1]))),
+    )
+
+
+def _check(verb: str, x: Tensor, *operands: tuple[str, Tensor, torch.Size]) -> None:
+    """Hold operands, each with its name and the shape it must have, against x."""
+    dtype, device = x.dtype, x.device
+    if not x.ndim or dtype not in DTYPES:
+        raise ValueError(
+            f"{verb}: x must be [..., d] of float16, bfloat16, float32 or float64, got"
+            f" {dtype} {tuple(x.shape)}"
+        )
+    mixed = torch.is_autocast_enabled(device.type)  # PyTorch then converts what it multiplies
+    for name, operand, shape in operands:
+        if (
+            operand.shape != shape
+            or operand.device != device
+            or (operand.dtype != dtype and not (mixed and operand.dtype in DTYPES))
+        ):
+            raise ValueError(
+                f"{verb}: {name} must be {dtype} {tuple(shape)} on {device}, for x"
+                f" {tuple(x.shape)}, got {operand.dtype} {tuple(operand.shape)} on"
+                f" {operand.device}"
+            )

@@ -1,0 +1,679 @@
+"""Attention over the image memory, from one query to a whole prompt.
+
+    out = softmax(rotate(q, id - bias) k^T / sqrt(D)) v        over the keys [start, end) of a span
+    lse = log sum exp of the same scores
+
+One kernel at two block sizes. A block holds BLOCK_M rows, a row being a query token and one of the
+query heads that share a key head, and reads the union of its rows' spans once: what batches, beams
+or drafts share is read once, and so is the memory of a batch whose prompts have their own images.
+Key blocks that every row of the block may read need no mask; only the others get one.
+Keys are stored rotated by the id within their image. Queries are rotated on load by their own id
+minus the image's bias, and again where a span passes into the next image.
+With few blocks the keys are split over programs, and the parts are combined in the order of the
+splits: twice the same input gives twice the same bits.
+
+FLOPs: 4 * rows * keys * D for each head. Traffic: q and out once; keys and values once for every
+BLOCK_M rows, of which L2 serves all but the first, 2 * keys * G * D elements; with splits 8 bytes
+more for each element of out and split. Rows of the rotary table come from L2, D * 4 bytes for each
+row and image.
+Source: CoMemo (arXiv:2506.06279); online softmax and splits as in FlashAttention
+(arXiv:2205.14135, arXiv:2307.08691).
+
+Letters: B batch, N tokens, H query heads, M memory, G key heads, D head dimension, R rows of one
+key head (B * N * H / G), P rows of the rotary table, I images, T tiles.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from comemo_kernels import reference
+from comemo_kernels._blocks import offset_of
+from comemo_kernels._checks import check_attention, check_read, check_workspace
+from comemo_kernels._op import (
+    Kernel,
+    documented,
+    has_float8,
+    multiprocessors,
+    on_triton,
+    register,
+)
+from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
+
+# --- kernel ---
+
+
+@triton.jit
+def _columns(HALF: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Elements of a head in the order of a block's columns: each half padded to a power of two."""
+    offs_d = tl.arange(0, BLOCK_D)
+    if 2 * HALF < BLOCK_D:
+        inside = offs_d % (BLOCK_D // 2)
+        # What lies behind a half is masked: it is behind the head too.
+        offs_d = tl.where(inside < HALF, offs_d // (BLOCK_D // 2) * HALF + inside, 2 * HALF)
+    return offs_d
+
+
+@triton.jit
+def _load_rotated(
+    q_rows,  # [BLOCK_M] pointers
+    mask_m,
+    delta,  # [BLOCK_M] rows of the table, of either sign
+    cos_ptr,  # [P, HALF]
+    sin_ptr,
+    table_stride,
+    num_positions,
+    HALF: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Queries [BLOCK_M, BLOCK_D] in their dtype, rotated in float32."""
+    offs_d = tl.arange(0, BLOCK_D // 2)
+    mask = mask_m[:, None] & (offs_d < HALF)[None, :]
+    x_ptrs = q_rows[:, None] + offs_d[None, :]
+    # Volatile: or the compiler moves these loads out of the loop over images, into registers.
+    x1 = tl.load(x_ptrs, mask=mask, other=0.0, volatile=True).to(tl.float32)
+    x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0, volatile=True).to(tl.float32)
+    row = tl.abs(delta)
+    known = mask & (row < num_positions)[:, None]
+    offs = offset_of(row, table_stride, ALIGNED)[:, None] + offs_d[None, :]
+    cos = tl.load(cos_ptr + offs, mask=known, other=float("nan")).to(tl.float32)
+    sin = tl.load(sin_ptr + offs, mask=known, other=float("nan")).to(tl.float32)
+    sin = tl.where((delta < 0)[:, None], -sin, sin)
+    y1 = tl.where(mask, x1 * cos - x2 * sin, 0.0).to(q_rows.dtype.element_ty)
+    y2 = tl.where(mask, x2 * cos + x1 * sin, 0.0).to(q_rows.dtype.element_ty)
+    y = tl.permute(tl.join(y1, y2), (0, 2, 1))
+    return tl.reshape(y, (x1.shape[0], BLOCK_D))
+
+
+@triton.jit
+def _attend_keys(
+    q,  # [BLOCK_M, BLOCK_D]
+    acc,  # [BLOCK_M, BLOCK_D]
+    peak,  # [BLOCK_M] largest score so far, in steps of log 2
+    total,  # [BLOCK_M] sum of exp2(score - peak)
+    k_ptr,  # [M, D] of one head
+    v_ptr,
+    stride,  # of M, of both
+    k_scale_ptr,  # [T] of one head
+    v_scale_ptr,
+    scale_stride,
+    tile,
+    scale_log2,
+    first,  # [first, limit): keys of one image
+    limit,
+    shared,  # [shared, shared_end): keys that every row may read
+    shared_end,
+    start,  # [BLOCK_M] spans
+    end,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    SCALED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The online softmax over blocks of keys."""
+    offs_n, offs_d = tl.arange(0, BLOCK_N), _columns(HALF, BLOCK_D)
+    # Within a block 32 bits reach every element: half the registers of pointers.
+    rows = offs_n * stride.to(tl.int32)
+    if ALIGNED:
+        rows = tl.multiple_of(rows, 8)
+    offs = rows[:, None] + offs_d[None, :]
+    shared_end = tl.minimum(shared_end, limit)
+    PRECISION: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
+    for i in tl.range(0, tl.cdiv(limit - first, BLOCK_N)):
+        key = first + i * BLOCK_N
+        base = offset_of(key, stride, ALIGNED)
+        offs_k = key + offs_n
+        mask = (offs_k < limit)[:, None]
+        if D < BLOCK_D:
+            mask &= (offs_d < D)[None, :]
+        k = tl.load(k_ptr + base + offs, mask=mask, other=0.0)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
+        if SCALED:
+            offs_scale = (offs_k // tile) * scale_stride
+            k_scale = tl.load(k_scale_ptr + offs_scale, mask=offs_k < limit, other=0.0)
+            s *= (k_scale * scale_log2)[None, :]
+        else:
+            s *= scale_log2
+        if (key < shared) | (key + BLOCK_N > shared_end):
+            seen = (offs_k[None, :] >= start[:, None]) & (offs_k[None, :] < end[:, None])
+            s = tl.where(seen & (offs_k < limit)[None, :], s, float("-inf"))
+        largest = tl.maximum(peak, tl.max(s, 1))
+        # A row that has seen nothing yet: -inf minus -inf would be NaN.
+        shift = tl.where(largest == float("-inf"), 0.0, largest)
+        p = tl.math.exp2(s - shift[:, None])
+        alpha = tl.math.exp2(peak - shift)
+        total = total * alpha + tl.sum(p, 1)
+        v = tl.load(v_ptr + base + offs, mask=mask, other=0.0)
+        if SCALED:
+            p *= tl.load(v_scale_ptr + offs_scale, mask=offs_k < limit, other=0.0)[None, :]
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
+        peak = largest
+    return acc, peak, total
+
+
+@triton.jit
+def _combine(
+    part_ptr,  # [splits, G * R, D]
+    part_lse_ptr,  # [splits, G * R], in steps of log 2
+    row,  # of G * R
+    num_rows,  # G * R
+    num_splits,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Output [BLOCK_D] and log-sum-exp of one row, from its parts in their order."""
+    offs_s, offs_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
+    largest = tl.full([], float("-inf"), tl.float32)
+    for first in range(0, num_splits, BLOCK_S):
+        split = first + offs_s
+        lse = tl.load(
+            part_lse_ptr + split * num_rows + row,
+            mask=split < num_splits,
+            other=float("-inf"),
+            cache_modifier=".cg",
+        )
+        largest = tl.maximum(largest, tl.max(lse, 0))
+    shift = tl.where(largest == float("-inf"), 0.0, largest)
+    total = tl.full([], 0.0, tl.float32)
+    acc = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, num_splits, BLOCK_S):
+        split = first + offs_s
+        known = split < num_splits
+        lse = tl.load(
+            part_lse_ptr + split * num_rows + row,
+            mask=known,
+            other=float("-inf"),
+            cache_modifier=".cg",
+        )
+        weight = tl.math.exp2(lse - shift)
+        part = tl.load(
+            part_ptr + (split.to(tl.int64) * num_rows + row)[:, None] * D + offs_d[None, :],
+            mask=known[:, None] & (offs_d < D)[None, :],
+            other=0.0,
+            cache_modifier=".cg",
+        )
+        acc += tl.sum(weight[:, None] * part, 0)
+        total += tl.sum(weight, 0)
+    return acc / tl.where(total == 0.0, 1.0, total), shift + tl.math.log2(total)
+
+
+# Strides and sizes stand one by one: in a tuple they would specialise.
+@triton.jit(
+    do_not_specialize=[
+        *("q_stride_b", "q_stride_n", "q_stride_h", "kv_stride_m", "kv_stride_g"),
+        *("spans_stride_b", "spans_stride_n", "table_stride"),
+        *("ids_stride_b", "ids_stride_n", "biases_stride_b"),
+        *("num_tokens", "num_rows", "num_keys", "num_heads", "group", "num_positions"),
+        *("num_images", "tile", "num_blocks", "num_splits"),
+    ]
+)
+def _attend_kernel(
+    out_ptr,  # [B, N, H, D], contiguous
+    lse_ptr,  # [B, N, H], contiguous
+    part_ptr,  # [splits, G * R, D], contiguous
+    part_lse_ptr,  # [splits, G * R]
+    count_ptr,  # [G * blocks], zeros: how many splits of a block are done
+    q_ptr,  # [B, N, H, D], D contiguous
+    k_ptr,  # [M, G, D], D contiguous
+    v_ptr,  # [M, G, D], D contiguous
+    spans_ptr,  # [B, N, 2], pairs contiguous
+    cos_ptr,  # [P, R/2] by distance of ids
+    sin_ptr,
+    ids_ptr,  # [B, N] of the queries
+    starts_ptr,  # [I], first key of each image
+    biases_ptr,  # [B, I], id of each image's first token
+    k_scale_ptr,  # [T, G], contiguous
+    v_scale_ptr,
+    q_stride_b: tl.int64,
+    q_stride_n: tl.int64,
+    q_stride_h: tl.int64,
+    kv_stride_m: tl.int64,
+    kv_stride_g: tl.int64,
+    spans_stride_b: tl.int64,
+    spans_stride_n: tl.int64,
+    table_stride: tl.int64,
+    ids_stride_b: tl.int64,
+    ids_stride_n: tl.int64,
+    biases_stride_b: tl.int64,
+    num_tokens,  # N
+    num_rows,  # R
+    num_keys,  # M
+    num_heads,  # G
+    group,  # H / G
+    num_positions,  # P
+    num_images,
+    tile,  # keys that share a scale
+    num_blocks,  # of rows
+    num_splits,
+    scale_log2,  # log2(e) / sqrt(D)
+    ROTATE: tl.constexpr,  # "no", by "ids", by ids minus the bias of "one" image, of "several"
+    SCALED: tl.constexpr,  # keys and values are stored scaled
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    ALIGNED: tl.constexpr,  # strides of q, k, v and the table are multiples of 8
+    SPLIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FUSED: tl.constexpr,  # the last split of a block to finish combines them all
+):
+    """One program attends BLOCK_M rows of one key head to one part of their keys."""
+    pid = tl.program_id(0)
+    # Blocks of rows lie side by side: they read the same keys, of which L2 then holds few heads.
+    pid_m, rest = pid % num_blocks, pid // num_blocks
+    split, head = rest % num_splits, rest // num_splits
+    row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = row < num_rows
+    token = row // group
+    batch, place = token // num_tokens, token % num_tokens
+    q_head = head * group + row % group
+
+    span_ptrs = spans_ptr + batch * spans_stride_b + place * spans_stride_n
+    start = tl.maximum(tl.load(span_ptrs, mask=mask_m, other=0), 0).to(tl.int32)
+    end = tl.minimum(tl.load(span_ptrs + 1, mask=mask_m, other=0), num_keys).to(tl.int32)
+    some = mask_m & (start < end)
+    low = tl.min(tl.where(some, start, num_keys), 0)
+    high = tl.max(tl.where(some, end, 0), 0)
+    # What all rows may read; rows behind the last one restrict nothing.
+    shared = tl.max(tl.where(mask_m, tl.where(some, start, num_keys), 0), 0)
+    shared_end = tl.min(tl.where(mask_m, tl.where(some, end, 0), num_keys), 0)
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), num_splits) * BLOCK_N
+        low += split * share
+        high = tl.minimum(high, low + share)
+
+    q_rows = q_ptr + offset_of(batch, q_stride_b, ALIGNED) + offset_of(place, q_stride_n, ALIGNED)
+    q_rows += offset_of(q_head, q_stride_h, ALIGNED)
+    offs_d = _columns(HALF, BLOCK_D)
+    mask_md = mask_m[:, None] & (offs_d < D)[None, :]
+    k_head = (
+        k_ptr + offset_of(head, kv_stride_g, ALIGNED),
+        v_ptr + offset_of(head, kv_stride_g, ALIGNED),
+        kv_stride_m,
+        k_scale_ptr + head,
+        v_scale_ptr + head,
+        num_heads,
+        tile,
+        scale_log2,
+    )
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.full([BLOCK_M], 0.0, tl.float32)
+    if ROTATE != "no":
+        ids_ptrs = ids_ptr + batch * ids_stride_b + place * ids_stride_n
+        ids = tl.load(ids_ptrs, mask=mask_m, other=0).to(tl.int32)
+        bias_ptrs = biases_ptr + batch * biases_stride_b
+    if ROTATE == "several":
+        first, last = -1, -1
+        for i in range(0, num_images, 64):
+            image = i + tl.arange(0, 64)
+            offsets = tl.load(starts_ptr + image, mask=image < num_images, other=2147483647)
+            first += tl.sum((offsets <= low).to(tl.int32), 0)
+            last += tl.sum((offsets < high).to(tl.int32), 0)
+        for image in range(tl.maximum(first, 0), last + 1):
+            bias = tl.load(bias_ptrs + image, mask=mask_m, other=0)
+            segment = tl.maximum(tl.load(starts_ptr + image), low)
+            more = image + 1 < num_images
+            next_image = tl.load(starts_ptr + image + 1, mask=more, other=2147483647)
+            q = _load_rotated(
+                *(q_rows, mask_m, ids - bias, cos_ptr, sin_ptr, table_stride, num_positions),
+                *(HALF, ALIGNED, BLOCK_D),
+            )
+            acc, peak, total = _attend_keys(
+                *(q, acc, peak, total),
+                *k_head,
+                *(segment, tl.minimum(next_image, high), shared, shared_end, start, end),
+                *(D, HALF, SCALED, ALIGNED, BLOCK_D, BLOCK_N),
+            )
+    else:
+        if ROTATE == "no":
+            q = tl.load(q_rows[:, None] + offs_d[None, :], mask=mask_md, other=0.0)
+        else:
+            if ROTATE == "one":
+                ids -= tl.load(bias_ptrs, mask=mask_m, other=0)
+            q = _load_rotated(
+                *(q_rows, mask_m, ids, cos_ptr, sin_ptr, table_stride, num_positions),
+                *(HALF, ALIGNED, BLOCK_D),
+            )
+        acc, peak, total = _attend_keys(
+            *(q, acc, peak, total),
+            *k_head,
+            *(low, high, shared, shared_end, start, end),
+            *(D, HALF, SCALED, ALIGNED, BLOCK_D, BLOCK_N),
+        )
+
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    lse = peak + tl.math.log2(total)
+    offs_out = (token * group).to(tl.int64) * num_heads + q_head
+    LN2: tl.constexpr = 0.6931471805599453
+    if SPLIT:
+        offs_part = (split * num_heads + head).to(tl.int64) * num_rows + row
+        tl.store(part_ptr + offs_part[:, None] * D + offs_d[None, :], acc, mask=mask_md)
+        tl.store(part_lse_ptr + offs_part, lse, mask=mask_m)
+        if FUSED:
+            tl.debug_barrier()  # all of this program's parts are written before it says so
+            done = tl.atomic_add(count_ptr + head * num_blocks + pid_m, 1, sem="acq_rel")
+            if done == num_splits - 1:
+                tl.store(count_ptr + head * num_blocks + pid_m, 0)
+                for r in range(pid_m * BLOCK_M, tl.minimum((pid_m + 1) * BLOCK_M, num_rows)):
+                    y, lse_r = _combine(
+                        *(part_ptr, part_lse_ptr, head * num_rows + r, num_heads * num_rows),
+                        *(num_splits, D, BLOCK_D, 16),
+                    )
+                    offs_r = (r // group) * group * num_heads + head * group + r % group
+                    offs_y = tl.arange(0, BLOCK_D)
+                    tl.store(out_ptr + offs_r.to(tl.int64) * D + offs_y, y, mask=offs_y < D)
+                    tl.store(lse_ptr + offs_r, lse_r * LN2)
+    else:
+        tl.store(out_ptr + offs_out[:, None] * D + offs_d[None, :], acc, mask=mask_md)
+        tl.store(lse_ptr + offs_out, lse * LN2, mask=mask_m)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_heads", "group", "num_splits"])
+def _combine_kernel(
+    out_ptr,  # [B, N, H, D], contiguous
+    lse_ptr,  # [B, N, H]
+    part_ptr,  # [splits, G * R, D]
+    part_lse_ptr,  # [splits, G * R]
+    num_rows,  # R
+    num_heads,  # G
+    group,
+    num_splits,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """One program combines the parts of one row."""
+    LN2: tl.constexpr = 0.6931471805599453
+    pid = tl.program_id(0)
+    row, head = pid // num_heads, pid % num_heads
+    y, lse = _combine(
+        *(part_ptr, part_lse_ptr, head * num_rows + row, num_heads * num_rows, num_splits),
+        *(D, BLOCK_D, BLOCK_S),
+    )
+    offs = (row // group).to(tl.int64) * group * num_heads + head * group + row % group
+    offs_d = tl.arange(0, BLOCK_D)
+    tl.store(out_ptr + offs * D + offs_d, y, mask=offs_d < D)
+    tl.store(lse_ptr + offs, lse * LN2)
+
+
+# Blocks of a prompt; of a batch in a decode step; of one conversation's; in float32.
+attend_many = Kernel(
+    _attend_kernel,
+    [
+        {"BLOCK_M": 128, "BLOCK_N": 64, "FUSED": 0, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 128, "BLOCK_N": 64, "FUSED": 0, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "FUSED": 0, "num_warps": 4, "num_stages": 3},
+    ],
+)
+attend_few = Kernel(
+    _attend_kernel,
+    [
+        {"BLOCK_M": 16, "BLOCK_N": 64, "FUSED": 0, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 16, "BLOCK_N": 32, "FUSED": 0, "num_warps": 2, "num_stages": 4},
+        {"BLOCK_M": 16, "BLOCK_N": 64, "FUSED": 0, "num_warps": 4, "num_stages": 4},
+    ],
+)
+# Two launches until a GPU has run the other: the fused one leans on the order of memory accesses.
+attend_one = Kernel(
+    _attend_kernel,
+    [
+        {"BLOCK_M": 16, "BLOCK_N": 64, "FUSED": 0, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 16, "BLOCK_N": 64, "FUSED": 1, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 16, "BLOCK_N": 32, "FUSED": 1, "num_warps": 2, "num_stages": 4},
+    ],
+)
+attend_exact = Kernel(
+    _attend_kernel,
+    [
+        {"BLOCK_M": 16, "BLOCK_N": 16, "FUSED": 0, "num_warps": 8, "num_stages": 2},
+    ],
+)
+combine = Kernel(_combine_kernel, [{"BLOCK_S": 16, "num_warps": 2}])
+
+# --- operator ---
+
+ONE, FEW = 4, 64  # rows of a key head, up to which attend_one and attend_few are taken
+MAX_SPLITS = 64
+LOG2E = 1.4426950408889634
+
+
+def _kernel_for(dtype: torch.dtype, rows: int) -> Kernel:
+    if dtype == torch.float32:
+        return attend_exact
+    return attend_one if rows <= ONE else attend_few if rows <= FEW else attend_many
+
+
+def _choose_splits(q: Tensor, k: Tensor) -> int:
+    """Programs over which the keys of a block are split, so that every multiprocessor has work."""
+    (B, N, H, _), (M, G, _) = q.shape, k.shape
+    rows = B * N * H // G
+    kernel, slots = _kernel_for(q.dtype, rows), multiprocessors(q.get_device())
+    programs = max(-(-rows // kernel.config["BLOCK_M"]) * G, 1)
+    if rows <= FEW:
+        slots *= 2  # blocks of few rows leave room for two on a multiprocessor
+    elif 5 * programs >= 4 * slots:
+        return 1
+    work = -(-M // (2 * kernel.config["BLOCK_N"]))  # two blocks of keys at least
+    return max(1, min(slots // programs, work, MAX_SPLITS))
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    q_shape: tuple[int, ...],
+    q_strides: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    k_strides: tuple[int, ...],
+    spans_shape: tuple[int, ...],
+    spans_strides: tuple[int, ...],
+    table: tuple[tuple[int, ...], tuple[int, ...]],  # shape, strides
+    ids: tuple[tuple[int, ...], tuple[int, ...]],
+    biases: tuple[tuple[int, ...], tuple[int, ...]],
+    rotate: str,
+    tile: int,
+    splits: int,
+    block: int,
+) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:
+    """Programs, numbers and compile-time values of a launch, in the kernel's order."""
+    B, N, H, D = q_shape
+    M, G = k_shape[:2]
+    rows = B * N * H // G
+    blocks = -(-rows // block)
+    strides = (*q_strides[:3], *k_strides[:2])
+    table_stride = table[1][0] if rotate != "no" else 0
+    spans_n = spans_strides[1] if spans_shape[1] > 1 else 0
+    numbers = (*strides, spans_strides[0], spans_n, table_stride)
+    if rotate == "no":
+        numbers += (0, 0, 0)
+    else:
+        numbers += (ids[1][0] if ids[0][0] > 1 else 0, ids[1][1])
+        numbers += (biases[1][0] if rotate in ("one", "several") and biases[0][0] > 1 else 0,)
+    images = biases[0][1] if rotate == "several" else 0
+    positions = table[0][0] if rotate != "no" else 0
+    numbers += (N, rows, M, G, H // G, positions, images, tile, blocks, splits)
+    aligned = all(stride % 8 == 0 for stride in (*strides, table_stride))
+    half = -(-D // 2)
+    wide = max(16, 2 << (half - 1).bit_length())
+    return blocks * G * splits, (*numbers, LOG2E / D**0.5), (D, half, aligned, splits > 1, wide)
+
+
+def _launch_into(
+    out: Tensor,
+    lse: Tensor,
+    parts: Tensor,
+    part_lse: Tensor,
+    counts: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    *optional: Any,  # cos, sin, ids, starts, biases, k_scale, v_scale, tile
+) -> None:
+    *tensors, tile = optional
+    cos, _, ids, starts, biases, k_scale, _ = tensors
+    (B, N, H, D), G = q.shape, k.shape[1]
+    if not out.numel():
+        return
+    rotate, splits, rows = "no", parts.shape[0], B * N * H // G
+    if cos is not None:
+        images = 0 if starts is None else starts.shape[0]
+        rotate = ("ids", "one", "several")[min(images, 2)]
+    kernel = _kernel_for(q.dtype, rows)
+    programs, numbers, constants = _plan(
+        *(q.shape, q.stride(), k.shape, k.stride(), spans.shape, spans.stride()),
+        *(((), ()) if t is None else (t.shape, t.stride()) for t in (cos, ids, biases)),
+        *(rotate, tile, splits, kernel.config["BLOCK_M"]),
+    )
+    constants = (rotate, k_scale is not None, *constants)
+    pointers = [out, lse, parts, part_lse, counts, q, k, v, spans]
+    pointers += [q if t is None else t for t in tensors]
+    addresses = 0
+    for t in pointers:
+        addresses |= t.data_ptr()
+    # Triton compiles for addresses that are multiples of 16: where all are, it need not look.
+    key = None
+    if addresses % 16 == 0:
+        key = (q.get_device(), *(t.dtype for t in pointers[5:12]), constants)
+    kernel.launch(programs, key, *pointers, *numbers, *constants)
+    if splits > 1 and not kernel.config["FUSED"]:
+        key = None if key is None else (q.get_device(), q.dtype, D)
+        combine.launch(
+            *(rows * G, key, out, lse, parts, part_lse, rows, G, H // G, splits, D),
+            constants[-1],
+        )
+
+
+def _allocate(q: Tensor, k: Tensor, splits: int) -> AttentionWorkspace:
+    (B, N, H, D), G = q.shape, k.shape[1]
+    rows, float32 = B * N * H // G, {"dtype": torch.float32, "device": q.device}
+    part = (splits, G, rows, D)
+    fused = splits > 1 and _kernel_for(q.dtype, rows).config["FUSED"]
+    return AttentionWorkspace(
+        *_fake(q),
+        torch.empty(part, **float32) if splits > 1 else torch.empty(1, **float32).expand(part),
+        torch.empty(part[:-1] if splits > 1 else 1, **float32),
+        (torch.zeros if fused else torch.empty)(G * rows, dtype=torch.int32, device=q.device),
+    )
+
+
+def _launch(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, *optional: Any) -> tuple[Tensor, ...]:
+    workspace = _allocate(q, k, _choose_splits(q, k))
+    _launch_into(*workspace, q, k, v, spans, *optional)
+    return workspace.out, workspace.lse
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(q, memory_format=torch.contiguous_format),
+        torch.empty(q.shape[:3], dtype=torch.float32, device=q.device),
+    )
+
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor spans, Tensor? cos, Tensor? sin, Tensor? ids,"
+    " Tensor? starts, Tensor? biases, Tensor? k_scale, Tensor? v_scale, int tile"
+)
+_attend = register(f"attend({_ARGUMENTS}) -> (Tensor, Tensor)", _launch, _fake)
+_attend_ = register(
+    "attend_(Tensor(a!) out, Tensor(b!) lse, Tensor(c!) parts, Tensor(d!) part_lse,"
+    f" Tensor(e!) counts, {_ARGUMENTS}) -> ()",
+    _launch_into,
+    lambda *_: None,
+)
+
+# --- public ---
+
+
+@documented(reference.attend_images)
+def attend_images(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    rotation: QueryRotation | None = None,
+    scales: MemoryScales | None = None,
+    return_lse: bool = False,
+    validate: bool = False,
+    workspace: AttentionWorkspace | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if not on_triton(q) or (differentiable and workspace is None):
+        return reference.attend_images(
+            q, k, v, spans, rotation, scales, return_lse, validate, workspace
+        )
+    check_attention(q, k, v, spans, rotation, scales, workspace)
+    _check_kernel(q, k, v, rotation, scales, differentiable)
+    if validate:
+        check_read(k.shape[0], spans, None if rotation is None else rotation.starts)
+    rotate = (None,) * 5 if rotation is None else rotation
+    scale = (None, None, 1) if scales is None else scales
+    if workspace is None:
+        out, lse = _attend(q, k, v, spans, *rotate, *scale)
+    else:
+        _attend_(*workspace, q, k, v, spans, *rotate, *scale)
+        out, lse = workspace.out, workspace.lse
+    return (out, lse) if return_lse else out
+
+
+@documented(reference.attention_workspace)
+def attention_workspace(q: Tensor, k: Tensor, splits: int | None = None) -> AttentionWorkspace:
+    if not on_triton(q):
+        return reference.attention_workspace(q, k, splits)
+    check_workspace(q, k, splits)
+    return _allocate(q, k, _choose_splits(q, k) if splits is None else splits)
+
+
+def _check_kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: QueryRotation | None,
+    scales: MemoryScales | None,
+    differentiable: bool,
+) -> None:
+    """Raise for what the references can do and the kernel cannot, with every reason."""
+    reasons = []
+    if differentiable:
+        reasons.append("a workspace excludes gradients")
+    if q.dtype == torch.float64:
+        reasons.append("float64 has no kernel")
+    if any(t.stride(-1) != 1 and t.shape[-1] > 1 for t in (q, k, v)):
+        reasons.append(
+            f"D must be contiguous, got strides {q.stride()} of q, {k.stride()} of k, {v.stride()}"
+            " of v"
+        )
+    if k.stride() != v.stride():
+        reasons.append(f"k and v must have one layout, got {k.stride()} and {v.stride()}")
+    if q.shape[-1] > 256:
+        reasons.append(f"D must be at most 256, got {q.shape[-1]}")
+    if rotation is not None and 2 * rotation.cos.shape[1] != q.shape[-1]:
+        reasons.append(
+            f"the whole head must be rotated, got {2 * rotation.cos.shape[1]} of {q.shape[-1]}"
+        )
+    if rotation is not None and (
+        rotation.cos.stride() != rotation.sin.stride() or rotation.cos.stride(-1) != 1
+    ):
+        reasons.append(
+            f"cos and sin must have one layout, R/2 contiguous, got {rotation.cos.stride()} and"
+            f" {rotation.sin.stride()}"
+        )
+    tight = [] if scales is None else [scales.keys, scales.values]
+    if rotation is not None and rotation.starts is not None and rotation.biases is not None:
+        tight += [rotation.starts, rotation.biases[0]]
+    if any(not t.is_contiguous() for t in tight):
+        reasons.append("scales, starts and rows of biases must be contiguous")
+    if scales is not None and q.is_cuda and not has_float8(q.get_device()):
+        reasons.append("float8 needs a GPU of compute capability 8.9")
+    if reasons:
+        raise ValueError(
+            f"attend_images: on a GPU {'; '.join(reasons)}: or use"
+            " comemo_kernels.reference.attend_images"
+        )
