@@ -130,7 +130,7 @@ class CoMemoChat:
         self._check_range(position_ids, attention_mask, bool(tiles))
         memory = None
         if pixel_values is not None:
-            memory = model.build_image_memory(pixel_values, image_mask, position_ids)
+            memory = model.build_image_memory(pixel_values, image_mask, position_ids, grids)
         return prompt.replace(prompts.MARKER, ""), {
             "input_ids": input_ids[:, :1],
             "inputs_embeds": model.embed(input_ids, image_mask, memory),

@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "tile_order": ("row", "column"),
     "decode_positions": ("compressed", "raw"),
     "ntk_length": ("position", "token_count"),
+    "memory_positions": ("relative", "absolute"),
     "ps_version": ("v1", "v2"),
     "llm_architecture": tuple(LLM_MODEL_TYPES),
 }
@@ -92,6 +93,9 @@ class CoMemoConfig(PreTrainedConfig):
         decode_positions: where the mixin query of generated tokens stands with "dhr":
             "compressed" as in self-attention, "raw" at the token count (the published quirk).
         ntk_length: what lets dynamic-NTK scaling begin, the highest "position" or "token_count".
+        memory_positions: how keys of the image memory are rotated, by the place in their image,
+            "relative", so that they serve any prompt, or as published by the id in their prompt,
+            "absolute": the same but for rounding.
         rope_scaling: None, or {"type": "dynamic" | "linear", "factor": float}.
 
     Raises:
@@ -121,6 +125,7 @@ class CoMemoConfig(PreTrainedConfig):
     tile_order: str = "row"
     decode_positions: str = "compressed"
     ntk_length: str = "position"
+    memory_positions: str = "relative"
     rope_scaling: dict | None = None
     tie_word_embeddings: bool = False
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig
 from transformers import initialization as init
+from transformers.activations import SiLUActivation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,9 +29,40 @@ from transformers.utils.output_capturing import capture_outputs
 
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig, MixinConfig
-from comemo_kernels import ImageMemory
+from comemo_kernels import ImageMemory, MemoryScales, QueryRotation
 
 Table = tuple[Tensor, Tensor]  # cos, sin [B, N, D/2]
+EPS = 1e-5  # of both norms of a mixin layer
+PLAIN = (nn.Linear, LlamaRMSNorm, LlamaMLP, SiLUActivation, nn.SiLU)
+
+
+def is_plain(*modules: nn.Module) -> bool:
+    """Whether modules are what they were made as, and may be computed from their weights.
+
+    Adapters and quantisation replace modules, sharding and offloading replace weights or bring
+    them by hooks, autocast converts them: then the modules themselves have to be called.
+    """
+    return not torch.is_autocast_enabled() and all(
+        type(part) in PLAIN
+        and not (part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook"))
+        and all(
+            type(p) is nn.Parameter and not p.is_meta
+            for p in part._parameters.values()
+            if p is not None
+        )
+        for module in modules
+        for part in module.modules()
+    )
+
+
+def on_device(
+    device: torch.device, spans: Tensor | None, rotation: QueryRotation
+) -> tuple[Tensor, QueryRotation]:
+    """Spans and rotation where a layer is: layers may lie on several devices."""
+    if spans is None:
+        raise ValueError("CoMemo: the image memory says by no spans who may read it")
+    moved = (None if t is None else t.to(device) for t in rotation)
+    return spans.to(device), QueryRotation(*moved)
 
 
 class MixinLayer(nn.Module):
@@ -40,12 +72,12 @@ class MixinLayer(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         width, inner = config.language_dim, config.num_heads * config.head_dim
-        self.attn_norm = LlamaRMSNorm(width, eps=1e-5)
+        self.attn_norm = LlamaRMSNorm(width, eps=EPS)
         self.q_proj = nn.Linear(width, inner, bias=False)
         self.kv_proj = nn.Linear(config.vision_dim, 2 * inner, bias=False)
         self.o_proj = nn.Linear(inner, width, bias=False)
         self.attn_gate = nn.Parameter(torch.zeros(1))
-        self.mlp_norm = LlamaRMSNorm(width, eps=1e-5)
+        self.mlp_norm = LlamaRMSNorm(width, eps=EPS)
         wide = config.intermediate_size
         self.mlp = LlamaMLP(  # which has no heads; the default number need not divide the width
             LlamaConfig(hidden_size=width, intermediate_size=wide, num_attention_heads=1)
@@ -60,15 +92,33 @@ class MixinLayer(nn.Module):
         return ops.apply_rotary(key[None], None, *table)[0][0], value.contiguous()
 
     def forward(
-        self, x: Tensor, key: Tensor, value: Tensor, memory: ImageMemory, table: Table
+        self,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        memory: ImageMemory,
+        rotation: QueryRotation,
+        scales: MemoryScales | None = None,
     ) -> Tensor:
         """x [B, N, d] -> [B, N, d]; prompts without any image pass unchanged."""
-        q = self.q_proj(self.attn_norm(x)).unflatten(-1, (self.num_heads, self.head_dim))
-        q, _ = ops.apply_rotary(q, None, *table)  # [B, N, H, D]
-        spans = memory.spans.to(x.device)  # layers may lie on several devices
-        read = self.o_proj(ops.attend_images(q, key, value, spans).flatten(2))
-        y = x + self.attn_gate.tanh() * read
-        y = y + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(y))
+        plain = is_plain(self.attn_norm, self.q_proj, self.o_proj, self.mlp_norm, self.mlp)
+        spans, rotation = on_device(x.device, memory.spans, rotation)
+        if plain:
+            q = ops.norm_linear(x, self.attn_norm.weight, self.q_proj.weight, EPS)
+        else:
+            q = self.q_proj(self.attn_norm(x))
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, H, D]
+        read = ops.attend_images(q, key, value, spans, rotation, scales).flatten(2)
+        if plain:
+            mlp = self.mlp
+            y = ops.gated_residual(x, read, self.o_proj.weight, self.attn_gate)
+            wide = ops.norm_swiglu(
+                y, self.mlp_norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, EPS
+            )
+            y = ops.gated_residual(y, wide, mlp.down_proj.weight, self.mlp_gate)
+        else:
+            y = x + self.attn_gate.tanh() * self.o_proj(read)
+            y = y + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(y))
         return y if memory.active is None else torch.where(memory.active.to(x.device), y, x)
 
 
@@ -116,7 +166,7 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
         self,
         hidden_states: Tensor,
         image_memory: ImageMemory | None = None,
-        query_table: Table | None = None,
+        rotation: QueryRotation | None = None,
         media_table: Table | None = None,
         use_cache: bool | None = False,
         **kwargs: Any,
@@ -136,7 +186,8 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
                 key, value = self.mixin.build(image_memory.media, media_table)
                 if use_cache:
                     image_memory.update(self.layer_idx, key, value)
-            hidden_states = self.mixin(hidden_states, key, value, image_memory, query_table)
+            scales = image_memory.scales.get(self.layer_idx)
+            hidden_states = self.mixin(hidden_states, key, value, image_memory, rotation, scales)
         return super().forward(hidden_states, use_cache=use_cache, **kwargs)
 
 
@@ -207,12 +258,8 @@ class CoMemoTextModel(LlamaPreTrainedModel):
             "position_embeddings": self._self_table(x, position_ids, token_counts)
         }
         if image_memory is not None:
-            tables["query_table"] = self._mixin_table(
-                x, position_ids if query_position_ids is None else query_position_ids
-            )
-            unbuilt = len(image_memory.keys) < len(self.comemo_config.mixin_layers)
-            if unbuilt and image_memory.position_ids is not None:
-                tables["media_table"] = self._mixin_table(x, image_memory.position_ids[None])
+            places = position_ids if query_position_ids is None else query_position_ids
+            tables |= self._prepare_memory(image_memory, x, places, bool(use_cache))
         for layer in self.layers:
             x = layer(
                 x,
@@ -245,10 +292,60 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         # Published: the angles' sine and cosine are rounded to the activations' dtype.
         return table[0].to(x.dtype), table[1].to(x.dtype)
 
-    def _mixin_table(self, x: Tensor, position_ids: Tensor) -> Table:
+    def _prepare_memory(
+        self, memory: ImageMemory, x: Tensor, places: Tensor, use_cache: bool
+    ) -> dict[str, Any]:
+        """What mixin layers need beside the memory; its keys and values, if that can be now."""
+        if memory.table is None:
+            # Generated text may go on behind the trained range.
+            mixin = self.comemo_config.mixin_config
+            length = 2 * mixin.max_position_embeddings
+            cos, sin = ops.distance_table(mixin.head_dim, mixin.rope_theta, length, x.device)
+            if memory.absolute:  # published: rounded to the activations' dtype
+                cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+            memory.table = cos, sin
+        tables: dict[str, Any] = {"rotation": memory.rotation(places)}
+        if len(memory.keys) == len(self.comemo_config.mixin_layers) or memory.media is None:
+            return tables
+        if not (use_cache and memory.keeps and not memory.keys and self._build(memory)):
+            cos, sin = memory.key_table()
+            tables["media_table"] = cos[None], sin[None]
+        return tables
+
+    def _build(self, memory: ImageMemory) -> bool:
+        """Build all layers at once, unless their weights are not all at hand or gradients asked."""
+        media, ids, table = memory.media, memory.ids, memory.table
+        layers = {i: self.layers[i].mixin for i in self.comemo_config.mixin_layers}
+        assert media is not None
+        assert table is not None
+        if ids is None or not is_plain(
+            *(part for mixin in layers.values() for part in (mixin.attn_norm, mixin.kv_proj))
+        ):
+            return False
+        weights = [mixin.kv_proj.weight for mixin in layers.values()]
+        norms = [mixin.attn_norm.weight for mixin in layers.values()]
+        parameters = (media, *weights, *norms)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in parameters):
+            return False
+        devices = {t.device for t in (*parameters, *table)}
+        if devices != {media.device} or {t.dtype for t in parameters} != {media.dtype}:
+            return False
         mixin = self.comemo_config.mixin_config
-        cos, sin = ops.rotary_table(position_ids, mixin.head_dim, mixin.rope_theta)
-        return cos.to(x.dtype), sin.to(x.dtype)
+        shape = (2, len(layers), len(media), mixin.num_heads, mixin.head_dim)
+        keys, values = torch.empty(shape, dtype=media.dtype, device=media.device).unbind(0)
+        ops.build_memory(
+            media,
+            weights,
+            norms,
+            *table,
+            ids,
+            list(keys.unbind(0)),
+            list(values.unbind(0)),
+            eps=EPS,
+        )
+        for index, key, value in zip(layers, keys.unbind(0), values.unbind(0), strict=True):
+            memory.update(index, key, value)
+        return True
 
 
 def _count_tokens(x: Tensor, attention_mask: Any, past_key_values: Any) -> Tensor:

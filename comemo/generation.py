@@ -23,12 +23,12 @@ class CoMemoGeneration:
             inputs: [B, N] token ids (or `input_ids`), padded on the left.
             pixel_values: [T, 3, side, side], all prompts' tiles in reading order.
             tile_grid: (cols, rows) of each image; None for original RoPE.
-            image_memory: of an earlier call on the same images at the same places.
+            image_memory: of an earlier call on the same images, wherever they stood.
             kwargs: everything that `generate` takes.
 
         Raises:
             ValueError: tiles, grids and image tokens that disagree; a prompt beyond the position
-                range; a memory whose images stood elsewhere; arguments that exclude each other.
+                range; a memory of images of other grids; arguments that exclude each other.
                 Nothing was computed then.
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
@@ -81,9 +81,9 @@ class CoMemoGeneration:
             kwargs["position_ids"] = ids
         self._check_range(ids, mask, has_images)
         if memory is not None:
-            _check_same_places(memory, image_mask, ids)
+            kwargs["image_memory"] = _place(memory, image_mask, ids)
         elif pixel_values is not None:
-            kwargs["image_memory"] = model.build_image_memory(pixel_values, image_mask, ids)
+            kwargs["image_memory"] = model.build_image_memory(pixel_values, image_mask, ids, grid)
 
     def prepare_inputs_for_generation(
         self,
@@ -177,15 +177,42 @@ class CoMemoGeneration:
             )
 
 
-def _check_same_places(memory: ImageMemory, image_mask: Tensor, position_ids: Tensor) -> None:
-    ids, lengths = position_ids[image_mask].cpu(), image_mask.sum(1).tolist()
-    held = (memory.spans[:, 0, 1] - memory.spans[:, 0, 0]).tolist()
-    if (
-        memory.position_ids is None
-        or held != lengths
-        or not torch.equal(memory.position_ids.cpu(), ids)
-    ):
+def _place(memory: ImageMemory, image_mask: Tensor, position_ids: Tensor) -> ImageMemory:
+    """The memory for prompts whose images may stand at other places than when it was built."""
+    if memory.media is None:
         raise ValueError(
-            f"generate: image_memory holds {held} image tokens at other positions than the"
-            f" prompts' {lengths}: build it for these prompts, or pass pixel_values"
+            "generate: image_memory must have its media, for prompts embed them, got None"
         )
+    lengths, spans = image_mask.sum(1).tolist(), memory.spans
+    if spans is None and len(lengths) == 1:  # what `append_images` made
+        spans = torch.tensor([[[0, len(memory)]]], device=image_mask.device)
+    held = (
+        [] if spans is None or spans.shape[1] != 1 else (spans[:, 0, 1] - spans[:, 0, 0]).tolist()
+    )
+    biases = None
+    if memory.ids is not None and spans is not None and held == lengths:
+        biases = _find_biases(memory, spans[:, 0].tolist(), image_mask, position_ids)
+    if biases is None or spans is None:
+        raise ValueError(
+            f"generate: image_memory holds {held} image tokens, whose images lie otherwise than the"
+            f" prompts' {lengths}: build it for images of the same grids, or pass pixel_values"
+        )
+    device = spans.device
+    return memory.reading(spans, None if memory.absolute else biases.to(device))
+
+
+def _find_biases(
+    memory: ImageMemory, spans: list[list[int]], image_mask: Tensor, position_ids: Tensor
+) -> Tensor | None:
+    """Where the memory's images stand in each prompt, [B, I]; None if they are not its images."""
+    assert memory.ids is not None
+    places = memory.ids.cpu().long()
+    sizes = memory.sizes if not memory.absolute else (len(places),)
+    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    biases = torch.zeros(len(spans), len(sizes), dtype=torch.int64)
+    for prompt, (start, end) in enumerate(spans):
+        found = position_ids[prompt][image_mask[prompt]].cpu() - places[start:end]
+        biases[prompt, owner[start:end]] = found  # one of each image's; all must be alike
+        if not torch.equal(biases[prompt, owner[start:end]], found):
+            return None
+    return None if memory.absolute and biases.any() else biases

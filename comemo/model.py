@@ -129,7 +129,11 @@ class CoMemoModel(CoMemoPreTrainedModel):
         )
 
     def build_image_memory(
-        self, pixel_values: Tensor, image_mask: Tensor, position_ids: Tensor
+        self,
+        pixel_values: Tensor,
+        image_mask: Tensor,
+        position_ids: Tensor,
+        tile_grid: Sequence[Sequence[int]] | Tensor | None = None,
     ) -> ImageMemory:
         """Memory of a batch of prompts: image features now, keys and values at first use.
 
@@ -137,6 +141,8 @@ class CoMemoModel(CoMemoPreTrainedModel):
             pixel_values: [T, 3, side, side], all prompts' tiles in reading order.
             image_mask: bool [B, N], True at image tokens.
             position_ids: [B, N].
+            tile_grid: (cols, rows) of each image; None takes a prompt's images for one, which then
+                can only be reused together.
 
         Raises:
             ValueError: tiles that do not match the image tokens, before anything is computed.
@@ -151,7 +157,15 @@ class CoMemoModel(CoMemoPreTrainedModel):
             )
         media = self.get_image_features(pixel_values.to(self.device, self.dtype)).flatten(0, 1)
         ids = position_ids[image_mask].to(media.device)
-        return ImageMemory.from_media(media, ids, lengths)
+        config, sizes = self.config, None
+        if tile_grid is not None:
+            grids = tile_grid.tolist() if isinstance(tile_grid, Tensor) else tile_grid
+            sizes = [
+                ops.image_tokens((int(cols), int(rows)), config.side, config.use_thumbnail)
+                for cols, rows in grids
+            ]
+        absolute = config.memory_positions == "absolute"
+        return ImageMemory.from_media(media, ids, lengths, sizes, absolute=absolute)
 
     def embed(
         self, input_ids: Tensor, image_mask: Tensor | None, memory: ImageMemory | None
@@ -162,7 +176,7 @@ class CoMemoModel(CoMemoPreTrainedModel):
             ValueError: prompts with fewer image tokens than their memory, or spans per token.
         """
         embeds = self.get_input_embeddings()(input_ids)
-        if memory is None or memory.media is None or image_mask is None:
+        if memory is None or memory.media is None or memory.spans is None or image_mask is None:
             return embeds
         # Token j of prompt b's images is media[start_b + j]: beams share their prompt's media.
         spans = memory.spans.to(embeds.device)
@@ -208,7 +222,9 @@ class CoMemoModel(CoMemoPreTrainedModel):
                     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
                     position_ids = self.prompt_position_ids(image_mask, mask, tile_grid)
                 if pixel_values is not None:
-                    image_memory = self.build_image_memory(pixel_values, image_mask, position_ids)
+                    image_memory = self.build_image_memory(
+                        pixel_values, image_mask, position_ids, tile_grid
+                    )
             inputs_embeds = self.embed(input_ids, image_mask, image_memory)
         if position_ids is None:
             position_ids = past + torch.arange(

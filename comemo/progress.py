@@ -252,13 +252,17 @@ def count_calls(objects: Sequence[Any], method: str) -> Iterator[list[int]]:
 
         return wrapper
 
+    own = [vars(item).get(method) for item in objects]  # a module's, not one of a class
     try:
         for item in objects:
             vars(item)[method] = counted(getattr(item, method))
         yield count
     finally:
-        for item in objects:
-            vars(item).pop(method, None)
+        for item, before in zip(objects, own, strict=True):
+            if before is None:
+                vars(item).pop(method, None)
+            else:
+                vars(item)[method] = before
 
 
 @contextmanager

@@ -4,7 +4,13 @@ from importlib.util import find_spec
 
 from comemo_kernels import reference
 from comemo_kernels.grids import TEXT, ImageGrids
-from comemo_kernels.memory import ImageMemory, spans_from_cu_seqlens
+from comemo_kernels.memory import (
+    ImageMemory,
+    append_images,
+    distance_table,
+    spans_from_cu_seqlens,
+    spans_from_images,
+)
 from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
 from comemo_kernels.reference import (
     fold_tiles,
@@ -17,6 +23,7 @@ from comemo_kernels.reference import (
 if find_spec("triton"):
     from comemo_kernels.attention import attend_images, attention_workspace
     from comemo_kernels.build import build_memory
+    from comemo_kernels.glue import gated_residual, norm_linear, norm_swiglu
     from comemo_kernels.positions import rope_dhr_positions
     from comemo_kernels.rotary import apply_rotary
 else:  # macOS, Windows: the same functions, unfused
@@ -25,6 +32,9 @@ else:  # macOS, Windows: the same functions, unfused
         attend_images,
         attention_workspace,
         build_memory,
+        gated_residual,
+        norm_linear,
+        norm_swiglu,
         rope_dhr_positions,
     )
 
@@ -36,16 +46,22 @@ __all__ = [
     "ImageMemory",
     "MemoryScales",
     "QueryRotation",
+    "append_images",
     "apply_rotary",
     "attend_images",
     "attention_workspace",
     "build_memory",
+    "distance_table",
     "fold_tiles",
+    "gated_residual",
     "image_position_ids",
     "image_tokens",
+    "norm_linear",
+    "norm_swiglu",
     "project_tiles",
     "reference",
     "rope_dhr_positions",
     "rotary_table",
     "spans_from_cu_seqlens",
+    "spans_from_images",
 ]

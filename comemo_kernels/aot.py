@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from comemo_kernels import positions, rotary
+from comemo_kernels import glue, positions, rotary
 from comemo_kernels._op import Config, Kernel
 
 
@@ -114,6 +114,33 @@ def cases() -> list[Case]:
         name = f"{str(attention).removeprefix('torch.')} mask"
         launch = lambda a=attention, c=column: number(a, c)  # noqa: E731
         found.append(Case(numbering, name, launch, len(numbering.configs)))
+    found += _glue_cases()
+    return found
+
+
+def _glue_cases() -> list[Case]:
+    def launch(verb: str, dtype: torch.dtype, K: int) -> None:
+        x, norm, weight, residual, gate = (
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape in ((1, K), (K,), (2048, K), (1, 2048), (1,))
+        )
+        if verb == "residual":
+            glue._launch(x, None, weight, None, residual, gate, 0.0)
+        else:
+            glue._launch(x, norm, weight, weight if verb == "swiglu" else None, None, None, 1e-5)
+
+    found = []
+    for verb in ("norm", "swiglu", "residual"):
+        kernel = glue.two_weights_kernel if verb == "swiglu" else glue.one_weight_kernel
+        for name, dtype, K in (
+            ("bf16", torch.bfloat16, 2048),
+            ("bf16 uneven", torch.bfloat16, 2056),
+            ("fp16", torch.float16, 2048),
+            ("fp32", torch.float32, 2048),
+        ):
+            run = lambda verb=verb, dtype=dtype, K=K: launch(verb, dtype, K)  # noqa: E731
+            configs = len(kernel.configs) if name == "bf16" else 1
+            found.append(Case(kernel, f"{name} rows, {verb}", run, configs))
     return found
 
 

@@ -1,81 +1,354 @@
-"""The image memory: keys and values of an image set, computed once and read by every token."""
+"""The image memory: keys and values of images, computed once and read by every token."""
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from comemo_kernels._op import check
+from comemo_kernels._checks import FLOAT8
+from comemo_kernels._op import check, to_device
+from comemo_kernels.reading import MemoryScales, QueryRotation
+from comemo_kernels.reference import rotary_table
+
+if find_spec("triton"):
+    from comemo_kernels.build import build_memory
+else:
+    from comemo_kernels.reference import build_memory
+
+Table = tuple[Tensor, Tensor]
 
 
 @dataclass
 class ImageMemory:
-    """Keys and values of the images of a batch of prompts, one pair per mixin layer.
+    """Keys and values of images, one pair per mixin layer, and who may read them.
 
     A plain object that the caller owns: it is handed to every forward call, and nothing of it
-    stays on a module. All prompts' images lie packed, one after the other, along M.
+    stays on a module. All images lie packed, one after the other, along M.
+
+    Keys are rotated by the place of a token in its image, so that the same bytes serve every
+    prompt and every place in it; queries are rotated by their id minus the image's bias. With
+    `absolute` keys are rotated by the ids of the prompt, as in the published model.
 
     Attributes:
-        spans: int64 [B, 1, 2] or [B, N, 2], half-open: what each prompt, or each token, may read.
+        spans: integers [B, 1, 2] or [B, N, 2], half-open: what each prompt, or each token, may
+            read; None until a prompt does.
         active: bool [B, 1, 1] or [B, N, 1], False where a prompt has no image at all and passes
             the mixin layers unchanged; None if there is no such prompt.
         media: [M, d] projected image tokens: what keys and values are built from, and what a
-            prompt's image tokens are embedded as.
-        position_ids: int64 [M], ids of the image tokens in their prompts.
-        keys, values: mixin layer index -> [M, H, D]; keys are rotated.
+            prompt's image tokens are embedded as; None if they are not kept.
+        ids: int32 [M], place of each token in its image; with `absolute` its id in the prompt.
+        sizes: tokens of each image.
+        starts: int32 [I], first row of each image.
+        biases: int32 [B or 1, I], id of each image's first token in each prompt.
+        keys, values: mixin layer index -> [C, G, D], of which the first M rows are images.
+        scales: mixin layer index -> factors, of a float8 memory.
+        table: cos, sin [P, D/2] by distance of ids.
+        absolute: see above.
     """
 
-    spans: Tensor
+    spans: Tensor | None = None
     active: Tensor | None = None
     media: Tensor | None = None
-    position_ids: Tensor | None = None
+    ids: Tensor | None = None
+    sizes: tuple[int, ...] = ()
+    starts: Tensor | None = None
+    biases: Tensor | None = None
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
+    scales: dict[int, MemoryScales] = field(default_factory=dict)
+    table: Table | None = None
+    absolute: bool = False
+
+    keeps: ClassVar[bool] = True  # whether `update` keeps what it is given
 
     @classmethod
     def from_media(
-        cls, media: Tensor, position_ids: Tensor, lengths: list[int] | tuple[int, ...]
+        cls,
+        media: Tensor,
+        position_ids: Tensor,
+        lengths: Sequence[int],
+        sizes: Sequence[int] | None = None,
+        table: Table | None = None,
+        absolute: bool = False,
     ) -> "ImageMemory":
-        """Memory of B prompts whose images lie one after the other in `media`.
+        """Memory of B prompts whose images lie one after the other in `media`, to be built.
 
         Args:
             media: [M, d] projected image tokens.
             position_ids: [M] ids of the image tokens in their prompts.
             lengths: image tokens of each prompt, 0 for a prompt without images.
+            sizes: tokens of each image; None takes each prompt's images for one, which differs
+                only in what can be reused at other places.
+            table: cos, sin [P, D/2] by distance of ids, if at hand.
+            absolute: rotate keys by `position_ids`, as published.
 
         Raises:
-            ValueError: lengths that do not sum to M, or ids of another length.
+            ValueError: lengths or sizes that do not sum to M, an image across prompts, or ids of
+                another length.
         """
-        M = media.shape[0]
+        M, device = media.shape[0], media.device
+        ends = torch.tensor(list(lengths), dtype=torch.int64).cumsum(0)
+        sizes = tuple(size for size in (lengths if sizes is None else sizes) if size)
+        borders = torch.tensor((0, *sizes)).cumsum(0)
         check(
-            sum(lengths) == M and position_ids.shape == (M,),
+            sum(lengths) == M
+            and position_ids.shape == (M,)
+            and set(ends.tolist()) <= {0, *borders.tolist()}
+            and int(borders[-1]) == M,
             f"ImageMemory.from_media: media {tuple(media.shape)}, position_ids"
-            f" {tuple(position_ids.shape)} and lengths {list(lengths)} must agree on the number"
-            " of image tokens",
+            f" {tuple(position_ids.shape)}, lengths {list(lengths)} and sizes {list(sizes)} must"
+            " agree on the number of image tokens",
         )
-        ends = torch.tensor(lengths).cumsum(0)
-        spans = torch.stack([ends - torch.tensor(lengths), ends], dim=-1)[:, None]  # [B, 1, 2]
-        active = None if all(lengths) else (spans[..., 1:] > spans[..., :1]).to(media.device)
-        return cls(spans.to(media.device), active, media, position_ids)
+        starts = to_device(borders[:-1], device)
+        position_ids = position_ids.to(device)
+        biases = position_ids[starts]  # [I]
+        ids = position_ids
+        if not absolute and sizes:
+            repeats = to_device(torch.tensor(sizes), device)
+            ids = ids - biases.repeat_interleave(repeats, output_size=M)
+        spans = torch.stack([ends - torch.tensor(list(lengths)), ends], dim=-1)[:, None]
+        active = None if all(lengths) else to_device(spans[..., 1:] > spans[..., :1], device)
+        return cls(
+            spans=to_device(spans, device),
+            active=active,
+            media=media,
+            ids=ids.int(),
+            sizes=sizes,
+            starts=starts.int(),
+            biases=biases.int()[None],
+            table=table,
+            absolute=absolute,
+        )
+
+    @classmethod
+    def allocate(
+        cls,
+        capacity: int,
+        layers: Sequence[int],
+        heads: int,
+        head_dim: int,
+        table: Table,
+        dtype: torch.dtype = torch.bfloat16,
+        tile: int = 256,
+        absolute: bool = False,
+    ) -> "ImageMemory":
+        """An empty memory on the device of `table`, for `append_images` to fill.
+
+        Args:
+            capacity: C, image tokens that it can hold.
+            layers: indices of the mixin layers.
+            heads, head_dim: G and D.
+            table: cos, sin [P, D/2] by distance of ids.
+            dtype: of keys and values; float8_e4m3fn is scaled for each tile and head.
+            tile: tokens that share a scale.
+            absolute: for keys rotated by the ids of the prompt, as published.
+
+        Raises:
+            ValueError: no layers, or sizes below 1.
+        """
+        check(
+            len(layers) > 0 and min(capacity, heads, head_dim, tile) > 0,
+            f"ImageMemory.allocate: layers must be given and capacity, heads, head_dim and tile be"
+            f" positive, got {list(layers)}, {capacity}, {heads}, {head_dim} and {tile}",
+        )
+        device = table[0].device
+        held = torch.empty(2, len(layers), capacity, heads, head_dim, dtype=dtype, device=device)
+        memory = cls(table=table, absolute=absolute)
+        memory.keys = dict(zip(layers, held[0].unbind(0), strict=True))
+        memory.values = dict(zip(layers, held[1].unbind(0), strict=True))
+        if dtype == FLOAT8:
+            # Of tiles that no image has reached, too: a factor must not be NaN.
+            shape = (2, len(layers), -(-capacity // tile), heads)
+            factors = torch.ones(shape, device=device)
+            memory.scales = {
+                layer: MemoryScales(factors[0, i], factors[1, i], tile)
+                for i, layer in enumerate(layers)
+            }
+        return memory
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keep the rotated keys and the values [M, H, D] of a mixin layer."""
+        """Keep the rotated keys and the values [C, G, D] of a mixin layer."""
         self.keys[layer], self.values[layer] = key, value
+
+    def key_table(self) -> Table:
+        """cos, sin [M, D/2] of the angles by which keys are rotated.
+
+        Raises:
+            ValueError: a memory without ids or table.
+        """
+        if self.ids is None or self.table is None:
+            raise ValueError("ImageMemory.key_table: the memory has no ids or no table of angles")
+        cos, sin = self.table
+        row = self.ids.abs().clamp(max=len(cos) - 1)
+        beyond = (self.ids.abs() >= len(cos))[:, None]
+        turned = sin[row] * self.ids.sign()[:, None].to(sin.dtype)
+        return cos[row].masked_fill(beyond, float("nan")), turned.masked_fill(beyond, float("nan"))
+
+    def reading(self, spans: Tensor, biases: Tensor | None = None) -> "ImageMemory":
+        """The same memory, keys and values shared, for other readers.
+
+        Args:
+            spans: integers [B, 1, 2] or [B, N, 2].
+            biases: integers [I] or [B, I], where the images stand in the readers' prompts; None
+                leaves them.
+
+        Raises:
+            ValueError: another number of images, or a memory of absolute ids.
+        """
+        if biases is None:
+            return replace(self, spans=spans)
+        biases = biases.reshape(-1, biases.shape[-1]).int()
+        check(
+            biases.shape[1] == len(self.sizes) and not self.absolute,
+            f"ImageMemory.reading: biases must be for the {len(self.sizes)} images of a memory"
+            f" that is not absolute, got {tuple(biases.shape)}, absolute={self.absolute}",
+        )
+        return replace(self, spans=spans, biases=biases)
+
+    def rotation(self, positions: Tensor) -> QueryRotation:
+        """How `attend_images` rotates queries at `positions` [B, N] for this memory.
+
+        Raises:
+            ValueError: a memory without a table.
+        """
+        if self.table is None:
+            raise ValueError("ImageMemory.rotation: the memory has no table of angles")
+        cos, sin = self.table
+        if self.absolute or self.starts is None or self.biases is None or not self.sizes:
+            return QueryRotation(cos, sin, positions)
+        return QueryRotation(cos, sin, positions, self.starts, self.biases)
+
+    @property
+    def position_ids(self) -> Tensor | None:
+        """int64 [M], or [B, M] where prompts differ: ids of the image tokens in the prompts."""
+        if self.ids is None or self.absolute or self.biases is None:
+            return None if self.ids is None else self.ids.long()
+        repeats = to_device(torch.tensor(self.sizes, dtype=torch.int64), self.ids.device)
+        biases = self.biases.repeat_interleave(repeats, 1, output_size=len(self.ids))
+        found = (self.ids + biases).long()
+        return found[0] if len(found) == 1 else found
 
     def repeat_interleave(self, times: int) -> "ImageMemory":
         """The memory of every prompt `times` over (beams); keys and values are shared."""
-        active = None if self.active is None else self.active.repeat_interleave(times, 0)
-        return replace(self, spans=self.spans.repeat_interleave(times, 0), active=active)
+        spans, active, biases = (
+            t if t is None or (shared and len(t) == 1) else t.repeat_interleave(times, 0)
+            for t, shared in ((self.spans, False), (self.active, False), (self.biases, True))
+        )
+        return replace(self, spans=spans, active=active, biases=biases)
 
     def __len__(self) -> int:
         """M, the number of image tokens."""
-        tensor = self.media if self.media is not None else next(iter(self.keys.values()), None)
-        return 0 if tensor is None else tensor.shape[0]
+        return sum(self.sizes)
+
+    @property
+    def capacity(self) -> int:
+        """C, how many image tokens keys and values have room for; 0 if they are not built."""
+        return next((t.shape[0] for t in self.keys.values()), 0)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return sum(t.nbytes for held in (self.keys, self.values) for t in held.values())
+        """Bytes of keys, values and their scales."""
+        held = [*self.keys.values(), *self.values.values()]
+        held += [t for scale in self.scales.values() for t in scale[:2]]
+        return sum(t.nbytes for t in held)
+
+
+def append_images(
+    memory: ImageMemory,
+    media: Tensor,
+    ids: Tensor,
+    sizes: Sequence[int],
+    kv_weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor] | None = None,
+    biases: Sequence[int] | None = None,
+    eps: float = 1e-5,
+) -> tuple[int, int]:
+    """Compute keys and values of more images, behind those that the memory holds.
+
+    Nothing that is there is copied or computed again, and an image's bytes do not depend on what
+    it is appended with. On a GPU two launches do it for all layers.
+
+    Args:
+        memory: of `ImageMemory.allocate`; written, and its readers see the new rows.
+        media: [m, d] projected tokens of the images, of the memory's dtype (of any floating dtype
+            for float8).
+        ids: integers [m], place of each token in its image, as of `image_position_ids`; of an
+            absolute memory its id in the prompt.
+        sizes: tokens of each image, their sum m.
+        kv_weights: of each layer [2 * G * D, d], rows of keys first.
+        norm_weights: of each layer [d]; None if folded into `kv_weights`.
+        biases: id of each image's first token, if there is one prompt to read them; else 0, for
+            `ImageMemory.reading` to replace.
+        eps: of the norm.
+
+    Returns:
+        start, end: the span of the new images.
+
+    Raises:
+        ValueError: sizes, shapes, dtypes or devices that do not fit the memory; more than its
+            capacity; float8 images that are no whole tiles. The memory is as it was then.
+    """
+    layers, m, row = list(memory.keys), media.shape[0], len(memory)
+    tile = next((scale.tile for scale in memory.scales.values()), 1)
+    check(
+        layers != [],
+        "append_images: the memory must come from ImageMemory.allocate, got one without keys",
+    )
+    check(
+        len(sizes) > 0 and min(sizes) > 0 and sum(sizes) == m and ids.shape == (m,),
+        f"append_images: sizes must be positive and sum to the {m} rows of media"
+        f" {tuple(media.shape)}, ids as many, got {list(sizes)} and ids {tuple(ids.shape)}",
+    )
+    check(
+        len(kv_weights) == len(layers),
+        f"append_images: kv_weights must be those of the memory's layers {layers}, got"
+        f" {len(kv_weights)}",
+    )
+    check(
+        row + m <= memory.capacity,
+        f"append_images: {m} more image tokens must fit the memory's capacity of"
+        f" {memory.capacity}, which holds {row}",
+    )
+    check(
+        biases is None or len(biases) == len(sizes),
+        f"append_images: biases must be one for each of {len(sizes)} images, got {biases}",
+    )
+    check(
+        m % tile == 0,
+        f"append_images: images of a float8 memory must be whole tiles of {tile}, got"
+        f" {list(sizes)}",
+    )
+    if memory.table is None or memory.keys[layers[0]].device != media.device:
+        raise ValueError(
+            f"append_images: media must be on the memory's device, which must have a table, got"
+            f" {media.device} for {memory.keys[layers[0]].device}"
+        )
+    ids = ids.to(media.device, torch.int32)
+    build_memory(
+        media,
+        kv_weights,
+        norm_weights,
+        *memory.table,
+        ids,
+        [memory.keys[layer] for layer in layers],
+        [memory.values[layer] for layer in layers],
+        [memory.scales[layer] for layer in layers] if memory.scales else None,
+        row,
+        eps,
+    )
+    starts = torch.tensor((row, *sizes), dtype=torch.int64).cumsum(0)[:-1].int()
+    places = torch.tensor([biases or [0] * len(sizes)], dtype=torch.int32)
+    starts, places = to_device(starts, media.device), to_device(places, media.device)
+    if memory.ids is not None and memory.starts is not None and memory.biases is not None:
+        ids, starts = torch.cat([memory.ids, ids]), torch.cat([memory.starts, starts])
+        places = torch.cat([memory.biases, places.expand(len(memory.biases), -1)], 1)
+    memory.ids, memory.starts, memory.biases = ids, starts, places
+    memory.sizes = (*memory.sizes, *sizes)
+    return row, row + m
 
 
 def spans_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, tokens: int) -> Tensor:
@@ -101,3 +374,62 @@ def spans_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, tokens: in
     )
     bounds = torch.cat([cu_seqlens_k, cu_seqlens_k[-1:]]).long()
     return torch.stack([bounds[sample - 1], bounds[sample]], dim=-1)[None]
+
+
+def spans_from_images(
+    last_tokens: Tensor, sizes: Sequence[int], tokens: int, latest: bool = False
+) -> Tensor:
+    """Spans of one prompt whose tokens see only images that stand before them.
+
+    Args:
+        last_tokens: integers [I], index of each image's last token in the prompt, ascending. A
+            token sees an image from that token on.
+        sizes: tokens of each image in the memory, where they lie one after the other.
+        tokens: N, the prompt's length.
+        latest: see the latest image alone instead of all so far (both are modes of Flamingo's).
+
+    Returns:
+        int64 [1, N, 2], empty ahead of the first image.
+
+    Raises:
+        ValueError: another number of sizes than of images.
+    """
+    check(
+        last_tokens.ndim == 1 and len(sizes) == len(last_tokens),
+        f"spans_from_images: last_tokens must be [I] for {len(sizes)} sizes, got"
+        f" {tuple(last_tokens.shape)}",
+    )
+    borders = to_device(torch.tensor((0, *sizes)).cumsum(0), last_tokens.device)
+    place = torch.arange(tokens, device=last_tokens.device)
+    seen = torch.searchsorted(last_tokens.contiguous(), place, right=True)  # images so far
+    end = borders[seen]
+    start = borders[(seen - 1).clamp(min=0)] if latest else torch.zeros_like(end)
+    return torch.stack([start, end], dim=-1)[None]
+
+
+def distance_table(head_dim: int, theta: float, length: int, device: torch.device) -> Table:
+    """cos, sin float32 [`length`, D/2] by distance of ids, for `ImageMemory`.
+
+    Args:
+        head_dim: D.
+        theta: base of the angles.
+        length: P, distances from 0 on.
+        device: where.
+
+    Returns:
+        The same tensors for the same arguments: not to be written.
+    """
+    if torch.compiler.is_compiling():
+        return _distance_table(head_dim, theta, length, device)
+    return _known_table(head_dim, theta, length, torch.device(device))
+
+
+def _distance_table(head_dim: int, theta: float, length: int, device: torch.device) -> Table:
+    cos, sin = rotary_table(torch.arange(length, device=device)[None], head_dim, theta)
+    return cos[0], sin[0]
+
+
+@functools.lru_cache(maxsize=4)
+def _known_table(*args: Any) -> Table:
+    with torch.inference_mode(False), torch.no_grad():  # of use to whoever asks next
+        return _distance_table(*args)

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import comemo_kernels as ops
-from comemo_kernels import ImageMemory, spans_from_cu_seqlens
+from comemo_kernels import ImageMemory, QueryRotation, spans_from_cu_seqlens
 
 MIXIN = {  # published parameter -> ours, of a mixin layer
     "attn_gate": "attn_gate",
@@ -43,7 +43,16 @@ def leaf(tensor: Tensor) -> Tensor:
 
 
 def table(model, position_ids: Tensor):
-    return model.model.language_model._mixin_table(torch.empty(0), position_ids)
+    mixin = model.config.mixin_config
+    return ops.rotary_table(position_ids, mixin.head_dim, mixin.rope_theta)
+
+
+def rotation(model, position_ids: Tensor) -> QueryRotation:
+    """Of queries that read keys at the ids of their prompt, as the recorded ones."""
+    mixin = model.config.mixin_config
+    length = mixin.max_position_embeddings
+    found = ops.distance_table(mixin.head_dim, mixin.rope_theta, length, torch.device("cpu"))
+    return QueryRotation(*found, position_ids)
 
 
 def positions(golden, N: int, M: int) -> tuple[Tensor, Tensor]:
@@ -103,7 +112,7 @@ def test_gated_block(golden, model, mixin, case):
     text_ids, media_ids = positions(golden, N, M)
     key, value = mixin.build(media[0], table(model, media_ids))
     memory = ImageMemory(spans_of(tensors, B, N, M))
-    out = mixin(x, key, value, memory, table(model, text_ids))
+    out = mixin(x, key, value, memory, rotation(model, text_ids))
     params = dict(mixin.named_parameters())
     grads = {f"grad_param/{theirs}": params[ours] for theirs, ours in MIXIN.items()}
     check(tensors, out, {"grad_in/x": x, "grad_in/media": media} | grads)
@@ -118,11 +127,11 @@ def test_gated_block_decodes_from_built_memory(golden, model, mixin):
     with torch.no_grad():
         memory.update(1, *mixin.build(plain["in/media"][0], table(model, media_ids)))
         key, value = memory.keys[1], memory.values[1]
-        prefill = mixin(plain["in/x"], key, value, memory, table(model, text_ids))
+        prefill = mixin(plain["in/x"], key, value, memory, rotation(model, text_ids))
         assert_relative(prefill, steps["prefill_out"])
         for i, (x, wanted) in enumerate(zip(steps["step_x"], steps["step_out"], strict=True)):
             place = torch.tensor([[N + i]])  # the raw count of tokens
-            assert_relative(mixin(x, key, value, memory, table(model, place)), wanted, str(i))
+            assert_relative(mixin(x, key, value, memory, rotation(model, place)), wanted, str(i))
 
 
 def test_projector(golden, model):

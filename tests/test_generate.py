@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from harness import CLEAR_MARGIN, LOGITS, assert_relative, recorded
 from PIL import Image
 from torch._dynamo.testing import CompileCounter
 
 import comemo
+import comemo_kernels as ops
 from comemo.decoder import MixinLayer
 from comemo_kernels import ImageMemory
 
@@ -54,10 +56,10 @@ def prepared(model, tokenizer, case):
 
 
 @pytest.mark.parametrize("name", CHATS)
-def test_recorded_chat(golden, inputs, model, tokenizer, name):
+def test_recorded_chat(golden, inputs, model, tokenizer, name, count_builds):
     record, case = case_of(golden, inputs, name)
     wanted = recorded(golden, "generate.safetensors", f"a/{name}/")
-    builds = count_builds(model)
+    builds = count_builds()
     ready = prepared(model, tokenizer, case)
     assert torch.equal(ready["position_ids"][0], wanted["position_ids"].long())
     memory = ready["image_memory"]
@@ -90,10 +92,10 @@ def test_every_recorded_margin_allows_equal_tokens(golden):
         assert margin > CLEAR_MARGIN or name in ("rope_2x3",), name
 
 
-def test_recorded_text_only_chat(golden, model, tokenizer):
+def test_recorded_text_only_chat(golden, model, tokenizer, count_builds):
     record = json.loads((golden / "generate.json").read_text())["a/text_only"]
     wanted = recorded(golden, "generate.safetensors", "a/text_only/")
-    builds = count_builds(model)
+    builds = count_builds()
     question = "hello world, describe a cat"
     prompt, ready = model.prepare_chat(tokenizer, None, [(question, None)])
     assert prompt == record["prompt"]
@@ -142,15 +144,28 @@ def test_bfloat16_is_no_further_off_than_published(golden, inputs, checkpoint, t
     assert error <= 2 * record["prefill_logit_rel_vs_f32"]
 
 
-def count_builds(model):
-    """A function that tells how often keys and values were built since now."""
+@pytest.fixture
+def count_builds(monkeypatch):
+    """Call for a function that tells how often a layer's keys and values were built since then."""
     count = [0]
-    for module in model.modules():
-        if isinstance(module, MixinLayer):
-            module.kv_proj.register_forward_hook(
-                lambda *_: count.__setitem__(0, count[0] + 1), always_call=True
-            )
-    return lambda: count[0]
+    build_memory, build = ops.build_memory, MixinLayer.build
+
+    def all_layers(media, kv_weights, *args, **kwargs):
+        count[0] += len(kv_weights)
+        return build_memory(media, kv_weights, *args, **kwargs)
+
+    def one_layer(*args):
+        count[0] += 1
+        return build(*args)
+
+    monkeypatch.setattr(ops, "build_memory", all_layers)
+    monkeypatch.setattr(MixinLayer, "build", one_layer)
+
+    def since():
+        before = count[0]
+        return lambda: count[0] - before
+
+    return since
 
 
 # --- batches, beams, caches, drafts ---
@@ -259,7 +274,7 @@ def test_sampling_returns_several_sequences(model, prompts_of):
     assert len(out) == 6
 
 
-def test_memory_is_reused_by_a_later_call(model, prompts_of):
+def test_memory_is_reused_by_a_later_call(model, prompts_of, count_builds):
     batch = dict(prompts_of(0))
     greedy = answers(model, batch)
     with torch.no_grad():
@@ -271,7 +286,7 @@ def test_memory_is_reused_by_a_later_call(model, prompts_of):
     config = model.config.mixin_config
     expected = 2 * len(layers) * len(memory) * config.num_heads * config.head_dim * 4
     assert memory.nbytes == expected
-    builds = count_builds(model)
+    builds = count_builds()
     del batch["pixel_values"]
     assert answers(model, batch, image_memory=memory) == greedy
     assert builds() == 0
@@ -306,16 +321,40 @@ def test_arguments_that_exclude_each_other(model, tokenizer, prompts_of):
             model.chat(tokenizer, pixel_values, "hi", {"prefill_chunk_size": 8})
 
 
-def test_memory_of_other_places_is_refused(model, prompts_of):
+def test_memory_serves_other_places(model, prompts_of, count_builds):
+    """The same picture behind more words, and in two prompts at once."""
+    batch = dict(prompts_of(0))
+    with torch.no_grad():
+        memory = model(**batch, use_cache=True).image_memory
+    longer = {
+        name: torch.cat([batch[name][:, :1].repeat(1, 9), batch[name]], 1)
+        for name in ("input_ids", "attention_mask")
+    } | {name: batch[name] for name in ("pixel_values", "tile_grid")}
+    wanted = answers(model, longer)
+    builds = count_builds()
+    del longer["pixel_values"]
+    assert answers(model, longer, image_memory=memory) == wanted
+    pads = {"input_ids": 2, "attention_mask": 0}
+    short = {name: F.pad(batch[name], (9, 0), value=pad) for name, pad in pads.items()}
+    both = {name: torch.cat([longer[name], short[name]]) for name in pads}
+    shared = memory.reading(memory.spans.repeat(2, 1, 1))
+    del batch["pixel_values"]
+    alone = answers(model, batch, image_memory=memory)
+    grids = torch.cat([torch.as_tensor(longer["tile_grid"])] * 2)
+    assert answers(model, both | {"tile_grid": grids}, image_memory=shared) == [*wanted, *alone]
+    assert builds() == 0
+
+
+def test_memory_of_other_images_is_refused(model, prompts_of):
     batch, other = dict(prompts_of(0)), dict(prompts_of(1))
     with torch.no_grad():
         memory = model(**other, use_cache=True).image_memory
     del batch["pixel_values"]
-    with pytest.raises(ValueError, match="image tokens at other positions"):
+    with pytest.raises(ValueError, match="whose images lie otherwise than the prompts'"):
         model.generate(**batch, image_memory=memory)
     del other["pixel_values"]
     twice = {name: tensor.repeat(2, 1) for name, tensor in other.items()}
-    with pytest.raises(ValueError, match=r"holds \[256\] image tokens .* prompts' \[256, 256\]"):
+    with pytest.raises(ValueError, match=r"holds \[256\] image tokens, .* prompts' \[256, 256\]"):
         model.generate(**twice, image_memory=memory)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comemo_kernels import ImageMemory, spans_from_cu_seqlens
+from comemo_kernels import ImageMemory, rotary_table, spans_from_cu_seqlens
 
 
 def example(lengths=(4, 0, 6)):
@@ -61,7 +61,8 @@ def test_a_prompt_without_its_image_tokens_says_so(model):
 def test_keys_and_values_own_no_more_than_they_hold(model):
     """A view into the projection's output would hold twice the bytes that `nbytes` tells."""
     layer = model.model.language_model.layers[1].mixin
-    table = model.model.language_model._mixin_table(torch.empty(0), torch.arange(6)[None])
+    mixin = model.config.mixin_config
+    table = rotary_table(torch.arange(6)[None], mixin.head_dim, mixin.rope_theta)
     with torch.no_grad():
         for tensor in layer.build(torch.randn(6, 128), table):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes

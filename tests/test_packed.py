@@ -22,18 +22,19 @@ def load(golden, case):
     return batch, notes[case]["seq_imgs"][0], notes
 
 
-def forward(model, inputs, batch, seq_imgs, weighted):
+def forward(model, inputs, batch, seq_imgs, weighted, absolute=False):
     """The published batch: every sample's tiles are its memory, dummies included."""
     tokens = model.config.tokens_per_tile
     media = model.model.get_image_features(inputs.normalise(batch["pixel_u8"].numpy()))
     tiles = torch.tensor([0, *seq_imgs]).cumsum(0)
     cu_seqlens = batch["cu_seqlens"][0].long()
     input_ids = batch["input_ids"].long()
-    memory = ImageMemory(
-        spans_from_cu_seqlens(cu_seqlens, tiles * tokens, input_ids.shape[1]),
-        media=media.flatten(0, 1),
-        position_ids=batch["cross_attention_media_position_ids"][0].long(),
-    )
+    memory = ImageMemory.from_media(
+        media.flatten(0, 1),
+        batch["cross_attention_media_position_ids"][0].long(),
+        [count * tokens for count in seq_imgs],
+        absolute=absolute,
+    ).reading(spans_from_cu_seqlens(cu_seqlens, tiles * tokens, input_ids.shape[1]))
     image_mask = model.model.find_image_tokens(input_ids)
     embeds = model.get_input_embeddings()(input_ids)
     shown = media[batch["image_flags"].bool()].flatten(0, 1)
@@ -50,9 +51,10 @@ def forward(model, inputs, batch, seq_imgs, weighted):
 
 @pytest.mark.parametrize("case", ["packed3", "single1"])
 @pytest.mark.parametrize("loss", ["weighted", "plain"])
-def test_recorded_pack(golden, inputs, model, case, loss):
+@pytest.mark.parametrize("absolute", [False, True])
+def test_recorded_pack(golden, inputs, model, case, loss, absolute):
     batch, seq_imgs, notes = load(golden, case)
-    out = forward(model, inputs, batch, seq_imgs, loss == "weighted")
+    out = forward(model, inputs, batch, seq_imgs, loss == "weighted", absolute)
     wanted = notes[f"{case}/a/{loss}"]
     assert out.loss.item() == pytest.approx(wanted["loss"], abs=1e-5)
     rows = batch["a/logits_rows"].long()

@@ -159,7 +159,7 @@ def test_attention_compiles_whole():
 
 def test_attention_says_what_is_wrong():
     case = memory_case(2, 3, 2, 2, 8, 30, 5)
-    with pytest.raises(ValueError, match=r"spans \(2, 2, 2\) must be \(2, 3, 2\) or \(2, 1, 2\)"):
+    with pytest.raises(ValueError, match=r"spans must be .* \(2, 3, 2\) or \(2, 1, 2\)"):
         ops.attend_images(**case | {"spans": case["spans"][:, :2]})
     with pytest.raises(ValueError, match=r"must lie in \[0, 30\]"):
         ops.attend_images(**case | {"spans": case["spans"] + 31})

@@ -159,14 +159,14 @@ def _attend_spans(
         ]
         turned = []
         for i, first, last in edges:
-            turn = queries
+            piece = queries
             if rotate and rotation is not None and ids is not None:
                 distance = ids if rows is None else ids[rows]
                 if biases is not None and biases.shape[1]:
                     owners = prompts if rows is None else prompts[rows]
                     distance = distance - biases[owners, i]
-                turn = turn(queries, distance, rotation.cos, rotation.sin)
-            turned.append((turn, first, last))
+                piece = turn(queries, distance, rotation.cos, rotation.sin)
+            turned.append((piece, first, last))
         if len(turned) == 1 and not return_lse:
             read = _attend(turned[0][0], k[start:end], v[start:end])
         else:

@@ -1,0 +1,292 @@
+"""The kernel around a mixin layer's attention: its reference, laws, contract with torch, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import assert_matches, evaluate
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.autograd import gradcheck
+from torch.library import opcheck
+
+import comemo_kernels
+from comemo_kernels import gated_residual, glue, norm_linear, reference
+
+pytestmark = pytest.mark.kernel(reference=True)  # its laws are the reference's too
+
+VERBS = ["norm_linear", "norm_swiglu", "gated_residual"]
+ROWS = [(1,), (3, 1), (2, 8), (2, 3, 5), (17,), (0,)]  # a launch for up to 16
+
+
+@pytest.fixture(scope="module")
+def dtypes(device):
+    """Triton's interpreter multiplies bfloat16 matrices wrongly."""
+    whole = [torch.float16, torch.float32]
+    return [torch.bfloat16, *whole] if device == "cuda" else whole
+
+
+def make_inputs(verb, rows=(2,), K=24, outputs=10, dtype=torch.float32, gate=0.6, device="cpu"):
+    generator = torch.Generator().manual_seed(K)
+
+    def draw(*shape, scale=1.0):
+        return (scale * torch.randn(shape, generator=generator)).to(device, dtype)
+
+    x, weight = draw(*rows, K), draw(outputs, K, scale=K**-0.5)
+    if verb == "gated_residual":
+        gate = torch.tensor([gate]).to(device, dtype)
+        return {"x": draw(*rows, outputs), "a": x, "weight": weight, "gate": gate}
+    inputs = {"x": x, "norm_weight": draw(K) + 1}
+    if verb == "norm_linear":
+        return inputs | {"weight": weight}
+    return inputs | {"gate_weight": weight, "up_weight": draw(outputs, K, scale=K**-0.5)}
+
+
+def requiring_grad(inputs):
+    return {name: t.detach().requires_grad_() for name, t in inputs.items()}
+
+
+def both(verb):
+    return getattr(comemo_kernels, verb), getattr(reference, verb)
+
+
+# --- values and gradients ---
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@given(
+    rows=st.integers(1, 20),
+    K=st.sampled_from([1, 7, 24, 128, 255, 256, 520]),
+    outputs=st.sampled_from([1, 5, 16, 33, 64]),
+    dtype=st.integers(0, 2),
+    gradients=st.booleans(),
+)
+def test_matches_reference(device, dtypes, verb, rows, K, outputs, dtype, gradients):
+    inputs = make_inputs(verb, (rows,), K, outputs, dtypes[dtype % len(dtypes)], device=device)
+    assert_matches(*both(verb), requiring_grad(inputs) if gradients else inputs)
+
+
+@pytest.mark.parametrize("gate", [0.0, 1e-4, -0.2, 0.3, -3.0, 60.0, -6e4])
+def test_every_gate(device, dtypes, gate):
+    for dtype in dtypes:
+        inputs = make_inputs("gated_residual", dtype=dtype, gate=gate, device=device)
+        assert_matches(*both("gated_residual"), inputs)
+        alone = inputs | {"x": torch.zeros_like(inputs["x"])}  # no residual hides a small gate
+        assert_matches(*both("gated_residual"), alone)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_rows_that_overflow_or_vanish_when_squared(device, verb):
+    for size in (1e-12, 1e12):
+        inputs = make_inputs(verb, K=300, device=device)
+        inputs["x"] *= size
+        assert_matches(*both(verb), inputs)
+
+
+def test_silu_has_no_size_that_is_too_large(device):
+    inputs = make_inputs("norm_swiglu", K=300, device=device)
+    inputs["gate_weight"] *= 1e4
+    assert_matches(*both("norm_swiglu"), inputs)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_any_number_of_dimensions(device, verb, rows):
+    ours, theirs = (op(**make_inputs(verb, rows, device=device)) for op in both(verb))
+    assert ours.shape == theirs.shape
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_gradients(device, verb):
+    inputs = requiring_grad(make_inputs(verb, (2, 1), 5, 3, torch.float64, device=device))
+    for op in both(verb):
+        assert gradcheck(lambda *args, op=op: op(*args), tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_one_operand_that_requires_grad_is_enough(device, verb):
+    inputs = make_inputs(verb, device=device)
+    for name in inputs:
+        leaf = requiring_grad({name: inputs[name]})
+        out = both(verb)[0](**inputs | leaf)
+        assert torch.autograd.grad(out.sum(), leaf[name])[0].abs().sum() > 0
+        with torch.no_grad():
+            assert not both(verb)[0](**inputs | leaf).requires_grad
+
+
+# --- laws ---
+
+
+def test_the_reference_is_what_is_published():
+    x, norm, gate_weight, up_weight = make_inputs("norm_swiglu", dtype=torch.bfloat16).values()
+    exact = x.float()
+    y = norm * (exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + 1e-5)).bfloat16()
+    linear = F.linear(y, gate_weight)
+    assert torch.equal(reference.norm_linear(x, norm, gate_weight), linear)
+    swiglu = F.silu(linear) * F.linear(y, up_weight)
+    assert torch.equal(reference.norm_swiglu(x, norm, gate_weight, up_weight), swiglu)
+    x, a, weight, gate = make_inputs("gated_residual", dtype=torch.bfloat16).values()
+    wanted = x + gate.tanh() * F.linear(a, weight)
+    assert torch.equal(reference.gated_residual(x, a, weight, gate), wanted)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_row_alone_is_the_row_in_a_batch(device, dtypes, verb):
+    for dtype in dtypes:
+        inputs = make_inputs(verb, (16,), 300, dtype=dtype, device=device)
+        whole = both(verb)[0](**inputs)
+        for i in range(16):
+            row = {name: inputs[name][i : i + 1] for name in ("x", "a") if name in inputs}
+            assert torch.equal(both(verb)[0](**inputs | row), whole[i : i + 1])
+
+
+@pytest.mark.parametrize("rows", [(1,), (16,), (17,)], ids=str)
+def test_a_closed_gate_changes_nothing(device, dtypes, rows):
+    for dtype in dtypes:
+        inputs = make_inputs("gated_residual", rows, dtype=dtype, gate=0.0, device=device)
+        out = gated_residual(**inputs)
+        assert torch.equal(out, inputs["x"])
+        assert out.data_ptr() != inputs["x"].data_ptr()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_strides_change_nothing(device, verb):
+    inputs = make_inputs(verb, (2, 3), device=device)
+    wanted = both(verb)[0](**inputs)
+
+    def spread(t):
+        """Views that begin and step where no 128 bits do."""
+        wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5), float("nan"))
+        wide[..., 3:-2] = t
+        return wide[..., 3:-2]
+
+    def turned(t):
+        return t.transpose(0, 1).contiguous().transpose(0, 1) if t.ndim == 3 else t
+
+    for change in (spread, turned):
+        again = both(verb)[0](**{name: change(t) for name, t in inputs.items()})
+        torch.testing.assert_close(again, wanted)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_last_position_of_a_prompt(device, verb):
+    """A slice of hidden states, as a decoder hands them on."""
+    inputs = make_inputs(verb, (3, 4), device=device)
+    last = {name: inputs[name][:, -1:] for name in ("x", "a") if name in inputs}
+    packed = {name: t.contiguous() for name, t in last.items()}
+    assert torch.equal(both(verb)[0](**inputs | last), both(verb)[0](**inputs | packed))
+
+
+def test_eps_counts(device):
+    inputs = make_inputs("norm_linear", device=device)
+    for eps in (0, 1e-6, 1.0):
+        assert_matches(*both("norm_linear"), inputs | {"eps": eps})
+    assert not torch.equal(norm_linear(**inputs), norm_linear(**inputs, eps=1.0))
+    inputs["x"] = torch.zeros_like(inputs["x"])
+    assert norm_linear(**inputs).eq(0).all()
+
+
+# --- contract with torch ---
+
+
+@pytest.mark.kernel
+def test_operator_contract(device):
+    x, norm, gate_weight, up_weight = make_inputs("norm_swiglu", device=device).values()
+    opcheck(glue._rows, (x, norm, gate_weight, None, None, None, 1e-5))
+    opcheck(glue._rows, (x, norm, gate_weight, up_weight, None, None, 1e-5))
+    x, a, weight, gate = make_inputs("gated_residual", device=device).values()
+    opcheck(glue._rows, (a, None, weight, None, x, gate, 0.0))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(device, verb, dynamic):
+    torch._dynamo.reset()
+    op = both(verb)[0]
+    compiled = torch.compile(op, fullgraph=True, dynamic=dynamic)
+    for rows in (3, 5):
+        inputs = make_inputs(verb, (rows,), device=device)
+        assert torch.equal(compiled(**inputs), op(**inputs))
+    inputs = requiring_grad(make_inputs(verb, (20,), device=device))
+    ours = evaluate(compiled, inputs)
+    for name, value in evaluate(op, inputs).items():
+        torch.testing.assert_close(ours[name], value)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_autocast_is_pytorchs(device, verb):
+    inputs = make_inputs(verb, device=device)
+    mixed = inputs | ({"a": inputs["a"].bfloat16()} if "a" in inputs else {})
+    with torch.autocast(device, torch.bfloat16):
+        ours, theirs = (op(**mixed) for op in both(verb))
+    assert ours.dtype == theirs.dtype == (torch.float32 if "a" in inputs else torch.bfloat16)
+    assert torch.isfinite(ours).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_graph_replays_it(verb):
+    inputs = make_inputs(verb, K=512, outputs=64, dtype=torch.bfloat16, device="cuda")
+    op = both(verb)[0]
+    wanted = op(**inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = op(**inputs)
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, wanted)
+
+
+# --- errors ---
+
+
+WRONG = {
+    "norm_linear": {
+        "x of integers": ("x", lambda t: t.int(), r"x must be .* float64, got torch.int32 \(2, 24"),
+        "x of no dimension": ("x", lambda t: t[0, 0], r"x must be .*got torch.float32 \(\)"),
+        "a norm too short": ("norm_weight", lambda t: t[1:], r"norm_weight .*\(24,\).* \(23,\)"),
+        "a weight turned": ("weight", lambda t: t.T, r"weight .*\(24, 24\).* got .*\(24, 10\)"),
+        "a weight of one dimension": ("weight", lambda t: t[0], r"weight .*got .*\(24,\)"),
+        "a weight of another dtype": ("weight", lambda t: t.half(), "weight must be torch.float32"),
+        "a weight elsewhere": ("weight", lambda t: t.to("meta"), "weight .* on meta"),
+    },
+    "norm_swiglu": {
+        "x of integers": ("x", lambda t: t.int(), "x must be .*got torch.int32"),
+        "a gate too narrow": ("gate_weight", lambda t: t[:, 1:], r"gate_weight .*\(10, 23\)"),
+        "weights of two widths": ("up_weight", lambda t: t[1:], r"up_weight .*\(10, 24\).*\(9, 24"),
+        "a norm of float16": ("norm_weight", lambda t: t.half(), "norm_weight .*torch.float16"),
+    },
+    "gated_residual": {
+        "x of float8": ("x", lambda t: t.to(torch.float8_e4m3fn), "x must be .*float8_e4m3fn"),
+        "other rows": ("a", lambda t: t[:1], r"a must be .*\(2, 24\).* got .*\(1, 24\)"),
+        "a of another dtype": ("a", lambda t: t.half(), "a must be torch.float32.*torch.float16"),
+        "a weight turned": ("weight", lambda t: t.T, r"weight .*\(10, 24\).* got .*\(24, 10\)"),
+        "a gate of no dimension": ("gate", lambda t: t[0], r"gate must be .*\(1,\).* got .*\(\)"),
+        "a gate for each element": ("gate", lambda t: t.expand(10), r"gate .*got .*\(10,\)"),
+    },
+}
+
+
+@pytest.mark.parametrize(("verb", "case"), [(verb, case) for verb in VERBS for case in WRONG[verb]])
+@pytest.mark.parametrize("which", [0, 1], ids=["kernel", "reference"])
+def test_says_what_is_wrong(device, verb, case, which):
+    name, change, message = WRONG[verb][case]
+    inputs = make_inputs(verb, device=device)
+    with pytest.raises(ValueError, match=rf"^{verb}: {message}"):
+        both(verb)[which](**inputs | {name: change(inputs[name])})
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("verb", VERBS)
+def test_says_what_a_kernel_cannot_do(device, verb):
+    inputs = make_inputs(verb, device=device)
+    for name in set(inputs) - {"gate", "norm_weight"}:
+        turned = {name: inputs[name].T.contiguous().T}
+        for grad in (False, True):  # for every number of rows, with gradients or without
+            turned[name].requires_grad_(grad)
+            with pytest.raises(ValueError, match=rf"^{verb}: .*contiguous, got .* of {name} \("):
+                both(verb)[0](**inputs | turned)
