@@ -330,18 +330,22 @@ def check_build(
         ((d,), media.dtype, "norm_weights", norm_weights or ()),
         ((C, G, D), held, "keys", keys),
         ((C, G, D), held, "values", values),
-        ((2 * cos.shape[-1],), None, "cos and sin, repeated,", (torch.empty(D, device="meta"),)),
     ):
         for x in tensors:
-            if x.shape != wanted or (dtype and (x.dtype != dtype or x.device != media.device)):
+            if x.shape != wanted or x.dtype != dtype or x.device != media.device:
                 raise ValueError(
                     f"build_memory: {name} must be {dtype} {wanted} on {media.device} for media"
                     f" {tuple(media.shape)} and keys {(C, G, D)}, got {x.dtype} {tuple(x.shape)} on"
                     f" {x.device}"
                 )
-    if cos.ndim != 2 or cos.shape != sin.shape or {cos.device, sin.device} != {media.device}:
+    if (
+        cos.ndim != 2
+        or cos.shape != sin.shape
+        or 2 * cos.shape[1] != D
+        or {cos.device, sin.device} != {media.device}
+    ):
         raise ValueError(
-            f"build_memory: cos and sin must be [P, D/2] on {media.device}, got"
+            f"build_memory: cos and sin must be [P, {D}/2] on {media.device}, got"
             f" {tuple(cos.shape)} on {cos.device} and {tuple(sin.shape)} on {sin.device}"
         )
     if ids.shape != (M,) or ids.dtype != torch.int32 or ids.device != media.device:

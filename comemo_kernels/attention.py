@@ -551,16 +551,16 @@ def _launch_into(
         )
 
 
-def _allocate(q: Tensor, k: Tensor, splits: int) -> AttentionWorkspace:
+def _allocate(q: Tensor, k: Tensor, splits: int, lasting: bool = False) -> AttentionWorkspace:
     (B, N, H, D), G = q.shape, k.shape[1]
     rows, float32 = B * N * H // G, {"dtype": torch.float32, "device": q.device}
     part = (splits, G, rows, D)
-    fused = splits > 1 and _kernel_for(q.dtype, rows).config["FUSED"]
+    counted = lasting or (splits > 1 and _kernel_for(q.dtype, rows).config["FUSED"])
     return AttentionWorkspace(
         *_fake(q),
         torch.empty(part, **float32) if splits > 1 else torch.empty(1, **float32).expand(part),
         torch.empty(part[:-1] if splits > 1 else 1, **float32),
-        (torch.zeros if fused else torch.empty)(G * rows, dtype=torch.int32, device=q.device),
+        (torch.zeros if counted else torch.empty)(G * rows, dtype=torch.int32, device=q.device),
     )
 
 
@@ -628,7 +628,7 @@ def attention_workspace(q: Tensor, k: Tensor, splits: int | None = None) -> Atte
     if not on_triton(q):
         return reference.attention_workspace(q, k, splits)
     check_workspace(q, k, splits)
-    return _allocate(q, k, _choose_splits(q, k) if splits is None else splits)
+    return _allocate(q, k, _choose_splits(q, k) if splits is None else splits, lasting=True)
 
 
 def _check_kernel(

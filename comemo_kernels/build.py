@@ -342,6 +342,11 @@ def _key(key: Any, *tensors: Tensor) -> Any:
 def _addresses(*tensors: Sequence[Tensor]) -> Tensor:
     """int64 [L, 4] on the device of four sequences of L tensors."""
     rows = [[t.data_ptr() for t in layer] for layer in zip(*tensors, strict=True)]
+    if any(address % 16 for row in rows for address in row):
+        raise ValueError(
+            "build_memory: on a GPU weights, keys, values and scales must begin at multiples of 16"
+            f" bytes, got {rows}"
+        )
     return to_device(torch.tensor(rows), tensors[0][0].device)
 
 
@@ -412,8 +417,6 @@ def _check_kernel(
             f"media, cos and sin must be contiguous along their last dimension, got strides"
             f" {media.stride()}, {cos.stride()} and {sin.stride()}"
         )
-    if any(t.data_ptr() % 16 for t in (*weights, *keys, *values)):
-        reasons.append("weights, keys and values must begin at multiples of 16 bytes")
     if keys[0].shape[-1] > 128:
         reasons.append(f"D must be at most 128, got {keys[0].shape[-1]}")
     if scales is not None:
