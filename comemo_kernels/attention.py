@@ -411,7 +411,7 @@ attend_many = Kernel(
     [
         {"BLOCK_M": 128, "BLOCK_N": 64, "FUSED": 0, "num_warps": 8, "num_stages": 3},
         {"BLOCK_M": 128, "BLOCK_N": 64, "FUSED": 0, "num_warps": 8, "num_stages": 2},
-        {"BLOCK_M": 64, "BLOCK_N": 64, "FUSED": 0, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "FUSED": 0, "num_warps": 8, "num_stages": 3},
     ],
 )
 attend_few = Kernel(

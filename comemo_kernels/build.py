@@ -35,6 +35,15 @@ from comemo_kernels.reading import MemoryScales
 # --- kernel ---
 
 
+@triton.jit
+def _pointer(address, like_ptr, ALIGNED: tl.constexpr):
+    """A pointer of the type of another; to a multiple of 16 bytes, if ALIGNED."""
+    pointer = address.to(like_ptr.dtype)
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
 @triton.jit(do_not_specialize=["media_stride", "num_rows", "width", "num_layers"])
 def _norm_kernel(
     rstd_ptr,  # [M] float32
@@ -78,7 +87,7 @@ def _norm_kernel(
             normed = (x.to(tl.float32) * rstd[:, None]).to(x.dtype)
             for layer in range(num_layers):
                 address = tl.load(address_ptr + layer * 4 + 1)
-                weight_ptr = tl.multiple_of(address.to(media_ptr.dtype), 16)
+                weight_ptr = _pointer(address, media_ptr, ALIGNED)
                 if EVEN:
                     weight = tl.load(weight_ptr + column)
                 else:
@@ -144,8 +153,8 @@ def _project_kernel(
     w_row = (kind * num_heads + head) * (2 * HALF) + offs_n // BLOCK_C * HALF + element
 
     table = address_ptr + layer * 4
-    w_ptr = tl.multiple_of(tl.load(table).to(x_ptr.dtype), 16)
-    out_ptr = tl.multiple_of(tl.load(table + 2 + kind).to(x_ptr.dtype), 16)
+    w_ptr = _pointer(tl.load(table), x_ptr, ALIGNED)
+    out_ptr = _pointer(tl.load(table + 2 + kind), x_ptr, ALIGNED)
     x_rows = x_ptr + layer * x_stride_l + offset_of(row, x_stride_m, ALIGNED)
     x_ptrs = x_rows[:, None] + offs_k[None, :]
     w_ptrs = w_ptr + offset_of(w_row, width, ALIGNED)[:, None] + offs_k[None, :]
@@ -219,7 +228,7 @@ def _scale_kernel(
     head, rest = pid % num_heads, pid // num_heads
     pid_t, plane = rest % num_tiles, rest // num_tiles  # plane: layer, keys or values
     address = address_ptr + plane // 2 * 4 + plane % 2
-    out_ptr = tl.multiple_of(tl.load(address).to(like_ptr.dtype), 16)
+    out_ptr = _pointer(tl.load(address), like_ptr, ALIGNED)
     scale_ptr = tl.load(address + 2).to(tl.pointer_type(tl.float32))
     offs_d = tl.arange(0, BLOCK_D)
     first = pid_t * tile
@@ -292,7 +301,6 @@ def _launch(
     exact, scaled = bool(norm_weights), bool(key_scales)
     project = project_exact if dtype == torch.float32 else project_media
     strides = (media.stride(0), d, *keys[0].stride()[:2], cos.stride(0))
-    aligned = all(stride % 8 == 0 for stride in strides)
     block_half = max(16, triton.next_power_of_2(half))
     config, blocks_h = project.config, -(-G * block_half // project.config["BLOCK_C"])
     step = CHUNK // tile * tile if exact or scaled else M
@@ -303,8 +311,11 @@ def _launch(
     held = list(zip(keys, values, strict=True))
     if scaled:
         held = [tuple(plane.unbind(0)) for plane in scratch]
-    address = _addresses(kv_weights, norm_weights or kv_weights, *zip(*held, strict=True))
-    targets = _addresses(keys, values, key_scales, value_scales) if scaled else address
+    address, whole = _addresses(kv_weights, norm_weights or kv_weights, *zip(*held, strict=True))
+    aligned = whole and all(stride % 8 == 0 for stride in strides)
+    targets, whole = address, True
+    if scaled:
+        targets, whole = _addresses(keys, values, key_scales, value_scales)
     stride_m, stride_g = (G * D, D) if scaled else keys[0].stride()[:2]
     for first in range(0, M, step):
         part = media[first : first + step]
@@ -326,11 +337,12 @@ def _launch(
         )
         if scaled:
             tiles = -(-m // tile)
-            key = (index, dtype, D, aligned)
+            wide = aligned and whole
+            key = (index, dtype, D, wide)
             scale_memory.launch(
                 *(tiles * G * L * 2, _key(key), scratch, keys[0], targets),
                 *(*keys[0].stride()[:2], m, G, tiles, tile, row + first),
-                *(D, aligned, triton.next_power_of_2(D)),
+                *(D, wide, triton.next_power_of_2(D)),
             )
 
 
@@ -339,15 +351,11 @@ def _key(key: Any, *tensors: Tensor) -> Any:
     return None if any(t.data_ptr() % 16 for t in tensors) else key
 
 
-def _addresses(*tensors: Sequence[Tensor]) -> Tensor:
-    """int64 [L, 4] on the device of four sequences of L tensors."""
+def _addresses(*tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
+    """Addresses [L, 4] of four sequences of L tensors, on their device; whether 16 divides them."""
     rows = [[t.data_ptr() for t in layer] for layer in zip(*tensors, strict=True)]
-    if any(address % 16 for row in rows for address in row):
-        raise ValueError(
-            "build_memory: on a GPU weights, keys, values and scales must begin at multiples of 16"
-            f" bytes, got {rows}"
-        )
-    return to_device(torch.tensor(rows), tensors[0][0].device)
+    aligned = not any(address % 16 for row in rows for address in row)
+    return to_device(torch.tensor(rows), tensors[0][0].device), aligned
 
 
 _build = register(

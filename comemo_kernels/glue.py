@@ -114,7 +114,7 @@ def _rows_kernel(
     up = tl.zeros([BLOCK_R, BLOCK_O], tl.float32)
     for start in range(0, num_inner, BLOCK_K):
         offs = (start + offs_k)[None, :]
-        mask_k = offs < num_inner
+        mask_k = (offs_k < num_inner - start)[None, :]
         x = tl.load(x_ptrs + offs, mask=mask_r if EVEN else mask_r & mask_k, other=0.0)
         if NORM:
             norm = _load(norm_ptr + offs, mask_k, EVEN)

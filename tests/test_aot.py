@@ -19,11 +19,16 @@ from comemo_kernels import aot, rotary
 from comemo_kernels._op import Kernel
 
 CASES = [(case, config) for case in aot.cases() for config in case.kernel.configs[: case.configs]]
+LAUNCHES = [(case, config, chip) for case, config in CASES for chip in case.chips]
 
 
-@pytest.mark.parametrize("chip", aot.CHIPS)
 @pytest.mark.parametrize(
-    ("case", "config"), CASES, ids=[f"{case.name} {list(c.values())}" for case, c in CASES]
+    ("case", "config", "chip"),
+    LAUNCHES,
+    ids=[
+        f"{case.kernel.function.__name__} {case.name} {list(c.values())} {chip}"
+        for case, c, chip in LAUNCHES
+    ],
 )
 def test_compiles_within_the_limits(case, config, chip):
     try:

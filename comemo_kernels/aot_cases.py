@@ -1,0 +1,183 @@
+"""What `comemo_kernels.aot` compiles: every kernel, dtype, variant and configuration that ships."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from comemo_kernels import attention, build, glue, positions, rotary
+from comemo_kernels._op import Kernel
+
+NVIDIA = ("sm_80", "sm_90", "sm_100")
+FLOAT8 = ("sm_90", "sm_100")  # sm_80 has no instruction that converts it
+EVERY = (*NVIDIA, "gfx942")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch to compile: real shapes and dtypes, no storage."""
+
+    kernel: Kernel
+    name: str
+    launch: Callable[[], Any]
+    configs: int = 1  # how many of the shipped configurations, the first ones, it stands for
+    dot: bool = False  # whether it multiplies matrices in warp groups
+    chips: tuple[str, ...] = EVERY
+    spills: Mapping[str, int] = field(default_factory=dict)  # bytes that are put up with
+
+
+def cases() -> list[Case]:
+    """Everything that ships: each kernel, each dtype and variant, each configuration once."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def rotate(kind: str, dtype: torch.dtype, inverse: bool = False, D: int = 128) -> None:
+        B, N, P, images = 2, 4096, 4096, 4
+        q, k = empty(B, N, 16, D, dtype=dtype), empty(B, N, 8, D, dtype=dtype)
+        table = empty(B, N, 64, dtype=dtype) if kind == "table" else empty(P, 64)
+        positions = {
+            "table": None,
+            "int32": empty(B, N, dtype=torch.int32),
+            "int64": empty(B, N, dtype=torch.int64),
+            "grids": empty(images, 4, dtype=torch.int32),
+        }[kind]
+        side = 16 if kind == "grids" else 0
+        rotary._launch([q, k], table, table, positions, side, True, True, inverse, inverse)
+
+    def number(attention: torch.dtype, column: bool) -> None:
+        mask = empty(2, 4096, dtype=torch.bool)
+        grids = empty(4, 4, dtype=torch.int32)
+        positions._launch(mask, mask.to(attention), grids, 13312, 16, column, True)
+
+    def of_rotary(name: str, *args: Any, configs: int = 1, **kwargs: Any) -> Case:
+        return Case(rotary.rotary_kernel, name, lambda: rotate(*args, **kwargs), configs)
+
+    half, every = torch.bfloat16, len(rotary.rotary_kernel.configs)
+    found = [
+        of_rotary("bf16 table", "table", half, configs=every),
+        of_rotary("bf16 int64 ids", "int64", half, configs=every),
+        of_rotary("bf16 grids", "grids", half, configs=every),
+        of_rotary("bf16 int32 ids", "int32", half),
+        of_rotary("bf16 gradient, published", "int64", half, inverse=True),
+        of_rotary("bf16 grids gradient, published", "grids", half, inverse=True),
+        of_rotary("bf16 128 of 192", "int64", half, D=192),
+    ]
+    for dtype, name in ((torch.float16, "fp16"), (torch.float32, "fp32"), (torch.float64, "fp64")):
+        found += [of_rotary(f"{name} {kind}", kind, dtype) for kind in ("table", "int64", "grids")]
+    numbering = positions.rope_dhr_kernel
+    for mask, column in ((torch.int64, True), (torch.bool, False)):
+        name = f"{str(mask).removeprefix('torch.')} mask"
+        launch = lambda a=mask, c=column: number(a, c)  # noqa: E731
+        found.append(Case(numbering, name, launch, len(numbering.configs)))
+    return [*found, *_glue_cases(), *_attention_cases(), *_build_cases()]
+
+
+def _glue_cases() -> list[Case]:
+    def launch(verb: str, dtype: torch.dtype, K: int) -> None:
+        x, norm, weight, residual, gate = (
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape in ((1, K), (K,), (2048, K), (1, 2048), (1,))
+        )
+        if verb == "residual":
+            glue._launch(x, None, weight, None, residual, gate, 0.0)
+        else:
+            glue._launch(x, norm, weight, weight if verb == "swiglu" else None, None, None, 1e-5)
+
+    found = []
+    for verb in ("norm", "swiglu", "residual"):
+        kernel = glue.two_weights_kernel if verb == "swiglu" else glue.one_weight_kernel
+        for name, dtype, K in (
+            ("bf16", torch.bfloat16, 2048),
+            ("bf16 uneven", torch.bfloat16, 2056),
+            ("fp16", torch.float16, 2048),
+            ("fp32", torch.float32, 2048),
+        ):
+            run = lambda verb=verb, dtype=dtype, K=K: launch(verb, dtype, K)  # noqa: E731
+            configs = len(kernel.configs) if name == "bf16" else 1
+            found.append(Case(kernel, f"{name} rows, {verb}", run, configs))
+    return found
+
+
+def _attention_cases() -> list[Case]:
+    half, D = torch.bfloat16, 128
+
+    def attend(B: int, N: int, M: int, dtype: torch.dtype, images: int | None, eight: bool) -> None:
+        """One prompt a row; `images` None leaves queries as they are."""
+        new = functools.partial(torch.empty, device="meta")
+        q = new(B, N, 16, D, dtype=dtype)
+        k = new(M, 16, D, dtype=torch.float8_e4m3fn if eight else dtype)
+        rotation: list[Any] = [None] * 5
+        if images is not None:
+            rotation = [*(new(4096, D // 2) for _ in "cs"), new(B, N, dtype=torch.int64)]
+            rotation += [new(images, dtype=torch.int32), new(1, images, dtype=torch.int32)]
+        scales = [new(M // 256, 16)] * 2 if eight else [None] * 2
+        spans = new(B, 1, 2, dtype=torch.int64)
+        attention._launch(q, k, k, spans, *rotation, *scales, 256 if eight else 1)
+
+    many, few, one = attention.attend_many, attention.attend_few, attention.attend_one
+    exact = attention.attend_exact
+    found = [
+        Case(
+            attention.combine,
+            "bf16 decode",
+            functools.partial(attend, 1, 1, 3328, half, 1, False),
+            chips=NVIDIA,
+        )
+    ]
+    for kernel, name, B, N, M in (
+        (many, "prefill", 1, 4096, 13312),
+        (many, "few queries", 1, 300, 13312),
+        (few, "batch", 8, 1, 26624),
+        (one, "decode", 1, 1, 3328),
+    ):
+        for kind, images in (("", None), (" one image", 1), (" several images", 4)):
+            # On sm_100 the accumulator leaves tensor memory while queries are rotated anew.
+            spills = {"sm_100": 224} if kernel is many and images == 4 else {}
+            for eight in (False, True):
+                run = functools.partial(attend, B, N, M, half, images, eight)
+                title = f"bf16 {name}{kind}" + ", fp8" * eight
+                chips = FLOAT8 if eight else NVIDIA
+                configs = 1 if eight else len(kernel.configs)
+                found.append(Case(kernel, title, run, configs, kernel is many, chips, spills))
+        run = functools.partial(attend, B, N, M, torch.float16, 1, False)
+        found.append(Case(kernel, f"fp16 {name}", run, 1, kernel is many, NVIDIA))
+    for kind, images in (("", None), (" one image", 1), (" several images", 4)):
+        run = functools.partial(attend, 1, 512, 3328, torch.float32, images, False)
+        spills = {"sm_100": 8} if images == 4 else {}
+        found.append(Case(exact, f"fp32{kind}", run, chips=NVIDIA, spills=spills))
+    run = functools.partial(attend, 1, 512, 3328, torch.float32, 1, True)
+    found.append(Case(exact, "fp32 one image, fp8", run, chips=FLOAT8))
+    return found
+
+
+def _build_cases() -> list[Case]:
+    def memory(dtype: torch.dtype, exact: bool, eight: bool) -> None:
+        M, d, L, G, D = 3328, 2048, 6, 16, 128
+        new = functools.partial(torch.empty, device="meta")
+        held = [new(M, G, D, dtype=torch.float8_e4m3fn if eight else dtype)] * L
+        table, ids = new(4096, D // 2), new(M, dtype=torch.int32)
+        media, weights = new(M, d, dtype=dtype), [new(2 * G * D, d, dtype=dtype)] * L
+        norms = [new(d, dtype=dtype)] * L if exact else []
+        scales = [new(M // 256, G)] * L if eight else []
+        arguments = (media, weights, norms, table, table, ids, held, held, scales, scales)
+        build._launch(*arguments, 256 if eight else 1, 0, 1e-5)
+
+    half, project = torch.bfloat16, build.project_media
+    found = []
+    for exact, name in ((True, "exact"), (False, "folded")):
+        run = functools.partial(memory, half, exact, False)
+        found += [
+            Case(build.norm_media, f"bf16 {name}", run, len(build.norm_media.configs)),
+            # sm_80 keeps both operands of a step of 64 in registers.
+            Case(project, f"bf16 {name}", run, len(project.configs), True, NVIDIA, {"sm_80": 24}),
+        ]
+        run = functools.partial(memory, torch.float32, exact, False)
+        found.append(Case(build.project_exact, f"fp32 {name}", run, chips=NVIDIA))
+        run = functools.partial(memory, torch.float16, exact, False)
+        found.append(Case(project, f"fp16 {name}", run, 1, True, NVIDIA, {"sm_80": 24}))
+    run = functools.partial(memory, half, True, True)
+    found.append(Case(build.scale_memory, "bf16 to fp8", run, chips=FLOAT8))
+    return found
