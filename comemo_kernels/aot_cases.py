@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from comemo_kernels import attention, build, glue, positions, rotary
+from comemo_kernels import _specialized, attention, build, glue, positions, rotary
 from comemo_kernels._op import Kernel
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -148,6 +148,27 @@ def _attention_cases() -> list[Case]:
         run = functools.partial(attend, 1, 512, 3328, torch.float32, images, False)
         spills = {"sm_100": 8} if images == 4 else {}
         found.append(Case(exact, f"fp32{kind}", run, chips=NVIDIA, spills=spills))
+
+    def specialized(dtype: torch.dtype) -> None:
+        new = functools.partial(torch.empty, device="meta")
+        q, k = new(1, 4096, 16, D, dtype=dtype), new(13312, 16, D, dtype=dtype)
+        out, lse, spans = (
+            new(q.shape, dtype=dtype),
+            new(1, 4096, 16),
+            new(1, 1, 2, dtype=torch.int64),
+        )
+        table, ids = new(4096, D // 2), new(1, 4096, dtype=torch.int64)
+        biases = new(1, 1, dtype=torch.int32)
+        _specialized.launch(out, lse, q, k, k, spans, table, table, ids, biases[0], biases)
+
+    if _specialized.AVAILABLE:
+        kernel = _specialized.attend_specialized
+        for dtype, name in ((half, "bf16"), (torch.float16, "fp16")):
+            run = functools.partial(specialized, dtype)
+            found.append(
+                Case(kernel, f"{name} prefill", run, len(kernel.configs), True, ("sm_90",))
+            )
+            found.append(Case(_specialized.turn_queries, f"{name} prefill", run, chips=NVIDIA[1:2]))
     run = functools.partial(attend, 1, 512, 3328, torch.float32, 1, True)
     found.append(Case(exact, "fp32 one image, fp8", run, chips=FLOAT8))
     return found

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 import comemo_kernels
-from comemo_kernels import aot, rotary
+from comemo_kernels import _specialized, aot, attention, build, rotary
 from comemo_kernels._op import Kernel
 
 CASES = [(case, config) for case in aot.cases() for config in case.kernel.configs[: case.configs]]
@@ -113,6 +113,90 @@ def test_lengths_and_heads_compile_nothing_new():
                     rotate(q, q, chosen, torch.zeros(q.shape[:-2], dtype=ids))
     for key, kernels in found.items():
         assert key is None or len(kernels) == 1
+
+
+def test_warps_are_specialised():
+    """Two groups of four multiply, a third loads; the compiler is silent where it does not."""
+    found = [case for case in aot.cases() if case.kernel is _specialized.attend_specialized]
+    if not found:
+        pytest.skip("triton below 3.4 makes no descriptors in a kernel")
+    with aot.offline(aot.CHIPS["sm_90"].target) as compiled:
+        found[0].launch()
+    assert compiled[-1].metadata.num_warps == 12
+    assert "USETMAXREG" in aot._read_nvidia(compiled[-1])[2]
+
+
+def test_no_length_compiles_attention_anew():
+    """50 lengths of queries and memory, a batch, other layouts: a kernel for each block size."""
+    found = {}
+    kernels = (attention.attend_many, attention.attend_few, attention.attend_one)
+    with pytest.MonkeyPatch.context() as patch, aot.offline(aot.CHIPS["sm_90"].target) as compiled:
+        for kernel in (*kernels, attention.combine):
+
+            def record(programs, key, *args, kernel=kernel, launch=kernel.launch):
+                launch(programs, key, *args)
+                found.setdefault((id(kernel), key), set()).add(id(compiled[-1]))
+
+            patch.setattr(kernel, "launch", record)
+
+        def attend(B, N, M, H=4, G=2, images=2, ids=torch.int64, width=64):
+            q, kv = torch.empty(B, N, H, width).half(), torch.empty(M, 2, G, width).half()
+            q, kv = q[..., :64], kv[..., :64]
+            spans, table = torch.zeros(B, 1, 2, dtype=ids), torch.empty(999, 32)
+            rotation = [table, table, torch.zeros(B, N, dtype=ids)]
+            rotation += [torch.zeros(images).int(), torch.zeros(B, images).int()]
+            attention._launch(q, kv[:, 0], kv[:, 1], spans, *rotation, None, None, 1)
+
+        for i in range(1, 51):
+            attend(1, 1, 64 * i)
+            attend(1, 1, 64 * i, images=i + 1)
+            attend(3, 1 + i % 8, 17 * i, H=8, G=8)
+            attend(2, 90 + i, 33 * i, images=2 + i)
+        assert None not in {key for _, key in found}
+        # Not split, split; one block size is never split here, and one combines.
+        assert len(found) <= 2 * 3 + 1
+        for images in (1, 2):
+            for ids in (torch.int32, torch.int64):
+                for width in (64, 67):
+                    attend(1, 1, 256, images=images, ids=ids, width=width)
+                    attend(1, 90, 256, images=images, ids=ids, width=width)
+    for (_, key), programs in found.items():
+        assert key is None or len(programs) == 1
+
+
+def test_no_length_compiles_the_build_anew():
+    found = {}
+    with pytest.MonkeyPatch.context() as patch, aot.offline(aot.CHIPS["sm_90"].target) as compiled:
+        for kernel in (build.norm_media, build.project_media, build.scale_memory):
+
+            def record(programs, key, *args, kernel=kernel, launch=kernel.launch):
+                launch(programs, key, *args)
+                found.setdefault((id(kernel), key), set()).add(id(compiled[-1]))
+
+            patch.setattr(kernel, "launch", record)
+
+        def memory(M, L, exact, row=0, d=128, eight=False):
+            dtype = torch.float8_e4m3fn if eight else torch.float16
+            held = [torch.empty(row + M + 16, 2, 32, dtype=dtype, device="meta")] * L
+            weights = [torch.empty(128, d, device="meta").half()] * L
+            norms = [torch.empty(d, device="meta").half()] * L if exact else []
+            media, table = torch.empty(M, d, device="meta").half(), torch.empty(99, 16)
+            scales = [torch.empty(M, 2, device="meta")] * L if eight else []
+            ids = torch.zeros(M).int()
+            arguments = (media, weights, norms, table, table, ids, held, held, scales, scales)
+            build._launch(*arguments, 16 if eight else 1, row, 1e-5)
+
+        patch.setattr(build, "to_device", lambda values, _: values)
+        for i in range(1, 51):
+            for exact in (True, False):
+                memory(16 * i, 1 + i % 7, exact, row=16 * (i % 3))
+        assert len(found) == 4
+        memory(64, 2, True, eight=True)
+        memory(80, 3, False, row=32, eight=True)
+        memory(64, 2, True, d=132)
+        memory(64, 2, False, d=100)
+    for (_, key), programs in found.items():
+        assert key is None or len(programs) == 1
 
 
 # --- the gate itself ---

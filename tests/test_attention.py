@@ -305,6 +305,53 @@ def test_spans_outside_the_memory_read_nothing_there():
         attend_images(q, inside, inside, spans, validate=True)
 
 
+# --- specialised warps ---
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("starts", [None, (), (0,)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_specialised_warps_match_the_reference(monkeypatch, starts, dtype):
+    inputs, rest = make_inputs(2, 140, 2, 1, 64, 300, "prompt", starts, 2, dtype=dtype)
+    inputs["spans"] = torch.tensor([[[0, 200]], [[200, 300]]], device=DEVICE)
+    launched = []
+    launch = attention._specialized.launch
+    monkeypatch.setattr(attention, "WARP_SPECIALIZE", True)
+    monkeypatch.setattr(attention, "_choose_splits", lambda q, k: 1)
+    monkeypatch.setattr(
+        attention._specialized, "launch", lambda *args: launched.append(1) or launch(*args)
+    )
+    if DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("warps are specialised on Hopper alone")
+    check(inputs, rest)
+    assert bool(launched) == (dtype != torch.float32), "float32 has no such kernel"
+    inputs["spans"][1] = 7  # an empty span
+    out, lse = ways(rest, return_lse=True)[0](**inputs)
+    assert (out[1] == 0).all()
+    assert (lse[1] == -math.inf).all()
+
+
+@pytest.mark.gpu
+def test_specialised_warps_give_the_same_bits(monkeypatch):
+    """What has to pass, with a race check, before `WARP_SPECIALIZE` may become True."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("warps are specialised on Hopper alone")
+    inputs, rest = make_inputs(
+        1, 2048, 16, 16, 128, 3328, "prompt", (0,), P=4096, dtype=torch.bfloat16
+    )
+    inputs["spans"][:] = torch.tensor([0, 3328])
+    plain = ways(rest)[0](**inputs)
+    monkeypatch.setattr(attention, "WARP_SPECIALIZE", True)
+    for config in attention._specialized.attend_specialized.configs:
+        with attention._specialized.attend_specialized.using(config):
+            first = ways(rest)[0](**inputs)
+            torch.testing.assert_close(first, plain, atol=2e-2, rtol=2e-2)
+            same = torch.ones((), dtype=torch.bool, device=DEVICE)
+            for _ in range(1000):
+                same &= (ways(rest)[0](**inputs) == first).all()
+            assert same, config
+
+
 # --- layouts, gradients, operator ---
 
 
