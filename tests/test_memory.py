@@ -2,8 +2,15 @@
 
 import pytest
 import torch
+from harness import LOGITS
 
-from comemo_kernels import ImageMemory, rotary_table, spans_from_cu_seqlens
+from comemo_kernels import (
+    ImageMemory,
+    distance_table,
+    rotary_table,
+    spans_from_cu_seqlens,
+    spans_from_images,
+)
 
 
 def example(lengths=(4, 0, 6)):
@@ -66,3 +73,111 @@ def test_keys_and_values_own_no_more_than_they_hold(model):
     with torch.no_grad():
         for tensor in layer.build(torch.randn(6, 128), table):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_spans_of_images_that_later_tokens_see():
+    """Two images of 4 and 6 tokens that end at tokens 2 and 5."""
+    last = torch.tensor([2, 5])
+    so_far = [[0, 0]] * 2 + [[0, 4]] * 3 + [[0, 10]] * 2
+    assert spans_from_images(last, [4, 6], 7).tolist() == [so_far]
+    latest = [[0, 0]] * 2 + [[0, 4]] * 3 + [[4, 10]] * 2
+    assert spans_from_images(last, [4, 6], 7, latest=True).tolist() == [latest]
+    with pytest.raises(ValueError, match=r"must be \[I\] for 1 sizes"):
+        spans_from_images(last, [4], 7)
+
+
+def test_places_of_images_are_told_apart():
+    """Ids of two images in one prompt, of one in another: places within, and where they begin."""
+    ids = torch.tensor([5, 6, 7, 8, 20, 21, 3, 4])
+    memory = ImageMemory.from_media(torch.randn(8, 2), ids, [6, 2], [4, 2, 2])
+    assert memory.ids.tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
+    assert memory.starts.tolist() == [0, 4, 6]
+    assert memory.biases.tolist() == [[5, 20, 3]]
+    assert torch.equal(memory.position_ids, ids)
+    absolute = ImageMemory.from_media(torch.randn(8, 2), ids, [6, 2], [4, 2, 2], absolute=True)
+    assert torch.equal(absolute.ids, ids.int())
+    assert torch.equal(absolute.position_ids, ids)
+    with pytest.raises(ValueError, match="must agree"):
+        ImageMemory.from_media(torch.randn(8, 2), ids, [6, 2], [4, 3, 1])  # across prompts
+    elsewhere = memory.reading(memory.spans, torch.tensor([[5, 20, 3], [9, 9, 9]]))
+    assert elsewhere.keys is memory.keys
+    assert elsewhere.position_ids[1].tolist() == [9, 10, 11, 12, 9, 10, 9, 10]
+    assert elsewhere.repeat_interleave(2).biases.tolist() == [[5, 20, 3]] * 2 + [[9, 9, 9]] * 2
+    assert memory.repeat_interleave(2).biases.shape == (1, 3)
+
+
+def test_a_table_of_distances_is_made_once():
+    device = torch.device("cpu")
+    with torch.inference_mode():
+        cos, sin = distance_table(8, 1e4, 50, device)
+    assert not cos.is_inference()
+    assert distance_table(8, 1e4, 50, device)[0] is cos
+    wanted, _ = rotary_table(torch.tensor([[49]]), 8, 1e4)
+    assert torch.equal(cos[49], wanted[0, 0])
+    assert sin[0].abs().max() == 0
+
+
+# --- in the model ---
+
+
+def picture_prompt(model, tiles=3):
+    config = model.config
+    count = tiles * config.tokens_per_tile
+    ids = torch.randint(10, 300, (1, count + 8))
+    ids[:, 4 : 4 + count] = config.image_token_id
+    side = config.vision_config.image_size[0]
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(tiles, 3, side, side),
+        "tile_grid": [(tiles - 1, 1)],
+    }
+
+
+@pytest.mark.parametrize("grid", [True, False])
+def test_absolute_and_relative_keys_say_the_same(model, grid):
+    batch = picture_prompt(model)
+    if not grid:
+        batch["tile_grid"] = None
+    with torch.no_grad():
+        relative = model(**batch, use_cache=True)
+        model.config.memory_positions = "absolute"
+        absolute = model(**batch, use_cache=True)
+    assert (relative.logits - absolute.logits).abs().max() < LOGITS
+    keys = [out.image_memory.keys[1] for out in (relative, absolute)]
+    assert (keys[0] - keys[1]).abs().max() > 0.1, "they are other keys"
+    assert torch.equal(*(out.image_memory.values[1] for out in (relative, absolute)))
+
+
+def test_modules_that_are_not_plain_are_called(model):
+    """Hooks stand for adapters, quantisation and offloading: the same result by the modules."""
+    batch = picture_prompt(model)
+    mixin = model.model.language_model.layers[1].mixin
+    calls, handles = [], []
+    with torch.no_grad():
+        plain = model(**batch, use_cache=True)
+        for name in ("q_proj", "kv_proj", "o_proj"):
+            module = getattr(mixin, name)
+            hook = lambda *_, name=name: calls.append(name)  # noqa: E731
+            handles.append(module.register_forward_hook(hook))
+        called = model(**batch, use_cache=True)
+    for handle in handles:
+        handle.remove()
+    assert calls == ["kv_proj", "q_proj", "o_proj"]
+    torch.testing.assert_close(called.logits, plain.logits)
+    for layer, keys in plain.image_memory.keys.items():
+        torch.testing.assert_close(called.image_memory.keys[layer], keys)
+
+
+def test_layers_built_at_once_share_their_storage(model):
+    with torch.no_grad():
+        memory = model(**picture_prompt(model), use_cache=True).image_memory
+    (storage,) = {t.untyped_storage().data_ptr() for t in memory.keys.values()}
+    held = [*memory.keys.values(), *memory.values.values()]
+    assert memory.nbytes == sum(t.nbytes for t in held) == held[0].untyped_storage().nbytes()
+    assert storage
+
+
+def test_a_memory_without_spans_says_so(model):
+    memory = ImageMemory.from_media(torch.randn(4, 128), torch.arange(4), [4]).reading(None)
+    with pytest.raises(ValueError, match="by no spans who may read it"), torch.no_grad():
+        model(input_ids=torch.tensor([[5]]), image_memory=memory)
