@@ -5,12 +5,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import decode, gpu, host, measure, positions, rotary
+from bench import attend, decode, gpu, host, measure, memory, mixin, positions, rotary
 
 BENCHMARKS: dict[str, Any] = {
+    "attend": attend,
     "decode": decode,
     "gpu": gpu,
     "host": host,
+    "memory": memory,
+    "mixin": mixin,
     "positions": positions,
     "rotary": rotary,
 }
@@ -26,10 +29,13 @@ def main() -> None:
     options = parser.parse_args()
     machine = measure.describe_machine()
     print("  ".join(f"{key} {value}" for key, value in machine.items()))
-    rows = BENCHMARKS[options.name].run(options)
+    rows: list[dict[str, Any]] = []
+    for row in BENCHMARKS[options.name].run(options):
+        rows.append(row)
+        if options.out and options.name != "gpu":  # which writes what its stages measured
+            # At once: what is measured outlives a run that is cut short.
+            measure.write(options.name, rows, machine, options.out)
     measure.show(rows)
-    if options.out and options.name != "gpu":  # which writes what its stages measured
-        measure.write(options.name, rows, machine, options.out)
     sys.exit(1 if getattr(options, "failed", False) else 0)
 
 

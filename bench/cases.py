@@ -1,6 +1,7 @@
 """Shapes and positions of real prompts, by name."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,22 @@ from comemo_kernels.grids import Grid
 
 HEADS = {"2B": (16, 8), "9B": (32, 8)}  # of queries, of keys
 HEAD_DIM = 128
+
+
+class MixinSize(NamedTuple):
+    """Mixin layers of a model."""
+
+    width: int
+    heads: int  # of queries and of keys
+    layers: int
+    wide: int  # of the feed-forward network
+
+
+MIXINS = {  # the first is for tests
+    "tiny": MixinSize(64, 2, 2, 96),
+    "2B": MixinSize(2048, 16, 6, 8192),
+    "9B": MixinSize(4096, 32, 8, 14336),
+}
 TOKENS_PER_TILE = 256
 
 

@@ -195,6 +195,14 @@ def copy_bandwidth(device: str) -> float:
     return 2e6 * source.nbytes / timing["copy"].us
 
 
+def gemm_rate(device: str) -> float:
+    """FLOP per second of a large product of random matrices: of zeros it would be faster."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    timing = compare({"gemm": lambda _: a @ b}, 4, device, rounds=9)
+    return 2e6 * size**3 / timing["gemm"].us
+
+
 def cache_bytes(device: str) -> int:
     """Bytes of input that leave nothing of an earlier call in the cache."""
     if device == "cpu":
@@ -220,7 +228,9 @@ def peak_gib() -> float:
 def write(name: str, rows: list[dict[str, Any]], machine: dict[str, Any], out: Path) -> None:
     """`name`.json with the machine, and `name`.csv, into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    part = out / f"{name}.json.part"  # until it is whole: who is cut short leaves what was
+    part.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+    part.replace(out / f"{name}.json")
     with (out / f"{name}.csv").open("w", newline="") as file:
         file.writelines(f"# {key}: {value}\n" for key, value in machine.items())
         writer = csv.DictWriter(file, _columns(rows), restval="")

@@ -4,11 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+LABELS = {
+    "of_copy": "share of a copy's bandwidth",
+    "of_limit": "share of the limit",
+    "us": "microseconds",
+}
+
 
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
     """A PNG for each benchmark: a bar for each way, grouped by case and pass.
 
-    Bars are the share of a plain copy's bandwidth where a row tells it, else microseconds.
+    Bars are the share of a plain copy's bandwidth, or of the limit, where rows tell it, else
+    microseconds.
 
     Args:
         rows: of `results.json`.
@@ -32,7 +39,7 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
         ways = list(dict.fromkeys(row["way"] for row in timed))
         if not groups:
             continue
-        measured = "of_copy" if all("of_copy" in row for row in timed) else "us"
+        measured = next(name for name in LABELS if all(name in row for row in timed))
         figure, axes = pyplot.subplots(figsize=(2 + 1.1 * len(groups), 5), layout="constrained")
         width = 0.8 / len(ways)
         for i, way in enumerate(ways):
@@ -48,7 +55,7 @@ def draw(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
             [f"{case}\n{kind}".replace(" ", "\n") for case, kind in groups],
             fontsize=7,
         )
-        axes.set_ylabel("share of a copy's bandwidth" if measured == "of_copy" else "microseconds")
+        axes.set_ylabel(LABELS[measured])
         axes.set_title(bench)
         axes.legend()
         axes.grid(axis="y", alpha=0.3)

@@ -4,9 +4,13 @@ import pytest
 import torch
 
 import comemo_kernels as ops
+from bench import measure
+from bench.attend import AttendWays
 from bench.cases import HEAD_DIM, HEADS, PROMPTS
+from bench.memory import Build
 from bench.positions import number_as_published
 from bench.rotary import rotate_as_published
+from bench.ways import Clock, Limits
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -42,3 +46,23 @@ def test_positions_as_published(benchmark):
 
 def test_packing_grids(benchmark):
     benchmark(ops.ImageGrids.pack, PROMPTS["pack_16k"].grids)
+
+
+def clock_of(dtype):
+    return Clock("cpu", dtype, Limits(1e11, 1e10), rounds=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", ["decode_1", "small_prompt", "small_pack"])
+@pytest.mark.parametrize("way", ["ours", "ours no rotation"])
+def test_attention(benchmark, case, way, dtype, monkeypatch):
+    """Of the 2B model; the first is a step of a conversation on one picture."""
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1)
+    benchmark(AttendWays("2B", case, clock_of(dtype)).our_ways()[way], 0)
+
+
+@pytest.mark.parametrize("way", ["published", "library", "ours exact", "ours folded", "ours fp8"])
+def test_memory(benchmark, way):
+    """One layer of the 2B model, the tokens of one tile."""
+    build = Build("2B", 1, 1, clock_of(torch.float32))
+    benchmark(build.ways(compiled=False)[way], 0)

@@ -4,8 +4,9 @@
     lse = log sum exp of the same scores
 
 One kernel at two block sizes. A block holds BLOCK_M rows, a row being a query token and one of the
-query heads that share a key head, and reads the union of its rows' spans once: what batches, beams
-or drafts share is read once, and so is the memory of a batch whose prompts have their own images.
+query heads that share a key head, and reads once from the first to the last key that any of its
+rows may: what batches, beams or drafts share is read once, and so is the memory of a batch whose
+prompts have their own images, one behind the other.
 Key blocks that every row of the block may read need no mask; only the others get one.
 Keys are stored rotated by the id within their image. Queries are rotated on load by their own id
 minus the image's bias, and again where a span passes into the next image.

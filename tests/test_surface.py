@@ -77,7 +77,7 @@ def test_readme_runs(checkpoint, photograph, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photograph.save("street.jpg")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     scope = {}
     for block in blocks:
         assert "./CoMemo-2B" in block or "path" in scope
@@ -86,5 +86,8 @@ def test_readme_runs(checkpoint, photograph, tmp_path, monkeypatch):
     assert isinstance(scope["answer"], str)
     assert len(scope["history"]) == 1
     assert isinstance(scope["memory"], comemo.ImageMemory)
+    assert scope["k"].shape == (1, 3424, 8, 128)
     assert scope["model"].dtype == torch.bfloat16
-    assert scope["q"].shape == (1, 3424, 16, 128)
+    assert scope["read"].shape == (1, 5, 4, 128)
+    assert (scope["read"][:, 0] == 0).all()
+    assert scope["read"].isfinite().all()

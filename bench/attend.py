@@ -1,0 +1,237 @@
+"""Attention over the image memory, against a large product and a large copy.
+
+Ways: `ours`, queries rotated as they are loaded; `ours no rotation`, of queries and keys at the
+ids of the prompt; `ours fp8`, of a memory stored as float8. `sdpa flash` and `sdpa cudnn`, pinned,
+of queries rotated beforehand, and `+ rotary` with that rotation; `folded`, with the rows that
+share a memory as queries of one. `varlen`, PyTorch's flash attention of packed rows; `flex`,
+compiled, by blocks; `dense mask`, SDPA with a boolean mask. `published` builds keys and values
+anew, `cached` keeps them, padded to the longest row: then whatever SDPA chooses.
+A decode step also within a CUDA graph, and by what it costs the host.
+"""
+
+import argparse
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import comemo_kernels as ops
+from bench import measure, published
+from bench.attending import Attending
+from bench.cases import HEAD_DIM
+from bench.readings import READINGS, SMALL
+from bench.ways import (
+    Clock,
+    Row,
+    Ways,
+    add_way_arguments,
+    each_case,
+    each_configuration,
+    keep_right,
+)
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+FLEX = ("pack_16k", "prefill_8k_13k")  # of which each is compiled
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cases", nargs="+", choices=[*READINGS, *SMALL])
+    add_way_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> Iterator[Row]:
+    clock = Clock.of(options, "attend")
+    names = options.cases or list(READINGS if clock.device == "cuda" else SMALL)
+    cases = itertools.product(options.sizes or ["2B"], names)
+    if options.tune:
+        return each_case(options, cases, lambda case: tune(*case, clock))
+    return each_case(options, cases, lambda case: time_case(*case, clock, not options.no_compile))
+
+
+class AttendWays(Attending):
+    """Every way to read a memory."""
+
+    def ways(self, compiled: bool) -> Ways:
+        return {
+            **self.our_ways(),
+            **(self.batched_ways() if self.reading.uniform else self.masked_ways()),
+            **(self.varlen_ways() if self.device == "cuda" else {}),
+            **(self.flex_ways() if compiled and self.device == "cuda" else {}),
+        }
+
+    def our_ways(self, workspace: bool = False) -> Ways:
+        first = self.sets[0]
+        room = ops.attention_workspace(first.q, first.k) if workspace else None
+
+        def ours(i: int) -> Any:
+            s = self.sets[i]
+            return ops.attend_images(s.q, s.k, s.v, self.spans, self.rotation, workspace=room)
+
+        def ours_no_rotation(i: int) -> Any:
+            s = self.sets[i]
+            return ops.attend_images(s.turned, s.absolute, s.v, self.spans, workspace=room)
+
+        def ours_fp8(i: int) -> Any:
+            assert self.float8 is not None
+            q, kv, scales = self.sets[i].q, self.float8_sets[i], self.float8[2]
+            return ops.attend_images(q, *kv, self.spans, self.rotation, scales, workspace=room)
+
+        ways: Ways = {"ours": ours, "ours no rotation": ours_no_rotation}
+        return ways | ({"ours fp8": ours_fp8} if self.float8 is not None else {})
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """[M, G, D] as a batch [B, M/B, G, D]; shared, where rows read the same."""
+        B = self.reading.shape[0]
+        return x[None].expand(B, -1, -1, -1) if self.reading.shared else x.unflatten(0, (B, -1))
+
+    def batched_ways(self) -> Ways:
+        cos, sin, _, *_ = self.rotation
+
+        def pinned(backend: SDPBackend, rotate: bool) -> Callable[[int], Any]:
+            def call(i: int) -> Tensor:
+                s = self.sets[i]
+                q = s.turned
+                if rotate:
+                    q = ops.apply_rotary(s.q, None, cos, sin, self.positions)[0]
+                with sdpa_kernel(backend):
+                    return published.attend(q, self.rows_of(s.absolute), self.rows_of(s.v))
+
+            return call
+
+        def folded(i: int) -> Tensor:
+            s = self.sets[i]
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                q = s.turned.transpose(0, 1)  # [1, B, H, D]
+                return published.attend(q, s.absolute[None], s.v[None]).transpose(0, 1)
+
+        def cached(i: int) -> Tensor:
+            s = self.sets[i]
+            q = published.rotate(s.q, *self.wide, self.positions)
+            return published.attend(q, self.rows_of(s.absolute), self.rows_of(s.v))
+
+        def as_published(i: int) -> Tensor:
+            q = published.rotate(self.sets[i].q, *self.wide, self.positions)
+            kv = published.build(self.media, self.norm, self.weight, *self.wide, self.prompt_ids)
+            return published.attend(q, *(self.rows_of(t) for t in kv))
+
+        ways: Ways = {}
+        backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION}
+        if self.device == "cuda":
+            backends["sdpa cudnn"] = SDPBackend.CUDNN_ATTENTION
+        for name, backend in backends.items():
+            ways |= {name: pinned(backend, False), f"{name} + rotary": pinned(backend, True)}
+        if self.reading.shared and self.reading.decoding:
+            ways["sdpa flash folded"] = folded
+        return ways | {"cached": cached, "published": as_published}
+
+    def masked_ways(self) -> Ways:
+        places, spans = torch.arange(len(self.ids), device=self.device), self.spans
+        B, N = self.reading.shape
+        seen = ((places >= spans[..., :1]) & (places < spans[..., 1:])).flatten(0, 1)  # [B * N, M]
+
+        def dense(i: int) -> Tensor:
+            s = self.sets[i]
+            q = s.turned.flatten(0, 1)[None]
+            return published.attend(q, s.absolute[None], s.v[None], seen).view(B, N, -1, HEAD_DIM)
+
+        if self.reading.packed:
+            return {"dense mask": dense}
+        lengths = torch.tensor(self.reading.lengths, device=self.device)
+        longest = max(self.reading.lengths)
+        held = torch.arange(longest, device=self.device) < lengths[:, None]  # [B, longest]
+
+        def padded(x: Tensor) -> Tensor:
+            rows = x.new_zeros(len(held), longest, *x.shape[1:])
+            rows[held] = x
+            return rows
+
+        caches = [(padded(s.absolute), padded(s.v)) for s in self.sets]
+
+        def cached(i: int) -> Tensor:
+            q = published.rotate(self.sets[i].q, *self.wide, self.positions)
+            return published.attend(q, *caches[i], held[:, None, None])
+
+        return {"dense mask": dense, "cached": cached}
+
+    def varlen_ways(self) -> Ways:
+        if varlen_attn is None or self.reading.shared:
+            return {}
+        counts, lengths = [count for count, _ in self.reading.samples], self.reading.lengths
+        borders = [
+            torch.tensor([0, *itertools.accumulate(t)], dtype=torch.int32, device=self.device)
+            for t in (counts, lengths)
+        ]
+
+        def varlen(i: int) -> Tensor:
+            s = self.sets[i]
+            q, most = s.turned.flatten(0, 1), (max(counts), max(lengths))
+            return varlen_attn(q, s.absolute, s.v, *borders, *most).view(s.q.shape)
+
+        return {"varlen": varlen}
+
+    def flex_ways(self) -> Ways:
+        if self.name not in FLEX:
+            return {}
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        starts, ends = self.spans.expand(*self.reading.shape, 2)[0].T.contiguous().unbind(0)
+        N, M = self.reading.queries, len(self.ids)
+        mask = create_block_mask(
+            lambda b, h, q, k: (k >= starts[q]) & (k < ends[q]), None, None, N, M, self.device
+        )
+        attend = torch.compile(flex_attention, dynamic=False)
+
+        def flex(i: int) -> Tensor:
+            s = self.sets[i]
+            q, k, v = (t.transpose(1, 2) for t in (s.turned, s.absolute[None], s.v[None]))
+            return attend(q, k, v, block_mask=mask).transpose(1, 2)
+
+        return {"flex": flex}
+
+
+@torch.no_grad()
+def time_case(size: str, case: str, clock: Clock, compiled: bool) -> Iterator[Row]:
+    attending = AttendWays(size, case, clock)
+    error, bound = attending.error_of(), clock.bound
+    name, sets = f"{case} {size}", len(attending.sets)
+    ways = keep_right(name, attending.ways(compiled), error, bound)
+    labels: Row = {"case": name, "pass": "forward"}
+    work, works = attending.work, attending.works()
+    yield from clock.time(labels, ways, sets, work, works)
+    if clock.device == "cpu" or not attending.reading.decoding:
+        return
+    in_place = keep_right(name, attending.our_ways(workspace=True), error, bound)
+    graphs = {n: in_place.get(n, way) for n, way in ways.items() if n != "published"}
+    yield from clock.time_graphs(labels, graphs, sets, work, works)
+    for way, call in {**graphs, "ours no workspace": ways["ours"]}.items():
+        cost = measure.host_us(functools.partial(call, 0), 30)
+        yield labels | {"pass": "host", "way": way, "host_us": cost}
+
+
+@torch.no_grad()
+def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
+    """Every configuration of the kernel that a case takes; the fastest belongs first."""
+    from comemo_kernels import attention
+
+    attending = AttendWays(size, case, clock)
+    rows = attending.reading.queries  # of a key head
+    kernel = attention._kernel_for(attending.dtype, rows)
+    name, work = f"{case} {size}", attending.work
+    ours = attending.our_ways()
+    calls = {
+        f"{way}{config}": call
+        for way, read in ours.items()
+        if way != "ours no rotation"
+        for config, call in each_configuration({"": kernel}, read).items()
+    }
+    right = keep_right(name, calls, attending.error_of(), clock.bound, must=False)
+    works = {n: attending.works()["ours fp8"] for n in right if n.startswith("ours fp8")}
+    yield from clock.time({"case": name, "pass": "tune"}, right, len(attending.sets), work, works)

@@ -1,0 +1,146 @@
+"""Who asks and who reads which images, by name: cases of attention over the image memory."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import comemo_kernels as ops
+from bench.cases import PROMPTS, Prompt
+from comemo_kernels.grids import Grid
+
+PICTURE: Grid = (4, 3)  # 13 tiles with its thumbnail, 3,328 tokens
+AHEAD, SPENT = 64, 292  # ids ahead of the first image; of an image and the words behind it
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Samples, each with its queries and the images that they read."""
+
+    samples: tuple[tuple[int, tuple[Grid, ...]], ...]
+    packed: bool = False  # samples share one row; else each is a row
+    shared: bool = False  # all read the images of the first sample
+
+    @classmethod
+    def of(cls, prompt: Prompt) -> "Reading":
+        """Of a packed row: every token asks for the images of its own sample."""
+        samples = tuple(
+            (ahead + sum(ops.image_tokens(grid) + behind for grid in grids), tuple(grids))
+            for ahead, grids, behind in prompt.samples
+        )
+        return cls(samples, packed=True)
+
+    @property
+    def queries(self) -> int:
+        """Of all rows."""
+        return sum(count for count, _ in self.samples)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """B, N."""
+        return (1, self.queries) if self.packed else (len(self.samples), self.samples[0][0])
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Of the memory's images."""
+        samples = self.samples[:1] if self.shared else self.samples
+        return [grid for _, grids in samples for grid in grids]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each image."""
+        return [ops.image_tokens(grid) for grid in self.grids]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Keys that each sample reads."""
+        return [sum(ops.image_tokens(grid) for grid in grids) for _, grids in self.samples]
+
+    @property
+    def pairs(self) -> int:
+        """Of a query and a key that it reads."""
+        return sum(n * m for (n, _), m in zip(self.samples, self.lengths, strict=True))
+
+    @property
+    def uniform(self) -> bool:
+        """Whether rows are what a batch of SDPA takes without a mask."""
+        return not self.packed and len(set(self.lengths)) == 1
+
+    @property
+    def decoding(self) -> bool:
+        return not self.packed and self.samples[0][0] == 1
+
+    def positions(self, device: str) -> Tensor:
+        """Ids of the queries [B, N]: a decoded token's behind its images, else from 0 on."""
+        if self.decoding:
+            rows = [[AHEAD + SPENT * len(grids)] for _, grids in self.samples]
+            return torch.tensor(rows, device=device)
+        parts = [torch.arange(count, device=device) for count, _ in self.samples]
+        return torch.cat(parts).view(self.shape)
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Keys [start, end) of each sample."""
+        if self.shared:
+            return [(0, self.lengths[0])] * len(self.samples)
+        ends = list(itertools.accumulate(self.lengths))
+        return [(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
+
+    def spans(self, device: str) -> Tensor:
+        """int32 [B, 1, 2], of a packed row [1, N, 2]."""
+        spans = torch.tensor(self.ranges(), dtype=torch.int32, device=device)
+        if not self.packed:
+            return spans[:, None]
+        counts = torch.tensor([count for count, _ in self.samples], device=device)
+        return spans.repeat_interleave(counts, 0)[None]
+
+    def places(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids [M] within their images; first key and bias of each image, int32 [I] and [1, I]."""
+        ids = torch.cat([ops.image_position_ids(grid) for grid in self.grids]).int()
+        starts = [0, *itertools.accumulate(self.sizes)][:-1]
+        samples = self.samples[:1] if self.shared else self.samples
+        biases = [AHEAD + SPENT * i for _, grids in samples for i in range(len(grids))]
+        starts, biases = (
+            torch.tensor(t, dtype=torch.int32, device=device) for t in (starts, [biases])
+        )
+        return ids.to(device), starts, biases
+
+
+def _prompt(queries: int, pictures: int) -> Reading:
+    return Reading(((queries, (PICTURE,) * pictures),))
+
+
+def _batch(rows: int, shared: bool = False) -> Reading:
+    return Reading(((1, (PICTURE,)),) * rows, shared=shared)
+
+
+RAGGED: tuple[Grid, ...] = ((4, 3), (2, 2), (3, 2), (1, 1), (3, 3), (4, 3), (2, 1), (1, 1))
+READINGS = {
+    "decode_1": _batch(1),
+    "decode_8": _batch(8),
+    "prefill_8k_13k": _prompt(8192, 4),
+    "few_256_13k": _prompt(256, 4),
+    "pack_16k": Reading.of(PROMPTS["pack_16k"]),
+    "decode_32": _batch(32),
+    "decode_8_shared": _batch(8, shared=True),
+    "decode_32_shared": _batch(32, shared=True),
+    "decode_8_ragged": Reading(tuple((1, (grid,)) for grid in RAGGED)),
+    "few_500_40k": _prompt(500, 12),
+    "few_256_40k": _prompt(256, 12),
+    "few_500_13k": _prompt(500, 4),
+    "prefill_2k_3k": _prompt(2048, 1),
+    "prefill_2k_13k": _prompt(2048, 4),
+    "prefill_2k_40k": _prompt(2048, 12),
+    "prefill_8k_3k": _prompt(8192, 1),
+    "prefill_8k_40k": _prompt(8192, 12),
+    "prefill_16k_3k": _prompt(16384, 1),
+    "prefill_16k_13k": _prompt(16384, 4),
+    "prefill_16k_40k": _prompt(16384, 12),
+}
+SMALL = {  # for a CPU
+    "small_pack": Reading(((40, ((1, 1),)), (24, ()), (64, ((2, 1),))), packed=True),
+    "small_prompt": Reading(((48, ((1, 1), (1, 1))),)),
+    "small_decode": Reading(((1, ((1, 1),)),) * 2),
+    "small_shared": Reading(((1, ((2, 1),)),) * 3, shared=True),
+    "small_ragged": Reading(((1, ((1, 1),)), (1, ((2, 1),)))),
+}

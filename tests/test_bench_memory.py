@@ -1,0 +1,320 @@
+"""Benchmarks of the image memory: cases that are what they say, rows, limits, wrong ways."""
+
+import argparse
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import comemo_kernels as ops
+from bench import __main__ as command
+from bench import attend, gpu, measure, memory, mixin, ways
+from bench.cases import PROMPTS
+from bench.readings import READINGS, SMALL
+from bench.ways import Clock, Limits, Work
+
+GEMM, COPY = 1e12, 1e10  # of the machine that the fixture makes up
+
+
+@pytest.fixture(autouse=True)
+def made_up_machine(monkeypatch):
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: COPY)
+    monkeypatch.setattr(measure, "gemm_rate", lambda device: GEMM)
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1)
+
+
+def options_of(module, *words):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return parser.parse_args([*words, "--rounds", "1"])
+
+
+def rows_of(module, *words):
+    options = options_of(module, *words)
+    rows = list(module.run(options))
+    for row in rows:
+        numbers = [value for value in row.values() if not isinstance(value, str)]
+        assert all(math.isfinite(number) and number > 0 for number in numbers), row
+        assert row["low_us"] <= row["us"] <= row["high_us"]
+    return rows, getattr(options, "failed", False)
+
+
+def clock(rounds=1):
+    return Clock("cpu", torch.float32, Limits(GEMM, COPY), rounds)
+
+
+# --- cases ---
+
+
+def test_readings_are_what_they_say():
+    assert READINGS["prefill_8k_13k"].pairs == 8192 * 13312
+    assert READINGS["few_500_40k"].shape == (1, 500)
+    assert sum(READINGS["few_500_40k"].sizes) == 39936
+    packed = READINGS["pack_16k"]
+    assert packed.shape == (1, PROMPTS["pack_16k"].tokens)
+    assert sum(packed.sizes) == 46 * 256
+    assert packed.lengths.count(0) == 1
+    spans = packed.spans("cpu")[0]
+    assert (spans[:, 1] - spans[:, 0]).sum() == packed.pairs
+    assert READINGS["decode_32"].shape == (32, 1)
+    assert sum(READINGS["decode_32"].sizes) == 32 * sum(READINGS["decode_32_shared"].sizes)
+    assert READINGS["decode_32_shared"].pairs == READINGS["decode_32"].pairs
+    assert not READINGS["decode_8_ragged"].uniform
+
+
+@pytest.mark.parametrize("case", [*SMALL, "decode_8_ragged", "decode_32_shared", "pack_16k"])
+def test_spans_and_places_fit_the_memory(case):
+    reading = {**READINGS, **SMALL}[case]
+    ids, starts, biases = reading.places("cpu")
+    spans = reading.spans("cpu")
+    assert spans.min() >= 0
+    assert spans.max() == len(ids) == sum(reading.sizes)
+    assert biases.shape == (1, len(starts))
+    assert reading.positions("cpu").shape == reading.shape
+
+
+# --- rows ---
+
+
+WAYS = {
+    "small_pack": {"dense mask"},
+    "small_prompt": {"sdpa flash", "sdpa flash + rotary", "cached", "published"},
+    "small_decode": {"ours fp8", "sdpa flash", "sdpa flash + rotary", "cached", "published"},
+    "small_shared": {
+        *("ours fp8", "sdpa flash", "sdpa flash + rotary", "sdpa flash folded"),
+        *("cached", "published"),
+    },
+    "small_ragged": {"ours fp8", "dense mask", "cached"},
+}
+
+
+def test_attention_rows():
+    rows, failed = rows_of(attend, "--sizes", "tiny")
+    assert not failed
+    for case, wanted in WAYS.items():
+        found = {row["way"] for row in rows if row["case"] == f"{case} tiny"}
+        assert found == {"ours", "ours no rotation", *wanted}
+
+
+def test_what_of_the_limit_attention_reaches():
+    """48 queries read 512 keys of two heads, in float32."""
+    rows, _ = rows_of(attend, "--sizes", "tiny", "--cases", "small_prompt")
+    flops = 4 * 48 * 512 * 2 * 128
+    moved = 4 * 2 * 128 * (2 * 48 + 2 * 512)
+    least = 1e6 * max(flops / GEMM, moved / COPY)
+    for row in rows:
+        assert row["tflop_s"] == pytest.approx(flops / row["us"] / 1e6)
+        assert row["gb_s"] == pytest.approx(moved / row["us"] / 1e3)
+        assert row["of_limit"] == pytest.approx(least / row["us"])
+
+
+def test_the_limit_is_the_slower_of_product_and_copy():
+    limits = Limits(GEMM, COPY)
+    assert limits.us(Work(flops=2e12, moved=1)) == pytest.approx(2e6)
+    assert limits.us(Work(flops=1, moved=3e10)) == pytest.approx(3e6)
+    assert clock().reached(4e6, Work(2e12, 1e10))["of_limit"] == pytest.approx(0.5)
+
+
+def test_sets_rotate_only_where_caches_count(monkeypatch):
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1000)
+    assert clock().sets(Work(flops=1e9, moved=100)) == 1
+    assert clock().sets(Work(flops=1, moved=100)) == 10
+    assert clock().sets(Work(flops=1, moved=10**6)) == 2
+
+
+def test_memory_rows():
+    words = ("--sizes", "tiny", "--tiles", "2", "--layers", "2", "--no-compile")
+    rows, failed = rows_of(memory, *words)
+    assert not failed
+    assert {row["case"] for row in rows} == {"tiny 2 tiles, 2 layers"}
+    ours = {"ours exact", "ours folded", "ours fp8"}
+    assert {row["way"] for row in rows} == {"published", "library", *ours}
+    flops = 2 * 512 * 64 * (2 * 2 * 2 * 128)
+    for row in rows:
+        assert row["tflop_s"] == pytest.approx(flops / row["us"] / 1e6)
+
+
+def test_mixin_rows():
+    words = ("--sizes", "tiny", "--cases", "decode_1", "--no-compile")
+    rows, failed = rows_of(mixin, *words)
+    assert not failed
+    layer = {row["way"] for row in rows if row["pass"] == "layer"}
+    assert layer == {"ours", "published", "cached"}
+    parts = [row for row in rows if row["pass"] != "layer"]
+    assert {row["pass"].split()[0] for row in parts} == {
+        *("norm_linear", "norm_swiglu", "gated_residual")
+    }
+    for row in parts:
+        assert row["of_copy"] == pytest.approx(row["gb_s"] * 1e9 / COPY)
+    swiglu = next(row for row in parts if row["pass"] == "norm_swiglu")
+    assert swiglu["gb_s"] == pytest.approx(2 * 96 * 64 * 4 / swiglu["us"] / 1e3)
+
+
+# --- what is wrong is not timed ---
+
+
+def test_a_wrong_way_of_ours_is_not_timed_and_the_next_case_is(monkeypatch, capsys):
+    right = ops.attend_images
+
+    def wrong(q, k, v, *others, **options):
+        out = right(q, k, v, *others, **options)
+        return 1.01 * out if q.shape[0] == 2 else out
+
+    monkeypatch.setattr(ops, "attend_images", wrong)
+    rows, failed = rows_of(attend, "--sizes", "tiny", "--cases", "small_decode", "small_shared")
+    assert failed
+    assert {row["case"] for row in rows} == {"small_shared tiny"}
+    assert "ours is not timed: it errs by 1.0e-02" in capsys.readouterr().err
+
+
+def test_what_is_read_where_there_is_nothing_is_wrong(monkeypatch):
+    right = ops.attend_images
+    monkeypatch.setattr(ops, "attend_images", lambda *given, **named: right(*given, **named) + 1e-9)
+    rows, failed = rows_of(attend, "--sizes", "tiny", "--cases", "small_pack")
+    assert failed
+    assert rows == []
+
+
+def test_a_wrong_rival_is_left_out(monkeypatch, capsys):
+    right = attend.published.build
+    monkeypatch.setattr(attend.published, "build", lambda *given: right(*given)[::-1])
+    rows, failed = rows_of(attend, "--sizes", "tiny", "--cases", "small_decode")
+    assert not failed
+    assert {row["way"] for row in rows} == {"ours", "ours no rotation", *WAYS["small_decode"]} - {
+        "published"
+    }
+    assert "published is not timed" in capsys.readouterr().out
+
+
+def test_a_wrong_memory_is_not_timed(monkeypatch):
+    right = ops.build_memory
+
+    def wrong(media, *others, **options):
+        right(media, *others, **options)
+        if len(media) > 256:  # not where every element is looked at
+            others[5][0][-1] = 0
+
+    monkeypatch.setattr(ops, "build_memory", wrong)
+    words = ("--sizes", "tiny", "--tiles", "2", "--layers", "1", "--no-compile")
+    assert rows_of(memory, *words) == ([], True)
+
+
+def test_a_wrong_layer_is_not_timed(monkeypatch):
+    """Attention is a share of what a layer adds that the comparison sees."""
+    right = ops.attend_images
+    monkeypatch.setattr(
+        ops, "attend_images", lambda q, k, v, *given, **named: right(-q, k, v, *given, **named)
+    )
+    assert rows_of(mixin, "--sizes", "tiny", "--cases", "decode_1", "--no-compile") == ([], True)
+
+
+# --- what only a GPU is asked for ---
+
+
+def test_graphs_of_what_fits(monkeypatch, capsys):
+    monkeypatch.setattr(measure, "graph_us", lambda call, calls: (call(), call(), 3.0)[-1])
+    seen = []
+
+    def unfit(i):
+        raise RuntimeError("no capture")
+
+    calls = {"ours": seen.append, "other": unfit}
+    labels = {"case": "c", "pass": "forward"}
+    rows = list(clock().time_graphs(labels, calls, 2, Work(1, 6e4)))
+    assert [(row["way"], row["pass"], row["us"]) for row in rows] == [
+        ("ours", "forward graph", 3.0)
+    ]
+    assert rows[0]["of_limit"] == pytest.approx(2.0)
+    assert seen == [0, 1]
+    assert "other fits no graph: RuntimeError: no capture" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="no capture"):
+        list(clock().time_graphs(labels, {"ours": unfit}, 2, Work(1, 1)))
+
+
+@pytest.mark.parametrize(
+    ("tune", "least"),
+    [
+        (lambda: attend.tune("tiny", "small_decode", clock()), 2),
+        (lambda: memory.MemoryBench(clock(), 1).tune(("tiny", 2)), 4),
+        (lambda: mixin.tune("tiny", "decode_1", clock()), 8),
+    ],
+    ids=["attend", "memory", "mixin"],
+)
+def test_tuning_times_every_configuration(tune, least):
+    pytest.importorskip("triton")
+    rows = list(tune())
+    assert len(rows) >= least
+    assert {row["pass"] for row in rows} == {"tune"}
+    assert len({(row["case"], row["way"]) for row in rows}) == len(rows)
+
+
+@pytest.mark.parametrize("module", [attend, memory, mixin])
+def test_tuning_needs_a_gpu(module):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit, match="--tune: needs a GPU, found none"):
+        list(module.run(options_of(module, "--tune")))
+
+
+def test_stages_of_the_gpu_are_commands_that_exist():
+    assert list(gpu.STAGES)[:5] == ["suite", "attend", "memory", "mixin", "tune attend"]
+    assert gpu.LIMITS.keys() <= gpu.STAGES.keys()
+    for stage, (_, bench, name, *words) in gpu.STAGES.items():
+        if stage != "suite":
+            assert bench == "bench"
+            parser = argparse.ArgumentParser()
+            command.BENCHMARKS[name].add_arguments(parser)
+            parser.parse_args(words)
+
+
+def test_a_stage_that_is_cut_short_keeps_what_it_measured(tmp_path, monkeypatch):
+    write = (
+        "import json, sys, pathlib, time; json.dump({'rows': [{'case': 'c', 'pass': 'p', 'way':"
+        " 'ours', 'us': 1.5}]}, (pathlib.Path(sys.argv[-1]) / 'b.json').open('w')); "
+    )
+    stages = {"fails": ["-c", write + "sys.exit(1)"], "hangs": ["-c", write + "time.sleep(60)"]}
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    said, rows = gpu._run_stage("fails", 30, tmp_path)
+    assert said.startswith("failed, exit code 1")
+    assert rows == [{"bench": "b", "case": "c", "pass": "p", "way": "ours", "us": 1.5}]
+    said, rows = gpu._run_stage("hangs", 5, tmp_path)
+    assert said == "out of time after 5 s"
+    assert len(rows) == 1
+
+
+def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
+    held = []
+
+    def run(options):
+        yield {"case": "c", "way": "ours", "us": 1.0}
+        held.append(json.loads((tmp_path / "memory.json").read_text())["rows"])
+        yield {"case": "c", "way": "other", "us": 2.0}
+
+    monkeypatch.setattr(memory, "run", run)
+    monkeypatch.setattr(sys, "argv", ["bench", "memory", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 0
+    assert [len(rows) for rows in held] == [1]
+    assert len(json.loads((tmp_path / "memory.json").read_text())["rows"]) == 2
+
+
+def test_digest_holds_rivals_against_the_first_way_of_ours():
+    same = {"bench": "memory", "case": "c", "pass": "build"}
+    rows = [
+        same | {"way": "published", "us": 8.0},
+        same | {"way": "ours exact", "us": 4.0, "of_limit": 0.8},
+        same | {"way": "ours folded", "us": 2.0},
+        same | {"way": "ours exact {}", "us": 1.0, "pass": "tune"},
+    ]
+    (line,) = gpu.digest(rows)
+    assert (line["us"], line["of_limit"]) == (4.0, 0.8)
+    assert (line["/ published"], line["/ ours folded"]) == (2.0, 0.5)
+
+
+def test_ways_of_ours_by_name():
+    assert ways.is_ours("ours")
+    assert ways.is_ours("ours fp8")
+    assert not ways.is_ours("sdpa flash")
