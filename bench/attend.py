@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
     names = options.cases or list(READINGS if clock.device == "cuda" else SMALL)
     cases = itertools.product(options.sizes or ["2B"], names)
     if options.tune:
-        return each_case(options, cases, lambda case: tune(*case, clock))
+        return each_case(options, cases, lambda case: tune(case[0], case[1], clock))
     return each_case(options, cases, lambda case: time_case(*case, clock, not options.no_compile))
 
 
@@ -217,6 +217,24 @@ def time_case(size: str, case: str, clock: Clock, compiled: bool) -> Iterator[Ro
 
 
 @torch.no_grad()
+def specialised(way: Callable[[int], Any]) -> Ways:
+    """The same by specialised warps, in every configuration, where they can be."""
+    from comemo_kernels import _specialized, attention
+
+    def call(i: int, config: dict[str, int]) -> Any:
+        attention.WARP_SPECIALIZE = True
+        try:
+            with _specialized.attend_specialized.using(config):
+                return way(i)
+        finally:
+            attention.WARP_SPECIALIZE = False
+
+    if not _specialized.AVAILABLE or torch.cuda.get_device_capability() != (9, 0):
+        return {}
+    configs = _specialized.attend_specialized.configs
+    return {f"specialised {c}": functools.partial(call, config=c) for c in configs}
+
+
 def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
     """Every configuration of the kernel that a case takes; the fastest belongs first."""
     from comemo_kernels import attention
@@ -234,4 +252,10 @@ def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
     }
     right = keep_right(name, calls, attending.error_of(), clock.bound, must=False)
     works = {n: attending.works()["ours fp8"] for n in right if n.startswith("ours fp8")}
-    yield from clock.time({"case": name, "pass": "tune"}, right, len(attending.sets), work, works)
+    told = {"case": name, "pass": "tune"}
+    yield from clock.time(told, right, len(attending.sets), work, works)
+    if kernel is attention.attend_many and attending.device == "cuda":
+        # Behind all others: a fault of these may end the process.
+        calls = specialised(ours["ours"])
+        right = keep_right(name, calls, attending.error_of(), clock.bound, must=False)
+        yield from clock.time(told, right, len(attending.sets), work)
