@@ -131,26 +131,32 @@ def _attend_spans(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Queries of equal span, and of equal biases, together: beams read their memory once."""
-    B, N, H, D = q.shape
-    rotate, biases, starts = rotation is not None, None, [0]
-    kind = spans.expand(B, N, 2).reshape(-1, 2).long()
+    (B, N, H, D), each = q.shape, spans.shape[1]  # 1: spans of prompts, N: of tokens
+    biases, starts = None, [0]
+    kind = spans.reshape(-1, 2).long()
     if rotation is not None and rotation.starts is not None and rotation.biases is not None:
         starts = rotation.starts.tolist() or [0]
         biases = rotation.biases.expand(B, -1)
         if len(rotation.biases) > 1:  # the same images may stand elsewhere in each prompt
-            prompt = torch.arange(B, device=q.device).repeat_interleave(N)
-            kind = torch.cat([kind, prompt[:, None]], 1)
-    distinct, owner = torch.unique(kind, dim=0, return_inverse=True)
-    flat = q.reshape(B * N, H, D)
-    ids = rotation.positions.expand(B, N).reshape(-1) if rotation is not None else None
-    prompts = torch.arange(B, device=q.device).repeat_interleave(N)
+            row = torch.arange(B, device=q.device).repeat_interleave(each)
+            kind = torch.cat([kind, row[:, None]], 1)
+    distinct, owner = kind, None
+    if B * each > 1:
+        distinct, owner = torch.unique(kind, dim=0, return_inverse=True)
+    flat, ids = q.reshape(B * N, H, D), None
+    if rotation is not None:
+        ids = rotation.positions.expand(B, N).reshape(-1)
+    prompts = torch.arange(B, device=q.device)
+    if B > 1:  # of each query; of one prompt no gathering is needed
+        prompts = prompts.repeat_interleave(N)
     out = torch.zeros_like(flat, memory_format=torch.contiguous_format)
     lse = flat.new_full((B * N, H), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for index, (start, end, *_) in enumerate(distinct.tolist()):
         if start >= end:
             continue
-        alone = len(distinct) == 1  # no gathering
-        rows = None if alone else (owner == index).nonzero().squeeze(1)
+        rows = None  # all: nothing to gather
+        if owner is not None and len(distinct) > 1:
+            rows = (owner == index).repeat_interleave(N // each).nonzero().squeeze(1)
         queries = flat if rows is None else flat[rows]
         edges = [
             (i, max(first, start), min(last, end))
@@ -160,10 +166,10 @@ def _attend_spans(
         turned = []
         for i, first, last in edges:
             piece = queries
-            if rotate and rotation is not None and ids is not None:
+            if rotation is not None and ids is not None:
                 distance = ids if rows is None else ids[rows]
                 if biases is not None and biases.shape[1]:
-                    owners = prompts if rows is None else prompts[rows]
+                    owners = prompts if rows is None or B == 1 else prompts[rows]
                     distance = distance - biases[owners, i]
                 piece = turn(queries, distance, rotation.cos, rotation.sin)
             turned.append((piece, first, last))
