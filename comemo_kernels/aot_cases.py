@@ -97,7 +97,9 @@ def _glue_cases() -> list[Case]:
         ):
             run = lambda verb=verb, dtype=dtype, K=K: launch(verb, dtype, K)  # noqa: E731
             configs = len(kernel.configs) if name == "bf16" else 1
-            found.append(Case(kernel, f"{name} rows, {verb}", run, configs))
+            # By triton 3.6 alone.
+            spills = {"sm_90": 24} if verb == "swiglu" and name in ("bf16 uneven", "fp32") else {}
+            found.append(Case(kernel, f"{name} rows, {verb}", run, configs, spills=spills))
     return found
 
 
@@ -136,12 +138,15 @@ def _attention_cases() -> list[Case]:
         for kind, images in (("", None), (" one image", 1), (" several images", 4)):
             # On sm_100 the accumulator leaves tensor memory while queries are rotated anew.
             spills = {"sm_100": 224} if kernel is many and images == 4 else {}
+            # By triton 3.6 alone.
+            eight_spills = {"sm_90": 24, "sm_100": 16} | spills if kernel is many else spills
             for eight in (False, True):
                 run = functools.partial(attend, B, N, M, half, images, eight)
                 title = f"bf16 {name}{kind}" + ", fp8" * eight
                 chips = FLOAT8 if eight else NVIDIA
                 configs = 1 if eight else len(kernel.configs)
-                found.append(Case(kernel, title, run, configs, kernel is many, chips, spills))
+                allowed = eight_spills if eight else spills
+                found.append(Case(kernel, title, run, configs, kernel is many, chips, allowed))
         run = functools.partial(attend, B, N, M, torch.float16, 1, False)
         found.append(Case(kernel, f"fp16 {name}", run, 1, kernel is many, NVIDIA))
     for kind, images in (("", None), (" one image", 1), (" several images", 4)):

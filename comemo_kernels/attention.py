@@ -127,7 +127,7 @@ def _attend_kernel(
     low = tl.min(tl.where(some, start, num_keys), 0)
     high = tl.max(tl.where(some, end, 0), 0)
     # What all rows may read; rows behind the last one restrict nothing.
-    shared = tl.max(tl.where(mask_m, tl.where(some, start, num_keys), 0), 0)
+    shared = tl.max(tl.where(mask_m, start, 0), 0)
     shared_end = tl.min(tl.where(mask_m, tl.where(some, end, 0), num_keys), 0)
     if SPLIT:
         share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), num_splits) * BLOCK_N
