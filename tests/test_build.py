@@ -129,6 +129,26 @@ def test_chunks_change_no_bit(monkeypatch):
             assert torch.equal(ours, wanted)
 
 
+@pytest.mark.kernel
+def test_chunks_of_float8_change_no_bit(monkeypatch):
+    from comemo_kernels import build
+
+    inputs = make_inputs(96)
+    held = []
+    for chunk in (8192, 32):
+        monkeypatch.setattr(build, "CHUNK", chunk)
+        memory = memory_of(inputs, dtype=torch.float8_e4m3fn, tile=16)
+        append(memory, inputs, 0, 16)
+        append(memory, inputs, 16)
+        held.append(memory)
+    for layer in (1, 3):
+        ours, wanted = (
+            (m.keys[layer][:96].float(), m.values[layer][:96].float(), *m.scales[layer][:2])
+            for m in held
+        )
+        assert all(map(torch.equal, ours, wanted))
+
+
 # --- the memory as an object ---
 
 
@@ -223,6 +243,7 @@ def test_says_what_is_wrong_and_changes_nothing():
             append(memory, inputs, **kwargs)
 
     wrong("64 more image tokens must fit the memory's capacity of 80, which holds 32")
+    wrong("49 more image tokens must fit", last=49)
     wrong(r"sizes must be positive and sum to the 32 rows .* got \[30\]", last=32, sizes=[30])
     wrong("sizes must be positive", last=32, sizes=[32, 0])
     wrong(
@@ -241,6 +262,7 @@ def test_says_what_is_wrong_and_changes_nothing():
     eight = memory_of(inputs, dtype=torch.float8_e4m3fn, tile=32)
     wrong("whole tiles of 32", memory=eight, last=40)
     assert (memory.sizes, memory.starts, memory.biases, memory.ids) == state
+    assert append(memory, inputs, 0, 48) == (32, 80), "what just fits"
     for layer, keys in held.items():
         assert torch.equal(memory.keys[layer][:32], keys[:32])
     with pytest.raises(ValueError, match="capacity, heads, head_dim and tile be positive"):
