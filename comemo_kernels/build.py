@@ -203,16 +203,17 @@ def _project_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("out_stride_m", "out_stride_g", "num_rows", "num_heads", "num_tiles", "tile"),
-        *("out_row",),
+        *("out_stride_m", "out_stride_g", "plane_rows", "num_rows", "num_heads", "num_tiles"),
+        *("tile", "out_row"),
     ]
 )
 def _scale_kernel(
-    x_ptr,  # [L, 2, M, G, D], contiguous
+    x_ptr,  # [L, 2, plane_rows, G, D], contiguous
     like_ptr,  # a tensor of the output's dtype
     address_ptr,  # [L, 4]: of keys, values and their scales
     out_stride_m: tl.int64,
     out_stride_g: tl.int64,
+    plane_rows,
     num_rows,  # M
     num_heads,  # G
     num_tiles,  # T
@@ -237,7 +238,7 @@ def _scale_kernel(
         inside = i * BLOCK_M + tl.arange(0, BLOCK_M)
         row = first + inside
         mask = ((inside < tile) & (row < num_rows))[:, None] & (offs_d < D)[None, :]
-        offs = ((plane * num_rows + row) * num_heads + head)[:, None] * D + offs_d[None, :]
+        offs = ((plane * plane_rows + row) * num_heads + head)[:, None] * D + offs_d[None, :]
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(x), propagate_nan=tl.PropagateNan.ALL)
     most = tl.max(tl.max(largest, 1), 0)
@@ -249,7 +250,7 @@ def _scale_kernel(
         inside = i * BLOCK_M + tl.arange(0, BLOCK_M)
         row = first + inside
         mask = ((inside < tile) & (row < num_rows))[:, None] & (offs_d < D)[None, :]
-        offs = ((plane * num_rows + row) * num_heads + head)[:, None] * D + offs_d[None, :]
+        offs = ((plane * plane_rows + row) * num_heads + head)[:, None] * D + offs_d[None, :]
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) / scale
         out_rows = out_ptr + offset_of(row + out_row, out_stride_m, ALIGNED)
         out_rows += offset_of(head, out_stride_g, ALIGNED)
@@ -341,7 +342,7 @@ def _launch(
             key = (index, dtype, D, wide)
             scale_memory.launch(
                 *(tiles * G * L * 2, _key(key), scratch, keys[0], targets),
-                *(*keys[0].stride()[:2], m, G, tiles, tile, row + first),
+                *(*keys[0].stride()[:2], rows, m, G, tiles, tile, row + first),
                 *(D, wide, triton.next_power_of_2(D)),
             )
 
