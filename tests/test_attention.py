@@ -93,7 +93,7 @@ def check(inputs, rest, **kwargs):
     B=st.integers(1, 3),
     N=st.integers(1, 5),
     heads=st.sampled_from([(1, 1), (4, 2), (6, 1), (3, 3)]),
-    D=st.sampled_from([2, 16, 24, 64]),
+    D=st.sampled_from([24, 64] if DEVICE == "cuda" else [2, 16, 24, 64]),  # each compiles
     M=st.integers(1, 150),
     spans=st.sampled_from(["token", "prompt"]),
     starts=st.sampled_from([None, (), (0,), (0, 1), (0, 16, 40, 41)]),

@@ -57,7 +57,7 @@ def built(build, inputs, heads, row=0, spare=0, **kwargs):
     d=st.sampled_from([8, 40, 64]),
     L=st.integers(1, 3),
     G=st.integers(1, 5),
-    D=st.sampled_from([2, 16, 24, 128]),
+    D=st.sampled_from([24, 128] if DEVICE == "cuda" else [2, 16, 24, 128]),  # each compiles
 )
 def test_matches_reference(M, d, L, G, D, exact, dtype):
     inputs = make_inputs(M, d, L, G, D, exact, dtype)
