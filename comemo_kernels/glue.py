@@ -94,8 +94,7 @@ def _rows_kernel(
     BLOCK_BYTES: tl.constexpr,  # of a row in a step
 ):
     """One program computes BLOCK_O outputs of all rows."""
-    dtype: tl.constexpr = weight_ptr.dtype.element_ty
-    BLOCK_K: tl.constexpr = BLOCK_BYTES * 8 // dtype.primitive_bitwidth
+    BLOCK_K: tl.constexpr = BLOCK_BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
     offs_r, offs_k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     offs_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     if ALIGNED:  # the same number, and a mask of 8 elements that the compiler sees is one
@@ -118,8 +117,8 @@ def _rows_kernel(
         x = tl.load(x_ptrs + offs, mask=mask_r if EVEN else mask_r & mask_k, other=0.0)
         if NORM:
             norm = _load(norm_ptr + offs, mask_k, EVEN)
-            x = (x.to(tl.float32) * scale).to(dtype).to(tl.float32)
-            x = (x * norm.to(tl.float32)).to(dtype)
+            x = (x.to(tl.float32) * scale).to(weight_ptr.dtype.element_ty).to(tl.float32)
+            x = (x * norm.to(tl.float32)).to(weight_ptr.dtype.element_ty)
         w = _load(weight_ptrs + offs, mask_k, EVEN)
         acc = tl.dot(x, w.T, acc, input_precision="ieee")
         if SWIGLU:
@@ -134,7 +133,7 @@ def _rows_kernel(
         gate = _tanh(tl.load(gate_ptr).to(tl.float32))
         acc = tl.load(residual + offs_o[None, :], mask=mask, other=0.0).to(tl.float32) + gate * acc
     out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * num_outputs + offs_o[None, :]
-    tl.store(out_ptrs, acc.to(dtype), mask=mask)
+    tl.store(out_ptrs, acc.to(weight_ptr.dtype.element_ty), mask=mask)
 
 
 # Few outputs a program: every multiprocessor has one, and all are under way at once. What then
