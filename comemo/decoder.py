@@ -42,7 +42,7 @@ def is_plain(*modules: nn.Module) -> bool:
     Adapters and quantisation replace modules, sharding and offloading replace weights or bring
     them by hooks, autocast converts them: then the modules themselves have to be called.
     """
-    return not torch.is_autocast_enabled() and all(
+    return all(
         type(part) in PLAIN
         and not (part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook"))
         and all(

@@ -168,6 +168,16 @@ def test_modules_that_are_not_plain_are_called(model):
         torch.testing.assert_close(called.image_memory.keys[layer], keys)
 
 
+def test_autocast_converts_what_modules_compute(model):
+    batch = picture_prompt(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        memory = model(**batch, use_cache=True).image_memory
+        del batch["pixel_values"]
+        again = model(**batch, image_memory=memory).logits
+    assert {t.dtype for t in memory.keys.values()} == {torch.bfloat16}
+    assert again.isfinite().all()
+
+
 def test_layers_built_at_once_share_their_storage(model):
     with torch.no_grad():
         memory = model(**picture_prompt(model), use_cache=True).image_memory

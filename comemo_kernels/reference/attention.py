@@ -8,6 +8,7 @@ from torch import Tensor
 
 from comemo_kernels._checks import check_attention, check_read, check_workspace
 from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
+from comemo_kernels.reference.rotary import rotate_halves
 
 ROWS = 256  # queries whose scores are held at once where SDPA cannot be used
 
@@ -116,10 +117,7 @@ def turn(x: Tensor, distance: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     row = row.clamp(max=cos.shape[0] - 1)
     c = torch.where(known, cos[row].to(exact), float("nan")).unsqueeze(-2)  # [..., 1, R/2]
     s = (sin[row].to(exact) * distance.sign()[..., None].to(exact)).unsqueeze(-2)
-    R = 2 * cos.shape[1]
-    x1, x2 = x[..., :R].to(exact).chunk(2, dim=-1)
-    turned = torch.cat([x1 * c - x2 * s, x2 * c + x1 * s], dim=-1).to(x.dtype)
-    return turned if x.shape[-1] == R else torch.cat([turned, x[..., R:]], dim=-1)
+    return rotate_halves(x, c, s)
 
 
 def _attend_spans(

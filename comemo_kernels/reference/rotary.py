@@ -59,7 +59,7 @@ def apply_rotary(
     if published:
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
     cos, sin = cos.to(exact).unsqueeze(-2), sin.to(exact).unsqueeze(-2)  # [B, N, 1, R/2]
-    return tuple(None if x is None else _rotate(x, cos, sin, inplace) for x in (q, k))  # type: ignore[return-value]
+    return tuple(None if x is None else rotate_halves(x, cos, sin, inplace) for x in (q, k))  # type: ignore[return-value]
 
 
 def _rows(table: Tensor, ids: Any) -> Tensor:
@@ -69,7 +69,8 @@ def _rows(table: Tensor, ids: Any) -> Tensor:
     return torch.where(known[..., None], rows, float("nan"))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inplace: bool) -> Tensor:
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, inplace: bool = False) -> Tensor:
+    """The first R of D elements of [..., H, D] turned by rows [..., 1, R/2], the rest copied."""
     R = 2 * cos.shape[-1]
     x1, x2 = x[..., :R].to(cos.dtype).chunk(2, dim=-1)
     rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)
