@@ -96,6 +96,7 @@ class CoMemoConfig(PreTrainedConfig):
         memory_positions: how keys of the image memory are rotated, by the place in their image,
             "relative", so that they serve any prompt, or as published by the id in their prompt,
             "absolute": the same but for rounding.
+        tiles_at_once: tiles that pass the vision tower together, a bound on its memory.
         rope_scaling: None, or {"type": "dynamic" | "linear", "factor": float}.
 
     Raises:
@@ -126,6 +127,7 @@ class CoMemoConfig(PreTrainedConfig):
     decode_positions: str = "compressed"
     ntk_length: str = "position"
     memory_positions: str = "relative"
+    tiles_at_once: int = 16
     rope_scaling: dict | None = None
     tie_word_embeddings: bool = False
 
@@ -172,6 +174,10 @@ class CoMemoConfig(PreTrainedConfig):
         if kind not in ("dynamic", "linear"):
             raise ValueError(
                 f"CoMemoConfig: rope_scaling type must be 'dynamic' or 'linear', got {kind!r}"
+            )
+        if self.tiles_at_once < 1:
+            raise ValueError(
+                f"CoMemoConfig: tiles_at_once must be positive, got {self.tiles_at_once}"
             )
         depth = self.vision_config.num_hidden_layers
         if not -depth - 1 <= self.select_layer <= depth:

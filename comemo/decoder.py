@@ -229,14 +229,17 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         image_memory: ImageMemory | None = None,
         query_position_ids: Tensor | None = None,
         token_counts: Tensor | None = None,
+        rope_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         text, x = self.config, inputs_embeds
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=text)
-        if token_counts is None:
-            token_counts = _count_tokens(x, attention_mask, past_key_values)
+        if rope_lengths is None:
+            if token_counts is None:
+                token_counts = _count_tokens(x, attention_mask, past_key_values)
+            rope_lengths = self.rope_lengths(position_ids, token_counts)
         place_in_sample = None
         if cu_seqlens is not None:
             place = torch.arange(x.shape[1], device=x.device)
@@ -255,7 +258,7 @@ class CoMemoTextModel(LlamaPreTrainedModel):
             position_ids=place_in_sample,
         )
         tables: dict[str, Any] = {
-            "position_embeddings": self._self_table(x, position_ids, token_counts)
+            "position_embeddings": self._self_table(x, position_ids, rope_lengths)
         }
         if image_memory is not None:
             places = position_ids if query_position_ids is None else query_position_ids
@@ -274,16 +277,20 @@ class CoMemoTextModel(LlamaPreTrainedModel):
             last_hidden_state=self.norm(x), past_key_values=past_key_values
         )
 
-    def _self_table(self, x: Tensor, position_ids: Tensor, token_counts: Tensor) -> Table:
+    def rope_lengths(self, position_ids: Tensor, token_counts: Tensor) -> Tensor:
+        """[B], what dynamic scaling goes by, of prompts with ids [B, N] and so many tokens [B]."""
+        by_position = self.comemo_config.ntk_length == "position"
+        return position_ids.amax(1) + 1 if by_position else token_counts
+
+    def _self_table(self, x: Tensor, position_ids: Tensor, rope_lengths: Tensor) -> Table:
         text, scaling = self.config, self.comemo_config.rope_scaling or {"type": None}
         if scaling["type"] == "linear":
             position_ids = position_ids / scaling["factor"]
         dynamic = {}
         if scaling["type"] == "dynamic":
-            by_position = self.comemo_config.ntk_length == "position"
             dynamic = {
                 "factor": scaling["factor"],
-                "length": position_ids.amax(1) + 1 if by_position else token_counts,
+                "length": rope_lengths,
                 "max_length": text.max_position_embeddings,
             }
         table = ops.rotary_table(

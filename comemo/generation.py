@@ -5,7 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comemo.cache import RoomyCache
+from comemo.prefill import read_prompt
 from comemo_kernels import ImageMemory
+
+ROOM_FOR_ANSWER = 1024  # tokens; a longer answer takes larger buffers
 
 
 class CoMemoGeneration:
@@ -37,13 +41,6 @@ class CoMemoGeneration:
         pixel_values = kwargs.get("pixel_values")
         embeds, assistant = kwargs.get("inputs_embeds"), kwargs.get("assistant_model")
         chosen = kwargs.get("generation_config") or self.generation_config
-        chunk = kwargs.get("prefill_chunk_size") or chosen.prefill_chunk_size
-        has_images = pixel_values is not None or memory is not None
-        if chunk is not None and (has_images or embeds is not None):
-            raise ValueError(
-                "generate: prefill_chunk_size must be None for prompts with images or"
-                f" inputs_embeds, got {chunk}"
-            )
         if pixel_values is not None and memory is not None and assistant is None:
             raise ValueError("generate: give either pixel_values or image_memory, got both")
         if embeds is not None:
@@ -58,6 +55,7 @@ class CoMemoGeneration:
                 kwargs.pop("pixel_values", None)  # an assistant builds a memory of its own
         if kwargs.get("position_ids") is not None:
             kwargs.setdefault("prompt_length", kwargs["position_ids"].shape[1])
+        self._make_room(chosen, kwargs)
         return super().generate(input_ids, **kwargs)  # type: ignore[misc]
 
     def _prepare_prompt(self, input_ids: Tensor, grid: Any, kwargs: dict[str, Any]) -> None:
@@ -84,6 +82,59 @@ class CoMemoGeneration:
             kwargs["image_memory"] = _place(memory, image_mask, ids)
         elif pixel_values is not None:
             kwargs["image_memory"] = model.build_image_memory(pixel_values, image_mask, ids, grid)
+
+    def _make_room(self, chosen: Any, kwargs: dict[str, Any]) -> None:
+        """Bring a cache that nothing is copied in, unless another kind is asked for."""
+
+        def option(name: str) -> Any:
+            value = kwargs.get(name)
+            return getattr(chosen, name) if value is None else value
+
+        named = option("cache_implementation") is not None or kwargs.get("past_key_values")
+        if named or option("use_cache") is False or kwargs.get("position_ids") is None:
+            return
+        layers = self.config.text_config.num_hidden_layers
+        answer = min(option("max_new_tokens") or 0, ROOM_FOR_ANSWER)
+        kwargs["past_key_values"] = RoomyCache(layers, kwargs["position_ids"].shape[1] + answer)
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Prompts with images in pieces too: their embeddings are taken from the memory's media."""
+        chunk, memory = generation_config.prefill_chunk_size, model_kwargs.get("image_memory")
+        ids, given = model_kwargs.get("position_ids"), model_kwargs.get("inputs_embeds")
+        cache = model_kwargs.get("past_key_values")
+        whole = given is not None or (ids is not None and input_ids.shape[1] == ids.shape[1])
+        if chunk is None or cache is None or ids is None or not whole:
+            return super()._prefill(  # type: ignore[misc]
+                input_ids, generation_config, model_kwargs, *args, **kwargs
+            )
+        mask = model_kwargs.get("attention_mask")
+        image_mask = None
+        if memory is not None and given is None:
+            image_mask = self.model.find_image_tokens(input_ids)
+
+        def embed(first: int, last: int) -> Tensor:
+            if given is not None:
+                return given[:, first:last]
+            return self.model.embed(input_ids, image_mask, memory, first, last)
+
+        return read_prompt(
+            self,
+            embed,
+            ids,
+            cache,
+            start=int(cache.get_seq_length()),
+            chunk=chunk,
+            attention_mask=mask,
+            token_counts=None if mask is None else mask.sum(1),
+            memory=lambda first, last: memory,
+        )
 
     def prepare_inputs_for_generation(
         self,

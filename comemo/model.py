@@ -81,19 +81,24 @@ class CoMemoModel(CoMemoPreTrainedModel):
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """Projected image tokens [T, tokens per tile, d] of tiles [T, 3, side, side].
 
-        Only the vision layers up to `select_layer` run.
+        Only the vision layers up to `select_layer` run, on `config.tiles_at_once` tiles at a time.
 
         Raises:
             ValueError: pixel values that are not square tiles of three colours.
         """
-        vision, config = self.vision_tower, self.config
+        config = self.config
         if pixel_values.ndim != 4 or pixel_values.shape[2] != pixel_values.shape[3]:
             raise ValueError(
                 "get_image_features: pixel_values must be [tiles, 3, side, side], got"
                 f" {tuple(pixel_values.shape)}"
             )
+        parts = [self._project(tiles) for tiles in pixel_values.split(config.tiles_at_once)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _project(self, tiles: Tensor) -> Tensor:
+        vision, config = self.vision_tower, self.config
         depth = config.select_layer % (len(vision.encoder.layer) + 1)
-        x = vision.embeddings(pixel_values)
+        x = vision.embeddings(tiles)
         for layer in vision.encoder.layer[:depth]:
             x = layer(x)
         norm, first, _, second = self.multi_modal_projector
@@ -168,14 +173,25 @@ class CoMemoModel(CoMemoPreTrainedModel):
         return ImageMemory.from_media(media, ids, lengths, sizes, absolute=absolute)
 
     def embed(
-        self, input_ids: Tensor, image_mask: Tensor | None, memory: ImageMemory | None
+        self,
+        input_ids: Tensor,
+        image_mask: Tensor | None,
+        memory: ImageMemory | None,
+        first: int = 0,
+        last: int | None = None,
     ) -> Tensor:
-        """Embeddings [B, N, d] of whole prompts, image tokens taken from the memory's media.
+        """Embeddings [B, n, d] of whole prompts, image tokens taken from the memory's media.
+
+        Args:
+            input_ids: [B, N].
+            image_mask: bool [B, N], True at image tokens.
+            memory: of the prompts.
+            first, last: embed the tokens from one index to another, of all N.
 
         Raises:
             ValueError: prompts with fewer image tokens than their memory, or spans per token.
         """
-        embeds = self.get_input_embeddings()(input_ids)
+        embeds = self.get_input_embeddings()(input_ids[:, first:last])
         if memory is None or memory.media is None or memory.spans is None or image_mask is None:
             return embeds
         # Token j of prompt b's images is media[start_b + j]: beams share their prompt's media.
@@ -188,9 +204,9 @@ class CoMemoModel(CoMemoPreTrainedModel):
             )
         index = start + image_mask.long().cumsum(1) - 1
         image_mask = image_mask & (index < end)  # an image token that was generated is a word
-        index = index[image_mask]
+        index, image_mask = index[:, first:last], image_mask[:, first:last]
         return embeds.masked_scatter(
-            image_mask[..., None], memory.media[index].to(embeds.device, embeds.dtype)
+            image_mask[..., None], memory.media[index[image_mask]].to(embeds.device, embeds.dtype)
         )
 
     def forward(
@@ -290,6 +306,7 @@ class CoMemoForConditionalGeneration(
         logits_to_keep: int | Tensor = 0,
         query_position_ids: Tensor | None = None,
         token_counts: Tensor | None = None,
+        rope_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> CoMemoOutput:
@@ -310,6 +327,8 @@ class CoMemoForConditionalGeneration(
             logits_to_keep: last positions, or indices, to compute logits for; 0 for all.
             query_position_ids: [B, N], where the mixin queries stand if not at `position_ids`.
             token_counts: [B], tokens so far; derived if None.
+            rope_lengths: [B], what dynamic scaling goes by, where that is more than these tokens
+                and the cache tell; derived if None.
             cu_seqlens: [samples + 1] bounds of packed samples in one row (B = 1).
 
         Returns:
@@ -327,6 +346,7 @@ class CoMemoForConditionalGeneration(
             use_cache=use_cache,
             query_position_ids=query_position_ids,
             token_counts=token_counts,
+            rope_lengths=rope_lengths,
             cu_seqlens=cu_seqlens,
             **kwargs,
         )

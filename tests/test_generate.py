@@ -303,7 +303,7 @@ def test_positions_may_be_given(model, prompts_of):
     assert answers(model, first[0]) == answers(model, first[1])
 
 
-def test_arguments_that_exclude_each_other(model, tokenizer, prompts_of):
+def test_arguments_that_exclude_each_other(model, prompts_of):
     batch = dict(prompts_of(0))
     with torch.no_grad():
         memory = model(**batch, use_cache=True).image_memory
@@ -316,9 +316,6 @@ def test_arguments_that_exclude_each_other(model, tokenizer, prompts_of):
         model.generate(inputs_embeds=embeds, pixel_values=batch["pixel_values"])
     with pytest.raises(ValueError, match="pixel_values need input_ids"):
         model(inputs_embeds=embeds, pixel_values=batch["pixel_values"])
-    for pixel_values in (batch["pixel_values"], None):
-        with pytest.raises(ValueError, match="prefill_chunk_size must be None"):
-            model.chat(tokenizer, pixel_values, "hi", {"prefill_chunk_size": 8})
 
 
 def test_memory_serves_other_places(model, prompts_of, count_builds):
@@ -500,8 +497,6 @@ def test_image_marks_need_their_tiles(model, prompts_of):
         model.generate(**batch, pixel_values=tiles[:2])
     with pytest.raises(ValueError, match="1 grids of 256 image tokens"):
         model.generate(**batch | {"tile_grid": [(1, 1)]}, pixel_values=tiles)
-    with pytest.raises(ValueError, match=r"prefill_chunk_size must be None .* got 64"):
-        model.generate(**batch, pixel_values=tiles, prefill_chunk_size=64)
     with pytest.raises(ValueError, match=r"hold \[768\] image tokens, got neither"):
         model.generate(**{k: v for k, v in batch.items() if k != "tile_grid"})
     model.config.image_token_id = None
