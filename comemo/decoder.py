@@ -303,6 +303,16 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         self, memory: ImageMemory, x: Tensor, places: Tensor, use_cache: bool
     ) -> dict[str, Any]:
         """What mixin layers need beside the memory; its keys and values, if that can be now."""
+        self._give_table(memory, x)
+        tables: dict[str, Any] = {"rotation": memory.rotation(places)}
+        if len(memory.keys) == len(self.comemo_config.mixin_layers) or memory.media is None:
+            return tables
+        if not (use_cache and memory.keeps and self.build_memory(memory)):
+            cos, sin = memory.key_table()
+            tables["media_table"] = cos[None], sin[None]
+        return tables
+
+    def _give_table(self, memory: ImageMemory, x: Tensor) -> None:
         if memory.table is None:
             # Generated text may go on behind the trained range.
             mixin = self.comemo_config.mixin_config
@@ -311,21 +321,25 @@ class CoMemoTextModel(LlamaPreTrainedModel):
             if memory.absolute:  # published: rounded to the activations' dtype
                 cos, sin = cos.to(x.dtype), sin.to(x.dtype)
             memory.table = cos, sin
-        tables: dict[str, Any] = {"rotation": memory.rotation(places)}
-        if len(memory.keys) == len(self.comemo_config.mixin_layers) or memory.media is None:
-            return tables
-        if not (use_cache and memory.keeps and not memory.keys and self._build(memory)):
-            cos, sin = memory.key_table()
-            tables["media_table"] = cos[None], sin[None]
-        return tables
 
-    def _build(self, memory: ImageMemory) -> bool:
-        """Build all layers at once, unless their weights are not all at hand or gradients asked."""
+    def build_memory(self, memory: ImageMemory) -> bool:
+        """Build keys and values of all mixin layers at once, ahead of the first forward.
+
+        Args:
+            memory: one with media and without keys; filled.
+
+        Returns:
+            Whether that was possible: the layers' weights have to be at hand, of one dtype and on
+            one device, and no gradients be asked for. Otherwise each layer builds its own when it
+            is first called.
+        """
+        if memory.media is None or memory.ids is None or memory.keys:
+            return False
+        self._give_table(memory, memory.media)
         media, ids, table = memory.media, memory.ids, memory.table
         layers = {i: self.layers[i].mixin for i in self.comemo_config.mixin_layers}
-        assert media is not None
         assert table is not None
-        if ids is None or not is_plain(
+        if not is_plain(
             *(part for mixin in layers.values() for part in (mixin.attn_norm, mixin.kv_proj))
         ):
             return False

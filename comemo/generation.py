@@ -28,6 +28,11 @@ class CoMemoGeneration:
             pixel_values: [T, 3, side, side], all prompts' tiles in reading order.
             tile_grid: (cols, rows) of each image; None for original RoPE.
             image_memory: of an earlier call on the same images, wherever they stood.
+            memory_store: a `MemoryStore`, where known pictures are looked up and new ones kept. An
+                assistant model builds its own memory without it.
+            prompt_output: what the model returned for a prompt that `past_key_values` holds whole;
+                its last logits begin. With it go `position_ids` and `attention_mask` of the whole
+                prompt, and `inputs` may be as short as one token.
             kwargs: everything that `generate` takes.
 
         Raises:
@@ -36,7 +41,7 @@ class CoMemoGeneration:
                 Nothing was computed then.
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        grid = kwargs.pop("tile_grid", None)
+        grid, store = kwargs.pop("tile_grid", None), kwargs.pop("memory_store", None)
         memory: ImageMemory | None = kwargs.get("image_memory")
         pixel_values = kwargs.get("pixel_values")
         embeds, assistant = kwargs.get("inputs_embeds"), kwargs.get("assistant_model")
@@ -50,7 +55,7 @@ class CoMemoGeneration:
                     " pixel_values"
                 )
         elif pixel_values is not None or kwargs.get("position_ids") is None:
-            self._prepare_prompt(input_ids, grid, kwargs)
+            self._prepare_prompt(input_ids, grid, kwargs, store)
             if assistant is None:
                 kwargs.pop("pixel_values", None)  # an assistant builds a memory of its own
         if kwargs.get("position_ids") is not None:
@@ -58,7 +63,9 @@ class CoMemoGeneration:
         self._make_room(chosen, kwargs)
         return super().generate(input_ids, **kwargs)  # type: ignore[misc]
 
-    def _prepare_prompt(self, input_ids: Tensor, grid: Any, kwargs: dict[str, Any]) -> None:
+    def _prepare_prompt(
+        self, input_ids: Tensor, grid: Any, kwargs: dict[str, Any], store: Any
+    ) -> None:
         """Fill in mask, positions and memory of whole prompts, checked."""
         model, memory = self.model, kwargs.get("image_memory")
         pixel_values, mask = kwargs.get("pixel_values"), kwargs.get("attention_mask")
@@ -81,7 +88,9 @@ class CoMemoGeneration:
         if memory is not None:
             kwargs["image_memory"] = _place(memory, image_mask, ids)
         elif pixel_values is not None:
-            kwargs["image_memory"] = model.build_image_memory(pixel_values, image_mask, ids, grid)
+            kwargs["image_memory"] = model.build_image_memory(
+                pixel_values, image_mask, ids, grid, store
+            )
 
     def _make_room(self, chosen: Any, kwargs: dict[str, Any]) -> None:
         """Bring a cache that nothing is copied in, unless another kind is asked for."""
@@ -106,6 +115,8 @@ class CoMemoGeneration:
         **kwargs: Any,
     ) -> Any:
         """Prompts with images in pieces too: their embeddings are taken from the memory's media."""
+        if (read := model_kwargs.pop("prompt_output", None)) is not None:
+            return read
         chunk, memory = generation_config.prefill_chunk_size, model_kwargs.get("image_memory")
         ids, given = model_kwargs.get("position_ids"), model_kwargs.get("inputs_embeds")
         cache = model_kwargs.get("past_key_values")
@@ -146,6 +157,7 @@ class CoMemoGeneration:
         position_ids: Tensor | None = None,
         image_memory: ImageMemory | None = None,
         prompt_length: int | None = None,
+        prompt_output: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         kwargs.pop("pixel_values", None)  # the memory was built before the loop

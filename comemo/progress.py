@@ -184,6 +184,26 @@ class AnswerStreamer(BaseStreamer):
         self.out.flush()
 
 
+class PieceStreamer(AnswerStreamer):
+    """Hands an answer on in pieces, instead of writing it.
+
+    Args:
+        tokenizer, stop: as of `AnswerStreamer`.
+        take: called with each piece.
+    """
+
+    def __init__(self, tokenizer: Any, stop: str, take: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, stop)
+        self.take = take
+
+    def end(self) -> None:
+        """The answer is complete: hand on what was held back."""
+        self.write(self._answer())
+
+    def _emit(self, text: str) -> None:
+        self.take(text)
+
+
 def _settled(text: str) -> str:
     """The part of an unfinished answer that no further token can change.
 

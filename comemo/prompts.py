@@ -195,6 +195,32 @@ def expand_images(prompt: str, token_counts: Sequence[int]) -> str:
     return first
 
 
+def encode_with_images(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, token_counts: Sequence[int]
+) -> tuple[list[int], str]:
+    """Turn a prompt with `<image>` marks into ids.
+
+    Args:
+        tokenizer: as of `encode_prompt`.
+        prompt: what `build_prompt` returned.
+        token_counts: as of `expand_images`.
+
+    Returns:
+        ids: what `encode_prompt` gives for what `expand_images` returns. One token of each picture
+            is encoded and then repeated: thousands take the tokenizer longer than all the words.
+        text: the prompt, with one `<IMG_CONTEXT>` a picture.
+
+    Raises:
+        ValueError: as of `expand_images` and `encode_prompt`.
+    """
+    text = expand_images(prompt, [min(count, 1) for count in token_counts])
+    context, counts = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT), iter(token_counts)
+    ids: list[int] = []
+    for index in encode_prompt(tokenizer, text):
+        ids += [index] * (next(counts) if index == context else 1)
+    return ids, text
+
+
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 

@@ -1,0 +1,401 @@
+"""A conversation that goes on from where it is: cache and image memory stay between questions."""
+
+import itertools
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import comemo_kernels as ops
+from comemo import prompts
+from comemo.cache import RoomyCache
+from comemo.chat import check_tokenizer
+from comemo.conversation import Conversation, load_pictures, scaled_length
+from comemo.prefill import read_prompt
+from comemo.progress import PieceStreamer, TokenClock
+from comemo.transcript import Transcript
+from comemo_kernels import ImageMemory
+
+
+@dataclass(frozen=True)
+class TurnReport:
+    """What an answer took.
+
+    Attributes:
+        prompt_tokens: of the whole conversation up to the answer.
+        read_tokens: of them, those that were not in the cache already.
+        new_tokens: of the answer.
+        first_s: seconds to its first token, everything included.
+        per_token_s: median seconds from one token to the next; not a number for a single one.
+    """
+
+    prompt_tokens: int
+    read_tokens: int
+    new_tokens: int
+    first_s: float
+    per_token_s: float
+
+
+class ChatSession:
+    """A conversation about pictures that reads only what is new.
+
+    Each question is answered exactly as if the whole conversation were read at once, and of that
+    only the tokens are computed that the cache does not hold yet: the new question, and of the
+    last answer what reads otherwise as part of a prompt (with `decode_positions="raw"` all of it).
+    Text that a first picture follows is read once more, for without any picture the mixin layers
+    are left out.
+
+    One thread at a time; `stop` may be called from any.
+
+    Args:
+        model: a `CoMemoForConditionalGeneration`.
+        processor: the `CoMemoProcessor` of its checkpoint.
+        system_message: instead of the template's own.
+        rope: "dhr" or "original" (recommended for text in pictures).
+        visibility: who sees a picture. "causal": its own question and everything later. "all":
+            everything, as in the published model, so that a later picture makes the session read
+            all of the conversation again.
+        prefill_chunk_size: tokens that are read at a time, a bound on memory.
+        memory_store: a `MemoryStore` to look pictures up in.
+        options: what `generate` takes, for every answer.
+
+    Raises:
+        ValueError: an unknown choice, or a tokenizer without CoMemo's control tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        system_message: str | None = None,
+        rope: str = "dhr",
+        visibility: str = "causal",
+        prefill_chunk_size: int | None = 4096,
+        memory_store: Any = None,
+        **options: Any,
+    ) -> None:
+        self._said = Conversation(system_message, rope, visibility)
+        self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
+        self.prefill_chunk_size, self.memory_store = prefill_chunk_size, memory_store
+        self.options = options
+        self.report: TurnReport | None = None
+        self._stop = prompts.stop_text(model.config.template)
+        check_tokenizer(self.tokenizer, self._stop)
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._memory: ImageMemory | None = None  # of all pictures
+        self._cache = RoomyCache(self.model.config.text_config.num_hidden_layers)
+        self._held = Transcript.empty()
+
+    @property
+    def history(self) -> list[tuple[str, str]]:
+        """(question, answer) pairs so far; a list of the caller's own."""
+        return list(self._said.turns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the self-attention's cache and of the image memory, media included."""
+        memory, media = self._memory, 0
+        if memory is not None and memory.media is not None:
+            media = memory.media.nbytes
+        return self._cache.nbytes + media + (0 if memory is None else memory.nbytes)
+
+    def ask(
+        self,
+        question: str,
+        images: Any = None,
+        *,
+        streamer: BaseStreamer | None = None,
+        **options: Any,
+    ) -> str:
+        """Answer a question.
+
+        Args:
+            question: text; `<image>` marks where a picture goes, without any mark the pictures go
+                before it. Names of control tokens in it stay text.
+            images: pictures that come with it, one or a list: PIL image, path, bytes, file, uint8
+                array, or (pixel_values, grid) as of `load_image`.
+            streamer: receives tokens as they come.
+            options: what `generate` takes, beside and before those of the session.
+
+        Returns:
+            The answer, or as much of it as there was when `stop` was called.
+
+        Raises:
+            ValueError: pictures and marks that disagree, a prompt beyond the position range.
+            RuntimeError: another thread is at work on this session. Whatever is raised, here or
+                while the answer is made, the session is as it was before the question.
+        """
+        with self._alone("ask"):
+            return self._ask(question, images, streamer, options)
+
+    def stream(self, question: str, images: Any = None, **options: Any) -> Iterator[str]:
+        """Answer a question piece by piece.
+
+        Args:
+            question, images, options: as of `ask`.
+
+        Yields:
+            Parts of the answer; `report` and `history` follow when it is complete. Whoever leaves
+            the loop early stops the answer, which then counts as far as it came.
+        """
+        pieces: queue.SimpleQueue = queue.SimpleQueue()
+        streamer = PieceStreamer(self.tokenizer, self._stop, pieces.put)
+
+        def work() -> None:
+            end: BaseException | None = None
+            try:
+                self.ask(question, images, streamer=streamer, **options)
+            except BaseException as error:  # for the thread that reads the pieces
+                end = error
+            pieces.put(end)
+
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            while isinstance(piece := pieces.get(), str):
+                yield piece
+        except GeneratorExit:
+            while worker.is_alive():  # `ask` forgets what is said before it begins
+                self.stop()
+                worker.join(0.01)
+            raise
+        worker.join()
+        if piece is not None:
+            raise piece
+
+    def regenerate(self, *, streamer: BaseStreamer | None = None, **options: Any) -> str:
+        """Answer the last question again; nothing but its last token is read anew.
+
+        Args:
+            streamer, options: as of `ask`.
+
+        Raises:
+            ValueError: nothing was asked yet.
+            RuntimeError: as of `ask`. The earlier answer stands then.
+        """
+        with self._alone("regenerate"):
+            clock = TokenClock(streamer)
+            if not self._said.turns:
+                raise ValueError("ChatSession.regenerate: nothing was asked yet")
+            *turns, (question, _) = self._said.turns
+            said = replace(self._said, turns=tuple(turns))
+            return self._answer(said, question, clock, options)
+
+    def stop(self) -> None:
+        """End the answer that is being made after its next token."""
+        self._stopped.set()
+
+    def fork(self) -> "ChatSession":
+        """The same conversation, to go on otherwise; the image memory is shared.
+
+        Raises:
+            RuntimeError: as of `ask`.
+        """
+        with self._alone("fork"):
+            other = ChatSession(
+                self.model,
+                self.processor,
+                prefill_chunk_size=self.prefill_chunk_size,
+                memory_store=self.memory_store,
+                **self.options,
+            )
+            other._said, other._memory, other._held = self._said, self._memory, self._held
+            other._cache = self._cache.fork()
+            other._numbers = itertools.count(next(self._numbers))
+            return other
+
+    def reset(self) -> None:
+        """Forget everything that was said and shown.
+
+        Raises:
+            RuntimeError: as of `ask`.
+        """
+        with self._alone("reset"):
+            self._said = replace(self._said, turns=(), pictures=())
+            self._memory, self._held = None, Transcript.empty()
+            self._cache = RoomyCache(len(self._cache.layers))
+
+    @contextmanager
+    def _alone(self, verb: str) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"ChatSession.{verb}: another thread is at work on this session: wait for it, or"
+                " fork() the session before"
+            )
+        try:
+            self._stopped.clear()
+            yield
+        finally:
+            self._lock.release()
+
+    def _ask(
+        self, question: str, images: Any, streamer: BaseStreamer | None, options: dict[str, Any]
+    ) -> str:
+        clock = TokenClock(streamer)
+        said, config = self._said, self.model.config
+        new = load_pictures(
+            images, len(said.turns), self._numbers, self.processor.image_processor, config
+        )
+        marks = question.count(prompts.IMAGE_MARK)
+        if marks == 0:
+            question = f"{prompts.IMAGE_MARK}\n" * len(new) + question
+        elif marks != len(new):
+            raise ValueError(
+                f"ChatSession.ask: the question must have a {prompts.IMAGE_MARK} mark for each of"
+                f" its {len(new)} images, or none, got {marks}"
+            )
+        said = replace(said, pictures=(*said.pictures, *new))
+        return self._answer(said, question, clock, options)
+
+    @torch.no_grad()
+    def _answer(
+        self,
+        said: Conversation,
+        question: str,
+        clock: TokenClock,
+        options: dict[str, Any],
+    ) -> str:
+        """Answer, and only then note what was said: whatever fails leaves the session as it was."""
+        wanted, ids = said.prompt(question, self.model, self.tokenizer)
+        input_ids = torch.tensor([ids], device=self.model.device)
+        image_mask = (wanted.tokens < 0)[None].to(input_ids.device)
+        position_ids = wanted.positions[None].to(input_ids.device)
+        self.model._check_range(position_ids, torch.ones_like(input_ids), bool(said.pictures))
+        memory = self._remember(said, image_mask, position_ids)
+        # At least the last token is read: its logits begin the answer.
+        kept = min(self._held.common(wanted), len(wanted) - 1)
+        self._cache.crop_to(kept)
+        self._held = wanted.first(kept)
+        core = self.model.model
+        whole = (
+            None
+            if memory is None
+            else self._reading(memory, wanted.visible.new_tensor([len(said.pictures)]))
+        )
+        output = read_prompt(
+            self.model,
+            lambda first, last: core.embed(input_ids, image_mask, whole, first, last),
+            position_ids,
+            self._cache,
+            start=kept,
+            chunk=self.prefill_chunk_size,
+            memory=lambda first, last: self._reading(memory, wanted.visible[first:last]),
+        )
+        self._held = wanted
+        sequences = self._generate(output, wanted, memory, clock, options)
+        tokens = sequences[0, 1:].tolist()
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        answer = text.split(self._stop)[0].strip()
+        self._said, self._memory = said.built().answered(question, answer), memory
+        self.report = TurnReport(
+            prompt_tokens=len(wanted),
+            read_tokens=len(wanted) - kept,
+            new_tokens=len(tokens),
+            first_s=clock.first,
+            per_token_s=clock.per_token,
+        )
+        return answer
+
+    def _remember(
+        self, said: Conversation, image_mask: Tensor, position_ids: Tensor
+    ) -> ImageMemory | None:
+        """The memory of all pictures; what is known of it is not computed again."""
+        new = [picture for picture in said.pictures if picture.pixel_values is not None]
+        if not new:
+            return self._memory
+        known = sum(picture.tokens for picture in said.pictures[: -len(new)])
+        later = image_mask & (image_mask.long().cumsum(1) > known)
+        store = {} if self.memory_store is None else {"memory_store": self.memory_store}
+        core = self.model.model
+        pixel_values = torch.cat([p.pixel_values for p in new if p.pixel_values is not None])
+        found = core.build_image_memory(
+            pixel_values, later, position_ids, [p.grid for p in new], **store
+        )
+        core.language_model.build_memory(found)
+        return found if self._memory is None else _join(self._memory, found)
+
+    def _reading(self, memory: ImageMemory | None, visible: Tensor) -> ImageMemory | None:
+        """The memory as tokens read it that see so many pictures, [n]."""
+        if memory is None:
+            return None
+        borders = torch.tensor((0, *memory.sizes)).cumsum(0)
+        if bool((visible == visible[0]).all()):
+            visible = visible[:1]
+        ends = borders[visible]
+        spans = torch.stack([torch.zeros_like(ends), ends], -1)[None]  # [1, n or 1, 2]
+        return memory.reading(spans.to(self.model.device))
+
+    def _generate(
+        self,
+        output: Any,
+        wanted: Transcript,
+        memory: ImageMemory | None,
+        clock: TokenClock,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Go on from the prompt's last logits; what the cache then holds is noted."""
+        N, device = len(wanted), self.model.device
+        options = {"pad_token_id": self.tokenizer.pad_token_id} | self.options | options
+        chosen = options.get("generation_config") or self.model.generation_config
+        stop = self.tokenizer.convert_tokens_to_ids(self._stop)
+        criteria = [*options.pop("stopping_criteria", ()), _Stopped(self._stopped)]
+        rows = max(
+            value if (value := options.get(name)) is not None else getattr(chosen, name) or 1
+            for name in ("num_beams", "num_return_sequences")
+        )
+        cache = self._cache
+        if rows > 1:  # beams go their own ways, the session stays at the prompt
+            cache = cache.fork()
+            cache.batch_repeat_interleave(rows)
+            output.logits, output.past_key_values = output.logits.repeat_interleave(rows, 0), cache
+        sequences = self.model.generate(
+            torch.tensor([[self.tokenizer.bos_token_id]], device=device),
+            attention_mask=torch.ones(1, N, dtype=torch.long, device=device),
+            position_ids=wanted.positions[None].to(device),
+            past_key_values=cache,
+            image_memory=self._reading(memory, wanted.visible[-1:]),
+            prompt_output=output,
+            stopping_criteria=StoppingCriteriaList(criteria),
+            streamer=clock if rows == 1 else None,
+            **{"eos_token_id": stop} | options,
+        )
+        if rows == 1:
+            self._held = wanted + self._note(sequences[0, 1:], wanted, memory is not None)
+            self._held = self._held.first(cache.get_seq_length())
+        return sequences
+
+    def _note(self, tokens: Tensor, wanted: Transcript, pictures: bool) -> Transcript:
+        """The transcript of generated tokens."""
+        count = len(wanted) + torch.arange(len(tokens))
+        positions = wanted.positions[-1] + 1 + torch.arange(len(tokens))
+        raw = pictures and self.model.config.decode_positions == "raw"
+        queries = count if raw else positions
+        scaling = scaled_length(self.model.config, positions, count + 1)
+        return Transcript.of(tokens.cpu(), positions, queries, wanted.visible[-1], scaling)
+
+
+class _Stopped(StoppingCriteria):
+    """Ends all sequences once it is asked to."""
+
+    def __init__(self, asked: threading.Event) -> None:
+        self.asked = asked
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), self.asked.is_set(), device=input_ids.device)
+
+
+def _join(memory: ImageMemory, new: ImageMemory) -> ImageMemory:
+    """Both behind each other; built again by the layers where one of them is not built."""
+    if memory.keys.keys() != new.keys.keys():
+        memory, new = replace(memory, keys={}, values={}), replace(new, keys={}, values={})
+    return ops.join_images([memory, new])
