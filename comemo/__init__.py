@@ -14,10 +14,13 @@ from comemo.config import CoMemoConfig, MixinConfig
 from comemo.images import load_image
 from comemo.model import CoMemoForConditionalGeneration, CoMemoModel, CoMemoOutput
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
+from comemo.session import ChatSession
+from comemo.store import MemoryStore, MemoryStoreWarning
 from comemo.tokenizer import InternLM2Tokenizer
 from comemo_kernels import ImageMemory, __version__
 
 __all__ = [
+    "ChatSession",
     "CoMemoConfig",
     "CoMemoForConditionalGeneration",
     "CoMemoImageProcessor",
@@ -26,6 +29,8 @@ __all__ = [
     "CoMemoProcessor",
     "ImageMemory",
     "InternLM2Tokenizer",
+    "MemoryStore",
+    "MemoryStoreWarning",
     "MixinConfig",
     "__version__",
     "load_image",

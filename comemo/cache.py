@@ -16,9 +16,9 @@ ROOM = 256  # tokens that a layer grows by, at least
 class RoomyLayer(DynamicLayer):
     """Keys and values of one layer, at the front of buffers [B, C, G, D] that hold C tokens.
 
-    What transformers does to a dynamic layer it can do to this one: `keys` and `values` [B, G, N, D]
-    are views of the buffers, and where something replaced them (beams that are reordered) the
-    next `update` moves them into new buffers.
+    What transformers does to a dynamic layer it can do to this one: `keys` and `values`
+    [B, G, N, D] are views of the buffers, and where something replaced them (beams that are
+    reordered) the next `update` moves them into new buffers.
 
     Args:
         capacity: C of the first buffers, at least; more tokens take larger ones.
@@ -38,8 +38,7 @@ class RoomyLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[2]
         held = self._buffers_for(key_states, value_states, start, end)
-        both = zip(held, (key_states, value_states), strict=True)
-        for buffer, new in both:
+        for buffer, new in zip(held, (key_states, value_states), strict=True):
             buffer[:, start:end].copy_(new.transpose(1, 2))
         self.keys, self.values = (buffer[:, :end].transpose(1, 2) for buffer in held)
         return self.keys, self.values

@@ -38,6 +38,7 @@ class CoMemoChat:
         *,
         system_message: str | None = None,
         streamer: Any = None,
+        memory_store: Any = None,
     ) -> str | tuple[str, History]:
         """Answer a question about pictures.
 
@@ -57,6 +58,7 @@ class CoMemoChat:
             verbose: print the prompt and the answer.
             system_message: instead of the template's own.
             streamer: receives tokens as they come.
+            memory_store: a `MemoryStore`, where known pictures are looked up and new ones kept.
 
         Returns:
             The answer, or (answer, new history).
@@ -69,7 +71,9 @@ class CoMemoChat:
         if pixel_values is not None and not any(prompts.IMAGE_MARK in q for q, _ in turns):
             turns[0] = (prompts.with_image_mark(turns[0][0]), turns[0][1])
         prompt, inputs = self.prepare_chat(
-            tokenizer, pixel_values, turns, num_patches_list, target_aspect_ratio, system_message
+            *(tokenizer, pixel_values, turns, num_patches_list, target_aspect_ratio),
+            system_message=system_message,
+            memory_store=memory_store,
         )
         stop = prompts.stop_text(self.config.template)
         options: dict[str, Any] = {"generation_config": deepcopy(generation_config)}
@@ -94,13 +98,14 @@ class CoMemoChat:
         num_patches_list: Sequence[int] | None = None,
         target_aspect_ratio: Sequence[tuple[int, int]] | tuple[int, int] | None = None,
         system_message: str | None = None,
+        memory_store: Any = None,
     ) -> tuple[str, dict[str, Any]]:
         """The prompt of a conversation, and what `generate` takes to go on with it.
 
         Args:
             turns: (question, answer) pairs, the last answer None.
-            tokenizer, pixel_values, num_patches_list, target_aspect_ratio, system_message: as of
-                `chat`.
+            tokenizer, pixel_values, num_patches_list, target_aspect_ratio, system_message,
+                memory_store: as of `chat`.
 
         Returns:
             prompt: the text, pictures expanded.
@@ -130,7 +135,9 @@ class CoMemoChat:
         self._check_range(position_ids, attention_mask, bool(tiles))
         memory = None
         if pixel_values is not None:
-            memory = model.build_image_memory(pixel_values, image_mask, position_ids, grids)
+            memory = model.build_image_memory(
+                pixel_values, image_mask, position_ids, grids, memory_store
+            )
         return prompt.replace(prompts.MARKER, ""), {
             "input_ids": input_ids[:, :1],
             "inputs_embeds": model.embed(input_ids, image_mask, memory),

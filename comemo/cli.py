@@ -1,25 +1,22 @@
-"""The command `comemo`: chat, info, demo and map. Answers on stdout, all else on stderr."""
+"""The command `comemo`: chat, info, store, demo and map. Answers on stdout, all else on stderr."""
 
 import argparse
 import contextlib
 import json
 import math
 import os
-import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoTokenizer
 
-from comemo import __version__, images, info, prompts
-from comemo.chat import check_tokenizer
+from comemo import __version__, chat_cli, images, info, store_cli
 from comemo.config import CHOICES
-from comemo.device import DTYPES, parse_device, parse_dtype
-from comemo.progress import AnswerStreamer, hushed, reading_bar
+from comemo.device import DTYPES
+from comemo.progress import hushed
 
 # What a user can get wrong. Running out of memory is a RuntimeError.
 USER_ERRORS = (ValueError, OSError, SafetensorError, MemoryError, torch.OutOfMemoryError)
@@ -46,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         debug = args.debug
-        with contextlib.nullcontext() if debug else hushed(_is_watched(args)):
+        with contextlib.nullcontext() if debug else hushed(chat_cli.is_watched(args)):
             status = args.run(args)
         sys.stdout.flush()
         return status
@@ -62,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if debug:
             traceback.print_exc()
-        _report(error)
+        chat_cli.report(error)
         return 2
 
 
@@ -121,11 +118,14 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="system message")
     chat.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     chat.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    chat.add_argument("--threads", type=count, metavar="N", help="of the CPU; default: torch's")
+    chat.add_argument("--timing", action="store_true", help="tell how long each answer took")
+    above_zero, not_negative = _number(float, 0, above=True), _number(float, 0)
+    store_cli.add_options(chat, above_zero)
     chat.add_argument("-v", "--verbose", action="store_true", help="notes even into a file or pipe")
     words = chat.add_argument_group("how words are chosen")
     words.add_argument("--max-new-tokens", type=count, default=512, metavar="N", help="%(default)s")
     words.add_argument("--sample", action="store_true", help="draw words; default: the likeliest")
-    above_zero = _number(float, 0, above=True)
     words.add_argument("--temperature", type=above_zero, metavar="X", help="implies --sample")
     words.add_argument(
         "--top-p", type=_number(float, 0, 1, above=True), metavar="X", help="implies --sample"
@@ -138,6 +138,9 @@ def _parser() -> argparse.ArgumentParser:
     about = command("info", _info, "describe a checkpoint without loading it")
     about.add_argument("model", metavar="MODEL", help="directory of a checkpoint")
     about.add_argument("--json", action="store_true", help="the same for programs")
+
+    store = command("store", store_cli.run, "look after a directory of known pictures")
+    store_cli.add_commands(store, not_negative)
 
     demo = command("demo", _demo, "show the whole way at work, offline, on an untrained tiny model")
     demo.add_argument("--image", metavar="PATH", help="default: one that is drawn")
@@ -177,136 +180,11 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 def _chat(args: argparse.Namespace) -> int:
     if args.question is not None and not args.question.strip():
         raise ValueError("the question is empty")
-    session = _Session(args)
+    talk = chat_cli.Talk(args)
     if args.question is None:
-        return session.converse()
-    session.ask(args.question)
+        return talk.converse()
+    talk.ask(args.question)
     return 0
-
-
-class _Session:
-    """A conversation over the same pictures."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, config = args, info.read_config(args.model)
-        self.stop = prompts.stop_text(config.template)
-        # What transformers says of a missing file is about other kinds of tokenizers.
-        held = set(os.listdir(args.model))
-        if "tokenizer_config.json" not in held:
-            raise ValueError(f"{args.model!r} has no tokenizer_config.json")
-        if not held & {"tokenizer.model", "tokenizer.json"}:
-            raise ValueError(f"{args.model!r} has neither tokenizer.model nor tokenizer.json")
-        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
-        check_tokenizer(self.tokenizer, self.stop)  # before minutes of loading weights
-        max_num = args.max_tiles or config.max_dynamic_patch
-        tiles, self.grids = [], []
-        for path in args.image:
-            pixel_values, grid = images.load_image(
-                path,
-                config.vision_config.image_size[0],
-                max_num,
-                min_num=min(config.min_dynamic_patch, max_num),
-                use_thumbnail=config.use_thumbnail,
-                published=args.published_pixels,
-            )
-            tiles.append(pixel_values)
-            self.grids.append(grid)
-            tokens = len(pixel_values) * config.tokens_per_tile
-            self.note(f"{path}: grid {grid[0]} x {grid[1]}, {tokens:,} image tokens")
-        self.pixel_values = torch.cat(tiles) if tiles else None
-        self.counts = [len(pixels) for pixels in tiles]
-        self.dhr = args.rope == "dhr" and bool(tiles)
-        dtype = parse_dtype(args.dtype, device := parse_device(args.device))
-        self.model = AutoModel.from_pretrained(args.model, dtype=dtype).to(device)
-        self.note(f"{args.model}: on {device} in {str(dtype).removeprefix('torch.')}")
-        self.history: list[tuple[str, str]] = []
-        if args.seed is not None:
-            torch.manual_seed(args.seed)
-
-    def note(self, text: str) -> None:
-        if _is_watched(self.args):
-            print(text, file=sys.stderr)
-
-    def ask(self, question: str) -> None:
-        """Print the answer as it comes, and remember it once it is complete."""
-        if not any(prompts.IMAGE_MARK in text for text in (question, *sum(self.history, ()))):
-            question = f"{prompts.IMAGE_MARK}\n" * len(self.counts) + question
-        streams = self.args.num_beams == 1
-        with reading_bar(self.model, bool(self.counts), force=self.args.verbose) as bar:
-            streamer = AnswerStreamer(self.tokenizer, self.stop, before=bar.close)
-            try:
-                answer, history = self.model.chat(
-                    self.tokenizer,
-                    self.pixel_values,
-                    question,
-                    self._options(),
-                    history=self.history,
-                    return_history=True,
-                    num_patches_list=self.counts or None,
-                    target_aspect_ratio=self.grids if self.dhr else None,
-                    system_message=self.args.system,
-                    streamer=streamer if streams else None,
-                )
-            except KeyboardInterrupt:
-                if streamer.printed:
-                    print(flush=True)
-                raise
-            if not streams:
-                streamer.write(answer)
-                streamer.end()
-        self.history = history
-
-    def converse(self) -> int:
-        """Answer line by line; what goes wrong with one question does not end it."""
-        failed = False
-        self.note(
-            "Ask. An empty line or Ctrl-D ends, Ctrl-C stops an answer, /new forgets what was said,"
-            " /quit ends."
-        )
-        for question in _read_questions():
-            if question == "/quit":
-                break
-            if question == "/new":
-                self.history = []
-                self.note("forgotten")
-                continue
-            try:
-                self.ask(question)
-            except KeyboardInterrupt:
-                self.note("stopped; question and answer are forgotten")
-            except ValueError as error:
-                _report(error)
-                failed = True
-        return 2 if failed and not sys.stdin.isatty() else 0
-
-    def _options(self) -> dict[str, Any]:
-        args = self.args
-        options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
-        drawing, penalty = ("temperature", "top_p", "top_k"), ("repetition_penalty",)
-        given = {name for name in drawing + penalty if getattr(args, name) is not None}
-        options |= {name: getattr(args, name) for name in given}
-        drawn = args.sample or not given.isdisjoint(drawing)
-        return options | {"num_beams": args.num_beams, "do_sample": drawn}
-
-
-def _read_questions() -> Iterator[str]:
-    """Lines of stdin; at a terminal up to the first empty one."""
-    typed = sys.stdin.isatty()
-    edits = typed and sys.stdout.isatty()
-    if edits:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401
-    while True:
-        try:
-            if typed and not edits:
-                print("> ", end="", file=sys.stderr, flush=True)
-            line = input("> ") + "\n" if edits else sys.stdin.readline()
-        except EOFError:
-            line = ""
-        if not line or (typed and not line.strip()):
-            return
-        if line.strip():
-            yield line.strip()
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -335,17 +213,3 @@ def _map(args: argparse.Namespace) -> int:
     )
     print(path)
     return 0
-
-
-def _is_watched(args: argparse.Namespace) -> bool:
-    """Whether somebody sees notes and progress."""
-    return sys.stderr.isatty() or getattr(args, "verbose", False)
-
-
-def _report(error: BaseException) -> None:
-    """One line, without the name of the function that found the fault."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.strerror}: {str(error.filename)!r}"
-    text = re.sub(r"^[A-Za-z_]\w*(\.\w+)*: ", "", text)
-    print(f"comemo: error: {text[:600]}", file=sys.stderr)

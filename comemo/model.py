@@ -27,6 +27,7 @@ from comemo.checkpoint import PublishedCheckpoint
 from comemo.config import CoMemoConfig
 from comemo.decoder import CoMemoTextModel
 from comemo.generation import CoMemoGeneration
+from comemo.store import MemoryStore
 from comemo_kernels import ImageMemory
 
 
@@ -139,6 +140,7 @@ class CoMemoModel(CoMemoPreTrainedModel):
         image_mask: Tensor,
         position_ids: Tensor,
         tile_grid: Sequence[Sequence[int]] | Tensor | None = None,
+        memory_store: MemoryStore | None = None,
     ) -> ImageMemory:
         """Memory of a batch of prompts: image features now, keys and values at first use.
 
@@ -148,9 +150,12 @@ class CoMemoModel(CoMemoPreTrainedModel):
             position_ids: [B, N].
             tile_grid: (cols, rows) of each image; None takes a prompt's images for one, which then
                 can only be reused together.
+            memory_store: where known pictures are looked up and new ones kept. Keys and values are
+                then built at once, and nothing of it carries gradients.
 
         Raises:
-            ValueError: tiles that do not match the image tokens, before anything is computed.
+            ValueError: tiles that do not match the image tokens, or a model whose memories cannot
+                be stored, before anything is computed.
         """
         lengths = image_mask.sum(1).tolist()
         wanted = pixel_values.shape[0] * self.config.tokens_per_tile
@@ -160,8 +165,7 @@ class CoMemoModel(CoMemoPreTrainedModel):
                 f" {self.config.tokens_per_tile} tokens for prompts that hold {lengths} image"
                 " tokens"
             )
-        media = self.get_image_features(pixel_values.to(self.device, self.dtype)).flatten(0, 1)
-        ids = position_ids[image_mask].to(media.device)
+        ids = position_ids[image_mask].to(self.device)
         config, sizes = self.config, None
         if tile_grid is not None:
             grids = tile_grid.tolist() if isinstance(tile_grid, Tensor) else tile_grid
@@ -169,6 +173,9 @@ class CoMemoModel(CoMemoPreTrainedModel):
                 ops.image_tokens((int(cols), int(rows)), config.side, config.use_thumbnail)
                 for cols, rows in grids
             ]
+        if memory_store is not None and len(pixel_values):
+            return memory_store.image_memory(self, pixel_values, ids, lengths, sizes)
+        media = self.get_image_features(pixel_values.to(self.device, self.dtype)).flatten(0, 1)
         absolute = config.memory_positions == "absolute"
         return ImageMemory.from_media(media, ids, lengths, sizes, absolute=absolute)
 

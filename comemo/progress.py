@@ -57,7 +57,7 @@ class ReadingBar:
     def state(self) -> tuple[str, int, int | None]:
         """Which stage it is, how much of it is done, and of how much."""
         seen, read = self.calls["vision"], self.calls["text"]
-        if seen < self.layers["vision"]:
+        if seen < self.layers["vision"] and not read:  # of known pictures none passes
             return "seeing the pictures", seen, self.layers["vision"]
         if read < self.layers["text"]:
             return "reading the prompt", read, self.layers["text"]
@@ -89,14 +89,14 @@ class ReadingBar:
 
 @contextmanager
 def reading_bar(
-    model: Any, pictures: bool, delay: float = 2.0, force: bool = False
+    model: Any, tiles: int, delay: float = 2.0, force: bool = False
 ) -> Iterator[ReadingBar]:
     """Show how far a model is with its prompt, if that takes longer than `delay`.
 
     Args:
         model: a `CoMemoForConditionalGeneration`. Its layers carry counting hooks inside the
             `with` block, and none after it, however it ends.
-        pictures: whether the prompt holds any.
+        tiles: of the pictures that are new.
         delay: seconds before the bar appears.
         force: show it where stderr is no terminal too.
 
@@ -105,9 +105,10 @@ def reading_bar(
     """
     core, config = model.model, model.config
     tower = core.vision_tower.encoder.layer
-    vision = tower[: config.select_layer % (len(tower) + 1)] if pictures else []
+    vision = tower[: config.select_layer % (len(tower) + 1)] if tiles else []
     text = core.language_model.layers
-    bar = ReadingBar(len(vision), len(text), delay, force)
+    rounds = -(-tiles // config.tiles_at_once)
+    bar = ReadingBar(rounds * len(vision), len(text), delay, force)
     hooks = []
     try:
         for part, layers in (("vision", vision), ("text", text)):
@@ -242,8 +243,8 @@ class TokenClock(BaseStreamer):
 
     @property
     def first(self) -> float:
-        """Seconds to the first token."""
-        return self.times[1] - self.times[0]
+        """Seconds to the first token; not a number before it came."""
+        return self.times[1] - self.times[0] if len(self.times) > 1 else math.nan
 
     @property
     def per_token(self) -> float:

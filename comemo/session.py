@@ -214,16 +214,28 @@ class ChatSession:
             other._numbers = itertools.count(next(self._numbers))
             return other
 
-    def reset(self) -> None:
+    def reset(self, keep_pictures: bool = False) -> None:
         """Forget everything that was said and shown.
 
+        Args:
+            keep_pictures: whether the pictures go with the next question, as if shown anew; their
+                memory stays.
+
         Raises:
+            ValueError: pictures of a memory of absolute positions: it serves one place alone.
             RuntimeError: as of `ask`.
         """
         with self._alone("reset"):
-            self._said = replace(self._said, turns=(), pictures=())
-            self._memory, self._held = None, Transcript.empty()
-            self._cache = RoomyCache(len(self._cache.layers))
+            if keep_pictures and self._memory is not None and self._memory.absolute:
+                raise ValueError(
+                    "ChatSession.reset: keep_pictures must be False with"
+                    " config.memory_positions='absolute', got True"
+                )
+            pictures = self._said.pictures if keep_pictures else ()
+            pictures = tuple(replace(picture, turn=0) for picture in pictures)
+            self._said = replace(self._said, turns=(), pictures=pictures)
+            self._memory = self._memory if keep_pictures else None
+            self._cache, self._held = RoomyCache(len(self._cache.layers)), Transcript.empty()
 
     @contextmanager
     def _alone(self, verb: str) -> Iterator[None]:
@@ -246,15 +258,16 @@ class ChatSession:
         new = load_pictures(
             images, len(said.turns), self._numbers, self.processor.image_processor, config
         )
-        marks = question.count(prompts.IMAGE_MARK)
+        said = replace(said, pictures=(*said.pictures, *new))
+        shown = sum(text.count(prompts.IMAGE_MARK) for text, _ in said.turns)
+        marks, wanted = question.count(prompts.IMAGE_MARK), len(said.pictures) - shown
         if marks == 0:
-            question = f"{prompts.IMAGE_MARK}\n" * len(new) + question
-        elif marks != len(new):
+            question = f"{prompts.IMAGE_MARK}\n" * wanted + question
+        elif marks != wanted:
             raise ValueError(
                 f"ChatSession.ask: the question must have a {prompts.IMAGE_MARK} mark for each of"
-                f" its {len(new)} images, or none, got {marks}"
+                f" its {wanted} images, or none, got {marks}"
             )
-        said = replace(said, pictures=(*said.pictures, *new))
         return self._answer(said, question, clock, options)
 
     @torch.no_grad()
@@ -272,16 +285,13 @@ class ChatSession:
         position_ids = wanted.positions[None].to(input_ids.device)
         self.model._check_range(position_ids, torch.ones_like(input_ids), bool(said.pictures))
         memory = self._remember(said, image_mask, position_ids)
+        memory = self._place(said, memory, wanted)
         # At least the last token is read: its logits begin the answer.
         kept = min(self._held.common(wanted), len(wanted) - 1)
         self._cache.crop_to(kept)
         self._held = wanted.first(kept)
-        core = self.model.model
-        whole = (
-            None
-            if memory is None
-            else self._reading(memory, wanted.visible.new_tensor([len(said.pictures)]))
-        )
+        core, shown = self.model.model, wanted.visible.new_tensor([len(said.pictures)])
+        whole = self._reading(memory, shown)
         output = read_prompt(
             self.model,
             lambda first, last: core.embed(input_ids, image_mask, whole, first, last),
@@ -323,6 +333,18 @@ class ChatSession:
         )
         core.language_model.build_memory(found)
         return found if self._memory is None else _join(self._memory, found)
+
+    def _place(
+        self, said: Conversation, memory: ImageMemory | None, wanted: Transcript
+    ) -> ImageMemory | None:
+        """The memory where the pictures stand in this prompt."""
+        if memory is None:
+            return None
+        device = self.model.device
+        first = [int((wanted.tokens == -1 - p.number).nonzero()[0]) for p in said.pictures]
+        spans = torch.tensor([[[0, len(memory)]]], device=device)
+        biases = None if memory.absolute else wanted.positions[first].to(device)
+        return memory.reading(spans, biases)
 
     def _reading(self, memory: ImageMemory | None, visible: Tensor) -> ImageMemory | None:
         """The memory as tokens read it that see so many pictures, [n]."""

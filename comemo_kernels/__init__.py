@@ -11,6 +11,7 @@ from comemo_kernels.memory import (
     spans_from_cu_seqlens,
     spans_from_images,
 )
+from comemo_kernels.pictures import join_images, split_images
 from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
 from comemo_kernels.reference import (
     fold_tiles,
@@ -56,6 +57,7 @@ __all__ = [
     "gated_residual",
     "image_position_ids",
     "image_tokens",
+    "join_images",
     "norm_linear",
     "norm_swiglu",
     "project_tiles",
@@ -64,4 +66,5 @@ __all__ = [
     "rotary_table",
     "spans_from_cu_seqlens",
     "spans_from_images",
+    "split_images",
 ]

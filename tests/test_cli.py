@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -88,7 +89,7 @@ def test_every_picture_gets_its_mark(capsys, checkpoint, loaded, picture):
     assert out == expected(loaded, picture, "<image>\n<image>\nSame?", 2) + "\n"
     _, out, _ = run(capsys, "chat", checkpoint, "Is <image> like <image>?", *two, *QUICK)
     assert out == expected(loaded, picture, "Is <image> like <image>?", 2) + "\n"
-    assert "3 <image> marks for 2 images" in fails(
+    assert "a <image> mark for each of its 2 images, or none, got 3" in fails(
         capsys, "chat", checkpoint, "<image>" * 3, *two, *QUICK
     )
 
@@ -96,34 +97,25 @@ def test_every_picture_gets_its_mark(capsys, checkpoint, loaded, picture):
 def test_options_reach_the_model(capsys, checkpoint, picture, monkeypatch):
     seen = {}
 
-    def chat(self, tokenizer, pixel_values, question, options, **others):
-        seen.update(options, dtype=self.dtype, tiles=len(pixel_values), **others)
-        return "answer", [(question, "answer")]
+    def ask(self, question, images, *, streamer):
+        seen.update(self.options, dtype=self.model.dtype, tiles=len(images[0][0]))
+        seen.update(said=self._said, streamer=streamer)
+        return "answer"
 
-    monkeypatch.setattr(comemo.CoMemoForConditionalGeneration, "chat", chat)
+    monkeypatch.setattr(comemo.ChatSession, "ask", ask)
     wide = picture.with_name("wide.png")
     Image.new("RGB", (900, 300)).save(wide)
-    argv = [
-        "chat",
-        checkpoint,
-        "What?",
-        "--image",
-        wide,
-        "--max-tiles",
-        "3",
-        "--system",
-        "Be brief",
-    ]
+    argv = ["chat", checkpoint, "What?", "--image", wide, "--max-tiles", "3"]
+    argv += ["--system", "Be brief"]
     argv += ["--rope", "original", "--dtype", "bfloat16", "--num-beams", "3", "--top-k", "5"]
     argv += ["--temperature", "0.5", "--repetition-penalty", "1.5"]
     status, out, _ = run(capsys, *argv)
     assert (status, out) == (0, "answer\n")
-    assert seen["target_aspect_ratio"] is None
     assert seen["streamer"] is None
-    assert (seen["system_message"], seen["tiles"]) == ("Be brief", 4)
+    assert (seen["said"].system_message, seen["said"].rope) == ("Be brief", "original")
     assert (seen["dtype"], seen["do_sample"], seen["temperature"]) == (torch.bfloat16, True, 0.5)
     assert (seen["num_beams"], seen["top_k"], seen["repetition_penalty"]) == (3, 5, 1.5)
-    assert (seen["max_new_tokens"], seen["num_patches_list"]) == (512, [4])
+    assert (seen["max_new_tokens"], seen["tiles"]) == (512, 4)
 
 
 def test_original_rope(capsys, checkpoint, loaded, picture):
@@ -181,8 +173,43 @@ def test_a_bad_question_does_not_end_a_conversation(capsys, checkpoint, monkeypa
     assert status == 2
     assert out.count("\n") == 1
     assert err.splitlines() == [
-        "comemo: error: wanted one <image> mark per image, got 1 <image> mark for 0 images"
+        "comemo: error: the question must have a <image> mark for each of its 0 images, or none,"
+        " got 1"
     ]
+
+
+def test_a_picture_may_come_later(capsys, checkpoint, loaded, picture, monkeypatch):
+    model, _ = loaded
+    session = comemo.ChatSession(
+        model, comemo.CoMemoProcessor.from_pretrained(checkpoint), max_new_tokens=6
+    )
+    wanted = [session.ask("One?"), session.ask("Two?", comemo.load_image(picture))]
+    wanted += [session.regenerate()]
+    session.reset()
+    wanted += [session.ask("Three?", comemo.load_image(picture))]
+    status, out, err = run(
+        capsys,
+        *("chat", checkpoint, "--timing", *QUICK),
+        stdin=f"One?\n/image nowhere.png\n/image {picture}\nTwo?\n/again\n/new\nThree?\n",
+        monkeypatch=monkeypatch,
+    )
+    assert status == 2
+    assert out.splitlines() == wanted
+    lines = err.splitlines()
+    assert lines.pop(1).startswith("comemo: error: No such file or directory: 'nowhere.png'")
+    for line, report in zip(lines, ["tokens read"] * 4, strict=True):
+        assert report in line
+        assert re.search(r"first token after \d+\.\d\d s, then \d+\.\d tokens/s\]$", line), line
+    assert lines[2].startswith("[1 of ")
+
+
+def test_threads(capsys, checkpoint):
+    before = torch.get_num_threads()
+    try:
+        assert run(capsys, "chat", checkpoint, "a", "--threads", "2", *QUICK)[0] == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_ctrl_c_stops_one_answer(capsys, checkpoint, loaded, picture, monkeypatch):
@@ -353,18 +380,18 @@ def test_debug_shows_the_traceback(capsys):
 
 
 def test_out_of_memory_is_no_traceback(capsys, checkpoint, monkeypatch):
-    def chat(self, *args, **kwargs):
+    def ask(self, *args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
 
-    monkeypatch.setattr(comemo.CoMemoForConditionalGeneration, "chat", chat)
+    monkeypatch.setattr(comemo.ChatSession, "ask", ask)
     assert "out of memory" in fails(capsys, "chat", checkpoint, "a", *QUICK)
 
 
 def test_a_bug_is_a_traceback(checkpoint, monkeypatch):
-    def chat(self, *args, **kwargs):
+    def ask(self, *args, **kwargs):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(comemo.CoMemoForConditionalGeneration, "chat", chat)
+    monkeypatch.setattr(comemo.ChatSession, "ask", ask)
     with pytest.raises(RuntimeError, match="shapes differ"):
         cli.main(["chat", str(checkpoint), "a", *QUICK])
 

@@ -21,7 +21,7 @@ def test_hooks_go_even_on_an_error(loaded):
     before = hooks(model)
 
     def fail():
-        with progress.reading_bar(model, True):
+        with progress.reading_bar(model, 1):
             assert hooks(model) == before + 2 + 4
             raise KeyboardInterrupt
 
@@ -37,7 +37,7 @@ def test_bar_counts_its_own_thread_only(loaded, picture_file, capsys):
     def chat():
         model.chat(tokenizer, pixel_values, "a", {"max_new_tokens": 3}, target_aspect_ratio=grid)
 
-    with progress.reading_bar(model, True) as bar:
+    with progress.reading_bar(model, 1) as bar:
         assert bar.state() == ("seeing the pictures", 0, 2)
         other = threading.Thread(target=chat)
         other.start()
@@ -50,10 +50,25 @@ def test_bar_counts_its_own_thread_only(loaded, picture_file, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_bar_knows_of_rounds(loaded, capsys):
+    """More tiles than pass the vision tower at once pass it in rounds."""
+    model = loaded[0]
+    tiles = torch.zeros(5, 3, 448, 448)
+    model.config.tiles_at_once, before = 2, model.config.tiles_at_once
+    try:
+        with progress.reading_bar(model, 5) as bar, torch.no_grad():
+            assert bar.state() == ("seeing the pictures", 0, 6)
+            model.model.get_image_features(tiles)
+            assert bar.calls["vision"] == 6
+            assert bar.state()[0] == "reading the prompt"
+    finally:
+        model.config.tiles_at_once = before
+
+
 def test_bar_shows_after_its_delay_if_forced(loaded, capsys):
     model = loaded[0]
     for delay, shown in ((0.0, True), (60.0, False)):
-        with progress.reading_bar(model, True, delay=delay, force=True) as bar:
+        with progress.reading_bar(model, 1, delay=delay, force=True) as bar:
             for _ in range(100):
                 if not shown or "seeing the pictures" in capsys.readouterr().err:
                     break

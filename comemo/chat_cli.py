@@ -1,0 +1,212 @@
+"""`comemo chat`: a question, or a conversation line by line."""
+
+import argparse
+import contextlib
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+from comemo import images, info, prompts, store_cli
+from comemo.chat import check_tokenizer
+from comemo.config import CoMemoConfig
+from comemo.device import parse_device, parse_dtype
+from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
+from comemo.progress import AnswerStreamer, reading_bar
+from comemo.session import ChatSession
+
+HELP = (
+    "Ask. An empty line or Ctrl-D ends, Ctrl-C stops an answer, /image PATH shows a picture with"
+    " the next question, /again answers once more, /new forgets what was said, /quit ends."
+)
+
+
+class Talk:
+    """A conversation with a checkpoint.
+
+    Args:
+        args: of the command.
+
+    Raises:
+        ValueError, OSError: a checkpoint, picture or option that is not right.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, config = args, info.read_config(args.model)
+        self.stop = prompts.stop_text(config.template)
+        # What transformers says of a missing file is about other kinds of tokenizers.
+        held = set(os.listdir(args.model))
+        if "tokenizer_config.json" not in held:
+            raise ValueError(f"{args.model!r} has no tokenizer_config.json")
+        if not held & {"tokenizer.model", "tokenizer.json"}:
+            raise ValueError(f"{args.model!r} has neither tokenizer.model nor tokenizer.json")
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        check_tokenizer(tokenizer, self.stop)  # before minutes of loading weights
+        store = store_cli.open_store(args)
+        self.shown = [self._load(path, config) for path in args.image]  # with the next question
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        dtype = parse_dtype(args.dtype, device := parse_device(args.device))
+        self.model = AutoModel.from_pretrained(args.model, dtype=dtype).to(device)
+        self._note(f"{args.model}: on {device} in {str(dtype).removeprefix('torch.')}")
+        self.session = ChatSession(
+            self.model,
+            CoMemoProcessor(CoMemoImageProcessor(), tokenizer),
+            system_message=args.system,
+            rope=args.rope,
+            memory_store=store,
+            **self._options(),
+        )
+        if args.seed is not None:
+            torch.manual_seed(args.seed)
+
+    def _load(self, path: str, config: CoMemoConfig) -> tuple[Tensor, tuple[int, int]]:
+        max_num = self.args.max_tiles or config.max_dynamic_patch
+        pixel_values, grid = images.load_image(
+            path,
+            config.vision_config.image_size[0],
+            max_num,
+            min_num=min(config.min_dynamic_patch, max_num),
+            use_thumbnail=config.use_thumbnail,
+            published=self.args.published_pixels,
+        )
+        tokens = len(pixel_values) * config.tokens_per_tile
+        self._note(f"{path}: grid {grid[0]} x {grid[1]}, {tokens:,} image tokens")
+        return pixel_values, grid
+
+    def _note(self, text: str) -> None:
+        if is_watched(self.args):
+            print(text, file=sys.stderr)
+
+    def ask(self, question: str | None) -> None:
+        """Print an answer as it comes.
+
+        Args:
+            question: None for another answer to the last one.
+        """
+        streams = self.args.num_beams == 1
+        tiles = sum(len(pixel_values) for pixel_values, _ in self.shown)
+        told = store_cli.told_warnings()
+        with told, reading_bar(self.model, tiles, force=self.args.verbose) as bar:
+            streamer = AnswerStreamer(self.session.tokenizer, self.stop, before=bar.close)
+            receiver = streamer if streams else None
+            try:
+                if question is None:
+                    answer = self.session.regenerate(streamer=receiver)
+                else:
+                    answer = self.session.ask(question, self.shown, streamer=receiver)
+                    self.shown = []
+            except KeyboardInterrupt:
+                if streamer.printed:
+                    print(flush=True)
+                raise
+            if not streams:
+                streamer.write(answer)
+                streamer.end()
+        self._tell_time()
+
+    def _tell_time(self) -> None:
+        report = self.session.report
+        if not self.args.timing or report is None:
+            return
+        parts = [f"{report.read_tokens:,} of {report.prompt_tokens:,} tokens read"]
+        if not math.isnan(report.first_s):
+            parts.append(f"first token after {report.first_s:.2f} s")
+        if not math.isnan(report.per_token_s):
+            parts.append(f"then {1 / report.per_token_s:.1f} tokens/s")
+        print(f"[{', '.join(parts)}]", file=sys.stderr)
+
+    def converse(self) -> int:
+        """Answer line by line; what goes wrong with one question does not end it.
+
+        Returns:
+            Exit status.
+        """
+        failed = False
+        self._note(HELP)
+        for line in _read_lines():
+            if line == "/quit":
+                break
+            try:
+                self._follow(line)
+            except KeyboardInterrupt:
+                self._note("stopped; question and answer are forgotten")
+            except (ValueError, OSError) as error:
+                report(error)
+                failed = True
+        return 2 if failed and not sys.stdin.isatty() else 0
+
+    def _follow(self, line: str) -> None:
+        """A question, or one of the words that `HELP` tells of."""
+        word, _, rest = line.partition(" ")
+        if line == "/new":
+            absolute = self.model.config.memory_positions == "absolute"
+            self.session.reset(keep_pictures=not absolute)
+            self._note(
+                "forgotten; its pictures go with the next question"
+                if not absolute
+                else "forgotten, pictures too"
+            )
+        elif line == "/again":
+            self.ask(None)
+        elif word == "/image":
+            self.shown.append(self._load(rest.strip(), self.model.config))
+        else:
+            self.ask(line)
+
+    def _options(self) -> dict[str, Any]:
+        args = self.args
+        options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
+        drawing, penalty = ("temperature", "top_p", "top_k"), ("repetition_penalty",)
+        given = {name for name in drawing + penalty if getattr(args, name) is not None}
+        options |= {name: getattr(args, name) for name in given}
+        drawn = args.sample or not given.isdisjoint(drawing)
+        return options | {"num_beams": args.num_beams, "do_sample": drawn}
+
+
+def _read_lines() -> Iterator[str]:
+    """Lines of stdin; at a terminal up to the first empty one."""
+    typed = sys.stdin.isatty()
+    edits = typed and sys.stdout.isatty()
+    if edits:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
+    while True:
+        try:
+            if typed and not edits:
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = input("> ") + "\n" if edits else sys.stdin.readline()
+        except EOFError:
+            line = ""
+        if not line or (typed and not line.strip()):
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def is_watched(args: argparse.Namespace) -> bool:
+    """Whether somebody sees notes and progress.
+
+    Args:
+        args: of any command.
+    """
+    return sys.stderr.isatty() or getattr(args, "verbose", False)
+
+
+def report(error: BaseException) -> None:
+    """Print what went wrong in one line, without the name of the function that found the fault.
+
+    Args:
+        error: what was raised.
+    """
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.strerror}: {str(error.filename)!r}"
+    text = re.sub(r"^[A-Za-z_]\w*(\.\w+)*: ", "", text)
+    print(f"comemo: error: {text[:600]}", file=sys.stderr)

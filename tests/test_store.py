@@ -1,0 +1,311 @@
+"""Known pictures: the same answers for less, within budgets."""
+
+import copy
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from known import (
+    GREEDY,
+    GRIDS,
+    assert_same,
+    batch_of,
+    counts,
+    files_of,
+    key_of,
+    memory_bytes,
+    memory_of,
+    tensors,
+    tiles,
+    work_on,
+)
+
+import comemo
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("error::comemo.MemoryStoreWarning"),
+]
+
+
+@pytest.fixture
+def core(loaded):
+    return loaded[0].model
+
+
+@pytest.fixture
+def fresh(loaded):
+    """A model of its own, to be changed."""
+    return copy.deepcopy(loaded[0].model)
+
+
+# --- the same answers ---
+
+
+PROMPTS = {
+    "one": [[3, "wide", 4]],
+    "two": [["square", 2, "wide", 4]],
+    "twice": [[3, "square", 2, "square", 4]],
+    "batch": [[1, "wide", 2], [9], [5, "square", 2, "other", 1]],
+}
+
+
+@pytest.mark.parametrize("grids", [True, False])
+@pytest.mark.parametrize("name", PROMPTS)
+def test_memories_are_equal_with_and_without(core, name, grids):
+    batch, store = batch_of(core, *PROMPTS[name], grids=grids), comemo.MemoryStore()
+    wanted = memory_of(core, batch)
+    once = name != "twice" or not grids  # else the tower sees one picture instead of two
+    for _ in range(2):
+        assert_same(memory_of(core, batch, store), wanted, exact=once)
+    pictures = {"one": (1, 1), "two": (2, 1), "twice": (1, 1), "batch": (3, 2)}[name]
+    assert store.stats.misses == pictures[0 if grids else 1]
+
+
+def test_answers_are_equal_with_and_without(loaded):
+    model, store = loaded[0], comemo.MemoryStore()
+    options = GREEDY | {"output_logits": True, "return_dict_in_generate": True}
+    for name in ("batch", "two", "one", "batch"):
+        batch = batch_of(loaded[0].model, *PROMPTS[name])
+        wanted = model.generate(**batch, **options)
+        found = model.generate(**batch, **options, memory_store=store)
+        assert torch.equal(found.sequences, wanted.sequences)
+        torch.testing.assert_close(
+            torch.stack(found.logits), torch.stack(wanted.logits), rtol=0, atol=1e-4
+        )
+    assert counts(store, "misses", "hits") == (3, 6)
+
+
+def test_chats_are_equal_with_and_without(loaded, tmp_path):
+    model, tokenizer = loaded
+    store = comemo.MemoryStore(directory=tmp_path)
+    pixels, question = tiles()["wide"], "What is this?"
+    for grids in ([(2, 1)], None):
+        rest = {"target_aspect_ratio": grids}
+        wanted = model.chat(tokenizer, pixels, question, GREEDY, **rest)
+        for known in (store, store, comemo.MemoryStore(directory=tmp_path)):
+            found = model.chat(tokenizer, pixels, question, GREEDY, **rest, memory_store=known)
+            assert found == wanted
+    assert counts(store, "misses", "hits", "disk_entries") == (2, 2, 2)
+    text = model.chat(tokenizer, None, question, GREEDY, memory_store=store)
+    assert text == model.chat(tokenizer, None, question, GREEDY)
+
+
+def test_recorded_model_is_equal_with_and_without(model, tokenizer):
+    """Tiles in columns and raw positions, as published."""
+    store = comemo.MemoryStore()
+    rest = {"num_patches_list": [1, 3], "target_aspect_ratio": [(1, 1), (2, 1)]}
+    pixels = torch.cat([tiles()["square"], tiles()["wide"]])
+    question = "<image> and <image>, hello world"
+    wanted = model.chat(tokenizer, pixels, question, GREEDY, **rest)
+    for _ in range(2):
+        assert wanted == model.chat(tokenizer, pixels, question, GREEDY, **rest, memory_store=store)
+    assert counts(store, "misses", "hits") == (2, 2)
+
+
+# --- for less ---
+
+
+def test_a_known_picture_runs_nothing(loaded, core):
+    model, store = loaded[0], comemo.MemoryStore()
+    with work_on(core) as work:
+        memory_of(core, batch_of(core, [2, "wide", 3]), store)
+        assert work() == ([3], 1)
+    places = [
+        ([[2, "wide", 3]], {}),
+        ([[40, "wide", 3]], {"num_beams": 2, "num_return_sequences": 2}),  # behind more words
+        ([[8], [3, "wide"]], {}),  # in another row
+        ([[1, "wide", 5, "wide", 2]], {"num_beams": 2}),  # twice
+    ]
+    for place, options in places:
+        batch, options = batch_of(core, *place), GREEDY | options | {"max_new_tokens": 3}
+        with work_on(core) as work:
+            found = model.generate(**batch, **options, memory_store=store)
+            assert work() == ([], 0), place
+        assert torch.equal(found, model.generate(**batch, **options))
+
+
+def test_only_unknown_pictures_are_seen(core):
+    store = comemo.MemoryStore()
+    memory_of(core, batch_of(core, [2, "wide", 3]), store)
+    batch = batch_of(core, ["square", "wide", 1], ["square", 5, "other"])
+    with work_on(core) as work:
+        found = memory_of(core, batch, store)
+        assert work() == ([2], 1)  # two tiles in one call, though `square` stands there twice
+    assert counts(store, "hits", "misses", "entries") == (2, 3, 3)
+    assert_same(found, memory_of(core, batch), exact=False)
+
+
+def test_an_assistant_keeps_nothing(loaded, core):
+    model, store = loaded[0], comemo.MemoryStore()
+    batch, end = batch_of(core, [2, "square", 3]), {"eos_token_id": 0}  # some cannot draft without
+    assistant = copy.deepcopy(model)
+    wanted = model.generate(**batch, **GREEDY | end)
+    for _ in range(2):
+        options = GREEDY | end | {"assistant_model": assistant, "memory_store": store}
+        assert torch.equal(model.generate(**batch, **options), wanted)
+    assert counts(store, "misses", "hits") == (1, 1)
+
+
+def test_what_is_kept_serves_gradients_too(core, fresh):
+    """No matter what mode the first to ask was in; the picture itself carries no gradients."""
+    store, batch = comemo.MemoryStore(), batch_of(core, [2, "square", 3])
+    with torch.inference_mode():
+        memory_of(fresh, batch, store)
+    memory = memory_of(fresh, batch, store)
+    held = (memory.media, memory.ids, memory.spans, *memory.keys.values(), *memory.values.values())
+    assert not any(t.is_inference() or t.requires_grad for t in held)
+    del batch["pixel_values"], batch["tile_grid"]
+    out, _ = fresh(**batch, image_memory=memory)
+    out.last_hidden_state.sum().backward()
+    mixin = fresh.language_model.layers[1].mixin
+    assert mixin.q_proj.weight.grad.abs().max() > 0
+    assert mixin.kv_proj.weight.grad is None
+    assert store.stats.hits == 1
+
+
+# --- budgets ---
+
+
+def known(store, core, *names):
+    """Which of these pictures are in memory; asking counts as a use, so on a copy of the order."""
+    return [name for name in names if key_of(core, batch_of(core, [1, name])) in set(store)]
+
+
+def test_the_longest_unused_make_room(core):
+    one = memory_bytes(core, "square")
+    store = comemo.MemoryStore(budget=2 * one)
+
+    def see(*names):
+        for name in names:
+            memory_of(core, batch_of(core, [1, name]), store)
+
+    shifted = batch_of(core, [1, "square"])
+    shifted["pixel_values"] = shifted["pixel_values"] + 1
+    see("square", "other")
+    assert counts(store, "entries", "bytes", "evictions") == (2, 2 * one, 0)
+    see("square")  # in use again
+    memory_of(core, shifted, store)
+    assert counts(store, "entries", "bytes", "evictions") == (2, 2 * one, 1)
+    assert known(store, core, "square", "other") == ["square"]
+    see("other")
+    assert known(store, core, "square", "other") == ["other"]
+    assert counts(store, "hits", "misses", "evictions") == (1, 4, 2)
+    assert list(store)[-1] == key_of(core, batch_of(core, [1, "other"]))
+    store.clear()
+    assert counts(store, "entries", "bytes") == (0, 0)
+    assert len(store) == 0
+
+
+def test_bytes_are_those_of_the_storages(core):
+    """Also of pictures that were built together: nothing larger is kept alive by a view."""
+    store = comemo.MemoryStore()
+    memory_of(core, batch_of(core, ["square", 3, "wide"], ["other"]), store)
+    storages = {}
+    for image in store._held.values():
+        for tensor in tensors(image):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        assert image.table is None
+    held = sum(memory_bytes(core, name) for name in GRIDS)
+    assert sum(storages.values()) == store.stats.bytes == held
+
+
+def test_a_picture_larger_than_the_budget(core, tmp_path):
+    one = memory_bytes(core, "square")
+    batch = batch_of(core, [2, "square", 3, "wide"])
+    wanted = memory_of(core, batch)
+    store = comemo.MemoryStore(budget=one)
+    assert_same(memory_of(core, batch, store), wanted)
+    assert counts(store, "too_large", "entries", "bytes", "evictions") == (1, 1, one, 0)
+    nothing = comemo.MemoryStore(budget=0, directory=tmp_path)
+    for _ in range(2):
+        assert_same(memory_of(core, batch, nothing), wanted)
+    assert counts(nothing, "entries", "misses", "disk_hits", "too_large") == (0, 2, 2, 4)
+    bounded = comemo.MemoryStore(directory=tmp_path / "bounded", disk_budget=one + 4096)
+    memory_of(core, batch, bounded)
+    assert counts(bounded, "entries", "disk_entries", "too_large") == (2, 1, 1)
+    assert not list((tmp_path / "bounded").glob("*.part*"))
+
+
+def test_the_disk_has_a_budget_too(core, tmp_path):
+    one = memory_bytes(core, "square")
+    store = comemo.MemoryStore(directory=tmp_path, disk_budget=2 * one + 8192)
+    batches = [batch_of(core, [1, "square"]) for _ in range(3)]
+    keys = []
+    for shift, batch in enumerate(batches):
+        batch["pixel_values"] = batch["pixel_values"] + shift
+        keys.append(key_of(core, batch))
+    long_ago = time.time() - 1000
+    for batch in batches[:2]:
+        memory_of(core, batch, store)
+    for age, key in enumerate(keys[:2]):
+        os.utime(tmp_path / f"{key}.safetensors", (long_ago + age, long_ago + age))
+    memory_of(core, batches[0], store)  # found in memory, but the file is in use as well
+    memory_of(core, batches[2], store)
+    assert {path.stem for path in files_of(tmp_path)} == {keys[0], keys[2]}
+    assert counts(store, "disk_entries", "entries") == (2, 3)
+    os.utime(tmp_path / f"{keys[0]}.safetensors", (long_ago, long_ago))
+    again = comemo.MemoryStore(directory=tmp_path, disk_budget=2 * one + 8192)
+    memory_of(core, batches[0], again)  # read, and so in use
+    memory_of(core, batches[1], again)
+    assert {path.stem for path in files_of(tmp_path)} == {keys[0], keys[1]}
+    assert counts(again, "disk_hits", "misses") == (1, 1)
+
+
+def test_what_a_store_knows(core, tmp_path):
+    store = comemo.MemoryStore(directory=tmp_path)
+    memory_of(core, batch_of(core, ["square", 2, "wide"]), store)
+    (tmp_path / "notes.safetensors").write_bytes(b"none of ours")
+    keys = list(store)
+    assert len(store) == len(keys) == 2
+    store.clear()
+    assert set(store) == set(keys)
+    assert keys[0] in store
+    assert "0" * 64 not in store
+    assert 3 not in store
+    assert counts(store, "entries", "disk_entries") == (0, 2)
+    store.clear(disk=True)
+    assert len(store) == 0
+    assert keys[0] not in store
+    assert os.listdir(tmp_path) == ["notes.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"budget": -1}, {"directory": "x", "disk_budget": -1}, {"disk_budget": 5}]
+)
+def test_budgets_that_are_none(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="budget and disk_budget must not be"):
+        comemo.MemoryStore(**arguments)
+    assert os.listdir(tmp_path) == []
+
+
+def test_eight_threads_hammer_a_store(core, tmp_path):
+    one = memory_bytes(core, "square")
+    wide = memory_bytes(core, "wide")
+    store = comemo.MemoryStore(budget=wide + one, directory=tmp_path)
+    batches = [batch_of(core, [1, *names]) for names in (["square"], ["wide", "other"], ["other"])]
+    wanted = [memory_of(core, batch) for batch in batches]
+    start = threading.Barrier(8)
+
+    def work(number):
+        start.wait()
+        for turn in range(9):
+            which = (number + turn) % 3
+            assert_same(memory_of(core, batches[which], store), wanted[which], exact=False)
+            if number == 0 and turn % 4 == 3:
+                store.clear(disk=turn == 7)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    held = sum(tensor.nbytes for image in store._held.values() for tensor in tensors(image))
+    stats = store.stats
+    assert stats.bytes == held <= store.budget
+    assert stats.entries == len(store._held)
+    assert stats.hits + stats.disk_hits + stats.misses == 8 * 9 // 3 * 4
+    assert stats.refused == stats.too_large == 0
+    assert stats.evictions > 0
+    assert not list(tmp_path.glob("*.part*"))

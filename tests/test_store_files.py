@@ -1,0 +1,427 @@
+"""Files of known pictures: whole or refused, whoever is killed or writes beside."""
+
+import copy
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from known import assert_same, batch_of, counts, files_of, memory_of, tiles, work_on
+from safetensors.torch import load_file, save_file
+
+import comemo
+from comemo import store_files
+from comemo_kernels import ImageMemory
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("error::comemo.MemoryStoreWarning"),
+]
+
+
+@pytest.fixture
+def core(loaded):
+    return loaded[0].model
+
+
+@pytest.fixture
+def stored(core, tmp_path):
+    """A store that has written a picture: batch, what it is, the file."""
+    batch = batch_of(core, [2, "square", 3])
+    memory_of(core, batch, comemo.MemoryStore(directory=tmp_path))
+    (path,) = files_of(tmp_path)
+    return batch, memory_of(core, batch), path
+
+
+def test_a_picture_is_read_back_bit_by_bit(core, stored, loaded):
+    batch, wanted, path = stored
+    store = comemo.MemoryStore(directory=path.parent)
+    with work_on(core) as work:
+        for _ in range(2):
+            assert_same(memory_of(core, batch, store), wanted)
+        assert work() == ([], 0)
+    assert counts(store, "disk_hits", "hits", "misses", "refused") == (1, 1, 0, 0)
+    half = copy.deepcopy(core).bfloat16()
+    wanted = memory_of(half, batch)
+    for _ in range(2):
+        store = comemo.MemoryStore(directory=path.parent)
+        assert_same(memory_of(half, batch, store), wanted)
+    assert store.stats.disk_hits == 1
+
+
+def test_a_file_is_a_safetensors_file(stored):
+    _, wanted, path = stored
+    tensors = load_file(path)
+    assert set(tensors) == {"media", "ids", "keys.1", "keys.3", "values.1", "values.3"}
+    assert torch.equal(tensors["keys.3"], wanted.keys[3])
+    header = store_files.read_header(path)
+    assert header.tokens == 256
+    assert header.facts["key"] == path.stem
+    assert header.facts["dtype"] == "float32"
+    assert header.size == path.stat().st_size
+
+
+def rewrite(path, **changes):
+    """The same tensors under a header that tells other facts, its checksum right."""
+    header, tensors = store_files.read_header(path), load_file(path)
+    memory = ImageMemory(media=tensors["media"], ids=tensors["ids"], sizes=(256,))
+    for name, tensor in tensors.items():
+        kind, _, layer = name.partition(".")
+        if layer:
+            getattr(memory, kind)[int(layer)] = tensor
+    facts = {name: header.facts[name] for name in ("key", "model", "dtype")}
+    assert store_files.write_image(path, memory, facts | changes)
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path, size):
+    os.truncate(path, size if size >= 0 else path.stat().st_size + size)
+
+
+def other_version(path):
+    text = path.read_bytes()
+    path.write_bytes(text.replace(b'"version": "1"', b'"version": "7"', 1))
+
+
+def foreign(path):
+    save_file({"media": torch.ones(3)}, path)
+
+
+def text_header(path, text):
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+def without_values(path):
+    tensors = {name: t for name, t in load_file(path).items() if not name.startswith("values")}
+    facts = store_files.read_header(path).facts
+    save_file(tensors, path, facts)
+
+
+BAD = {
+    "empty": (lambda p: cut(p, 0), "it is empty"),
+    "cut in the length": (lambda p: cut(p, 5), "ends within its header"),
+    "cut in the header": (lambda p: cut(p, 100), "ends within its header"),
+    "cut behind the header": (lambda p: cut(p, 2000), r"it has 2000 bytes of \d+"),
+    "cut at the end": (lambda p: cut(p, -1), r"it has \d+ bytes of \d+"),
+    "longer": (lambda p: p.write_bytes(p.read_bytes() + b"x"), r"it has \d+ bytes of \d+"),
+    "flipped first byte": (lambda p: flip(p, -1), "checksum is wrong"),
+    "flipped data": (lambda p: flip(p, 500_000), "checksum is wrong"),
+    "flipped length": (lambda p: flip(p, 0), "refused"),
+    "flipped high length": (lambda p: flip(p, 7), "it is no safetensors file"),
+    "flipped header": (lambda p: flip(p, 48), "refused"),
+    "version": (other_version, "it is of version '7', wanted 1"),
+    "model": (lambda p: rewrite(p, model="a" * 64), "its model is aaaaaaaaaaaa, wanted"),
+    "key": (lambda p: rewrite(p, key="b" * 64), "its key is bbbbbbbbbbbb, wanted"),
+    "dtype": (lambda p: rewrite(p, dtype="float64"), "its dtype is float64, wanted float32"),
+    "foreign": (foreign, "safetensors file of something else"),
+    "a list": (lambda p: text_header(p, b"[1, 2]"), "header cannot be understood"),
+    "no JSON": (lambda p: text_header(p, b"{{{{"), "header cannot be understood"),
+    "words": (lambda p: p.write_bytes(b"hello, this is a text file"), "no safetensors file"),
+    "a tensor less": (without_values, "checksum is wrong"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_refused_by_name(core, stored, name):
+    batch, wanted, path = stored
+    good = path.read_bytes()
+    spoil, said = BAD[name]
+    spoil(path)
+    store = comemo.MemoryStore(directory=path.parent)
+    with pytest.warns(comemo.MemoryStoreWarning) as told:
+        assert_same(memory_of(core, batch, store), wanted)
+    assert len(told) == 1
+    text = str(told[0].message)
+    assert text.startswith(f"MemoryStore: {path} is refused and its picture computed again: ")
+    assert re.search(said, text), text
+    assert counts(store, "refused", "misses", "disk_hits") == (1, 1, 0)
+    assert path.read_bytes() == good, "the file was replaced"
+    again = comemo.MemoryStore(directory=path.parent)
+    assert_same(memory_of(core, batch, again), wanted)
+    assert counts(again, "refused", "disk_hits") == (0, 1)
+
+
+def test_every_byte_of_the_header_is_covered(stored):
+    """Whichever is flipped: refused, and never a crash."""
+    _, _, path = stored
+    header = store_files.read_header(path)
+    wanted = {name: header.facts[name] for name in ("key", "model", "dtype")}
+    content = path.read_bytes()
+    for place in range(0, len(header.raw), 5):
+        for bit in (1, 32):
+            spoiled = bytearray(content)
+            spoiled[place] ^= bit
+            path.write_bytes(spoiled)
+            with pytest.raises(store_files.BadFileError):
+                store_files.read_image(path, wanted)
+    path.write_bytes(content)
+    assert store_files.read_image(path, wanted).sizes == (256,)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda h: h["media"].update(shape=[]), "contradicts itself"),
+        (lambda h: h["media"].update(shape=[0, 4]), "contradicts itself"),
+        (lambda h: h["media"].update(shape=[-256, -256]), "contradicts itself"),
+        (lambda h: h["media"].update(data_offsets=[4, 8]), "contradicts itself"),
+        (lambda h: h["media"].update(dtype="F4"), "cannot be understood"),
+        (lambda h: h["media"].pop("shape"), "cannot be understood"),
+        (lambda h: h.update(media=3), "cannot be understood"),
+        (lambda h: h["__metadata__"].pop("model"), "cannot be understood"),
+        (lambda h: h["__metadata__"].update(model="\x1b[2J"), "contradicts itself"),
+        (lambda h: h["__metadata__"].update(sizes="[0]"), "contradicts itself"),
+        (lambda h: h["__metadata__"].update(sizes="5"), "cannot be understood"),
+        (lambda h: h["__metadata__"].update(sizes="[255]"), "checksum|fit together"),
+        (lambda h: h.update(__metadata__=[]), "cannot be understood"),
+        (lambda h: h.update(extra=h.pop("values.3")), "checksum"),
+    ],
+)
+def test_headers_that_lie(stored, change, said):
+    _, _, path = stored
+    raw = store_files.read_header(path).raw
+    data, header = path.read_bytes()[len(raw) :], json.loads(raw[8:])
+    wanted = {name: header["__metadata__"][name] for name in ("key", "dtype")}
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    with pytest.raises(store_files.BadFileError, match=said):
+        store_files.read_image(path, wanted)
+
+
+def test_forged_tensors_do_not_fit(stored):
+    """Right checksums over what is no memory."""
+    _, wanted, path = stored
+    facts = store_files.read_header(path).facts
+    facts = {name: facts[name] for name in ("key", "model", "dtype")}
+
+    def memory(**changes):
+        fields = {"media": wanted.media, "ids": wanted.ids, "sizes": (256,)}
+        fields |= {"keys": wanted.keys, "values": wanted.values}
+        return ImageMemory(**fields | changes)
+
+    for wrong in (
+        memory(sizes=(255,)),
+        memory(media=wanted.media[:5]),
+        memory(values={1: wanted.values[1]}),
+        memory(keys={1: wanted.keys[1], 3: wanted.keys[3][:, :1]}),
+        memory(keys={}, values={}),
+    ):
+        assert store_files.write_image(path, wrong, facts)
+        with pytest.raises(store_files.BadFileError, match="do not fit together"):
+            store_files.read_image(path, facts)
+    assert store_files.write_image(path, memory(keys={"x": wanted.keys[1]}), facts)
+    with pytest.raises(store_files.BadFileError, match=r"holds a tensor 'keys.x'"):
+        store_files.read_image(path, facts)
+
+
+def test_a_file_that_vanishes_is_a_plain_miss(core, stored):
+    batch, wanted, path = stored
+    store = comemo.MemoryStore(directory=path.parent)
+    assert path.stem in store
+    path.unlink()
+    assert_same(memory_of(core, batch, store), wanted)
+    assert counts(store, "misses", "refused", "disk_entries") == (1, 0, 1)
+
+
+def test_a_file_that_shrinks_while_it_is_read(core, stored, monkeypatch):
+    batch, wanted, path = stored
+    read, store = store_files._read_header, comemo.MemoryStore(directory=path.parent)
+
+    def then_cut(file):
+        header = read(file)
+        cut(path, 5000)
+        return header
+
+    monkeypatch.setattr(store_files, "_read_header", then_cut)
+    with pytest.warns(comemo.MemoryStoreWarning, match="became shorter while it was read"):
+        assert_same(memory_of(core, batch, store), wanted)
+
+
+def test_a_directory_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(NotADirectoryError):
+            comemo.MemoryStore(directory=path)
+
+
+def test_a_full_disk_costs_no_answer(core, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    store, batch = comemo.MemoryStore(directory=tmp_path), batch_of(core, [2, "square", 3])
+    with pytest.warns(comemo.MemoryStoreWarning, match="cannot be written: No space left") as told:
+        assert_same(memory_of(core, batch, store), memory_of(core, batch))
+    assert len(told) == 1
+    assert str(files_of(tmp_path)) == "[]"
+    assert os.listdir(tmp_path) == [], "what was written is gone"
+    memory_of(core, batch, store)
+    assert counts(store, "misses", "hits", "disk_entries") == (1, 1, 0)
+
+
+def test_a_directory_that_cannot_be_written(core, tmp_path):
+    directory = tmp_path / "store"
+    store, batch = comemo.MemoryStore(directory=directory), batch_of(core, [2, "square", 3])
+    directory.rmdir()
+    directory.write_text("somebody else's")
+    with pytest.warns(comemo.MemoryStoreWarning) as told:
+        assert_same(memory_of(core, batch, store), memory_of(core, batch))
+    assert any("cannot be written" in str(warning.message) for warning in told)
+    assert counts(store, "misses", "entries", "disk_entries") == (1, 1, 0)
+    directory.unlink()
+    store.clear()
+    memory_of(core, batch, store)  # made anew
+    assert store.stats.disk_entries == 1
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
+)
+def test_a_directory_without_permission(core, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        store, batch = comemo.MemoryStore(directory=tmp_path), batch_of(core, [2, "square", 3])
+        with pytest.warns(comemo.MemoryStoreWarning, match="Permission denied"):
+            memory_of(core, batch, store)
+        with pytest.warns(comemo.MemoryStoreWarning, match="cannot be made: Permission denied"):
+            comemo.MemoryStore(directory=tmp_path / "below")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_leftovers_of_dead_writers_are_swept(tmp_path):
+    here, gone = store_files._host(), subprocess.Popen(["true"])
+    gone.wait()
+    hour = store_files.LEFTOVER
+    kept = {
+        "alive": (f"k.part-{here}-{os.getpid()}-aa", 0),
+        "somewhere else": (f"k.part-0123abcd-{gone.pid}-aa", hour - 60),
+        "other names": ("k.part", 2 * hour),
+    }
+    swept = {
+        "dead": (f"k.part-{here}-{gone.pid}-aa", 0),
+        "old": (f"k.part-{here}-{os.getpid()}-bb", hour + 60),
+        "old, somewhere else": (f"k.part-0123abcd-{os.getpid()}-aa", hour + 60),
+        "old, odd": ("k.part-odd", hour + 60),
+    }
+    for name, age in (*kept.values(), *swept.values()):
+        (tmp_path / name).write_bytes(b"half")
+        then = time.time() - age
+        os.utime(tmp_path / name, (then, then))
+    comemo.MemoryStore(directory=tmp_path)
+    assert set(os.listdir(tmp_path)) == {name for name, _ in kept.values()}
+
+
+CHILD = """
+import sys, time, torch
+from pathlib import Path
+from comemo import store_files
+path = Path(sys.argv[1])
+header, old = store_files.read_header(path), store_files.chunks_of
+image = store_files.read_image(path, {})
+def slowly(tensor):
+    for chunk in old(tensor):
+        for start in range(0, len(chunk), 1000):
+            yield chunk[start:start + 1000]
+            time.sleep(0.01)
+store_files.chunks_of = slowly
+print("writing", flush=True)
+store_files.write_image(path, image, {n: header.facts[n] for n in ("key", "model", "dtype")})
+"""
+
+
+def test_a_writer_that_is_killed_harms_nothing(core, stored):
+    batch, wanted, path = stored
+    good = path.read_bytes()
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, path], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]
+    )
+    try:
+        assert child.stdout.readline() == b"writing\n"
+        until = time.monotonic() + 20
+        while not any(part.stat().st_size > 8000 for part in path.parent.glob("*.part-*")):
+            assert time.monotonic() < until
+            assert child.poll() is None
+            time.sleep(0.01)
+        comemo.MemoryStore(directory=path.parent)
+        assert list(path.parent.glob("*.part-*")), "of a writer at work"
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        child.stdout.close()
+    (part,) = path.parent.glob("*.part-*")
+    assert 8000 < part.stat().st_size < len(good)
+    assert path.read_bytes() == good
+    store = comemo.MemoryStore(directory=path.parent)
+    assert os.listdir(path.parent) == [path.name]
+    assert_same(memory_of(core, batch, store), wanted)
+    assert store.stats.disk_hits == 1
+
+
+BESIDE = """
+import sys, torch, warnings
+import comemo
+warnings.simplefilter("error", comemo.MemoryStoreWarning)
+torch.set_num_threads(1)
+checkpoint, directory, pixels, turns = sys.argv[1:]
+model = comemo.CoMemoForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).model
+pixels, ids = torch.load(pixels), torch.arange(256)[None]
+mask = torch.ones_like(ids, dtype=torch.bool)
+store = comemo.MemoryStore(budget=0, directory=directory)
+first = model.build_image_memory(pixels, mask, ids, [(1, 1)], store)
+assert (store.stats.disk_hits, store.stats.misses) == (1, 0), store.stats
+print("ready", flush=True)
+for turn in range(int(turns)):
+    if turn % 3 == 0:
+        store.clear(disk=True)
+    memory = model.build_image_memory(pixels, mask, ids, [(1, 1)], store)
+    assert torch.allclose(memory.keys[3], first.keys[3], atol=1e-5)
+assert store.stats.refused == 0
+print("done", store.stats.misses)
+"""
+
+
+def test_two_processes_share_a_directory(core, demo_checkpoint, stored, tmp_path_factory):
+    """Both write, read and remove the same file; neither ever sees half of it."""
+    _, _, path = stored
+    pixels = tmp_path_factory.mktemp("pixels") / "pixels.pt"
+    torch.save(tiles()["square"], pixels)
+    child = subprocess.Popen(
+        [sys.executable, "-c", BESIDE, demo_checkpoint, path.parent, pixels, "12"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=Path(__file__).parents[1],
+    )
+    ids = torch.arange(256)[None]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    assert child.stdout.readline() == b"ready\n", child.stderr.read()
+    store, wanted = comemo.MemoryStore(budget=0, directory=path.parent), None
+    while child.poll() is None:
+        memory = core.build_image_memory(tiles()["square"], mask, ids, [(1, 1)], store)
+        wanted = memory if wanted is None else wanted
+        assert torch.allclose(memory.keys[3], wanted.keys[3], atol=1e-5)
+    out, err = child.communicate()
+    assert child.returncode == 0, err
+    assert out.startswith(b"done")
+    assert store.stats.refused == 0
+    assert store.stats.disk_hits > 0
+    assert not list(path.parent.glob("*.part-*"))
+
+
+def test_nothing_is_said_when_all_is_well(core, stored):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memory_of(core, stored[0], comemo.MemoryStore(directory=stored[2].parent))

@@ -1,0 +1,326 @@
+"""Which pictures are the same, and for which models that can be told."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from known import assert_same, batch_of, counts, key_of, memory_of, tiles, work_on
+
+import comemo
+from comemo import store_keys
+from comemo.progress import reading_bar
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("error::comemo.MemoryStoreWarning"),
+]
+
+
+@pytest.fixture
+def core(loaded):
+    return loaded[0].model
+
+
+@pytest.fixture
+def fresh(loaded):
+    """A model of its own, to be changed."""
+    return copy.deepcopy(loaded[0].model)
+
+
+# --- the same picture, and no other ---
+
+
+def nudge(name):
+    def change(core):
+        with torch.no_grad():
+            dict(core.named_parameters())[name].view(-1)[5] += 0.5
+
+    return change
+
+
+def set_to(path, value):
+    def change(core):
+        *owners, name = path.split(".")
+        for owner in owners:
+            core = getattr(core, owner)
+        setattr(core, name, value)
+
+    return change
+
+
+def merge(core):
+    """As adapters are merged: no version tells."""
+    weight = core.language_model.layers[3].mixin.kv_proj.weight
+    version = weight._version
+    weight.data += 1e-3
+    assert weight._version == version
+
+
+def load(core):
+    core.load_state_dict({name: t * 1.5 for name, t in core.state_dict().items()})
+
+
+def train(core):
+    weights = list(core.multi_modal_projector.parameters())
+    step = torch.optim.SGD(weights, lr=0.1)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    step.step()
+
+
+VISION, MIXIN = "vision_tower.encoder.layer.", "language_model.layers.3.mixin."
+CHANGES = {
+    "class token": nudge("vision_tower.embeddings.cls_token"),
+    "patches": nudge("vision_tower.embeddings.patch_embeddings.projection.weight"),
+    "first layer": nudge(f"{VISION}0.attention.q_proj.weight"),
+    "last layer": nudge(f"{VISION}1.lambda_2"),
+    "projector": nudge("multi_modal_projector.3.bias"),
+    "norm": nudge(f"{MIXIN}attn_norm.weight"),
+    "keys": nudge(f"{MIXIN}kv_proj.weight"),
+    "merged": merge,
+    "loaded": load,
+    "trained": train,
+    "theta": set_to("config.mixin_config.rope_theta", 5e5),
+    "fold": set_to("config.ps_version", "v1"),
+    "heads": set_to("config.vision_config.num_attention_heads", 2),
+    "depth": set_to("config.select_layer", 1),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_changed_model_knows_no_picture(fresh, name):
+    store, batch = comemo.MemoryStore(), batch_of(fresh, [2, "square", 3])
+    memory_of(fresh, batch, store)
+    CHANGES[name](fresh)
+    assert_same(memory_of(fresh, batch, store), memory_of(fresh, batch))
+    assert counts(store, "misses", "hits", "entries") == (2, 0, 2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        nudge(f"{MIXIN}q_proj.weight"),
+        nudge(f"{MIXIN}o_proj.weight"),
+        nudge("language_model.layers.0.self_attn.q_proj.weight"),
+        nudge("language_model.embed_tokens.weight"),
+    ],
+)
+def test_what_the_memory_does_not_depend_on_changes_nothing(fresh, change):
+    batch = batch_of(fresh, [2, "square", 3])
+    before = key_of(fresh, batch)
+    change(fresh)
+    assert key_of(fresh, batch) == before
+
+
+def test_layers_that_do_not_run_do_not_matter(fresh):
+    fresh.config.select_layer = 1
+    batch = batch_of(fresh, [2, "square", 3])
+    before = key_of(fresh, batch)
+    nudge(f"{VISION}1.lambda_2")(fresh)
+    assert key_of(fresh, batch) == before
+    nudge(f"{VISION}0.lambda_2")(fresh)
+    assert key_of(fresh, batch) != before
+
+
+def test_the_same_weights_are_the_same_model(loaded, demo_checkpoint, fresh):
+    batch = batch_of(fresh, [2, "square", 3])
+    again = type(loaded[0]).from_pretrained(demo_checkpoint, dtype=torch.float32).model
+    assert key_of(loaded[0].model, batch) == key_of(fresh, batch) == key_of(again, batch)
+
+
+def test_weights_are_hashed_once(fresh, monkeypatch):
+    asked, identify = [], store_keys.identify_model
+    monkeypatch.setattr(
+        "comemo.store.identify_model", lambda model: asked.append(0) or identify(model)
+    )
+    store = comemo.MemoryStore()
+    for name in ("square", "wide", "square"):
+        memory_of(fresh, batch_of(fresh, [2, name]), store)
+    assert len(asked) == 1
+    merge(fresh)
+    memory_of(fresh, batch_of(fresh, [2, "square"]), store)
+    assert len(asked) == 2
+
+
+def test_a_store_keeps_no_model_alive(loaded):
+    store, model = comemo.MemoryStore(), copy.deepcopy(loaded[0].model)
+    memory_of(model, batch_of(loaded[0].model, [2, "square"]), store)
+    assert len(store._identities) == 1
+    del model
+    assert len(store._identities) == 0
+
+
+def test_dtype_grid_and_order_of_tiles_tell_pictures_apart(fresh):
+    store = comemo.MemoryStore()
+    batch = batch_of(fresh, [2, "wide", 3])
+    memory_of(fresh, batch, store)
+    memory_of(fresh, batch_of(fresh, [2, "wide", 3], grids=False), store)
+    assert len(store) == 2  # other positions
+    fresh.config.tile_order = "column"
+    tall = batch | {"tile_grid": [(1, 2)]}
+    memory_of(fresh, tall, store)
+    assert len(store) == 3
+    memory_of(fresh, batch | {"pixel_values": batch["pixel_values"].flip(0)}, store)
+    assert len(store) == 4
+    half = fresh.bfloat16()
+    memory = memory_of(half, batch, store)
+    assert len(store) == 5
+    assert memory.media.dtype == memory.keys[3].dtype == torch.bfloat16
+    assert_same(memory, memory_of(half, batch))
+    # What counts is the picture as the model sees it.
+    rounded = batch | {"pixel_values": batch["pixel_values"].bfloat16()}
+    memory_of(half, rounded, store)
+    assert len(store) == 5
+
+
+def test_one_pixel_is_another_picture(core):
+    store, batch = comemo.MemoryStore(), batch_of(core, [2, "square", 3])
+    memory_of(core, batch, store)
+    pixels = batch["pixel_values"].clone()
+    pixels[0, 2, -1, -1] += 1
+    memory_of(core, batch | {"pixel_values": pixels}, store)
+    assert store.stats.misses == 2
+
+
+# --- models that cannot ---
+
+
+class Adapter(torch.nn.Linear):
+    pass
+
+
+class Quantised(torch.nn.Parameter):
+    pass
+
+
+def adapt(core):
+    core.language_model.layers[1].mixin.kv_proj.__class__ = Adapter
+
+
+def quantise(core):
+    attention = core.vision_tower.encoder.layer[0].attention
+    attention.q_proj.weight = Quantised(attention.q_proj.weight.data)
+
+
+def offload(core):
+    core.vision_tower.embeddings._hf_hook = object()
+
+
+def offload_forward(core):
+    layer = core.vision_tower.encoder.layer[0]
+    layer.forward = layer.forward
+
+
+def steer(core):
+    core.vision_tower.encoder.layer[1].register_forward_hook(lambda module, args, out: out * 2)
+
+
+def steer_before(core):
+    core.vision_tower.encoder.layer[1].register_forward_pre_hook(lambda module, args: None)
+
+
+def empty(core):
+    core.multi_modal_projector.to("meta")
+
+
+def mix(core):
+    core.multi_modal_projector.bfloat16()
+
+
+def drop(core):
+    core.train()
+    core.vision_tower.embeddings.dropout.p = 0.1
+
+
+def drop_attention(core):
+    core.train()
+    core.vision_tower.encoder.layer[0].attention.attention_dropout = 0.1
+
+
+REFUSED = [
+    (adapt, r"layers.1.mixin.kv_proj is a Adapter \(an adapter, or quantised\)"),
+    (quantise, r"a weight of vision_tower.encoder.layer.0.attention.q_proj is a Quantised"),
+    (offload, "another forward was put into vision_tower.embeddings"),
+    (offload_forward, r"another forward was put into vision_tower.encoder.layer.0"),
+    (steer, "vision_tower.encoder.layer.1 has hooks"),
+    (steer_before, "vision_tower.encoder.layer.1 has hooks"),
+    (empty, "device meta"),
+    (mix, r"in \['torch.bfloat16', 'torch.float32'\]"),
+    (drop, r"vision_tower.embeddings.dropout drops out in training: call model.eval\(\)"),
+    (drop_attention, "layer.0.attention drops out in training"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"), REFUSED, ids=lambda value: getattr(value, "__name__", "")
+)
+def test_models_whose_weights_do_not_tell(fresh, change, said):
+    store, batch = comemo.MemoryStore(), batch_of(fresh, [2, "square", 3])
+    change(fresh)
+    with work_on(fresh) as work, pytest.raises(ValueError, match=f"^MemoryStore: .*{said}"):
+        memory_of(fresh, batch, store)
+    assert work() == ([], 0)
+    assert len(store) == 0
+
+
+def test_autocast_and_absolute_positions_are_refused(fresh):
+    store, batch = comemo.MemoryStore(), batch_of(fresh, [2, "square", 3])
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ValueError, match="autocast is on"),
+    ):
+        memory_of(fresh, batch, store)
+    fresh.config.memory_positions = "absolute"
+    with pytest.raises(ValueError, match="must be 'relative', got 'absolute'"):
+        memory_of(fresh, batch, store)
+
+
+def test_onlookers_are_welcome(loaded, core):
+    """A progress bar's hooks, and those that transformers leaves behind."""
+    store, batch = comemo.MemoryStore(), batch_of(core, [2, "square", 3])
+    with reading_bar(loaded[0], True) as bar:
+        memory_of(core, batch, store)
+        assert bar.calls["vision"] == 2
+        memory_of(core, batch, store)
+        assert bar.calls["vision"] == 2
+        bar.calls["vision"] = 0  # as if the picture had been known
+        bar.count("text")
+        assert bar.state()[0] == "reading the prompt"
+    watched = copy.deepcopy(core)
+    with torch.no_grad():
+        watched.vision_tower(batch["pixel_values"], output_hidden_states=True)
+    assert watched.vision_tower.encoder.layer[0]._forward_hooks
+    memory_of(watched, batch, store)
+    assert counts(store, "misses", "hits") == (1, 2)
+
+
+def test_pictures_that_are_no_whole_tiles(core):
+    store, mask = comemo.MemoryStore(), torch.zeros(2, 600, dtype=torch.bool)
+    mask[0, :500] = mask[1, :12] = True
+    ids = torch.arange(600).expand(2, -1)
+    pixels = torch.cat([tiles()["square"]] * 2)
+    with pytest.raises(ValueError, match=r"whole tiles of 256 image tokens, got \[500, 12\]"):
+        core.build_image_memory(pixels, mask, ids, None, store)
+    with pytest.raises(ValueError, match="must agree on the number of image tokens"):
+        core.build_image_memory(pixels, mask, ids, [(1, 1), (1, 1)], store)
+    assert store.stats.misses == 0
+
+
+def test_no_pictures_in_a_batch(core):
+    ids = torch.arange(5)[None]
+    mask, none = torch.zeros(1, 5, dtype=torch.bool), torch.zeros(0, 3, 448, 448)
+    with torch.no_grad():
+        found = core.build_image_memory(none, mask, ids, None, comemo.MemoryStore())
+    assert len(found) == 0
+
+
+def test_pieces_of_a_digest_cannot_run_into_each_other():
+    """Shapes and the place where pixels end are part of the key."""
+    a, b = torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 8, 4)
+    ids = torch.arange(4)
+    key = store_keys.identify_picture("m", a, ids)
+    assert key != store_keys.identify_picture("m", b, ids)
+    assert key != store_keys.identify_picture("m", a, F.pad(ids, (0, 1)))
+    assert key != store_keys.identify_picture("n", a, ids)
+    assert key == store_keys.identify_picture("m", a.clone(), ids.int())
