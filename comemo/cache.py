@@ -5,7 +5,6 @@ transformers' dynamic cache copies all that it holds for every token. This one w
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer

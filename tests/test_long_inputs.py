@@ -1,0 +1,227 @@
+"""Prompts in pieces, pictures in rounds, a cache that grows in place: the same to the last token."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import DynamicCache
+
+from comemo.cache import ROOM, RoomyCache
+from comemo.prefill import read_prompt
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OPTIONS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+
+
+# --- the cache ---
+
+
+@st.composite
+def histories(draw):
+    """Steps of a generation: (what, how many)."""
+    step = st.one_of(
+        st.tuples(st.just("update"), st.integers(1, 300)),
+        st.tuples(st.just("crop"), st.integers(0, 40)),
+        st.tuples(st.just("reorder"), st.integers(0, 5)),
+        st.tuples(st.just("repeat"), st.integers(1, 2)),
+        st.tuples(st.just("reset"), st.just(0)),
+    )
+    return draw(st.lists(step, min_size=1, max_size=8)), draw(st.sampled_from([0, 5, 400]))
+
+
+@given(histories())
+def test_cache_is_a_dynamic_cache(history):
+    steps, capacity = history
+    ours, theirs, batch = RoomyCache(2, capacity), DynamicCache(), 2
+    for index, (what, number) in enumerate(steps):
+        drawn = torch.Generator().manual_seed(index)
+        if what == "update":
+            for layer in range(2):
+                new = torch.randn(2, batch, 3, number, 4, generator=drawn)
+                found, wanted = (cache.update(*new, layer) for cache in (ours, theirs))
+                for a, b in zip(found, wanted, strict=True):
+                    assert torch.equal(a, b)
+        elif what == "crop":
+            number = min(number, theirs.get_seq_length() - 1)
+            for cache in (ours, theirs):
+                cache.crop(-max(number, 0))
+        elif what == "reorder":
+            order = torch.randint(batch, (batch,), generator=drawn)
+            for cache in (ours, theirs):
+                cache.reorder_cache(order)
+        elif what == "repeat":
+            batch *= number
+            for cache in (ours, theirs):
+                cache.batch_repeat_interleave(number)
+        else:
+            ours.reset()
+            theirs = DynamicCache()
+        assert ours.get_seq_length() == theirs.get_seq_length()
+
+
+def test_cache_copies_nothing_to_grow():
+    cache = RoomyCache(1, capacity=64)
+    token = torch.randn(1, 2, 1, 4)
+    cache.update(token, token, 0)
+    place = cache.layers[0].keys.data_ptr()
+    for _ in range(63):
+        keys, _ = cache.update(token, token, 0)
+        assert keys.data_ptr() == place
+    assert cache.nbytes == 2 * 64 * 2 * 4 * 4
+    cache.update(token, token, 0)  # one more than there was room for
+    moved = cache.layers[0].keys.data_ptr()
+    for _ in range(ROOM - 1):
+        cache.update(token, token, 0)
+    assert cache.layers[0].keys.data_ptr() == moved != place
+
+
+def test_forks_and_uneven_layers():
+    cache = RoomyCache(2)
+    new = torch.randn(1, 2, 9, 4)
+    for layer in range(2):
+        cache.update(new, new, layer)
+    fork = cache.fork()
+    cache.update(new, new, 0)  # as if the second layer had failed
+    cache.crop_to(7)
+    assert [layer.get_seq_length() for layer in cache.layers] == [7, 7]
+    cache.update(-new, -new, 0)
+    assert torch.equal(fork.layers[0].keys, new)
+    assert torch.equal(fork.layers[1].values, new)
+    assert RoomyCache(2).fork().get_seq_length() == 0
+
+
+# --- prompts in pieces ---
+
+
+@pytest.fixture
+def prompts(processor):
+    """Three prompts, padded on the left: two pictures, none, one."""
+    noise = [
+        Image.effect_noise(size, 80).convert("RGB") for size in ((500, 448), (448, 448), (900, 448))
+    ]
+
+    def message(text, *pictures):
+        shown = [{"type": "image", "image": picture} for picture in pictures]
+        return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+
+    return processor.apply_chat_template(
+        [message("compare them", *noise[:2]), message("hello"), message("and this", noise[2])],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )
+
+
+@pytest.fixture
+def answer(model, prompts):
+    def ask(**options):
+        output = model.generate(
+            **prompts, **OPTIONS, **options, return_dict_in_generate=True, output_logits=True
+        )
+        return output.sequences, torch.stack(output.logits)
+
+    return ask
+
+
+@pytest.mark.parametrize("positions", ["raw", "compressed"])
+@pytest.mark.parametrize("chunk", [64, 257, 5000])
+def test_pieces_change_nothing(model, answer, chunk, positions):
+    """Borders lie inside pictures, padding and text."""
+    model.config.decode_positions = positions
+    tokens, logits = answer()
+    for options in ({}, {"cache_implementation": "static"}):
+        found, these = answer(prefill_chunk_size=chunk, **options)
+        assert torch.equal(found, tokens)
+        torch.testing.assert_close(these, logits, rtol=1e-3, atol=1e-4)
+
+
+def test_pieces_with_beams_and_embeddings(model, tokenizer, answer, prompts):
+    wanted = answer(num_beams=2)[0]
+    assert torch.equal(answer(num_beams=2, prefill_chunk_size=100)[0], wanted)
+    tiles = torch.randn(3, 3, 448, 448)
+    for pixel_values in (tiles, None):
+        chat = [
+            model.chat(
+                tokenizer,
+                pixel_values,
+                "what is this?",
+                {"max_new_tokens": 5, "prefill_chunk_size": chunk},
+                target_aspect_ratio=None if pixel_values is None else [(2, 1)],
+            )
+            for chunk in (None, 50)
+        ]
+        assert chat[0] == chat[1]
+
+
+@pytest.mark.parametrize("rule", ["token_count", "position"])
+def test_pieces_are_scaled_as_the_whole(model, answer, rule):
+    """Dynamic scaling goes by the whole prompt, whichever piece is read."""
+    text = model.config.text_config
+    model.config.ntk_length = rule
+    plain = answer()[1]
+    text.max_position_embeddings, limit = 200, text.max_position_embeddings
+    try:
+        tokens, logits = answer()
+        found, these = answer(prefill_chunk_size=100)
+    finally:
+        text.max_position_embeddings = limit
+    assert torch.equal(found, tokens)
+    torch.testing.assert_close(these, logits, rtol=1e-3, atol=1e-4)
+    assert (logits - plain).abs().max() > 0.01
+
+
+def test_a_piece_bounds_what_is_held(model, answer):
+    """No layer is ever given more tokens than a piece has."""
+    seen = []
+    layer = model.model.language_model.layers[0]
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    try:
+        answer(prefill_chunk_size=300)
+    finally:
+        handle.remove()
+    assert max(seen) == 300
+    assert sum(seen) > 800
+
+
+def test_reading_goes_on_from_a_cache(model):
+    ids = torch.arange(100, 160)[None]
+    places = torch.arange(60)[None]
+    embeds = model.get_input_embeddings()(ids)
+    logits = []
+    for splits in ((60,), (20, 60), (1, 59, 60)):
+        cache, start = RoomyCache(4), 0
+        for end in splits:
+            output = read_prompt(
+                model, lambda a, b: embeds[:, a:b], places[:, :end], cache, start=start, chunk=16
+            )
+            start = end
+        logits.append(output.logits)
+        assert output.logits.shape[1] == 1
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], rtol=1e-3, atol=1e-4)
+    for start, chunk in ((60, None), (0, 0)):
+        with pytest.raises(ValueError, match="chunk and the tokens behind start must be positive"):
+            read_prompt(model, lambda a, b: embeds, places, cache, start=start, chunk=chunk)
+
+
+# --- pictures in rounds ---
+
+
+def test_rounds_of_tiles_change_nothing(model):
+    tiles = torch.randn(5, 3, 448, 448)
+    seen = []
+    layer = model.model.vision_tower.encoder.layer[0]
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    try:
+        with torch.no_grad():
+            whole = model.model.get_image_features(tiles)
+            model.config.tiles_at_once = 2
+            found = model.model.get_image_features(tiles)
+            assert len(model.model.get_image_features(tiles[:0])) == 0
+    finally:
+        handle.remove()
+    assert seen == [5, 2, 2, 1, 0]
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="tiles_at_once must be positive, got 0"):
+        type(model.config)(tiles_at_once=0)
