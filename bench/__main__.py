@@ -5,10 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import attend, decode, gpu, host, measure, memory, mixin, positions, rotary
+from bench import attend, chat, decode, gpu, host, measure, memory, mixin, positions, rotary
 
 BENCHMARKS: dict[str, Any] = {
     "attend": attend,
+    "chat": chat,
     "decode": decode,
     "gpu": gpu,
     "host": host,

@@ -17,28 +17,11 @@ from torch import Tensor
 
 import comemo_kernels as ops
 from bench import measure
-from comemo import CoMemoConfig, CoMemoForConditionalGeneration
+from bench.models import SIZES, draw_model
+from comemo import CoMemoForConditionalGeneration
 from comemo.decoder import MixinLayer
 from comemo.demo import RecomputedMemory
 from comemo_kernels import ImageMemory
-
-SIZES: dict[str, dict[str, dict[str, int]]] = {
-    "2B": {"llm_config": {}, "mixin_config": {}},
-    "9B": {
-        "llm_config": {
-            "hidden_size": 4096,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "intermediate_size": 14336,
-        },
-        "mixin_config": {
-            "language_dim": 4096,
-            "vision_dim": 4096,
-            "num_heads": 32,
-            "intermediate_size": 14336,
-        },
-    },
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,27 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    torch.manual_seed(0)
-    dtype = getattr(torch, options.dtype)
-    base = CoMemoConfig().to_dict()
-    parts = {part: base[part] | sizes for part, sizes in SIZES[options.size].items()}
-    if options.layers:
-        parts["llm_config"]["num_hidden_layers"] = options.layers
-    config = CoMemoConfig.from_dict(base | parts)
-    print(
-        f"drawing random weights of {options.size}, {config.text_config.num_hidden_layers} layers"
-    )
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = CoMemoForConditionalGeneration(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+    model = draw_model(options.size, getattr(torch, options.dtype), options.layers)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("_gate"):
-                parameter.fill_(0.5)
         return _measure(model, (options.cols, options.rows), options)
 
 

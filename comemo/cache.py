@@ -10,10 +10,11 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 ROOM = 256  # tokens that a layer grows by, at least
+ROOM_FOR_ANSWER = 1024  # tokens, at most, that callers reserve ahead
 
 
 class RoomyLayer(DynamicLayer):
-    """Keys and values of one layer, at the front of buffers [B, C, G, D] that hold C tokens.
+    """Keys and values of one layer, at the front of buffers [B, G, C, D] that hold C tokens.
 
     What transformers does to a dynamic layer it can do to this one: `keys` and `values`
     [B, G, N, D] are views of the buffers, and where something replaced them (beams that are
@@ -38,8 +39,8 @@ class RoomyLayer(DynamicLayer):
         end = start + key_states.shape[2]
         held = self._buffers_for(key_states, value_states, start, end)
         for buffer, new in zip(held, (key_states, value_states), strict=True):
-            buffer[:, start:end].copy_(new.transpose(1, 2))
-        self.keys, self.values = (buffer[:, :end].transpose(1, 2) for buffer in held)
+            buffer[:, :, start:end] = new
+        self.keys, self.values = (buffer[:, :, :end] for buffer in held)
         return self.keys, self.values
 
     def _buffers_for(
@@ -48,16 +49,18 @@ class RoomyLayer(DynamicLayer):
         held = self.buffers
         if held is not None and start and self.keys.data_ptr() != held[0].data_ptr():
             held = None  # somebody replaced the views
-        if held is not None and held[0].shape[0] == keys.shape[0] and end <= held[0].shape[1]:
+        if held is not None and held[0].shape[0] == keys.shape[0] and end <= held[0].shape[2]:
             return held
         room = max(ROOM, min(end // 8, 16 * ROOM))
         capacity = self.capacity if end <= self.capacity else end + room
         B, G, _, D = keys.shape
-        shapes = ((B, capacity, G, D), (B, capacity, G, values.shape[3]))
-        made = keys.new_empty(shapes[0]), values.new_empty(shapes[1])
+        made = (
+            keys.new_empty(B, G, capacity, D),
+            values.new_empty(B, G, capacity, values.shape[3]),
+        )
         if start:
             for buffer, old in zip(made, (self.keys, self.values), strict=True):
-                buffer[:, :start].copy_(old.transpose(1, 2))
+                buffer[:, :, :start] = old
         self.buffers = made
         return made
 
@@ -79,6 +82,15 @@ class RoomyCache(DynamicCache):
         super().__init__()
         self.layer_class_to_replicate = None
         self.layers = [RoomyLayer(capacity) for _ in range(layers)]
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many tokens at once, the next time that there is not enough.
+
+        Args:
+            capacity: tokens in all.
+        """
+        for layer in self.layers:
+            layer.capacity = max(layer.capacity, capacity)
 
     def crop_to(self, length: int) -> None:
         """Keep the first `length` tokens, also where a call that failed left layers of two lengths.

@@ -5,11 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comemo.cache import RoomyCache
+from comemo.cache import ROOM_FOR_ANSWER, RoomyCache
 from comemo.prefill import read_prompt
 from comemo_kernels import ImageMemory
-
-ROOM_FOR_ANSWER = 1024  # tokens; a longer answer takes larger buffers
 
 
 class CoMemoGeneration:

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import comemo_kernels as ops
 from comemo import prompts
-from comemo.cache import RoomyCache
+from comemo.cache import ROOM_FOR_ANSWER, RoomyCache
 from comemo.chat import check_tokenizer
 from comemo.conversation import Conversation, load_pictures, scaled_length
 from comemo.prefill import read_prompt
@@ -289,6 +289,8 @@ class ChatSession:
         # At least the last token is read: its logits begin the answer.
         kept = min(self._held.common(wanted), len(wanted) - 1)
         self._cache.crop_to(kept)
+        answer = (self.options | options).get("max_new_tokens") or 0
+        self._cache.reserve(len(wanted) + min(answer, ROOM_FOR_ANSWER))
         self._held = wanted.first(kept)
         core, shown = self.model.model, wanted.visible.new_tensor([len(said.pictures)])
         whole = self._reading(memory, shown)

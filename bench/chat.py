@@ -1,0 +1,192 @@
+"""What a user waits for: time to the first token and tokens per second, end to end.
+
+A conversation about one picture with random weights: a question about a new picture, a second
+question, and a question about a known picture in another conversation, from a store. Beside it
+the published way: for every question the vision tower and the whole prompt again, and for every
+token the memory again. On a GPU also decoding in batches whose prompts have a picture each: the
+decode loop, plain calls with a growing cache, torch.compile with a static cache, the published way.
+`peak_gib` is the largest memory so far of the process, on a GPU of the row; `predicted_gib` what
+the formula of `bench.peak` says.
+"""
+
+import argparse
+import gc
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
+from transformers.generation.configuration_utils import CompileConfig
+
+import comemo_kernels as ops
+from bench import measure, peak
+from bench.models import SIZES, draw_model, give_words
+from comemo import ChatSession, DecodeLoop, MemoryStore
+from comemo.demo import RecomputedMemory
+from comemo.progress import TokenClock
+from comemo_kernels import ImageMemory
+
+QUESTIONS = ("What is in this picture?", "And who is on the boat?")
+WAYS = ("ours", "eager, memory kept", "torch.compile, static cache", "published")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    batches = [1, 8, 32] if torch.cuda.is_available() else []
+    parser.add_argument("--size", choices=SIZES, default="2B")
+    parser.add_argument("--layers", type=int, help="decoder layers, if not the size's own")
+    parser.add_argument("--cols", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=1, help="of the first question")
+    parser.add_argument("--tokens", type=int, default=8, help="of each answer")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--batches", type=int, nargs="*", default=batches)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+
+
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    model = draw_model(options.size, getattr(torch, options.dtype), options.layers)
+    processor = give_words(model)
+    grid = (options.cols, options.rows)
+    tiles = ops.image_tokens(grid, model.config.side) // model.config.tokens_per_tile
+    case = f"{options.size}, {options.pictures * tiles} tiles, {options.dtype}"
+    layers = model.config.text_config.num_hidden_layers
+    same = {"case": case, "layers": layers}
+    for row in _conversation(model, processor, grid, tiles, options):
+        yield same | row
+    for batch in options.batches:
+        for way in options.ways:
+            gc.collect()
+            yield (
+                same
+                | {"pass": f"decode, batch {batch}"}
+                | _decode(model, grid, batch, way, options)
+            )
+
+
+def _conversation(
+    model: Any, processor: Any, grid: tuple[int, int], tiles: int, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    pictures = [(torch.randn(tiles, 3, 448, 448), grid) for _ in range(options.pictures)]
+    settings = {"max_new_tokens": options.tokens, "do_sample": False, "eos_token_id": None}
+    store = MemoryStore(budget=2**40)
+    _warm_up(model, processor, settings | {"memory_store": store})
+    loop = {"decode_loop": DecodeLoop(model)} if model.device.type == "cuda" else {}
+
+    def session() -> ChatSession:
+        return ChatSession(model, processor, memory_store=store, **settings, **loop)
+
+    first, known = session(), session()
+    for name, talk, question, shown in (
+        ("new picture", first, QUESTIONS[0], pictures),
+        ("second question", first, QUESTIONS[1], None),
+        ("known picture", known, "Look here: <image>" + "<image>" * (len(pictures) - 1), pictures),
+    ):
+        peak.reset()
+        talk.ask(question, shown)
+        report = talk.report
+        assert report is not None
+        yield {
+            "pass": name,
+            "way": "ours",
+            "first_s": report.first_s,
+            "token_s": report.per_token_s,
+            "read_tokens": report.read_tokens,
+            "peak_gib": measure.peak_gib(),
+            "predicted_gib": peak.predict(model, talk, tiles if shown else 0) / 2**30,
+        }
+    if "published" in options.ways:
+        peak.reset()
+        yield {"pass": "second question", "way": "published"} | _published(
+            model, processor, pictures, first.history[:1], settings
+        )
+
+
+def _warm_up(model: Any, processor: Any, settings: dict[str, Any]) -> None:
+    """What is done once a process: kernels loaded, threads started, the weights' digest taken."""
+    talk = ChatSession(model, processor, **settings | {"max_new_tokens": 2})
+    talk.ask("a", (torch.randn(1, 3, 448, 448), (1, 1)))
+    talk.ask("b")
+
+
+def _published(
+    model: Any, processor: Any, pictures: Any, history: Any, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """A second question as the published code answers it."""
+    clock = TokenClock()
+    tiles = [pixel_values for pixel_values, _ in pictures]
+    _, inputs = model.prepare_chat(
+        processor.tokenizer,
+        torch.cat(tiles),
+        [*history, (QUESTIONS[1], None)],
+        [len(t) for t in tiles],
+        [grid for _, grid in pictures],
+    )
+    inputs["image_memory"] = RecomputedMemory.of(inputs["image_memory"])
+    model.generate(**inputs, **settings, past_key_values=DynamicCache(), streamer=clock)
+    return {
+        "first_s": clock.first,
+        "token_s": clock.per_token,
+        "read_tokens": inputs["position_ids"].shape[1],
+        "peak_gib": measure.peak_gib(),
+    }
+
+
+def _decode(
+    model: Any, grid: tuple[int, int], batch: int, way: str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Tokens per second of a batch, behind prompts of one picture each."""
+    inputs, memory = _prompts(model, grid, batch)
+    chosen: dict[str, Any] = {
+        "ours": {"decode_loop": DecodeLoop(model)},
+        "eager, memory kept": {"past_key_values": DynamicCache()},
+        "torch.compile, static cache": {
+            "cache_implementation": "static",
+            "generation_config": GenerationConfig(compile_config=CompileConfig()),
+        },
+        "published": {"past_key_values": DynamicCache()},
+    }[way]
+    if way == "published":
+        memory = RecomputedMemory.of(memory)
+    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+    times: list[float] = []
+    for attempt in range(2):  # the first captures and compiles
+        if "past_key_values" in chosen:
+            chosen["past_key_values"] = DynamicCache()
+        peak.reset()
+        clock = TokenClock()
+        model.generate(
+            **inputs,
+            image_memory=memory,
+            prefill_chunk_size=4096,
+            max_new_tokens=max(options.tokens, 16) if attempt else 8,
+            streamer=clock,
+            **settings,
+            **chosen,
+        )
+        times = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
+    token_s = sorted(times)[len(times) // 2] if times else math.nan
+    return {
+        "way": way,
+        "token_s": token_s,
+        "tokens_per_s": batch / token_s,
+        "peak_gib": measure.peak_gib(),
+    }
+
+
+def _prompts(
+    model: Any, grid: tuple[int, int], batch: int
+) -> tuple[dict[str, Tensor], ImageMemory]:
+    device, config = model.device, model.config
+    M = ops.image_tokens(grid, config.side)
+    image = torch.zeros(batch, M + 96, dtype=torch.bool, device=device)
+    image[:, 60 : 60 + M] = True
+    words = torch.randint(3, 400, image.shape, device=device)
+    input_ids = torch.where(image, config.image_token_id, words)
+    mask = torch.ones_like(input_ids)
+    position_ids = model.model.prompt_position_ids(image, mask, [grid] * batch)
+    media = torch.randn(batch * M, config.text_config.hidden_size, device=device).to(model.dtype)
+    memory = ImageMemory.from_media(media, position_ids[image], [M] * batch)
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+    return inputs, memory

@@ -1,0 +1,66 @@
+"""Models of the published sizes with random weights, and what is said to them."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from comemo import CoMemoConfig, CoMemoForConditionalGeneration, CoMemoProcessor
+from comemo.tiny import make_checkpoint
+
+SIZES: dict[str, dict[str, dict[str, int]]] = {
+    "2B": {"llm_config": {}, "mixin_config": {}},
+    "9B": {
+        "llm_config": {
+            "hidden_size": 4096,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "intermediate_size": 14336,
+        },
+        "mixin_config": {
+            "language_dim": 4096,
+            "vision_dim": 4096,
+            "num_heads": 32,
+            "intermediate_size": 14336,
+        },
+    },
+}
+
+
+def draw_model(
+    size: str, dtype: torch.dtype, layers: int | None = None
+) -> CoMemoForConditionalGeneration:
+    """A model with open gates, on a GPU if there is one; `layers` instead of the size's own."""
+    base = CoMemoConfig().to_dict()
+    parts = {part: base[part] | sizes for part, sizes in SIZES[size].items()}
+    if layers:
+        parts["llm_config"]["num_hidden_layers"] = layers
+    config = CoMemoConfig.from_dict(base | parts)
+    print(f"drawing random weights of {size}, {config.text_config.num_hidden_layers} layers")
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = CoMemoForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_gate"):
+                parameter.fill_(0.5)
+    return model
+
+
+def give_words(model: CoMemoForConditionalGeneration) -> CoMemoProcessor:
+    """A small tokenizer for a model of any vocabulary, which then says nothing but its words."""
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(Path(folder))
+        processor = CoMemoProcessor.from_pretrained(folder)
+    tokenizer = processor.tokenizer
+    control = list(tokenizer.added_tokens_decoder)
+    model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    with torch.no_grad():  # a logit of 0 is never the highest of hundreds
+        model.lm_head.weight[len(tokenizer) :].zero_()
+        model.lm_head.weight[control].zero_()
+    return processor
