@@ -11,6 +11,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
 from comemo.config import CoMemoConfig, MixinConfig
+from comemo.decode import DecodeLoop
 from comemo.images import load_image
 from comemo.model import CoMemoForConditionalGeneration, CoMemoModel, CoMemoOutput
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
@@ -27,6 +28,7 @@ __all__ = [
     "CoMemoModel",
     "CoMemoOutput",
     "CoMemoProcessor",
+    "DecodeLoop",
     "ImageMemory",
     "InternLM2Tokenizer",
     "MemoryStore",

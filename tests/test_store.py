@@ -203,14 +203,12 @@ def test_the_longest_unused_make_room(core):
 def test_bytes_are_those_of_the_storages(core):
     """Also of pictures that were built together: nothing larger is kept alive by a view."""
     store = comemo.MemoryStore()
-    memory_of(core, batch_of(core, ["square", 3, "wide"], ["other"]), store)
-    storages = {}
-    for image in store._held.values():
-        for tensor in tensors(image):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    memory_of(core, batch_of(core, ["square", 3, "other"], ["wide"]), store)
+    for image, name in zip(store._held.values(), GRIDS, strict=True):
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors(image)}
+        assert sum(s.nbytes() for s in storages.values()) == memory_bytes(core, name)
         assert image.table is None
-    held = sum(memory_bytes(core, name) for name in GRIDS)
-    assert sum(storages.values()) == store.stats.bytes == held
+    assert store.stats.bytes == sum(memory_bytes(core, name) for name in GRIDS)
 
 
 def test_a_picture_larger_than_the_budget(core, tmp_path):

@@ -57,6 +57,15 @@ def merge(core):
     assert weight._version == version
 
 
+def replace(core):
+    """Other in one place that no sample looks at, and again no version tells."""
+    weight = core.language_model.layers[1].mixin.kv_proj.weight
+    changed, version = weight.detach().clone(), weight._version
+    changed[0, 1] += 0.5
+    weight.data = changed
+    assert weight._version == version
+
+
 def load(core):
     core.load_state_dict({name: t * 1.5 for name, t in core.state_dict().items()})
 
@@ -79,6 +88,7 @@ CHANGES = {
     "norm": nudge(f"{MIXIN}attn_norm.weight"),
     "keys": nudge(f"{MIXIN}kv_proj.weight"),
     "merged": merge,
+    "replaced": replace,
     "loaded": load,
     "trained": train,
     "theta": set_to("config.mixin_config.rope_theta", 5e5),
