@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
 from transformers.utils import cached_file
 
 from comemo.config import CoMemoConfig
+from comemo.plain import refuse_folded
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
@@ -191,9 +192,23 @@ class PublishedCheckpoint:
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Write the published layout (`save_original_format=False`: the names used here)."""
+        """Write the published layout (`save_original_format=False`: the names used here).
+
+        Raises:
+            ValueError: the model is folded for inference.
+        """
+        refuse_folded("save_pretrained", self)
         self._weight_conversions = conversions(self.config.llm_architecture)
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As a module's; refused while the model is folded for inference.
+
+        Raises:
+            ValueError: the model is folded: it would not look at the norms and gates it loads.
+        """
+        refuse_folded("load_state_dict", self)
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
 
 
 def _check_files(directory: Path, has_config: bool) -> None:

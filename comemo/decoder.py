@@ -9,17 +9,16 @@ dimension, d width of the language model.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaConfig
+from transformers import DynamicCache
 from transformers import initialization as init
-from transformers.activations import SiLUActivation
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
-    LlamaMLP,
     LlamaPreTrainedModel,
     LlamaRMSNorm,
     eager_attention_forward,
@@ -28,102 +27,36 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 import comemo_kernels as ops
-from comemo.config import CoMemoConfig, MixinConfig
-from comemo_kernels import ImageMemory, MemoryScales, QueryRotation
-
-Table = tuple[Tensor, Tensor]  # cos, sin [B, N, D/2]
-EPS = 1e-5  # of both norms of a mixin layer
-PLAIN = (nn.Linear, LlamaRMSNorm, LlamaMLP, SiLUActivation, nn.SiLU)
-
-
-def is_plain(*modules: nn.Module) -> bool:
-    """Whether modules are what they were made as, and may be computed from their weights.
-
-    Adapters and quantisation replace modules, sharding and offloading replace weights or bring
-    them by hooks, autocast converts them: then the modules themselves have to be called.
-    """
-    return all(
-        type(part) in PLAIN
-        and not (part._forward_hooks or part._forward_pre_hooks or hasattr(part, "_hf_hook"))
-        and all(
-            type(p) is nn.Parameter and not p.is_meta
-            for p in part._parameters.values()
-            if p is not None
-        )
-        for module in modules
-        for part in module.modules()
-    )
-
-
-def on_device(
-    device: torch.device, spans: Tensor | None, rotation: QueryRotation
-) -> tuple[Tensor, QueryRotation]:
-    """Spans and rotation where a layer is: layers may lie on several devices."""
-    if spans is None:
-        raise ValueError("CoMemo: the image memory says by no spans who may read it")
-    moved = (None if t is None else t.to(device) for t in rotation)
-    return spans.to(device), QueryRotation(*moved)
-
-
-class MixinLayer(nn.Module):
-    """Gated image cross-attention and a gated feed-forward network; the identity at gates 0."""
-
-    def __init__(self, config: MixinConfig) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        width, inner = config.language_dim, config.num_heads * config.head_dim
-        self.attn_norm = LlamaRMSNorm(width, eps=EPS)
-        self.q_proj = nn.Linear(width, inner, bias=False)
-        self.kv_proj = nn.Linear(config.vision_dim, 2 * inner, bias=False)
-        self.o_proj = nn.Linear(inner, width, bias=False)
-        self.attn_gate = nn.Parameter(torch.zeros(1))
-        self.mlp_norm = LlamaRMSNorm(width, eps=EPS)
-        wide = config.intermediate_size
-        self.mlp = LlamaMLP(  # which has no heads; the default number need not divide the width
-            LlamaConfig(hidden_size=width, intermediate_size=wide, num_attention_heads=1)
-        )
-        self.mlp_gate = nn.Parameter(torch.zeros(1))
-
-    def build(self, media: Tensor, table: Table) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values [M, H, D] of `media` [M, d], by the norm of the text."""
-        kv = self.kv_proj(self.attn_norm(media)).unflatten(-1, (2, self.num_heads, self.head_dim))
-        key, value = kv.unbind(1)
-        # A view of `value` would keep the unrotated keys alive for as long as the memory.
-        return ops.apply_rotary(key[None], None, *table)[0][0], value.contiguous()
-
-    def forward(
-        self,
-        x: Tensor,
-        key: Tensor,
-        value: Tensor,
-        memory: ImageMemory,
-        rotation: QueryRotation,
-        scales: MemoryScales | None = None,
-    ) -> Tensor:
-        """x [B, N, d] -> [B, N, d]; prompts without any image pass unchanged."""
-        plain = is_plain(self.attn_norm, self.q_proj, self.o_proj, self.mlp_norm, self.mlp)
-        spans, rotation = on_device(x.device, memory.spans, rotation)
-        if plain:
-            q = ops.norm_linear(x, self.attn_norm.weight, self.q_proj.weight, EPS)
-        else:
-            q = self.q_proj(self.attn_norm(x))
-        q = q.unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, H, D]
-        read = ops.attend_images(q, key, value, spans, rotation, scales).flatten(2)
-        if plain:
-            mlp = self.mlp
-            y = ops.gated_residual(x, read, self.o_proj.weight, self.attn_gate)
-            wide = ops.norm_swiglu(
-                y, self.mlp_norm.weight, mlp.gate_proj.weight, mlp.up_proj.weight, EPS
-            )
-            y = ops.gated_residual(y, wide, mlp.down_proj.weight, self.mlp_gate)
-        else:
-            y = x + self.attn_gate.tanh() * self.o_proj(read)
-            y = y + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(y))
-        return y if memory.active is None else torch.where(memory.active.to(x.device), y, x)
+from comemo.config import CoMemoConfig
+from comemo.mixin import EPS, MixinLayer, Table
+from comemo.plain import PLAIN as PLAIN
+from comemo.plain import are_joined, is_plain, is_untouched, join_weights
+from comemo_kernels import ImageMemory, QueryRotation
 
 
 class CoMemoAttention(LlamaAttention):
     """Llama's self-attention with the rotation in float32, as published."""
+
+    qkv: Tensor | None = None  # [(H + 2 G) D, d], of which the weights of all three are views
+
+    def join(self) -> None:
+        """Lay the weights of q, k and v behind one another, for one product."""
+        self.qkv = join_weights(self.q_proj, self.k_proj, self.v_proj)
+
+    def joined(self) -> bool:
+        """Whether `qkv` still is what q, k and v are computed from."""
+        if self.qkv is None:
+            return False
+        # A compiled step has no addresses; it trusts what it was compiled for.
+        return torch.compiler.is_compiling() or are_joined(
+            self.qkv, self.q_proj, self.k_proj, self.v_proj
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CoMemoAttention":
+        super()._apply(fn, recurse)  # moves or converts each weight by itself
+        if self.qkv is not None and not self.joined():
+            self.join()
+        return self
 
     def forward(
         self,
@@ -131,29 +64,50 @@ class CoMemoAttention(LlamaAttention):
         position_embeddings: Table,
         attention_mask: Any = None,
         past_key_values: Any = None,
+        residual: Tensor | None = None,
+        eps: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """As Llama's, on normed hidden_states [B, N, d]; or on plain modules in fewer launches.
+
+        With `residual` [B, N, d] the output has it added. With `eps`, of a norm that is folded
+        into `qkv`, hidden_states are not normed yet.
+        """
         B, N, _ = hidden_states.shape
-        q, k, v = (
-            proj(hidden_states).view(B, N, -1, self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projections = self.q_proj, self.k_proj, self.v_proj
+        if eps is None or self.qkv is None:
+            q, k, v = (proj(hidden_states) for proj in projections)
+        else:
+            qkv = ops.norm_linear(hidden_states, None, self.qkv, eps)
+            q, k, v = qkv.split([proj.weight.shape[0] for proj in projections], -1)
+        q, k, v = (t.view(B, N, -1, self.head_dim) for t in (q, k, v))
         q, k = ops.apply_rotary(q, k, *position_embeddings)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
         dropout = self.attention_dropout if self.training else 0.0
-        out, weights = attend(
-            self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(out.reshape(B, N, -1)), weights
+        if N == 1 and self.config._attn_implementation == "sdpa" and not dropout:
+            # Query heads that share a key head are rows of one: no key is repeated or read twice.
+            q = q.view(B, k.shape[1], -1, self.head_dim)
+            out = F.scaled_dot_product_attention(q, k, v, attention_mask, scale=self.scaling)
+            weights = None
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            out, weights = attend(
+                self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+            )
+        out = out.reshape(B, N, -1)
+        if residual is None:
+            return self.o_proj(out), weights
+        return ops.gated_residual(residual, out, self.o_proj.weight, None), weights
 
 
 class CoMemoDecoderLayer(LlamaDecoderLayer):
     """A decoder layer, behind a mixin layer where there is one."""
+
+    folded = False  # whether the projections hold the norms' weights
 
     def __init__(self, config: CoMemoConfig, layer_idx: int) -> None:
         super().__init__(config.text_config, layer_idx)
@@ -188,7 +142,26 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
                     image_memory.update(self.layer_idx, key, value)
             scales = image_memory.scales.get(self.layer_idx)
             hidden_states = self.mixin(hidden_states, key, value, image_memory, rotation, scales)
-        return super().forward(hidden_states, use_cache=use_cache, **kwargs)
+        x = self._attend(hidden_states, use_cache=use_cache, **kwargs)
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        if not is_plain(norm, mlp):
+            return x + mlp(norm(x))
+        weight = None if self.folded else norm.weight
+        gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+        wide = ops.norm_swiglu(x, weight, gate, up, norm.variance_epsilon)
+        return ops.gated_residual(x, wide, mlp.down_proj.weight, None)
+
+    def _attend(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """x [B, N, d] and what the self-attention reads."""
+        norm, attention = self.input_layernorm, self.self_attn
+        parts = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        if not (is_untouched(attention) and is_plain(norm, *parts)):
+            return x + attention(hidden_states=norm(x), **kwargs)[0]
+        if self.folded and attention.joined():
+            eps = norm.variance_epsilon
+            return attention(hidden_states=x, residual=x, eps=eps, **kwargs)[0]
+        # Three products of one norm: three launches would norm, and on a CPU pass over x, thrice.
+        return attention(hidden_states=norm(x), residual=x, **kwargs)[0]
 
 
 class CoMemoTextModel(LlamaPreTrainedModel):
@@ -344,7 +317,7 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         ):
             return False
         weights = [mixin.kv_proj.weight for mixin in layers.values()]
-        norms = [mixin.attn_norm.weight for mixin in layers.values()]
+        norms = [mixin.attn_norm.weight for mixin in layers.values() if not mixin.folded]
         parameters = (media, *weights, *norms)
         if torch.is_grad_enabled() and any(t.requires_grad for t in parameters):
             return False
@@ -352,12 +325,12 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         if devices != {media.device} or {t.dtype for t in parameters} != {media.dtype}:
             return False
         mixin = self.comemo_config.mixin_config
-        shape = (2, len(layers), len(media), mixin.num_heads, mixin.head_dim)
-        keys, values = torch.empty(shape, dtype=media.dtype, device=media.device).unbind(0)
+        shape = (len(layers), len(media), mixin.num_heads, mixin.head_dim)
+        keys, values = ops.memory_buffers(*shape, media.dtype, media.device).unbind(0)
         ops.build_memory(
             media,
             weights,
-            norms,
+            norms or None,
             *table,
             ids,
             list(keys.unbind(0)),

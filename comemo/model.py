@@ -26,6 +26,7 @@ from comemo.chat import CoMemoChat
 from comemo.checkpoint import PublishedCheckpoint
 from comemo.config import CoMemoConfig
 from comemo.decoder import CoMemoTextModel
+from comemo.folding import FoldsForInference
 from comemo.generation import CoMemoGeneration
 from comemo.store import MemoryStore
 from comemo_kernels import ImageMemory
@@ -277,7 +278,7 @@ class CoMemoModel(CoMemoPreTrainedModel):
 
 
 class CoMemoForConditionalGeneration(
-    CoMemoChat, CoMemoGeneration, CoMemoPreTrainedModel, GenerationMixin
+    CoMemoChat, CoMemoGeneration, FoldsForInference, CoMemoPreTrainedModel, GenerationMixin
 ):
     """CoMemo with a language modelling head: `generate`, `chat`, training forward."""
 

@@ -3,11 +3,13 @@
 from importlib.util import find_spec
 
 from comemo_kernels import reference
+from comemo_kernels.graphs import HostFlag, capture, runs_ahead
 from comemo_kernels.grids import TEXT, ImageGrids
 from comemo_kernels.memory import (
     ImageMemory,
     append_images,
     distance_table,
+    memory_buffers,
     spans_from_cu_seqlens,
     spans_from_images,
 )
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TEXT",
     "AttentionWorkspace",
+    "HostFlag",
     "ImageGrids",
     "ImageMemory",
     "MemoryScales",
@@ -52,18 +55,21 @@ __all__ = [
     "attend_images",
     "attention_workspace",
     "build_memory",
+    "capture",
     "distance_table",
     "fold_tiles",
     "gated_residual",
     "image_position_ids",
     "image_tokens",
     "join_images",
+    "memory_buffers",
     "norm_linear",
     "norm_swiglu",
     "project_tiles",
     "reference",
     "rope_dhr_positions",
     "rotary_table",
+    "runs_ahead",
     "spans_from_cu_seqlens",
     "spans_from_images",
     "split_images",

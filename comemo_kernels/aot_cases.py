@@ -1,6 +1,7 @@
 """What `comemo_kernels.aot` compiles: every kernel, dtype, variant and configuration that ships."""
 
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,18 +77,19 @@ def cases() -> list[Case]:
 
 
 def _glue_cases() -> list[Case]:
-    def launch(verb: str, dtype: torch.dtype, K: int) -> None:
-        x, norm, weight, residual, gate = (
+    def launch(verb: str, dtype: torch.dtype, K: int, folded: bool) -> None:
+        x, weight, residual = (
             torch.empty(shape, dtype=dtype, device="meta")
-            for shape in ((1, K), (K,), (2048, K), (1, 2048), (1,))
+            for shape in ((1, K), (2048, K), (1, 2048))
         )
+        norm, gate = (None if folded else weight.new_empty(n) for n in (K, 1))
         if verb == "residual":
-            glue._launch(x, None, weight, None, residual, gate, 0.0)
+            glue._launch(x, None, weight, None, residual, gate, None)
         else:
             glue._launch(x, norm, weight, weight if verb == "swiglu" else None, None, None, 1e-5)
 
     found = []
-    for verb in ("norm", "swiglu", "residual"):
+    for verb, folded in itertools.product(("norm", "swiglu", "residual"), (False, True)):
         kernel = glue.two_weights_kernel if verb == "swiglu" else glue.one_weight_kernel
         for name, dtype, K in (
             ("bf16", torch.bfloat16, 2048),
@@ -95,11 +97,12 @@ def _glue_cases() -> list[Case]:
             ("fp16", torch.float16, 2048),
             ("fp32", torch.float32, 2048),
         ):
-            run = lambda verb=verb, dtype=dtype, K=K: launch(verb, dtype, K)  # noqa: E731
+            run = functools.partial(launch, verb, dtype, K, folded)
             configs = len(kernel.configs) if name == "bf16" else 1
             # By triton 3.6 alone.
-            spills = {"sm_90": 24} if verb == "swiglu" and name in ("bf16 uneven", "fp32") else {}
-            found.append(Case(kernel, f"{name} rows, {verb}", run, configs, spills=spills))
+            odd = verb == "swiglu" and not folded and name in ("bf16 uneven", "fp32")
+            title = f"{name} rows, {verb}" + ", folded" * folded
+            found.append(Case(kernel, title, run, configs, spills={"sm_90": 24} if odd else {}))
     return found
 
 

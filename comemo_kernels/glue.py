@@ -1,4 +1,4 @@
-"""What stands around the attention of a mixin layer, for the few rows of a decode step.
+"""What stands around the attention of a layer, for the few rows of a decode step.
 
     norm_linear     y weight^T                               y = rmsnorm(x) * norm_weight
     norm_swiglu     silu(y gate_weight^T) * (y up_weight^T)
@@ -6,10 +6,13 @@
 
 Up to 16 rows are one block of a matrix instruction, and then a weight is read once whatever their
 number: all three are one kernel whose time is that of the weights.
+Without norm_weight (folded) the rows are multiplied as they are, their squares summed on the way,
+and the products scaled at the end: nothing is waited for. Without gate the product is added whole.
 Traffic: O * K elements of each weight, once. Rows are K + O elements each (gated_residual K + 2 O)
-and come from L2: every program reads the K, with a norm twice. In bfloat16, with the 2B model's
-d = 2048 and F = 8192: norm_linear d -> d 8.4 MB, norm_swiglu 67.1 MB, gated_residual 8.4 MB of the
-attention and 33.6 MB of the feed-forward network; 117 MB a layer.
+and come from L2: every program reads the K, with a norm_weight twice. In bfloat16, with the 2B
+model's d = 2048 and F = 8192: norm_linear d -> d 8.4 MB (a joined q, k, v of the self-attention
+16.8 MB), norm_swiglu 67.1 MB, gated_residual 8.4 MB of the attention and 33.6 MB of the
+feed-forward network; 117 MB a mixin layer.
 FLOPs: 2 * R * O * K for each weight, of which the matrix instructions execute 16 / R times as many.
 Each output is summed by one program in one order: no atomics, no workspace.
 Source: CoMemo (arXiv:2506.06279); the norm is that of Llama.
@@ -84,9 +87,11 @@ def _rows_kernel(
     num_outputs,  # O
     num_inner,  # K
     eps,
-    NORM: tl.constexpr,  # rows are normalised first
+    NORM: tl.constexpr,  # rows are normalised
+    WEIGHTED: tl.constexpr,  # and then multiplied with norm
     SWIGLU: tl.constexpr,  # a second weight, and silu(first) * second
-    RESIDUAL: tl.constexpr,  # residual + tanh(gate) * product
+    RESIDUAL: tl.constexpr,  # residual + product
+    GATED: tl.constexpr,  # residual + tanh(gate) * product
     ALIGNED: tl.constexpr,  # strides and K are multiples of 8
     EVEN: tl.constexpr,  # K is a multiple of BLOCK_K
     BLOCK_R: tl.constexpr,
@@ -95,6 +100,7 @@ def _rows_kernel(
 ):
     """One program computes BLOCK_O outputs of all rows."""
     BLOCK_K: tl.constexpr = BLOCK_BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    WIDE: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # of one access
     offs_r, offs_k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     offs_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     if ALIGNED:  # the same number, and a mask of 8 elements that the compiler sees is one
@@ -106,16 +112,17 @@ def _rows_kernel(
     weight_ptrs = weight_ptr + offset_of(row, weight_stride_o, ALIGNED)[:, None]
     up_ptrs = up_ptr + offset_of(row, up_stride_o, ALIGNED)[:, None]
 
-    if NORM:
-        squares = _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN, BLOCK_K)
-        scale = tl.rsqrt(squares / num_inner.to(tl.float32) + eps)[:, None]
+    if WEIGHTED:
+        total = _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN, BLOCK_K)
+        scale = tl.rsqrt(total / num_inner.to(tl.float32) + eps)[:, None]
+    squares = tl.zeros([BLOCK_R, BLOCK_K // WIDE], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_O], tl.float32)
     up = tl.zeros([BLOCK_R, BLOCK_O], tl.float32)
     for start in range(0, num_inner, BLOCK_K):
         offs = (start + offs_k)[None, :]
         mask_k = (offs_k < num_inner - start)[None, :]
         x = tl.load(x_ptrs + offs, mask=mask_r if EVEN else mask_r & mask_k, other=0.0)
-        if NORM:
+        if WEIGHTED:
             norm = _load(norm_ptr + offs, mask_k, EVEN)
             x = (x.to(tl.float32) * scale).to(weight_ptr.dtype.element_ty).to(tl.float32)
             x = (x * norm.to(tl.float32)).to(weight_ptr.dtype.element_ty)
@@ -124,14 +131,21 @@ def _rows_kernel(
         if SWIGLU:
             w = _load(up_ptrs + offs, mask_k, EVEN)
             up = tl.dot(x, w.T, up, input_precision="ieee")
+        if NORM and not WEIGHTED:  # behind the products: ahead of them it would cost registers
+            square = x.to(tl.float32) * x.to(tl.float32)
+            squares += tl.sum(tl.reshape(square, [BLOCK_R, BLOCK_K // WIDE, WIDE]), 2)
 
     mask = mask_r & (offs_o < num_outputs)[None, :]
+    if NORM and not WEIGHTED:
+        scale = tl.rsqrt(tl.sum(squares, 1) / num_inner.to(tl.float32) + eps)[:, None]
+        acc, up = acc * scale, up * scale
     if SWIGLU:
         acc = acc / (1.0 + tl.exp(-acc)) * up
     if RESIDUAL:
         residual = residual_ptr + offset_of(offs_r, residual_stride_r, ALIGNED)[:, None]
-        gate = _tanh(tl.load(gate_ptr).to(tl.float32))
-        acc = tl.load(residual + offs_o[None, :], mask=mask, other=0.0).to(tl.float32) + gate * acc
+        if GATED:
+            acc *= _tanh(tl.load(gate_ptr).to(tl.float32))
+        acc += tl.load(residual + offs_o[None, :], mask=mask, other=0.0).to(tl.float32)
     out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * num_outputs + offs_o[None, :]
     tl.store(out_ptrs, acc.to(weight_ptr.dtype.element_ty), mask=mask)
 
@@ -167,7 +181,7 @@ def _launch(
     up_weight: Tensor | None,
     residual: Tensor | None,
     gate: Tensor | None,
-    eps: float,
+    eps: float | None,  # None: no norm
 ) -> Tensor:
     """x [R, K], weights [O, K] and residual [R, O], their last dimensions contiguous."""
     out = _fake(x, norm_weight, weight)
@@ -176,7 +190,8 @@ def _launch(
     tensors = [out, x, *(x if t is None else t for t in (norm_weight, weight, up_weight, residual))]
     strides = [t.stride(0) for t in (x, weight, tensors[4], tensors[5])]
     constants = (
-        *(norm_weight is not None, up_weight is not None, residual is not None),
+        *(eps is not None, norm_weight is not None, up_weight is not None),
+        *(residual is not None, gate is not None),
         *(
             all(n % 8 == 0 for n in (*strides, K)),
             K * x.element_size() % config["BLOCK_BYTES"] == 0,
@@ -189,7 +204,7 @@ def _launch(
         key = (x.get_device(), x.dtype, constants)
     kernel.launch(
         *(-(-outputs // config["BLOCK_O"]) if R else 0, key, *tensors, x if gate is None else gate),
-        *(*strides, R, outputs, K, eps, *constants),
+        *(*strides, R, outputs, K, eps or 0.0, *constants),
     )
     return out
 
@@ -200,7 +215,7 @@ def _fake(x: Tensor, _: Tensor | None, weight: Tensor, *__: object) -> Tensor:
 
 _rows = register(
     "rows(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? up_weight, Tensor? residual,"
-    " Tensor? gate, float eps) -> Tensor",
+    " Tensor? gate, float? eps) -> Tensor",
     _launch,
     _fake,
 )
@@ -210,7 +225,7 @@ _rows = register(
 
 
 @documented(reference.norm_linear)
-def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+def norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor, eps: float = 1e-5) -> Tensor:
     if not on_triton(x):
         return reference.norm_linear(x, norm_weight, weight, eps)
     reference.glue.check_norm_linear(x, norm_weight, weight)
@@ -222,7 +237,11 @@ def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-
 
 @documented(reference.norm_swiglu)
 def norm_swiglu(
-    x: Tensor, norm_weight: Tensor, gate_weight: Tensor, up_weight: Tensor, eps: float = 1e-5
+    x: Tensor,
+    norm_weight: Tensor | None,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    eps: float = 1e-5,
 ) -> Tensor:
     if not on_triton(x):
         return reference.norm_swiglu(x, norm_weight, gate_weight, up_weight, eps)
@@ -236,24 +255,29 @@ def norm_swiglu(
 
 
 @documented(reference.gated_residual)
-def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
+def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
     if not on_triton(x):
         return reference.gated_residual(x, a, weight, gate)
     reference.glue.check_gated_residual(x, a, weight, gate)
     _check_strides("gated_residual", x=x, a=a, weight=weight)
     if _is_one_launch(x, a, weight, gate):
-        return _of_rows(a, None, weight, None, x, gate, 0.0)
+        return _of_rows(a, None, weight, None, x, gate, None)
+    if gate is None:
+        return x + F.linear(a, weight)
     # One pass of 4 R d elements behind the product. addmm with the gate folded into the weight
     # has as many, as PyTorch copies x first, and a pass over the weight besides.
     return torch.addcmul(x, F.linear(a, weight), gate.tanh())
 
 
-def _is_one_launch(x: Tensor, *operands: Tensor) -> bool:
+def _is_one_launch(x: Tensor, *operands: Tensor | None) -> bool:
     return (
         math.prod(x.shape[:-1]) <= ROWS
         and x.dtype != torch.float64
         and not torch.is_autocast_enabled(x.device.type)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *operands)))
+        and not (
+            torch.is_grad_enabled()
+            and any(t is not None and t.requires_grad for t in (x, *operands))
+        )
     )
 
 
@@ -264,7 +288,7 @@ def _of_rows(
     up_weight: Tensor | None,
     residual: Tensor | None,
     gate: Tensor | None,
-    eps: float,
+    eps: float | None,
 ) -> Tensor:
     flat, residual = (
         None if t is None else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
@@ -274,14 +298,15 @@ def _of_rows(
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`reference.glue.rms_norm` in two passes over the rows instead of six."""
-    return weight * F.rms_norm(x, x.shape[-1:], None, eps)
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """`reference.glue.rms_norm` in one or two passes over the rows instead of five or six."""
+    normed = F.rms_norm(x, x.shape[-1:], None, eps)
+    return normed if weight is None else weight * normed
 
 
-def _check_strides(verb: str, **tensors: Tensor) -> None:
+def _check_strides(verb: str, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
-        if t.stride(-1) != 1:
+        if t is not None and t.stride(-1) != 1:
             raise ValueError(
                 f"{verb}: on a GPU the last dimension must be contiguous, got strides {t.stride()}"
                 f" of {name} {tuple(t.shape)}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from comemo_kernels._checks import FLOAT8
-from comemo_kernels._op import check, to_device
+from comemo_kernels._op import INTERPRET, check, to_device
 from comemo_kernels.reading import MemoryScales, QueryRotation
 from comemo_kernels.reference import rotary_table
 
@@ -156,7 +156,7 @@ class ImageMemory:
             f" positive, got {list(layers)}, {capacity}, {heads}, {head_dim} and {tile}",
         )
         device = table[0].device
-        held = torch.empty(2, len(layers), capacity, heads, head_dim, dtype=dtype, device=device)
+        held = memory_buffers(len(layers), capacity, heads, head_dim, dtype, device)
         memory = cls(table=table, absolute=absolute)
         memory.keys = dict(zip(layers, held[0].unbind(0), strict=True))
         memory.values = dict(zip(layers, held[1].unbind(0), strict=True))
@@ -255,6 +255,26 @@ class ImageMemory:
         held = [*self.keys.values(), *self.values.values()]
         held += [t for scale in self.scales.values() for t in scale[:2]]
         return sum(t.nbytes for t in held)
+
+
+def memory_buffers(
+    layers: int, capacity: int, heads: int, head_dim: int, dtype: torch.dtype, device: Any
+) -> Tensor:
+    """Room for keys and values, in the layout that `attend_images` reads fastest on a device.
+
+    Args:
+        layers, capacity, heads, head_dim: L, C, G and D.
+        dtype, device: of the buffers.
+
+    Returns:
+        [2, L, C, G, D], keys and values, not initialised. On a GPU a token's heads lie side by
+        side, so that what is built is written in one stream. On a CPU a head's tokens do: bfloat16
+        attention takes a third of the time.
+    """
+    if torch.device(device).type == "cpu" and not INTERPRET:
+        shape = (2, layers, heads, capacity, head_dim)
+        return torch.empty(shape, dtype=dtype, device=device).transpose(2, 3)
+    return torch.empty(2, layers, capacity, heads, head_dim, dtype=dtype, device=device)
 
 
 def append_images(

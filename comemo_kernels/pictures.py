@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from comemo_kernels._op import check, to_device
-from comemo_kernels.memory import ImageMemory
+from comemo_kernels.memory import ImageMemory, memory_buffers
 from comemo_kernels.reading import MemoryScales
 
 
@@ -172,16 +172,27 @@ def _concatenate(images: Sequence[ImageMemory]) -> ImageMemory:
         )
         return MemoryScales(torch.cat(keys), torch.cat(values), tile)
 
+    def join(layers: dict[int, Tensor], parts: list[dict[int, Tensor]]) -> dict[int, Tensor]:
+        joined = {}
+        for layer, (_, G, D) in ((layer, t.shape) for layer, t in layers.items()):
+            of_layer = [part[layer][: len(i)] for part, i in zip(parts, images, strict=True)]
+            joined[layer] = memory_buffers(
+                1, sum(sizes), G, D, of_layer[0].dtype, of_layer[0].device
+            )[0, 0]
+            for target, rows in zip(
+                joined[layer].split([len(i) for i in images]), of_layer, strict=True
+            ):
+                target.copy_(rows)
+        return joined
+
     return ImageMemory(
         media=None if first.media is None else torch.cat([i.media for i in images]),
         ids=torch.cat([i.ids for i in images]),
         sizes=sizes,
         starts=to_device(torch.tensor((0, *sizes)).cumsum(0)[:-1].int(), device),
         biases=torch.cat([p.to(device).int().expand(prompts, -1) for p in places], 1),
-        keys={layer: torch.cat([i.keys[layer][: len(i)] for i in images]) for layer in first.keys},
-        values={
-            layer: torch.cat([i.values[layer][: len(i)] for i in images]) for layer in first.values
-        },
+        keys=join(first.keys, [image.keys for image in images]),
+        values=join(first.values, [image.values for image in images]),
         scales={layer: factors(layer) for layer in first.scales},
         table=next((image.table for image in images if image.table is not None), None),
         absolute=first.absolute,

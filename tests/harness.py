@@ -80,13 +80,20 @@ def assert_matches(op: Callable, reference: Callable, inputs: Inputs) -> None:
             continue
         assert torch.isfinite(actual).all(), f"{name}: not finite (an element not written?)"
         slack = SLACK_GRADIENT if name.startswith("gradient") else SLACK
-        floor = torch.finfo(actual.dtype).eps * truth.abs().max().item()
-        for kind, measure in (("largest", Tensor.amax), ("mean", Tensor.mean)):
-            error = measure((actual.double() - truth).abs()).item()
-            yardstick = measure((rounded[name].double() - truth).abs()).item()
-            assert error <= slack * yardstick + floor, (
-                f"{name}: {kind} error {error:.2e}, PyTorch {yardstick:.2e}, floor {floor:.2e}"
-            )
+        assert_errs_no_more(actual, rounded[name], truth, name, slack)
+
+
+def assert_errs_no_more(
+    actual: Tensor, rounded: Tensor, truth: Tensor, name: str = "", slack: float = SLACK
+) -> None:
+    """Largest and mean error at most `slack` times those of `rounded`, and one rounding."""
+    floor = torch.finfo(actual.dtype).eps * truth.abs().max().item()
+    for kind, measure in (("largest", Tensor.amax), ("mean", Tensor.mean)):
+        error = measure((actual.double() - truth).abs()).item()
+        yardstick = measure((rounded.double() - truth).abs()).item()
+        assert error <= slack * yardstick + floor, (
+            f"{name}: {kind} error {error:.2e}, PyTorch {yardstick:.2e}, floor {floor:.2e}"
+        )
 
 
 @contextlib.contextmanager

@@ -53,8 +53,11 @@ def test_sizes_and_strides_compile_nothing_new():
             norm = torch.ones(K).to(x)
             glue._launch(x, norm, weight, None, None, None, eps)
             glue._launch(x, norm, weight, weight, None, None, eps)
+            glue._launch(x, None, weight, None, None, None, eps)
+            glue._launch(x, None, weight, weight, None, None, eps)
             gate = x.new_ones(1) if gate is None else gate
-            glue._launch(x, None, weight, None, x.new_ones(R, outputs), gate, 0.0)
+            glue._launch(x, None, weight, None, x.new_ones(R, outputs), gate, None)
+            glue._launch(x, None, weight, None, x.new_ones(R, outputs), None, None)
 
         for R in range(1, 17):
             for K, outputs in ((512, 1), (1024, 16), (2048, 48)):
@@ -62,7 +65,7 @@ def test_sizes_and_strides_compile_nothing_new():
                 run(wide[:, :K], torch.empty(8 * outputs, K).half(), eps=float(R))
                 run(wide[:, K:], torch.empty(8 * outputs, 2 * K).half()[:, :K])
         run(wide[:, :K], torch.empty(8, K).half(), gate=torch.ones(2).half()[1:])
-        assert len(found) == 3
+        assert len(found) == 6
         assert all(key is not None for _, key in found)
         assert all(len(kernels) == 1 for kernels in found.values())
         for K in (1, 7, 8, 24, 512):  # what a key must tell apart or leave to Triton

@@ -15,6 +15,7 @@ from comemo_kernels import gated_residual, glue, norm_linear, reference
 pytestmark = pytest.mark.kernel(reference=True)  # its laws are the reference's too
 
 VERBS = ["norm_linear", "norm_swiglu", "gated_residual"]
+FORMS = [verb + how for verb in VERBS for how in ("", " folded")]  # norm_weight or gate None
 ROWS = [(1,), (3, 1), (2, 8), (2, 3, 5), (17,), (0,)]  # a launch for up to 16
 
 
@@ -25,7 +26,8 @@ def dtypes(device):
     return [torch.bfloat16, *whole] if device == "cuda" else whole
 
 
-def make_inputs(verb, rows=(2,), K=24, outputs=10, dtype=torch.float32, gate=0.6, device="cpu"):
+def make_inputs(form, rows=(2,), K=24, outputs=10, dtype=torch.float32, gate=0.6, device="cpu"):
+    verb, _, folded = form.partition(" ")
     generator = torch.Generator().manual_seed(K)
 
     def draw(*shape, scale=1.0):
@@ -33,26 +35,27 @@ def make_inputs(verb, rows=(2,), K=24, outputs=10, dtype=torch.float32, gate=0.6
 
     x, weight = draw(*rows, K), draw(outputs, K, scale=K**-0.5)
     if verb == "gated_residual":
-        gate = torch.tensor([gate]).to(device, dtype)
+        gate = None if folded else torch.tensor([gate]).to(device, dtype)
         return {"x": draw(*rows, outputs), "a": x, "weight": weight, "gate": gate}
-    inputs = {"x": x, "norm_weight": draw(K) + 1}
+    inputs = {"x": x, "norm_weight": None if folded else draw(K) + 1}
     if verb == "norm_linear":
         return inputs | {"weight": weight}
     return inputs | {"gate_weight": weight, "up_weight": draw(outputs, K, scale=K**-0.5)}
 
 
 def requiring_grad(inputs):
-    return {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    return {n: None if t is None else t.detach().requires_grad_() for n, t in inputs.items()}
 
 
-def both(verb):
+def both(form):
+    verb = form.split()[0]
     return getattr(comemo_kernels, verb), getattr(reference, verb)
 
 
 # --- values and gradients ---
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("form", FORMS)
 @given(
     rows=st.integers(1, 20),
     K=st.sampled_from([1, 7, 24, 128, 255, 256, 520]),
@@ -60,9 +63,9 @@ def both(verb):
     dtype=st.integers(0, 2),
     gradients=st.booleans(),
 )
-def test_matches_reference(device, dtypes, verb, rows, K, outputs, dtype, gradients):
-    inputs = make_inputs(verb, (rows,), K, outputs, dtypes[dtype % len(dtypes)], device=device)
-    assert_matches(*both(verb), requiring_grad(inputs) if gradients else inputs)
+def test_matches_reference(device, dtypes, form, rows, K, outputs, dtype, gradients):
+    inputs = make_inputs(form, (rows,), K, outputs, dtypes[dtype % len(dtypes)], device=device)
+    assert_matches(*both(form), requiring_grad(inputs) if gradients else inputs)
 
 
 @pytest.mark.parametrize("gate", [0.0, 1e-4, -0.2, 0.3, -3.0, 60.0, -6e4])
@@ -74,12 +77,12 @@ def test_every_gate(device, dtypes, gate):
         assert_matches(*both("gated_residual"), alone)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_rows_that_overflow_or_vanish_when_squared(device, verb):
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_that_overflow_or_vanish_when_squared(device, form):
     for size in (1e-12, 1e12):
-        inputs = make_inputs(verb, K=300, device=device)
+        inputs = make_inputs(form, K=300, device=device)
         inputs["x"] *= size
-        assert_matches(*both(verb), inputs)
+        assert_matches(*both(form), inputs)
 
 
 def test_silu_has_no_size_that_is_too_large(device):
@@ -88,30 +91,30 @@ def test_silu_has_no_size_that_is_too_large(device):
     assert_matches(*both("norm_swiglu"), inputs)
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("rows", ROWS, ids=str)
-def test_any_number_of_dimensions(device, verb, rows):
-    ours, theirs = (op(**make_inputs(verb, rows, device=device)) for op in both(verb))
+def test_any_number_of_dimensions(device, form, rows):
+    ours, theirs = (op(**make_inputs(form, rows, device=device)) for op in both(form))
     assert ours.shape == theirs.shape
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_gradients(device, verb):
-    inputs = requiring_grad(make_inputs(verb, (2, 1), 5, 3, torch.float64, device=device))
-    for op in both(verb):
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients(device, form):
+    inputs = requiring_grad(make_inputs(form, (2, 1), 5, 3, torch.float64, device=device))
+    for op in both(form):
         assert gradcheck(lambda *args, op=op: op(*args), tuple(inputs.values()))
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_one_operand_that_requires_grad_is_enough(device, verb):
-    inputs = make_inputs(verb, device=device)
-    for name in inputs:
+@pytest.mark.parametrize("form", FORMS)
+def test_one_operand_that_requires_grad_is_enough(device, form):
+    inputs = make_inputs(form, device=device)
+    for name in (name for name, t in inputs.items() if t is not None):
         leaf = requiring_grad({name: inputs[name]})
-        out = both(verb)[0](**inputs | leaf)
+        out = both(form)[0](**inputs | leaf)
         assert torch.autograd.grad(out.sum(), leaf[name])[0].abs().sum() > 0
         with torch.no_grad():
-            assert not both(verb)[0](**inputs | leaf).requires_grad
+            assert not both(form)[0](**inputs | leaf).requires_grad
 
 
 # --- laws ---
@@ -131,14 +134,26 @@ def test_the_reference_is_what_is_published():
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_row_alone_is_the_row_in_a_batch(device, dtypes, verb):
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_alone_is_the_row_in_a_batch(device, dtypes, form):
     for dtype in dtypes:
-        inputs = make_inputs(verb, (16,), 300, dtype=dtype, device=device)
-        whole = both(verb)[0](**inputs)
+        inputs = make_inputs(form, (16,), 300, dtype=dtype, device=device)
+        whole = both(form)[0](**inputs)
         for i in range(16):
             row = {name: inputs[name][i : i + 1] for name in ("x", "a") if name in inputs}
-            assert torch.equal(both(verb)[0](**inputs | row), whole[i : i + 1])
+            assert torch.equal(both(form)[0](**inputs | row), whole[i : i + 1])
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if "folded" in form])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_folded_is_a_norm_of_ones_and_a_gate_wide_open(form, dtype):
+    inputs = make_inputs(form, dtype=dtype)
+    neutral = (
+        {"gate": torch.tensor([20.0])} if "gate" in inputs else {"norm_weight": torch.ones(24)}
+    )
+    neutral = {name: t.to(dtype) for name, t in neutral.items()}
+    op = both(form)[1]
+    assert torch.equal(op(**inputs), op(**inputs | neutral))
 
 
 @pytest.mark.parametrize("rows", [(1,), (16,), (17,)], ids=str)
@@ -150,10 +165,10 @@ def test_a_closed_gate_changes_nothing(device, dtypes, rows):
         assert out.data_ptr() != inputs["x"].data_ptr()
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_strides_change_nothing(device, verb):
-    inputs = make_inputs(verb, (2, 3), device=device)
-    wanted = both(verb)[0](**inputs)
+@pytest.mark.parametrize("form", FORMS)
+def test_strides_change_nothing(device, form):
+    inputs = make_inputs(form, (2, 3), device=device)
+    wanted = both(form)[0](**inputs)
 
     def spread(t):
         """Views that begin and step where no 128 bits do."""
@@ -165,18 +180,19 @@ def test_strides_change_nothing(device, verb):
         return t.transpose(0, 1).contiguous().transpose(0, 1) if t.ndim == 3 else t
 
     for change in (spread, turned):
-        again = both(verb)[0](**{name: change(t) for name, t in inputs.items()})
+        given = {name: None if t is None else change(t) for name, t in inputs.items()}
+        again = both(form)[0](**given)
         torch.testing.assert_close(again, wanted)
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("verb", VERBS)
-def test_the_last_position_of_a_prompt(device, verb):
+@pytest.mark.parametrize("form", FORMS)
+def test_the_last_position_of_a_prompt(device, form):
     """A slice of hidden states, as a decoder hands them on."""
-    inputs = make_inputs(verb, (3, 4), device=device)
+    inputs = make_inputs(form, (3, 4), device=device)
     last = {name: inputs[name][:, -1:] for name in ("x", "a") if name in inputs}
     packed = {name: t.contiguous() for name, t in last.items()}
-    assert torch.equal(both(verb)[0](**inputs | last), both(verb)[0](**inputs | packed))
+    assert torch.equal(both(form)[0](**inputs | last), both(form)[0](**inputs | packed))
 
 
 def test_eps_counts(device):
@@ -196,41 +212,43 @@ def test_operator_contract(device):
     x, norm, gate_weight, up_weight = make_inputs("norm_swiglu", device=device).values()
     opcheck(glue._rows, (x, norm, gate_weight, None, None, None, 1e-5))
     opcheck(glue._rows, (x, norm, gate_weight, up_weight, None, None, 1e-5))
+    opcheck(glue._rows, (x, None, gate_weight, up_weight, None, None, 1e-5))
     x, a, weight, gate = make_inputs("gated_residual", device=device).values()
-    opcheck(glue._rows, (a, None, weight, None, x, gate, 0.0))
+    opcheck(glue._rows, (a, None, weight, None, x, gate, None))
+    opcheck(glue._rows, (a, None, weight, None, x, None, None))
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(device, verb, dynamic):
+def test_compiles_whole(device, form, dynamic):
     torch._dynamo.reset()
-    op = both(verb)[0]
+    op = both(form)[0]
     compiled = torch.compile(op, fullgraph=True, dynamic=dynamic)
     for rows in (3, 5):
-        inputs = make_inputs(verb, (rows,), device=device)
+        inputs = make_inputs(form, (rows,), device=device)
         assert torch.equal(compiled(**inputs), op(**inputs))
-    inputs = requiring_grad(make_inputs(verb, (20,), device=device))
+    inputs = requiring_grad(make_inputs(form, (20,), device=device))
     ours = evaluate(compiled, inputs)
     for name, value in evaluate(op, inputs).items():
         torch.testing.assert_close(ours[name], value)
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_autocast_is_pytorchs(device, verb):
-    inputs = make_inputs(verb, device=device)
+@pytest.mark.parametrize("form", FORMS)
+def test_autocast_is_pytorchs(device, form):
+    inputs = make_inputs(form, device=device)
     mixed = inputs | ({"a": inputs["a"].bfloat16()} if "a" in inputs else {})
     with torch.autocast(device, torch.bfloat16):
-        ours, theirs = (op(**mixed) for op in both(verb))
+        ours, theirs = (op(**mixed) for op in both(form))
     assert ours.dtype == theirs.dtype == (torch.float32 if "a" in inputs else torch.bfloat16)
     assert torch.isfinite(ours).all()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("verb", VERBS)
-def test_a_graph_replays_it(verb):
-    inputs = make_inputs(verb, K=512, outputs=64, dtype=torch.bfloat16, device="cuda")
-    op = both(verb)[0]
+@pytest.mark.parametrize("form", FORMS)
+def test_a_graph_replays_it(form):
+    inputs = make_inputs(form, K=512, outputs=64, dtype=torch.bfloat16, device="cuda")
+    op = both(form)[0]
     wanted = op(**inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -281,9 +299,9 @@ def test_says_what_is_wrong(device, verb, case, which):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("verb", VERBS)
-def test_says_what_a_kernel_cannot_do(device, verb):
-    inputs = make_inputs(verb, device=device)
+@pytest.mark.parametrize("form", FORMS)
+def test_says_what_a_kernel_cannot_do(device, form):
+    verb, inputs = form.split()[0], make_inputs(form, device=device)
     for name in set(inputs) - {"gate", "norm_weight"}:
         turned = {name: inputs[name].T.contiguous().T}
         for grad in (False, True):  # for every number of rows, with gradients or without

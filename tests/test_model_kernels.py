@@ -94,6 +94,17 @@ def test_generated_tokens_are_the_references(model, on_reference):
     assert torch.equal(ours, model.generate(**batch, **options))
 
 
+def test_folded_tokens_are_the_references(model, on_reference):
+    batch = prompts(model, [(2, 1), (1, 1)])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    model.requires_grad_(False)
+    with model.fold_for_inference():
+        ours = model.generate(**batch, **options)
+    model.requires_grad_(True)
+    on_reference()
+    assert torch.equal(ours, model.generate(**batch, **options))
+
+
 def test_decode_step_compiles_whole(model):
     counter, eager = CompileCounter(), model.forward
     compiled = torch.compile(eager, fullgraph=True, backend=counter)

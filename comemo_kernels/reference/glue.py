@@ -7,14 +7,37 @@ from torch import Tensor
 from comemo_kernels._checks import DTYPES
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm as Llama has it: normalised in float32, rounded, then weighted."""
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMSNorm as Llama has it: normalised in float32, rounded, then weighted if by anything."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * exact.to(x.dtype)
+    return exact.to(x.dtype) if weight is None else weight * exact.to(x.dtype)
 
 
-def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-5) -> Tensor:
+# Rows up to which oneDNN is the faster: MKL takes up to three times as long for a handful, where
+# it does not know the processor for its own.
+SHORT = 256
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T, by whichever of PyTorch's libraries is faster on a CPU."""
+    short = 1 < x.numel() // max(x.shape[-1], 1) <= SHORT <= weight.shape[0]
+    if (
+        short
+        and _ONEDNN
+        and x.device.type == "cpu"
+        and type(x) is Tensor
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    ):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return F.linear(x, weight)
+
+
+def norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """Product with `weight` of x, normalised by its root mean square as Llama does it.
 
     y = x / sqrt(mean(x^2) + eps) in float32, rounded, times norm_weight; then y weight^T.
@@ -26,7 +49,7 @@ def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-
     Args:
         x: [..., d]; float16, bfloat16, float32 or float64. On a GPU d must be contiguous; other
             strides are free.
-        norm_weight: [d] in the dtype of x.
+        norm_weight: [d] in the dtype of x; None if it is folded into `weight`.
         weight: [O, d] in the dtype of x; on a GPU d must be contiguous.
         eps: what is added to the mean square.
 
@@ -39,11 +62,15 @@ def norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor, eps: float = 1e-
             dimension that is not contiguous.
     """
     check_norm_linear(x, norm_weight, weight)
-    return F.linear(rms_norm(x, norm_weight, eps), weight)
+    return product(rms_norm(x, norm_weight, eps), weight)
 
 
 def norm_swiglu(
-    x: Tensor, norm_weight: Tensor, gate_weight: Tensor, up_weight: Tensor, eps: float = 1e-5
+    x: Tensor,
+    norm_weight: Tensor | None,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    eps: float = 1e-5,
 ) -> Tensor:
     """Inner half of a gated feed-forward network: silu(y gate_weight^T) * (y up_weight^T).
 
@@ -53,7 +80,7 @@ def norm_swiglu(
     Args:
         x: [..., d]; float16, bfloat16, float32 or float64. On a GPU d must be contiguous; other
             strides are free.
-        norm_weight: [d] in the dtype of x.
+        norm_weight: [d] in the dtype of x; None if it is folded into both other weights.
         gate_weight, up_weight: [F, d] in the dtype of x; on a GPU d must be contiguous.
         eps: what is added to the mean square.
 
@@ -67,11 +94,11 @@ def norm_swiglu(
     """
     check_norm_swiglu(x, norm_weight, gate_weight, up_weight)
     y = rms_norm(x, norm_weight, eps)
-    return F.silu(F.linear(y, gate_weight)) * F.linear(y, up_weight)
+    return F.silu(product(y, gate_weight)) * product(y, up_weight)
 
 
-def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> Tensor:
-    """x + tanh(gate) * (a weight^T): what a mixin layer read or thought, as far as its gate opens.
+def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+    """x + tanh(gate) * (a weight^T): what a layer read or thought, as far as its gate opens.
 
     On a GPU up to 16 rows without gradients are one launch, which reads the weight once. More
     rows, gradients, float64 and autocast are the product of PyTorch's library and one pass over
@@ -82,7 +109,8 @@ def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> Tensor
             strides are free.
         a: [..., K] with the rows and dtype of x; on a GPU K must be contiguous.
         weight: [d, K] in the dtype of x; on a GPU K must be contiguous.
-        gate: [1] in the dtype of x, before tanh. At 0 the result is x.
+        gate: [1] in the dtype of x, before tanh. At 0 the result is x. None is a gate wide open,
+            as layers without gates have it, or with tanh(gate) folded into `weight`.
 
     Returns:
         [..., d] in the dtype of x, a new tensor; sums in float32, of float64 in float64.
@@ -93,10 +121,11 @@ def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> Tensor
             dimension that is not contiguous.
     """
     check_gated_residual(x, a, weight, gate)
-    return x + gate.tanh() * F.linear(a, weight)
+    added = product(a, weight)
+    return x + (added if gate is None else gate.tanh() * added)
 
 
-def check_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor) -> None:
+def check_norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor) -> None:
     """Raise the errors of `norm_linear` that do not depend on where it runs."""
     d = x.shape[-1:]
     _check(
@@ -106,7 +135,7 @@ def check_norm_linear(x: Tensor, norm_weight: Tensor, weight: Tensor) -> None:
 
 
 def check_norm_swiglu(
-    x: Tensor, norm_weight: Tensor, gate_weight: Tensor, up_weight: Tensor
+    x: Tensor, norm_weight: Tensor | None, gate_weight: Tensor, up_weight: Tensor
 ) -> None:
     """Raise the errors of `norm_swiglu` that do not depend on where it runs."""
     d = x.shape[-1:]
@@ -117,7 +146,7 @@ def check_norm_swiglu(
     )
 
 
-def check_gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> None:
+def check_gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor | None) -> None:
     """Raise the errors of `gated_residual` that do not depend on where it runs."""
     d, K = x.shape[-1:], a.shape[-1:]
     _check(
@@ -126,8 +155,8 @@ def check_gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor) -> 
     )
 
 
-def _check(verb: str, x: Tensor, *operands: tuple[str, Tensor, torch.Size]) -> None:
-    """Hold operands, each with its name and the shape it must have, against x."""
+def _check(verb: str, x: Tensor, *operands: tuple[str, Tensor | None, torch.Size]) -> None:
+    """Hold operands that are there, each with its name and the shape it must have, against x."""
     dtype, device = x.dtype, x.device
     if not x.ndim or dtype not in DTYPES:
         raise ValueError(
@@ -136,7 +165,7 @@ def _check(verb: str, x: Tensor, *operands: tuple[str, Tensor, torch.Size]) -> N
         )
     mixed = torch.is_autocast_enabled(device.type)  # PyTorch then converts what it multiplies
     for name, operand, shape in operands:
-        if (
+        if operand is not None and (
             operand.shape != shape
             or operand.device != device
             or (operand.dtype != dtype and not (mixed and operand.dtype in DTYPES))

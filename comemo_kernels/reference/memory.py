@@ -57,11 +57,10 @@ def build_memory(
     check_build(media, kv_weights, norm_weights, cos, sin, ids, keys, values, scales, row)
     M, (_, G, D) = media.shape[0], keys[0].shape
     rows = slice(row, row + M)
-    ones = torch.ones_like(media[0]) if norm_weights is None else None
+    normed = rms_norm(media, None, eps)
     for layer, weight in enumerate(kv_weights):
-        norm = norm_weights[layer] if norm_weights is not None else ones
-        assert norm is not None
-        kv = F.linear(rms_norm(media, norm, eps), weight).view(M, 2, G, D)
+        x = normed if norm_weights is None else norm_weights[layer] * normed
+        kv = F.linear(x, weight).view(M, 2, G, D)
         k, v = turn(kv[:, 0], ids, cos, sin), kv[:, 1].masked_fill(kv[:, 1].isnan(), 0)
         if scales is None:
             keys[layer][rows], values[layer][rows] = k, v

@@ -1,0 +1,241 @@
+"""Norms and gates folded into the projections behind them, for inference.
+
+    (y * norm) W^T = y (W * norm)^T            tanh(gate) * (a W^T) = a (tanh(gate) * W)^T
+
+What is folded is neutral where it was: norms become ones and gates 20, whose tanh is 1 in every
+dtype, so that modules that are called compute the same. The weights of q, k and v of a
+self-attention come to lie behind one another. Then a layer takes one launch for each group of
+projections, and the image memory of all mixin layers is built from one norm of the media.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from comemo.decoder import MixinLayer
+from comemo.plain import is_plain, refuse_folded
+
+OPEN = 20.0  # a gate whose tanh is exactly 1
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Fold(NamedTuple):
+    """A vector, by its module and name, and the linear layers that take it in."""
+
+    module: nn.Module
+    name: str
+    neutral: float  # what stays in its place
+    linears: tuple[nn.Linear, ...]
+
+    def factor(self) -> Tensor:
+        """What weights [O, d] are multiplied with: [d] of a norm, [1] of a gate."""
+        vector = self.module._parameters[self.name]
+        assert vector is not None
+        exact = vector.data.to(torch.promote_types(vector.dtype, torch.float32))
+        return exact if self.neutral == 1 else exact.tanh()
+
+
+class Original(NamedTuple):
+    """A parameter as it was; by its module, for a conversion may put another in its place."""
+
+    module: nn.Module
+    name: str
+    tensor: Tensor
+
+
+class FoldedModel:
+    """What `fold_for_inference` returns: the weights as they were, and the way back to them.
+
+    In a `with` block the model is folded, and behind it as it was. Undoing is up to the caller:
+    a handle that is dropped takes the original weights with it.
+
+    Attributes:
+        active: whether the model is folded.
+    """
+
+    def __init__(self, model: Any, keep_on: torch.device | None) -> None:
+        self.active = True
+        self._layers = list(model.model.language_model.layers)
+        self._originals: list[Original] = []
+        try:
+            for fold in folds_of(model):
+                self._apply(fold, keep_on)
+            for layer in self._layers:
+                attention = layer.self_attn
+                if attention.q_proj.bias is None:
+                    attention.join()
+                for module in (layer, layer.mixin):
+                    if module is not None:
+                        module.folded = True
+        except BaseException:
+            self.undo()
+            raise
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are kept to undo it."""
+        return sum(original.tensor.nbytes for original in self._originals)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Put back every weight, bit for bit, where the model is and in the dtype it has now.
+
+        Raises:
+            ValueError: it was undone before.
+        """
+        if not self.active:
+            raise ValueError("undo: wanted a model that is folded, got one that was undone before")
+        for layer in self._layers:
+            for module in (layer, layer.mixin, layer.self_attn):
+                for name in ("folded", "qkv") if module is not None else ():
+                    vars(module).pop(name, None)
+        for module, name, tensor in self._originals:
+            held = module._parameters[name]
+            assert held is not None
+            held.data = tensor.to(held.device, held.dtype)
+        self.active, self._originals, self._layers = False, [], []
+
+    def __enter__(self) -> "FoldedModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.active:
+            self.undo()
+
+    @torch.no_grad()
+    def _apply(self, fold: Fold, keep_on: torch.device | None) -> None:
+        factor = fold.factor()
+        for linear in fold.linears:
+            weight = linear.weight
+            # One rounding: the product is of the wider dtype, and `out` takes it.
+            product = torch.mul(
+                weight.data, factor.to(weight.device), out=torch.empty_like(weight.data)
+            )
+            if not product.isfinite().all():
+                raise ValueError(
+                    f"fold_for_inference: products with {fold.name} of a"
+                    f" {type(fold.module).__name__} must be finite in {product.dtype}, got up to"
+                    f" {weight.abs().max().item():.3g} times {factor.abs().max().item():.3g}"
+                )
+            self._replace(linear, "weight", product, keep_on)
+        vector = fold.module._parameters[fold.name]
+        assert vector is not None
+        neutral = torch.full_like(vector.data, fold.neutral)
+        self._replace(fold.module, fold.name, neutral, keep_on)
+
+    def _replace(
+        self, module: nn.Module, name: str, new: Tensor, keep_on: torch.device | None
+    ) -> None:
+        held = module._parameters[name]
+        assert held is not None
+        kept = held.data if keep_on is None else held.data.to(keep_on)
+        self._originals.append(Original(module, name, kept))
+        held.data = new
+
+
+class FoldsForInference:
+    """`fold_for_inference` of a model with a language modelling head."""
+
+    def fold_for_inference(self, keep_on: torch.device | str | None = "cpu") -> FoldedModel:
+        """Fold the decoder's norms and gates into its projections, until it is undone.
+
+        Each product is computed in float32 (of float64 in float64) and rounded once. The last
+        hidden state is then the normed one without the final norm's weight, which is in `lm_head`;
+        everything else is the same but for rounding. While folded the model refuses to be trained,
+        saved and loaded into. An image memory serves it folded and unfolded; a CUDA graph that
+        was captured before has to be captured again, before or behind `undo()` too.
+
+        Args:
+            keep_on: device to keep the original weights on, the host's memory by default; None
+                for where they are.
+
+        Returns:
+            The handle whose `undo()` restores the model; also a context manager.
+
+        Raises:
+            ValueError: the model is folded, in training mode or has parameters that require
+                gradients; adapters, hooks, quantised, sharded, offloaded or tied weights; products
+                that the dtype does not hold. Nothing is changed then, nor where anything else
+                fails on the way.
+        """
+        place = None if keep_on is None else torch.device(keep_on)
+        if place is not None and place.type == "meta":
+            raise ValueError("fold_for_inference: keep_on must be a device that holds, got meta")
+        check_foldable(self)
+        return FoldedModel(self, place)
+
+    def train(self, mode: bool = True) -> Any:
+        """As a module's; refused while the model is folded.
+
+        Raises:
+            ValueError: training a folded model, whose weights would be lost.
+        """
+        if mode:
+            refuse_folded("train", self)
+        return super().train(mode)  # type: ignore[misc]
+
+
+def folds_of(model: Any) -> Iterator[Fold]:
+    """Everything that is folded, of a `CoMemoForConditionalGeneration`; each weight once."""
+    text = model.model.language_model
+    for layer in text.layers:
+        mixin, attention, mlp = layer.mixin, layer.self_attn, layer.mlp
+        if mixin is not None:
+            inner = mixin.mlp
+            yield Fold(mixin.attn_norm, "weight", 1, (mixin.q_proj, mixin.kv_proj))
+            yield Fold(mixin.mlp_norm, "weight", 1, (inner.gate_proj, inner.up_proj))
+            yield Fold(mixin, "attn_gate", OPEN, (mixin.o_proj,))
+            yield Fold(mixin, "mlp_gate", OPEN, (inner.down_proj,))
+        projections = attention.q_proj, attention.k_proj, attention.v_proj
+        yield Fold(layer.input_layernorm, "weight", 1, projections)
+        yield Fold(layer.post_attention_layernorm, "weight", 1, (mlp.gate_proj, mlp.up_proj))
+    yield Fold(text.norm, "weight", 1, (model.lm_head,))
+
+
+def check_foldable(model: Any) -> None:
+    """Raise the errors of `fold_for_inference` that depend on the model.
+
+    Args:
+        model: a `CoMemoForConditionalGeneration`.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    verb = "fold_for_inference"
+    refuse_folded(verb, model)
+    if model.training:
+        raise ValueError(f"{verb}: wanted a model in evaluation mode, got training: call eval()")
+    try:
+        folds = list(folds_of(model))
+    except AttributeError as error:
+        raise ValueError(f"{verb}: wanted the modules the model was made of: {error}") from error
+    modules = {id(module): name for name, module in model.named_modules()}
+    owners: dict[tuple[torch.device, int], list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault((parameter.device, parameter.data_ptr()), []).append(name)
+    for fold in folds:
+        parts = [(fold.module, fold.name), *((linear, "weight") for linear in fold.linears)]
+        for module, name in parts:
+            title = f"{modules[id(module)]}.{name}"
+            if type(module) is not MixinLayer and not is_plain(module, biased=True):
+                raise ValueError(
+                    f"{verb}: modules must be as they were made (no adapter, quantisation,"
+                    f" sharding, offloading or hook), got {title} of a {type(module).__name__}"
+                )
+            parameter = getattr(module, name)
+            kind = type(parameter).__name__
+            if kind != "Parameter" or parameter.is_meta or parameter.dtype not in DTYPES:
+                raise ValueError(
+                    f"{verb}: weights must be whole, of float16, bfloat16, float32 or float64, got"
+                    f" {title}: {kind} of {parameter.dtype} on {parameter.device}"
+                )
+            if parameter.requires_grad:
+                raise ValueError(
+                    f"{verb}: wanted weights that need no gradients, got {title} that does: call"
+                    " requires_grad_(False)"
+                )
+            shared = owners[parameter.device, parameter.data_ptr()]
+            if len(shared) > 1:
+                raise ValueError(f"{verb}: wanted weights of their own, got tied ones: {shared}")

@@ -1,0 +1,93 @@
+"""The mixin layer: what a token reads in the image memory, and what it makes of it.
+
+Source: CoMemo (arXiv:2506.06279), section on the memory path.
+
+Letters: B prompts, N tokens of a prompt, M tokens of the image memory, H heads, D head
+dimension, d width of the language model.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+import comemo_kernels as ops
+from comemo.config import MixinConfig
+from comemo.plain import is_plain
+from comemo_kernels import ImageMemory, MemoryScales, QueryRotation
+
+Table = tuple[Tensor, Tensor]  # cos, sin [B, N, D/2]
+EPS = 1e-5  # of both norms of a mixin layer
+
+
+def on_device(
+    device: torch.device, spans: Tensor | None, rotation: QueryRotation
+) -> tuple[Tensor, QueryRotation]:
+    """Spans and rotation where a layer is: layers may lie on several devices."""
+    if spans is None:
+        raise ValueError("CoMemo: the image memory says by no spans who may read it")
+    moved = (None if t is None else t.to(device) for t in rotation)
+    return spans.to(device), QueryRotation(*moved)
+
+
+class MixinLayer(nn.Module):
+    """Gated image cross-attention and a gated feed-forward network; the identity at gates 0."""
+
+    folded = False  # whether the projections hold the norms' weights and the gates
+
+    def __init__(self, config: MixinConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.num_heads, config.head_dim
+        width, inner = config.language_dim, config.num_heads * config.head_dim
+        self.attn_norm = LlamaRMSNorm(width, eps=EPS)
+        self.q_proj = nn.Linear(width, inner, bias=False)
+        self.kv_proj = nn.Linear(config.vision_dim, 2 * inner, bias=False)
+        self.o_proj = nn.Linear(inner, width, bias=False)
+        self.attn_gate = nn.Parameter(torch.zeros(1))
+        self.mlp_norm = LlamaRMSNorm(width, eps=EPS)
+        wide = config.intermediate_size
+        self.mlp = LlamaMLP(  # which has no heads; the default number need not divide the width
+            LlamaConfig(hidden_size=width, intermediate_size=wide, num_attention_heads=1)
+        )
+        self.mlp_gate = nn.Parameter(torch.zeros(1))
+
+    def build(self, media: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values [M, H, D] of `media` [M, d], by the norm of the text."""
+        kv = self.kv_proj(self.attn_norm(media)).unflatten(-1, (2, self.num_heads, self.head_dim))
+        key, value = kv.unbind(1)
+        # A view of `value` would keep the unrotated keys alive for as long as the memory.
+        return ops.apply_rotary(key[None], None, *table)[0][0], value.contiguous()
+
+    def forward(
+        self,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        memory: ImageMemory,
+        rotation: QueryRotation,
+        scales: MemoryScales | None = None,
+    ) -> Tensor:
+        """x [B, N, d] -> [B, N, d]; prompts without any image pass unchanged."""
+        plain = is_plain(self.attn_norm, self.q_proj, self.o_proj, self.mlp_norm, self.mlp)
+        norms: tuple[Any, Any] = (self.attn_norm.weight, self.mlp_norm.weight)
+        gates: tuple[Any, Any] = (self.attn_gate, self.mlp_gate)
+        if self.folded:
+            norms = gates = (None, None)
+        spans, rotation = on_device(x.device, memory.spans, rotation)
+        if plain:
+            q = ops.norm_linear(x, norms[0], self.q_proj.weight, EPS)
+        else:
+            q = self.q_proj(self.attn_norm(x))
+        q = q.unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, H, D]
+        read = ops.attend_images(q, key, value, spans, rotation, scales).flatten(2)
+        if plain:
+            mlp = self.mlp
+            y = ops.gated_residual(x, read, self.o_proj.weight, gates[0])
+            wide = ops.norm_swiglu(y, norms[1], mlp.gate_proj.weight, mlp.up_proj.weight, EPS)
+            y = ops.gated_residual(y, wide, mlp.down_proj.weight, gates[1])
+        else:
+            y = x + self.attn_gate.tanh() * self.o_proj(read)
+            y = y + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(y))
+        return y if memory.active is None else torch.where(memory.active.to(x.device), y, x)

@@ -1,0 +1,104 @@
+"""Whether modules may be computed from their weights, and whether their weights are folded."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+
+PLAIN = frozenset((nn.Linear, LlamaRMSNorm, LlamaMLP, SiLUActivation, nn.SiLU))
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Whether nothing but its own forward runs where a module is called.
+
+    Args:
+        module: looked at alone, without what it holds.
+
+    Returns:
+        False where hooks of any kind or another forward were put on it.
+    """
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or "_hf_hook" in vars(module)
+    )
+
+
+def is_plain(*modules: nn.Module, biased: bool = False) -> bool:
+    """Whether modules are what they were made as, and may be computed from their weights.
+
+    Adapters and quantisation replace modules, sharding and offloading replace weights or bring
+    them by hooks: then the modules themselves have to be called. This runs in every layer of every
+    decode step: no generators.
+
+    Args:
+        modules: linear layers, norms and feed-forward networks, looked at with what they hold.
+        biased: whether linear layers may have a bias.
+
+    Returns:
+        True if all of them are.
+    """
+    for part in modules:
+        if type(part) not in PLAIN or not is_untouched(part):
+            return False
+        for name, parameter in part._parameters.items():
+            if parameter is not None and (
+                type(parameter) is not nn.Parameter
+                or parameter.is_meta
+                or (name == "bias" and not biased)
+            ):
+                return False
+        if part._modules and not is_plain(*part._modules.values(), biased=biased):
+            return False
+    return True
+
+
+def refuse_folded(verb: str, model: Any) -> None:
+    """Raise for what a folded model cannot do.
+
+    Args:
+        verb: the function to name.
+        model: a module, looked at with all that it holds.
+
+    Raises:
+        ValueError: norms and gates of a layer are folded into its projections.
+    """
+    if any(getattr(module, "folded", False) for module in model.modules()):
+        raise ValueError(
+            f"{verb}: wanted a model with its own weights, got one whose norms and gates are"
+            " folded into its projections: undo() what fold_for_inference returned first"
+        )
+
+
+def join_weights(*linears: nn.Linear) -> torch.Tensor:
+    """Lay the weights of linear layers behind one another; their parameters become views.
+
+    Args:
+        linears: layers of [O, d] each, of one d, dtype and device.
+
+    Returns:
+        [sum of all O, d], with the storage of all of them.
+    """
+    weights = [linear.weight for linear in linears]
+    joined = torch.cat([weight.data for weight in weights])
+    for weight, part in zip(weights, joined.split([len(w) for w in weights]), strict=True):
+        weight.data = part
+    return joined
+
+
+def are_joined(joined: torch.Tensor, *linears: nn.Linear) -> bool:
+    """Whether the weights of linear layers are still views of what `join_weights` returned.
+
+    Moving, converting or replacing one of them tears it out.
+    """
+    address, step = joined.data_ptr(), joined.element_size() * joined.shape[1]
+    for linear in linears:
+        if linear.weight.data_ptr() != address or linear.weight.dtype != joined.dtype:
+            return False
+        address += step * linear.weight.shape[0]
+    return True

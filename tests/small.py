@@ -1,0 +1,58 @@
+"""A model of four layers in which every norm, gate and bias counts, and prompts for it."""
+
+import torch
+import torch.nn.functional as F
+
+from comemo import CoMemoConfig, CoMemoForConditionalGeneration
+from comemo.tiny import spread_weights
+
+
+def make_model(dtype=torch.float32, **llm):
+    """Random weights, always the same; mixin layers before the second and the last layer."""
+    torch.manual_seed(0)
+    llm = {"vocab_size": 300, "num_hidden_layers": 4, "hidden_size": 64, "bias": False, **llm}
+    llm |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    vision = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
+    vision |= {"num_attention_heads": 2, "image_size": 112, "patch_size": 14}
+    mixin = {"language_dim": 64, "vision_dim": 64, "head_dim": 16, "num_heads": 3}
+    mixin |= {"intermediate_size": 80, "mixin_every_n_layers": 2}
+    config = CoMemoConfig(
+        llm_config=llm, vision_config=vision, mixin_config=mixin, image_token_id=299
+    )
+    model = CoMemoForConditionalGeneration(config)
+    spread_weights(model)
+    for name, weight in model.model.language_model.named_parameters():
+        if weight.ndim == 1 and not name.endswith("gate"):
+            torch.nn.init.normal_(weight, 0.0 if name.endswith("bias") else 1.0, 0.4)
+    return model.eval().requires_grad_(False).to(dtype)
+
+
+def make_prompts(model):
+    """Two prompts, the first with one picture and padding, the second with two pictures."""
+    config, side = model.config, model.config.vision_config.image_size[0]
+    per = config.tokens_per_tile
+    ids = torch.randint(10, 200, (2, 2 * per + 9))
+    mask = torch.ones_like(ids)
+    mask[0, :per] = 0
+    ids[0, per + 4 : 2 * per + 4] = ids[1, 4 : 2 * per + 4] = config.image_token_id
+    tiles = torch.randn(3, 3, side, side).to(model.dtype)
+    grids = [(1, 1)] * 3
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": tiles, "tile_grid": grids}
+
+
+def one_more(prompts, out):
+    """Inputs of a decode step behind whole prompts: a token each, the cache and the memory."""
+    return {
+        "input_ids": torch.full((2, 1), 7),
+        "attention_mask": F.pad(prompts["attention_mask"], (0, 1), value=1),
+        "past_key_values": out.past_key_values,
+        "image_memory": out.image_memory,
+    }
+
+
+@torch.no_grad()
+def logits_of(model, prompts):
+    """Logits [T, vocabulary] of all tokens but padding, and of one more for each prompt."""
+    out = model(**prompts, use_cache=True)
+    whole = out.logits[prompts["attention_mask"].bool()]
+    return torch.cat([whole, model(**one_more(prompts, out)).logits.flatten(0, 1)])
