@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    base = 0.0 if torch.cuda.is_available() else measure.peak_gib()  # the interpreter and torch
     model = draw_model(options.size, getattr(torch, options.dtype), options.layers)
     processor = give_words(model)
     grid = (options.cols, options.rows)
@@ -54,6 +55,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     layers = model.config.text_config.num_hidden_layers
     same = {"case": case, "layers": layers}
     for row in _conversation(model, processor, grid, tiles, options):
+        if "predicted_gib" in row:
+            row["predicted_gib"] += base
         yield same | row
     for batch in options.batches:
         for way in options.ways:

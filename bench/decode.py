@@ -19,8 +19,8 @@ import comemo_kernels as ops
 from bench import measure
 from bench.models import SIZES, draw_model
 from comemo import CoMemoForConditionalGeneration
-from comemo.decoder import MixinLayer
 from comemo.demo import RecomputedMemory
+from comemo.mixin import MixinLayer
 from comemo_kernels import ImageMemory
 
 

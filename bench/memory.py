@@ -29,7 +29,7 @@ from bench.ways import (
     keep_right,
     relative_error,
 )
-from comemo.decoder import EPS
+from comemo.mixin import EPS
 from comemo_kernels import ImageMemory, MemoryScales, reference
 from comemo_kernels._op import Kernel, has_float8
 from tests.harness import assert_matches

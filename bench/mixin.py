@@ -31,7 +31,7 @@ from bench.ways import (
     relative_error,
 )
 from comemo.config import MixinConfig
-from comemo.decoder import EPS, MixinLayer
+from comemo.mixin import EPS, MixinLayer
 from comemo_kernels import ImageMemory, reference
 from comemo_kernels._op import Kernel
 from tests.harness import assert_matches

@@ -46,11 +46,12 @@ def moment_of_vision(model: Any, at_once: int, tiles: int) -> int:
 
 
 def moment_of_reading(model: Any, piece: int, prompt: int) -> int:
-    """Bytes that a layer holds beside weights and cache: residual, normed residual and three rows
-    of the widest product for each token of the piece; a mask and repeated keys and values of the
-    whole prompt where a piece has a past."""
+    """Bytes that a layer holds beside weights and cache: for each token of the piece embeddings,
+    residuals before and behind the attention, normed residual before and after it is weighted, and
+    three rows of the widest product; a mask and repeated keys and values of the whole prompt where
+    a piece has a past."""
     text, size = model.config.text_config, model.dtype.itemsize
-    held = piece * (2 * text.hidden_size + 3 * text.intermediate_size)
+    held = piece * (5 * text.hidden_size + 3 * text.intermediate_size)
     if 1 < piece < prompt:
         held += piece * prompt + 2 * prompt * text.num_attention_heads * text.head_dim
     return size * held

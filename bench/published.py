@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comemo.decoder import EPS, MixinLayer
+from comemo.mixin import EPS, MixinLayer
 from comemo_kernels.reference.glue import rms_norm
 
 

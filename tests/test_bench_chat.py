@@ -1,0 +1,79 @@
+"""The end-to-end benchmark: its rows, and its formula of the peak against what is allocated."""
+
+import copy
+
+import pytest
+import torch
+from test_bench import options_of
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench import chat, models, peak
+from comemo import ChatSession, CoMemoConfig, CoMemoForConditionalGeneration
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def drawn(loaded, monkeypatch):
+    """The tiny model instead of one that takes gigabytes."""
+    monkeypatch.setattr(chat, "draw_model", lambda *_: copy.deepcopy(loaded[0]))
+
+
+def test_rows(drawn):
+    words = ("--cols", "2", "--rows", "1", "--tokens", "3", "--batches", "2")
+    ways = ("--ways", "ours", "eager, memory kept", "published")
+    rows = list(chat.run(options_of(chat, *words, *ways)))
+    assert [(row["pass"], row["way"]) for row in rows] == [
+        ("new picture", "ours"),
+        ("second question", "ours"),
+        ("known picture", "ours"),
+        ("second question", "published"),
+        *(("decode, batch 2", way) for way in ("ours", "eager, memory kept", "published")),
+    ]
+    new, second, known, published = rows[:4]
+    assert new["read_tokens"] > 768 > 100 > second["read_tokens"]
+    assert known["read_tokens"] > 768
+    assert published["read_tokens"] > new["read_tokens"]
+    for row in rows[:4]:
+        assert 0 < row["first_s"] < 60
+    for row in rows:
+        assert 0 < row["token_s"] < 60
+    for row in rows[4:]:
+        assert row["tokens_per_s"] == pytest.approx(2 / row["token_s"])
+
+
+def allocated(run):
+    """Most bytes that a CPU call had allocated at once, beyond those before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    held, most = 0, 0
+    events = profiler.profiler.kineto_results.events()
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("chunk", [256, 4096])
+@pytest.mark.parametrize("tiles_at_once", [1, 4])
+def test_the_peak_is_predicted(chunk, tiles_at_once):
+    """At widths where weights and activations count, and nothing else does."""
+    base = CoMemoConfig().to_dict()
+    base["llm_config"] |= {"num_hidden_layers": 2, "hidden_size": 512, "intermediate_size": 2048}
+    base["llm_config"] |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 700}
+    base["vision_config"] |= {"num_hidden_layers": 2}
+    base["mixin_config"] |= {"language_dim": 512, "vision_dim": 512, "num_heads": 4}
+    base["mixin_config"] |= {"intermediate_size": 2048, "mixin_every_n_layers": 2}
+    model = CoMemoForConditionalGeneration(CoMemoConfig.from_dict(base)).eval()
+    model.config.tiles_at_once = tiles_at_once
+    processor = models.give_words(model)
+    session = ChatSession(
+        model, processor, prefill_chunk_size=chunk, max_new_tokens=2, do_sample=False
+    )
+    picture = (torch.randn(7, 3, 448, 448), (3, 2))
+    most = allocated(lambda: session.ask("what is this?", picture))
+    weights = sum(p.nbytes for p in model.parameters())
+    predicted = peak.predict(model, session, 7) - weights
+    assert predicted == pytest.approx(most, rel=0.1)
