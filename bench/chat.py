@@ -75,7 +75,7 @@ def _conversation(
     settings = {"max_new_tokens": options.tokens, "do_sample": False, "eos_token_id": None}
     store = MemoryStore(budget=2**40)
     _warm_up(model, processor, settings | {"memory_store": store})
-    loop = {"decode_loop": DecodeLoop(model)} if model.device.type == "cuda" else {}
+    loop: dict[str, Any] = {"decode_loop": DecodeLoop(model)} if model.device.type == "cuda" else {}
 
     def session() -> ChatSession:
         return ChatSession(model, processor, memory_store=store, **settings, **loop)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import comemo_kernels as ops
-from comemo.cache import RoomyLayer
+from comemo.cache import ROOM_FOR_ANSWER, RoomyLayer
 from comemo.decode_answer import Answer
 from comemo.decode_memory import MemoryKind, capacity_for
 from comemo.decode_step import DecodeStep, StepKind
+from comemo_kernels import ImageMemory
 
-ROOM_FOR_ANSWER = 1024  # tokens that a bucket is chosen for; a longer answer moves to the next
 LAYERS = (DynamicLayer, RoomyLayer, StaticLayer)
 # Options of `generate` with which its own loops have to run, and what they ask for.
 ELSEWHERE = {
@@ -228,7 +228,8 @@ class _Prompt:
     """What the loop takes over from a prompt; refused before anything is computed."""
 
     def __init__(self, model: Any, given: dict[str, Any]) -> None:
-        cache, memory = given.get("past_key_values"), given.get("image_memory")
+        cache = given.get("past_key_values")
+        memory: ImageMemory | None = given.get("image_memory")
         mask, ids = given.get("attention_mask"), given.get("position_ids")
         if cache is None or any(type(layer) not in LAYERS for layer in cache.layers):
             kinds = None if cache is None else {type(layer).__name__ for layer in cache.layers}
@@ -293,7 +294,7 @@ class _Prompt:
         step.logits.copy_(self._logits)
         places = (self._start, self._position, self._query, self._count)
         step.begin(self.cache, self.length, *places)
-        if step.arena is not None:
+        if step.arena is not None and self._memory is not None:
             step.arena.fill(self._memory)
 
 
@@ -301,9 +302,7 @@ def _state_of(model: Any) -> tuple[Any, ...]:
     """What a recorded step of the model holds on to: addresses, modules, hooks, settings."""
     modules = list(model.modules())
     weights = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
-    addresses = tuple(
-        t.data_ptr() if type(t) in (nn.Parameter, Tensor) else id(t) for t in weights
-    )
+    addresses = tuple(t.data_ptr() if type(t) in (nn.Parameter, Tensor) else id(t) for t in weights)
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules)
     config = model.config
     scaling = tuple(sorted((config.rope_scaling or {}).items()))

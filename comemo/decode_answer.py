@@ -42,12 +42,8 @@ class Answer:
         self._pads = any(hasattr(c, "eos_token_id") for c in criteria)
         dictionary = config.return_dict_in_generate
         self._dictionary = bool(dictionary)
-        self.scores: tuple[Tensor, ...] | None = (
-            () if dictionary and config.output_scores else None
-        )
-        self.logits: tuple[Tensor, ...] | None = (
-            () if dictionary and config.output_logits else None
-        )
+        self.scores: tuple[Tensor, ...] | None = () if dictionary and config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if dictionary and config.output_logits else None
         self._ids = input_ids.new_empty(input_ids.shape[0], self._room())
         self._ids[:, : self.length].copy_(input_ids)
 

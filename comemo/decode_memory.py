@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from comemo_kernels import ImageMemory, MemoryScales
+from comemo_kernels import ImageMemory
 
 CAPACITY, IMAGES = 1024, 16  # of the smallest bucket, in tokens and in images
 
@@ -85,34 +85,26 @@ class MemoryArena:
     """
 
     def __init__(self, kind: MemoryKind) -> None:
-        self.kind, device = kind, kind.device
-        L, M, I = len(kind.layers), kind.capacity, kind.images
-        shape = (2, L, M, kind.heads, kind.head_dim)
-        self._held = torch.zeros(shape, dtype=kind.dtype, device=device)
-        # No image begins behind the memory, so that these are never reached; they ascend.
-        self._beyond = M + torch.arange(I, dtype=torch.int32, device=device)
+        self.kind, device, M = kind, kind.device, kind.capacity
         cos, sin = (torch.zeros(kind.table[0], dtype=kind.table[1], device=device) for _ in "cs")
         self._table_of: Tensor | None = None
-        self.memory = memory = ImageMemory(
-            spans=torch.zeros(kind.rows, 1, 2, dtype=torch.int64, device=device),
-            sizes=(M,),
-            table=(cos, sin),
-            absolute=kind.absolute,
+        self.memory = memory = ImageMemory.allocate(
+            *(M, kind.layers, kind.heads, kind.head_dim, (cos, sin), kind.dtype),
+            *(kind.tile or 1, kind.absolute),
         )
-        memory.keys = dict(zip(kind.layers, self._held[0].unbind(0), strict=True))
-        memory.values = dict(zip(kind.layers, self._held[1].unbind(0), strict=True))
+        for held in (*memory.keys.values(), *memory.values.values()):
+            held.zero_()
+        memory.sizes = (M,)
+        memory.spans = torch.zeros(kind.rows, 1, 2, dtype=torch.int64, device=device)
+        # No image begins behind the memory, so that these are never reached; they ascend.
+        self._beyond = M + torch.arange(kind.images, dtype=torch.int32, device=device)
         if kind.masked:
             memory.active = torch.ones(kind.rows, 1, 1, dtype=torch.bool, device=device)
-        if I:
+        if kind.images:
             memory.starts = self._beyond.clone()
-            memory.biases = torch.zeros(kind.bias_rows, I, dtype=torch.int32, device=device)
-        if kind.tile:
-            tiles = -(-M // kind.tile)
-            factors = torch.ones(2, L, tiles, kind.heads, device=device)
-            memory.scales = {
-                layer: MemoryScales(factors[0, i], factors[1, i], kind.tile)
-                for i, layer in enumerate(kind.layers)
-            }
+            memory.biases = torch.zeros(
+                kind.bias_rows, kind.images, dtype=torch.int32, device=device
+            )
 
     def fill(self, memory: ImageMemory) -> None:
         """Copy a memory of this kind in; nothing behind its tokens can be read."""

@@ -29,7 +29,6 @@ from transformers.utils.output_capturing import capture_outputs
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
 from comemo.mixin import EPS, MixinLayer, Table
-from comemo.plain import PLAIN as PLAIN
 from comemo.plain import are_joined, is_plain, is_untouched, join_weights
 from comemo_kernels import ImageMemory, QueryRotation
 
@@ -82,26 +81,32 @@ class CoMemoAttention(LlamaAttention):
             q, k, v = qkv.split([proj.weight.shape[0] for proj in projections], -1)
         q, k, v = (t.view(B, N, -1, self.head_dim) for t in (q, k, v))
         q, k = ops.apply_rotary(q, k, *position_embeddings)
+        if hasattr(past_key_values, "attend"):  # of a decode loop: spans instead of a mask
+            out, weights = past_key_values.attend(q, k, v, self.layer_idx), None
+        else:
+            out, weights = self._attend(q, k, v, attention_mask, past_key_values, **kwargs)
+        out = out.reshape(B, N, -1)
+        if residual is None:
+            return self.o_proj(out), weights
+        return ops.gated_residual(residual, out, self.o_proj.weight, None), weights
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, past_key_values: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """q [B, N, H, D] on keys and values [B, N, G, D] behind those of the cache."""
+        N = q.shape[1]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
         if N == 1 and self.config._attn_implementation == "sdpa" and not dropout:
             # Query heads that share a key head are rows of one: no key is repeated or read twice.
-            q = q.view(B, k.shape[1], -1, self.head_dim)
-            out = F.scaled_dot_product_attention(q, k, v, attention_mask, scale=self.scaling)
-            weights = None
-        else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
-            out, weights = attend(
-                self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-            )
-        out = out.reshape(B, N, -1)
-        if residual is None:
-            return self.o_proj(out), weights
-        return ops.gated_residual(residual, out, self.o_proj.weight, None), weights
+            q = q.view(len(q), k.shape[1], -1, self.head_dim)
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scaling), None
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return attend(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)
 
 
 class CoMemoDecoderLayer(LlamaDecoderLayer):
@@ -160,7 +165,7 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
         if self.folded and attention.joined():
             eps = norm.variance_epsilon
             return attention(hidden_states=x, residual=x, eps=eps, **kwargs)[0]
-        # Three products of one norm: three launches would norm, and on a CPU pass over x, thrice.
+        # By the modules, for three launches would norm three times over.
         return attention(hidden_states=norm(x), residual=x, **kwargs)[0]
 
 
@@ -222,14 +227,16 @@ class CoMemoTextModel(LlamaPreTrainedModel):
             lengths = cu_seqlens.to(torch.int32)
             kwargs.update(cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
             kwargs.update(max_length_q=longest, max_length_k=longest)
-        mask = create_causal_mask(
-            config=text,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            # Of a packed row only: RoPE-DHR ids repeat and would be taken for packed samples.
-            position_ids=place_in_sample,
-        )
+        mask = None
+        if not hasattr(past_key_values, "attend"):
+            mask = create_causal_mask(
+                config=text,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                # Of a packed row only: RoPE-DHR ids repeat and would be taken for packed samples.
+                position_ids=place_in_sample,
+            )
         tables: dict[str, Any] = {
             "position_embeddings": self._self_table(x, position_ids, rope_lengths)
         }

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from comemo.decoder import MixinLayer
+from comemo.mixin import MixinLayer
 from comemo.plain import is_plain, refuse_folded
 
 OPEN = 20.0  # a gate whose tanh is exactly 1
@@ -144,8 +144,8 @@ class FoldsForInference:
         Each product is computed in float32 (of float64 in float64) and rounded once. The last
         hidden state is then the normed one without the final norm's weight, which is in `lm_head`;
         everything else is the same but for rounding. While folded the model refuses to be trained,
-        saved and loaded into. An image memory serves it folded and unfolded; a CUDA graph that
-        was captured before has to be captured again, before or behind `undo()` too.
+        saved and loaded into. An image memory serves it folded and unfolded. Weights move: a CUDA
+        graph captured before this, or before `undo()`, has to be captured again.
 
         Args:
             keep_on: device to keep the original weights on, the host's memory by default; None

@@ -1,11 +1,13 @@
 """Generation with an image memory: positions, beams, drafts, and the published `chat`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from comemo.cache import ROOM_FOR_ANSWER, RoomyCache
+from comemo.decode import DecodeLoop, why_not
 from comemo.prefill import read_prompt
 from comemo_kernels import ImageMemory
 
@@ -31,12 +33,15 @@ class CoMemoGeneration:
             prompt_output: what the model returned for a prompt that `past_key_values` holds whole;
                 its last logits begin. With it go `position_ids` and `attention_mask` of the whole
                 prompt, and `inputs` may be as short as one token.
+            decode_loop: a `DecodeLoop` of this model, for greedy decoding or sampling without
+                drafts. `cache_implementation="static"` makes one for the call, unless there is a
+                `compile_config`.
             kwargs: everything that `generate` takes.
 
         Raises:
             ValueError: tiles, grids and image tokens that disagree; a prompt beyond the position
-                range; a memory of images of other grids; arguments that exclude each other.
-                Nothing was computed then.
+                range; a memory of images of other grids; arguments that exclude each other or
+                that a decode loop cannot follow. Nothing was computed then.
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         grid, store = kwargs.pop("tile_grid", None), kwargs.pop("memory_store", None)
@@ -44,6 +49,13 @@ class CoMemoGeneration:
         pixel_values = kwargs.get("pixel_values")
         embeds, assistant = kwargs.get("inputs_embeds"), kwargs.get("assistant_model")
         chosen = kwargs.get("generation_config") or self.generation_config
+
+        def option(name: str) -> Any:
+            value = kwargs.get(name)
+            return getattr(chosen, name, None) if value is None else value
+
+        if kwargs.get("decode_loop") is not None:
+            self._check_loop(kwargs["decode_loop"], option)
         if pixel_values is not None and memory is not None and assistant is None:
             raise ValueError("generate: give either pixel_values or image_memory, got both")
         if embeds is not None:
@@ -58,7 +70,7 @@ class CoMemoGeneration:
                 kwargs.pop("pixel_values", None)  # an assistant builds a memory of its own
         if kwargs.get("position_ids") is not None:
             kwargs.setdefault("prompt_length", kwargs["position_ids"].shape[1])
-        self._make_room(chosen, kwargs)
+        self._make_room(option, kwargs)
         return super().generate(input_ids, **kwargs)  # type: ignore[misc]
 
     def _prepare_prompt(
@@ -90,19 +102,53 @@ class CoMemoGeneration:
                 pixel_values, image_mask, ids, grid, store
             )
 
-    def _make_room(self, chosen: Any, kwargs: dict[str, Any]) -> None:
+    def _make_room(self, option: Callable[[str], Any], kwargs: dict[str, Any]) -> None:
         """Bring a cache that nothing is copied in, unless another kind is asked for."""
-
-        def option(name: str) -> Any:
-            value = kwargs.get(name)
-            return getattr(chosen, name) if value is None else value
-
         named = option("cache_implementation") is not None or kwargs.get("past_key_values")
         if named or option("use_cache") is False or kwargs.get("position_ids") is None:
             return
         layers = self.config.text_config.num_hidden_layers
         answer = min(option("max_new_tokens") or 0, ROOM_FOR_ANSWER)
         kwargs["past_key_values"] = RoomyCache(layers, kwargs["position_ids"].shape[1] + answer)
+
+    def _check_loop(self, loop: Any, option: Callable[[str], Any]) -> None:
+        reasons = why_not(self, option)
+        if not isinstance(loop, DecodeLoop) or loop.model is not self:
+            reasons.append("a loop of another model")
+        if reasons:
+            raise ValueError(
+                "generate: decode_loop must be a DecodeLoop of this model, for greedy decoding or"
+                f" sampling that nothing else takes part in, got {', '.join(reasons)}"
+            )
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """By a decode loop where there is one, or where static buffers are asked for."""
+
+        def option(name: str) -> Any:
+            return synced_gpus if name == "synced_gpus" else getattr(generation_config, name, None)
+
+        loop = model_kwargs.pop("decode_loop", None)
+        if loop is not None:
+            self._check_loop(loop, option)
+        elif option("cache_implementation") == "static" and not why_not(self, option):
+            loop = DecodeLoop(self)
+        if loop is None:
+            return super()._sample(  # type: ignore[misc]
+                *(input_ids, logits_processor, stopping_criteria, generation_config),
+                *(synced_gpus, streamer),
+                **model_kwargs,
+            )
+        rules = logits_processor, stopping_criteria, generation_config
+        return loop.answer(input_ids, *rules, streamer, model_kwargs)
 
     def _prefill(
         self,
@@ -156,6 +202,7 @@ class CoMemoGeneration:
         image_memory: ImageMemory | None = None,
         prompt_length: int | None = None,
         prompt_output: Any = None,
+        decode_loop: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         kwargs.pop("pixel_values", None)  # the memory was built before the loop

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.internvl import modeling_internvl as internvl
 
-from comemo.decoder import EPS, PLAIN
+from comemo.mixin import EPS
+from comemo.plain import PLAIN
 
 VERSION = 1  # of what keys are made of and of the files; raised when either changes
 CHUNK = 2**26  # bytes hashed at a time

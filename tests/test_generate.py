@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 import comemo
 import comemo_kernels as ops
-from comemo.decoder import MixinLayer
+from comemo.mixin import MixinLayer
 from comemo_kernels import ImageMemory
 
 CHATS = [

@@ -1,4 +1,4 @@
-"""Prompts in pieces, pictures in rounds, a cache that grows in place: the same to the last token."""
+"""Prompts in pieces, pictures in rounds, a cache that grows in place: the same to the last."""
 
 import pytest
 import torch
