@@ -78,7 +78,7 @@ class CoMemoAttention(LlamaAttention):
             q, k, v = (proj(hidden_states) for proj in projections)
         else:
             qkv = ops.norm_linear(hidden_states, None, self.qkv, eps)
-            q, k, v = qkv.split([proj.weight.shape[0] for proj in projections], -1)
+            q, k, v = qkv.split([proj.out_features for proj in projections], -1)
         q, k, v = (t.view(B, N, -1, self.head_dim) for t in (q, k, v))
         q, k = ops.apply_rotary(q, k, *position_embeddings)
         if hasattr(past_key_values, "attend"):  # of a decode loop: spans instead of a mask

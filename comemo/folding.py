@@ -66,9 +66,8 @@ class FoldedModel:
                 attention = layer.self_attn
                 if attention.q_proj.bias is None:
                     attention.join()
-                for module in (layer, layer.mixin):
-                    if module is not None:
-                        module.folded = True
+                for module in filter(None, (layer, layer.mixin)):
+                    module.folded = True
         except BaseException:
             self.undo()
             raise
@@ -88,8 +87,8 @@ class FoldedModel:
         if not self.active:
             raise ValueError("undo: wanted a model that is folded, got one that was undone before")
         for layer in self._layers:
-            for module in (layer, layer.mixin, layer.self_attn):
-                for name in ("folded", "qkv") if module is not None else ():
+            for module in filter(None, (layer, layer.mixin, layer.self_attn)):
+                for name in ("folded", "qkv"):
                     vars(module).pop(name, None)
         for module, name, tensor in self._originals:
             held = module._parameters[name]
@@ -113,7 +112,7 @@ class FoldedModel:
             product = torch.mul(
                 weight.data, factor.to(weight.device), out=torch.empty_like(weight.data)
             )
-            if not product.isfinite().all():
+            if not torch.stack(torch.aminmax(product)).isfinite().all():  # NaN is either's
                 raise ValueError(
                     f"fold_for_inference: products with {fold.name} of a"
                     f" {type(fold.module).__name__} must be finite in {product.dtype}, got up to"

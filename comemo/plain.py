@@ -19,13 +19,14 @@ def is_untouched(module: nn.Module) -> bool:
     Returns:
         False where hooks of any kind or another forward were put on it.
     """
+    held = vars(module)
     return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-        or "_hf_hook" in vars(module)
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "forward" in held
+        or "_hf_hook" in held
     )
 
 
@@ -46,14 +47,16 @@ def is_plain(*modules: nn.Module, biased: bool = False) -> bool:
     for part in modules:
         if type(part) not in PLAIN or not is_untouched(part):
             return False
-        for name, parameter in part._parameters.items():
+        held = vars(part)
+        for name, parameter in held["_parameters"].items():
             if parameter is not None and (
                 type(parameter) is not nn.Parameter
                 or parameter.is_meta
                 or (name == "bias" and not biased)
             ):
                 return False
-        if part._modules and not is_plain(*part._modules.values(), biased=biased):
+        inner = held["_modules"]
+        if inner and not is_plain(*inner.values(), biased=biased):
             return False
     return True
 
@@ -98,7 +101,7 @@ def are_joined(joined: torch.Tensor, *linears: nn.Linear) -> bool:
     """
     address, step = joined.data_ptr(), joined.element_size() * joined.shape[1]
     for linear in linears:
-        if linear.weight.data_ptr() != address or linear.weight.dtype != joined.dtype:
+        if linear.weight.data_ptr() != address:
             return False
-        address += step * linear.weight.shape[0]
+        address += step * linear.out_features
     return True

@@ -5,12 +5,13 @@ import torch
 from harness import LOGITS
 from PIL import Image
 from small import make_model, make_prompts
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
 import comemo_kernels as ops
-from comemo import ChatSession, CoMemoProcessor, DecodeLoop, decode
+from comemo import ChatSession, CoMemoProcessor, DecodeLoop, decode, decode_answer, decode_memory
 from comemo.cache import RoomyCache
 from comemo.decode_memory import capacity_for
 from comemo_kernels import MemoryScales
@@ -151,11 +152,12 @@ def test_every_answer_ends_by_itself(model, loop, ahead, many):
     batch = make_prompts(model)
     tokens = model.generate(**batch, **GREEDY)[:, -7:]
     only = [t for t in tokens[0].tolist() if t not in tokens[1]]
-    for ends in ([only[1]], [only[1], int(tokens[1, 3])]):
+    for ends in ([only[1]], [only[1], int(tokens[1, 3])], [only[1]]):
         ends += [t for t in range(290, 310) if t not in tokens] if many else []
         out = assert_same(model, loop, batch, eos_token_id=ends, pad_token_id=3)
         assert out.sequences[0, -1] == 3
-    assert out.sequences.shape[1] < batch["input_ids"].shape[1] + 7
+    out = assert_same(model, loop, batch)
+    assert out.sequences.shape[1] == batch["input_ids"].shape[1] + 7
     assert loop.captures == 1
 
 
@@ -248,6 +250,13 @@ def test_a_folded_model(ahead):
     assert torch.equal(model.generate(**batch, decode_loop=loop, **options), wanted)
 
 
+def test_within_inference_mode(model, loop, ahead):
+    batch = make_prompts(model)
+    with torch.inference_mode():
+        found = model.generate(**batch, **GREEDY, decode_loop=loop)
+    assert torch.equal(assert_same(model, loop, batch).sequences, found)
+
+
 def test_bfloat16(ahead):
     model = make_model(torch.bfloat16)
     batch = make_prompts(model)
@@ -294,8 +303,13 @@ def test_calls_by_turns_see_nothing_of_each_other(model, loop):
 def test_an_answer_moves_on_when_its_bucket_is_full(model, loop, ahead, monkeypatch):
     monkeypatch.setattr(decode, "capacity_for", lambda n: -(-n // 4) * 4)
     monkeypatch.setattr(decode, "ROOM_FOR_ANSWER", 1)
+    monkeypatch.setattr(decode_answer, "ROOM", 2)  # the ids move on, too
     for prompts in (make_prompts, text):
-        assert_same(model, loop, prompts(model), max_new_tokens=14)
+        torch.manual_seed(2)
+        batch = prompts(model)
+        out = assert_same(model, loop, batch, max_new_tokens=14)
+        end = out.sequences[0, -13].item()
+        assert_same(model, loop, batch, max_new_tokens=14, eos_token_id=end, pad_token_id=5)
     assert loop.buckets == 4
     assert loop.captures > 6
     loop = DecodeLoop(model, keep=1)
@@ -511,6 +525,46 @@ def test_capture_and_flag_without_a_gpu():
     flag.post(value)
     value.fill_(4)
     assert flag.read().tolist() == [3]
+
+
+class NothingRead(TorchDispatchMode):
+    """Refuses operations for which a host would wait for a GPU, and that no graph can hold."""
+
+    READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_unique2", "masked_select")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.__name__.split(".")[0] not in self.READS, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("prompts", [make_prompts, without_picture, text])
+def test_a_step_is_all_on_the_device(model, loop, prompts, monkeypatch):
+    """Replayed without anything in between, as a graph would be, it goes on by itself."""
+    batch = prompts(model)
+    wanted = model.generate(**batch, **GREEDY)[:, -7:]
+    model.generate(**batch, **GREEDY | {"max_new_tokens": 2}, decode_loop=loop)
+    (step,) = loop._steps.values()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # or a CPU's values are read
+    tokens = []
+    with torch.no_grad(), NothingRead():
+        for _ in range(5):
+            step.run(True)
+            tokens.append(step.token.clone())
+    assert torch.equal(torch.cat(tokens, 1), wanted[:, 2:])
+
+
+@pytest.mark.kernel
+def test_a_step_on_kernels_reads_nothing_left_behind(device, monkeypatch):
+    for module in (decode, decode_memory):  # the interpreter takes its time
+        monkeypatch.setattr(module, "capacity_for", lambda n, least=64: -(-n // least) * least)
+    model = make_model(num_hidden_layers=2).to(device)
+    batch = without_picture(model)
+    batch = {n: t.to(device) if n != "tile_grid" else t for n, t in batch.items()}
+    loop = DecodeLoop(model)
+    model.generate(**batch, **GREEDY | {"max_new_tokens": 2}, decode_loop=loop)
+    poison(loop)
+    assert_same(model, loop, batch, max_new_tokens=2)
+    assert loop.captures == 1
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""What stands around the attention of a mixin layer, in PyTorch."""
+"""What stands around the attention of a layer, in PyTorch."""
 
 import torch
 import torch.nn.functional as F
