@@ -21,8 +21,12 @@ PLAIN_VISION = (
     *(internvl.InternVLVisionRMSNorm, nn.LayerNorm, nn.Conv2d, nn.Dropout, nn.Identity),
     *(nn.Sequential, nn.ModuleList),
 )
-# A hook of these modules looks on and changes nothing.
-ONLOOKERS = ("comemo.progress", "transformers.utils.output_capturing")
+# A hook of these modules looks on and changes no value; the last asks for gradients.
+ONLOOKERS = (
+    "comemo.progress",
+    "transformers.utils.output_capturing",
+    "transformers.modeling_utils",
+)
 
 
 def memory_parts(model: Any) -> dict[str, nn.Module]:

@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from harness import LOGITS
 from PIL import Image
 from small import make_model, make_prompts
+from test_generate import case_of, prepared
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
+import comemo
 import comemo_kernels as ops
 from comemo import ChatSession, CoMemoProcessor, DecodeLoop, decode, decode_answer, decode_memory
 from comemo.cache import RoomyCache
@@ -109,6 +112,25 @@ def without_picture(model):
     return batch
 
 
+def one_prompt(model, grids):
+    """A prompt with pictures of these grids; of several tiles they take fewer ids than tokens."""
+    config = model.config
+    tiles = [ops.image_tokens(grid, config.side) // config.tokens_per_tile for grid in grids]
+    images = sum(tiles) * config.tokens_per_tile
+    ids = torch.randint(10, 200, (1, images + 5))
+    ids[:, 2 : 2 + images] = config.image_token_id
+    side = config.vision_config.image_size[0]
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(sum(tiles), 3, side, side),
+        "tile_grid": grids,
+    }
+
+
+def wide_picture(model):
+    return one_prompt(model, [(2, 1)])
+
+
 def text(model, tokens=11):
     return {"input_ids": torch.randint(10, 200, (2, tokens))}
 
@@ -116,7 +138,7 @@ def text(model, tokens=11):
 # --- what it computes ---
 
 
-@pytest.mark.parametrize("prompts", [make_prompts, without_picture, text])
+@pytest.mark.parametrize("prompts", [make_prompts, without_picture, wide_picture, text])
 @pytest.mark.parametrize("positions", ["raw", "compressed"])
 def test_a_call_is_transformers_own(model, loop, ahead, prompts, positions):
     model.config.decode_positions = positions
@@ -277,13 +299,10 @@ def test_capacities():
 
 
 def test_many_lengths_and_pictures_share_a_capture(model, loop):
-    config = model.config
     for case in range(50):
-        tokens, pictures = 3 + 7 * case % 90, 1 + case % 5
-        ids = torch.randint(10, 200, (1, tokens + 16 * pictures))
-        ids[:, 2 : 2 + 16 * pictures] = config.image_token_id
-        tiles = torch.randn(pictures, 3, 112, 112)
-        batch = {"input_ids": ids, "pixel_values": tiles, "tile_grid": [(1, 1)] * pictures}
+        grids = [(1 + case % 3, 1)] * (1 + case % 5)
+        batch = one_prompt(model, grids)
+        batch["input_ids"] = F.pad(batch["input_ids"], (7 * case % 90, 0), value=30)
         options = GREEDY | {"max_new_tokens": 3}
         found = model.generate(**batch, **options, decode_loop=loop)
         if case % 10 == 0:
@@ -298,6 +317,10 @@ def test_calls_by_turns_see_nothing_of_each_other(model, loop):
         poison(loop)
         assert_same(model, loop, batch)
     assert loop.captures == 2
+    for grids in ([(1, 1)] * 3, [(2, 1)], [(1, 1)], [(3, 1), (1, 1)]):
+        poison(loop)
+        assert_same(model, loop, one_prompt(model, grids))
+    assert loop.captures == 3
 
 
 def test_an_answer_moves_on_when_its_bucket_is_full(model, loop, ahead, monkeypatch):
@@ -308,7 +331,8 @@ def test_an_answer_moves_on_when_its_bucket_is_full(model, loop, ahead, monkeypa
         torch.manual_seed(2)
         batch = prompts(model)
         out = assert_same(model, loop, batch, max_new_tokens=14)
-        end = out.sequences[0, -13].item()
+        tokens = out.sequences[0, -14:].tolist()
+        end = max(tokens, key=tokens.index)  # comes latest
         assert_same(model, loop, batch, max_new_tokens=14, eos_token_id=end, pad_token_id=5)
     assert loop.buckets == 4
     assert loop.captures > 6
@@ -490,7 +514,17 @@ def test_probabilities_that_are_no_numbers(ahead):
         model.generate(**text(model), **GREEDY | {"do_sample": True}, decode_loop=DecodeLoop(model))
 
 
-# --- sessions ---
+# --- recorded answers, sessions ---
+
+
+def test_gives_recorded_answers(golden, inputs, checkpoint, tokenizer):
+    model = comemo.CoMemoForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    loop = DecodeLoop(model.eval())
+    for name in ("dhr_2x1", "rope_two", "eos_1x1", "dhr_1x1_reppen"):
+        record, case = case_of(golden, inputs, name)
+        options = case["generation_config"] | {"eos_token_id": record["eos_token_id"]}
+        out = model.generate(**prepared(model, tokenizer, case), **options, decode_loop=loop)
+        assert out[0].tolist() == record["tokens"]
 
 
 def test_a_session_answers_the_same(loaded, demo_checkpoint, picture_file, ahead):

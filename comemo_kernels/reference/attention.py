@@ -205,7 +205,7 @@ def _attend_pieces(
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """[R, H, D] queries over [M, G, D] keys, all heads in one SDPA call."""
-    grouped = q.shape[1] != k.shape[1]
+    grouped = bool(q.shape[1] != k.shape[1])  # while compiling a symbol, which SDPA refuses
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))  # [1, H, R, D]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1)
