@@ -17,6 +17,7 @@ import comemo_kernels as ops
 from comemo import ChatSession, CoMemoProcessor, DecodeLoop, decode, decode_answer, decode_memory
 from comemo.cache import RoomyCache
 from comemo.decode_memory import capacity_for
+from comemo.decode_step import DecodeStep
 from comemo_kernels import MemoryScales
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -52,11 +53,15 @@ class Collected(BaseStreamer):
     """Keeps what it is given; raises at one of the tokens, if asked to."""
 
     def __init__(self, fail_at=None):
-        self.parts, self.ended, self.fail_at = [], 0, fail_at
+        self.given, self.ended, self.fail_at = [], 0, fail_at
+
+    @property
+    def parts(self):
+        return [value.tolist() for value in self.given]
 
     def put(self, value):
-        self.parts.append(value.tolist())
-        if self.fail_at == len(self.parts) - 1:  # the first part is the prompt
+        self.given.append(value)
+        if self.fail_at == len(self.given) - 1:  # the first part is the prompt
             raise InterruptedError
 
     def end(self):
@@ -183,6 +188,17 @@ def test_every_answer_ends_by_itself(model, loop, ahead, many):
     assert loop.captures == 1
 
 
+def test_no_step_is_in_vain_where_the_end_is_known(model, loop, ahead, monkeypatch):
+    batch, steps, run = text(model), [], DecodeStep.run
+    monkeypatch.setattr(DecodeStep, "run", lambda self, *args: steps.append(run(self, *args)))
+    tokens = model.generate(**batch, **GREEDY, decode_loop=loop)[:, -7:]
+    assert len(steps) == 6
+    steps.clear()
+    ends = tokens[:, 2].tolist()
+    found = model.generate(**batch, **GREEDY | {"eos_token_id": ends}, decode_loop=loop)
+    assert len(steps) == found.shape[1] - batch["input_ids"].shape[1] - 1 + ahead
+
+
 class Ends(StoppingCriteria):
     """Ends each row after so many tokens, and looks at what it is given."""
 
@@ -211,6 +227,9 @@ def test_other_kinds_of_memory(model, loop, ahead):
         memory = model(**batch, use_cache=True).image_memory
     given = {n: t for n, t in batch.items() if n != "pixel_values"}
     assert_same(model, loop, given, image_memory=memory)
+    turned = memory.reading(memory.spans)
+    turned.table = tuple(t.roll(1, 0) for t in memory.table)
+    assert_same(model, loop, given, image_memory=turned)
     scaled = memory.reading(memory.spans)
     for held in ("keys", "values"):
         small = {i: t.to(torch.float8_e4m3fn) for i, t in getattr(memory, held).items()}
@@ -413,7 +432,7 @@ def test_one_call_at_a_time(model, loop):
     class Asks(Collected):
         def put(self, value):
             super().put(value)
-            if len(self.parts) > 1:
+            if len(self.given) > 1:
                 model.generate(**batch, **GREEDY, decode_loop=loop)
 
     with pytest.raises(RuntimeError, match="another call is at work on this loop"):
@@ -508,10 +527,15 @@ def test_what_a_loop_cannot_take_over(model, loop):
 
 def test_probabilities_that_are_no_numbers(ahead):
     model = make_model()
-    with torch.no_grad():
-        model.lm_head.weight[5] = float("nan")
+    batch, loop = text(model), DecodeLoop(model)
+    weight = model.lm_head.weight[5]
+    kept = weight.clone()
+    weight.fill_(float("nan"))
     with pytest.raises(ValueError, match="must be numbers to sample"):
-        model.generate(**text(model), **GREEDY | {"do_sample": True}, decode_loop=DecodeLoop(model))
+        model.generate(**batch, **GREEDY | {"do_sample": True}, decode_loop=loop)
+    weight.copy_(kept)
+    for sampled in (False, True):
+        assert_same(model, loop, batch, do_sample=sampled)
 
 
 # --- recorded answers, sessions ---

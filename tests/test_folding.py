@@ -188,6 +188,14 @@ def test_takes_no_memory_and_joins_weights(model):
         assert torch.equal(attention.qkv, torch.cat(weights))
 
 
+def test_joined_weights_alone_change_nothing(model):
+    prompts = make_prompts(model)
+    wanted = logits_of(model, prompts)
+    for layer in layers_of(model):
+        layer.self_attn.join()
+    assert torch.equal(logits_of(model, prompts), wanted)
+
+
 def test_projections_with_a_bias_are_called():
     model = make_model(bias=True)
     attention = layers_of(model)[0].self_attn
