@@ -16,17 +16,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation.configuration_utils import CompileConfig
 
 import comemo_kernels as ops
 from bench import measure, peak
-from bench.models import SIZES, draw_model, give_words
+from bench.models import SIZES, draw_model, draw_prompts, give_words
 from comemo import ChatSession, DecodeLoop, MemoryStore
 from comemo.demo import RecomputedMemory
 from comemo.progress import TokenClock
-from comemo_kernels import ImageMemory
 
 QUESTIONS = ("What is in this picture?", "And who is on the boat?")
 WAYS = ("ours", "eager, memory kept", "torch.compile, static cache", "published")
@@ -140,33 +138,26 @@ def _decode(
     model: Any, grid: tuple[int, int], batch: int, way: str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Tokens per second of a batch, behind prompts of one picture each."""
-    inputs, memory = _prompts(model, grid, batch)
-    chosen: dict[str, Any] = {
+    inputs, _, memory = draw_prompts(model, grid, batch)
+    static = GenerationConfig(cache_implementation="static", compile_config=CompileConfig())
+    chosen = {
         "ours": {"decode_loop": DecodeLoop(model)},
-        "eager, memory kept": {"past_key_values": DynamicCache()},
-        "torch.compile, static cache": {
-            "cache_implementation": "static",
-            "generation_config": GenerationConfig(compile_config=CompileConfig()),
-        },
-        "published": {"past_key_values": DynamicCache()},
-    }[way]
+        "torch.compile, static cache": {"generation_config": static},
+    }.get(way)
     if way == "published":
         memory = RecomputedMemory.of(memory)
-    settings = {"do_sample": False, "eos_token_id": None, "pad_token_id": 2}
     times: list[float] = []
-    for attempt in range(2):  # the first captures and compiles
-        if "past_key_values" in chosen:
-            chosen["past_key_values"] = DynamicCache()
+    for tokens in (8, max(options.tokens, 16)):  # the first captures and compiles
         peak.reset()
         clock = TokenClock()
         model.generate(
             **inputs,
             image_memory=memory,
             prefill_chunk_size=4096,
-            max_new_tokens=max(options.tokens, 16) if attempt else 8,
+            max_new_tokens=tokens,
             streamer=clock,
-            **settings,
-            **chosen,
+            **{"do_sample": False, "eos_token_id": None, "pad_token_id": 2},
+            **(chosen or {"past_key_values": DynamicCache()}),
         )
         times = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
     token_s = sorted(times)[len(times) // 2] if times else math.nan
@@ -176,20 +167,3 @@ def _decode(
         "tokens_per_s": batch / token_s,
         "peak_gib": measure.peak_gib(),
     }
-
-
-def _prompts(
-    model: Any, grid: tuple[int, int], batch: int
-) -> tuple[dict[str, Tensor], ImageMemory]:
-    device, config = model.device, model.config
-    M = ops.image_tokens(grid, config.side)
-    image = torch.zeros(batch, M + 96, dtype=torch.bool, device=device)
-    image[:, 60 : 60 + M] = True
-    words = torch.randint(3, 400, image.shape, device=device)
-    input_ids = torch.where(image, config.image_token_id, words)
-    mask = torch.ones_like(input_ids)
-    position_ids = model.model.prompt_position_ids(image, mask, [grid] * batch)
-    media = torch.randn(batch * M, config.text_config.hidden_size, device=device).to(model.dtype)
-    memory = ImageMemory.from_media(media, position_ids[image], [M] * batch)
-    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
-    return inputs, memory

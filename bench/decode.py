@@ -17,11 +17,10 @@ from torch import Tensor
 
 import comemo_kernels as ops
 from bench import measure
-from bench.models import SIZES, draw_model
+from bench.models import SIZES, draw_model, draw_prompts
 from comemo import CoMemoForConditionalGeneration
 from comemo.demo import RecomputedMemory
 from comemo.mixin import MixinLayer
-from comemo_kernels import ImageMemory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,14 +49,8 @@ def _measure(
     vision = measure.seconds(lambda: model.model.get_image_features(pixels))
     print(f"vision tower and projector: {vision / len(pixels):.2f} s a tile")
 
-    text = torch.randint(3, 5000, (1, 96))  # the words around a picture: system message, question
-    image = torch.zeros(1, M + 96, dtype=torch.bool, device=device)
-    image[:, 60 : 60 + M] = True
-    input_ids = torch.zeros_like(image, dtype=torch.long).masked_scatter(~image, text.to(device))
-    mask = torch.ones_like(input_ids)
-    position_ids = model.model.prompt_position_ids(image, mask, [grid])
-    media = torch.randn(M, config.text_config.hidden_size, dtype=model.dtype, device=device)
-    memory = ImageMemory.from_media(media, position_ids[image], [M])
+    inputs, image, memory = draw_prompts(model, grid, 1)
+    input_ids, position_ids = inputs["input_ids"], inputs["position_ids"]
     start = measure.now()
     out = model(
         inputs_embeds=model.model.embed(input_ids, image, memory),

@@ -4,9 +4,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+import comemo_kernels as ops
 from comemo import CoMemoConfig, CoMemoForConditionalGeneration, CoMemoProcessor
 from comemo.tiny import make_checkpoint
+from comemo_kernels import ImageMemory
 
 SIZES: dict[str, dict[str, dict[str, int]]] = {
     "2B": {"llm_config": {}, "mixin_config": {}},
@@ -64,3 +67,22 @@ def give_words(model: CoMemoForConditionalGeneration) -> CoMemoProcessor:
         model.lm_head.weight[len(tokenizer) :].zero_()
         model.lm_head.weight[control].zero_()
     return processor
+
+
+def draw_prompts(
+    model: CoMemoForConditionalGeneration, grid: tuple[int, int], batch: int
+) -> tuple[dict[str, Tensor], Tensor, ImageMemory]:
+    """Prompts of 96 words around a picture each, as ids, mask and positions; where the pictures
+    are, bool [B, N]; their memory, of random media."""
+    device, config = model.device, model.config
+    M = ops.image_tokens(grid, config.side)
+    image = torch.zeros(batch, M + 96, dtype=torch.bool, device=device)
+    image[:, 60 : 60 + M] = True
+    words = torch.randint(3, 400, image.shape, device=device)
+    input_ids = torch.where(image, config.image_token_id or 0, words)
+    mask = torch.ones_like(input_ids)
+    position_ids = model.model.prompt_position_ids(image, mask, [grid] * batch)
+    media = torch.randn(batch * M, config.text_config.hidden_size, device=device).to(model.dtype)
+    memory = ImageMemory.from_media(media, position_ids[image], [M] * batch)
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
+    return inputs, image, memory

@@ -121,14 +121,11 @@ class CoMemoChat:
         tiles, grids = check_pictures(
             pixel_values, num_patches_list, target_aspect_ratio, config.use_thumbnail
         )
-        inert = [
-            (prompts.escape(q, tokenizer), None if a is None else prompts.escape(a, tokenizer))
-            for q, a in turns
-        ]
-        system = None if system_message is None else prompts.escape(system_message, tokenizer)
-        prompt = prompts.build_prompt(inert, config.template, system)
-        prompt = prompts.expand_images(prompt, [count * config.tokens_per_tile for count in tiles])
-        input_ids = torch.tensor([prompts.encode_prompt(tokenizer, prompt)], device=self.device)
+        counts = [count * config.tokens_per_tile for count in tiles]
+        ids, prompt = prompts.encode_turns(
+            tokenizer, turns, config.template, system_message, counts
+        )
+        input_ids = torch.tensor([ids], device=self.device)
         image_mask = input_ids == tokenizer.convert_tokens_to_ids(prompts.IMAGE_CONTEXT)
         attention_mask = torch.ones_like(input_ids)
         position_ids = model.prompt_position_ids(image_mask, attention_mask, grids)
@@ -138,7 +135,7 @@ class CoMemoChat:
             memory = model.build_image_memory(
                 pixel_values, image_mask, position_ids, grids, memory_store
             )
-        return prompt.replace(prompts.MARKER, ""), {
+        return prompts.expand_images(prompt, counts).replace(prompts.MARKER, ""), {
             "input_ids": input_ids[:, :1],
             "inputs_embeds": model.embed(input_ids, image_mask, memory),
             "attention_mask": attention_mask,

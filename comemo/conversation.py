@@ -84,16 +84,8 @@ class Conversation:
         """
         template = model.config.template
         turns: Sequence[tuple[str, str | None]] = (*self.turns, (question, None))
-        inert = [
-            (prompts.escape(q, tokenizer), None if a is None else prompts.escape(a, tokenizer))
-            for q, a in turns
-        ]
-        system = self.system_message
-        system = None if system is None else prompts.escape(system, tokenizer)
         counts = [picture.tokens for picture in self.pictures]
-        ids, _ = prompts.encode_with_images(
-            tokenizer, prompts.build_prompt(inert, template, system), counts
-        )
+        ids, _ = prompts.encode_turns(tokenizer, turns, template, self.system_message, counts)
         tokens = torch.tensor(ids)
         image_mask = tokens == tokenizer.convert_tokens_to_ids(prompts.IMAGE_CONTEXT)
         grids = [picture.grid for picture in self.pictures]
@@ -104,7 +96,7 @@ class Conversation:
         tokens[image_mask] = numbers.repeat_interleave(torch.tensor(counts, dtype=torch.long))
         stop = tokenizer.convert_tokens_to_ids(prompts.stop_text(template))
         visible = self._visible(torch.tensor(ids) == stop)
-        scaling = scaled_length(model.config, positions.max(), torch.tensor(len(ids)))
+        scaling = scaled_length(model, positions.max()[None], torch.tensor([len(ids)]))
         return Transcript.of(tokens, positions, positions, visible, scaling), ids
 
     def _visible(self, separators: Tensor) -> Tensor:
@@ -123,15 +115,16 @@ class Conversation:
         return torch.searchsorted(torch.tensor(first), closed, right=True)
 
 
-def scaled_length(config: Any, position: Tensor, tokens: Tensor) -> Tensor:
-    """The length that dynamic scaling goes by, where it scales, else 0.
+def scaled_length(model: Any, positions: Tensor, tokens: Tensor) -> Tensor:
+    """The lengths that dynamic scaling goes by, where it scales, else 0.
 
     Args:
-        config: a `CoMemoConfig`.
-        position: the highest position id so far, of any shape.
-        tokens: how many tokens there are so far, of the same shape.
+        model: a `CoMemoForConditionalGeneration`.
+        positions: [T], highest position ids so far.
+        tokens: [T], how many tokens there are so far.
     """
-    length = position + 1 if config.ntk_length == "position" else tokens
+    config = model.config
+    length = model.model.language_model.rope_lengths(positions[:, None], tokens)
     if (config.rope_scaling or {}).get("type") != "dynamic":
         return torch.zeros_like(length)
     return torch.where(length > config.text_config.max_position_embeddings, length, 0)

@@ -104,8 +104,10 @@ class CoMemoGeneration:
 
     def _make_room(self, option: Callable[[str], Any], kwargs: dict[str, Any]) -> None:
         """Bring a cache that nothing is copied in, unless another kind is asked for."""
-        named = option("cache_implementation") is not None or kwargs.get("past_key_values")
-        if named or option("use_cache") is False or kwargs.get("position_ids") is None:
+        given = kwargs.get("past_key_values") is not None  # though it be empty, and so false
+        if given or option("cache_implementation") is not None:
+            return
+        if option("use_cache") is False or kwargs.get("position_ids") is None:
             return
         layers = self.config.text_config.num_hidden_layers
         answer = min(option("max_new_tokens") or 0, ROOM_FOR_ANSWER)

@@ -124,8 +124,8 @@ class CoMemoProcessor(ProcessorMixin):
             )
         rows, start = [], 0
         for one, number in zip(texts, marks, strict=True):
-            prompt = prompts.expand_images(one, counts[start : start + number])
-            rows.append(prompts.encode_prompt(self.tokenizer, prompt))
+            own = counts[start : start + number]
+            rows.append(prompts.encode_with_images(self.tokenizer, one, own))
             start += number
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id

@@ -197,7 +197,7 @@ def expand_images(prompt: str, token_counts: Sequence[int]) -> str:
 
 def encode_with_images(
     tokenizer: PreTrainedTokenizerBase, prompt: str, token_counts: Sequence[int]
-) -> tuple[list[int], str]:
+) -> list[int]:
     """Turn a prompt with `<image>` marks into ids.
 
     Args:
@@ -206,9 +206,8 @@ def encode_with_images(
         token_counts: as of `expand_images`.
 
     Returns:
-        ids: what `encode_prompt` gives for what `expand_images` returns. One token of each picture
-            is encoded and then repeated: thousands take the tokenizer longer than all the words.
-        text: the prompt, with one `<IMG_CONTEXT>` a picture.
+        What `encode_prompt` gives for what `expand_images` returns. One token of each picture is
+        encoded and then repeated: thousands take the tokenizer longer than all the words.
 
     Raises:
         ValueError: as of `expand_images` and `encode_prompt`.
@@ -218,7 +217,36 @@ def encode_with_images(
     ids: list[int] = []
     for index in encode_prompt(tokenizer, text):
         ids += [index] * (next(counts) if index == context else 1)
-    return ids, text
+    return ids
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Sequence[Turn],
+    template: str,
+    system_message: str | None,
+    token_counts: Sequence[int],
+) -> tuple[list[int], str]:
+    """Turn a conversation into ids, whatever users typed.
+
+    Args:
+        tokenizer: as of `encode_prompt`.
+        turns, template, system_message: as of `build_prompt`, nothing escaped.
+        token_counts: as of `expand_images`.
+
+    Returns:
+        The ids, and the prompt with its `<image>` marks, escaped.
+
+    Raises:
+        ValueError: as of `escape`, `build_prompt` and `encode_with_images`.
+    """
+
+    def inert(text: str | None) -> str | None:
+        return None if text is None else escape(text, tokenizer)
+
+    safe = [(escape(question, tokenizer), inert(answer)) for question, answer in turns]
+    prompt = build_prompt(safe, template, inert(system_message))
+    return encode_with_images(tokenizer, prompt, token_counts), prompt
 
 
 def _count(number: int, noun: str) -> str:

@@ -164,7 +164,7 @@ class ChatSession:
         try:
             while isinstance(piece := pieces.get(), str):
                 yield piece
-        except GeneratorExit:
+        except BaseException:  # whoever asked has left, or was interrupted while waiting
             while worker.is_alive():  # `ask` forgets what is said before it begins
                 self.stop()
                 worker.join(0.01)
@@ -284,13 +284,12 @@ class ChatSession:
         image_mask = (wanted.tokens < 0)[None].to(input_ids.device)
         position_ids = wanted.positions[None].to(input_ids.device)
         self.model._check_range(position_ids, torch.ones_like(input_ids), bool(said.pictures))
-        memory = self._remember(said, image_mask, position_ids)
-        memory = self._place(said, memory, wanted)
+        memory = self._place(said, self._remember(said, image_mask, position_ids), wanted)
         # At least the last token is read: its logits begin the answer.
         kept = min(self._held.common(wanted), len(wanted) - 1)
         self._cache.crop_to(kept)
-        answer = (self.options | options).get("max_new_tokens") or 0
-        self._cache.reserve(len(wanted) + min(answer, ROOM_FOR_ANSWER))
+        longest = (self.options | options).get("max_new_tokens") or 0
+        self._cache.reserve(len(wanted) + min(longest, ROOM_FOR_ANSWER))
         self._held = wanted.first(kept)
         core, shown = self.model.model, wanted.visible.new_tensor([len(said.pictures)])
         whole = self._reading(memory, shown)
@@ -327,11 +326,10 @@ class ChatSession:
             return self._memory
         known = sum(picture.tokens for picture in said.pictures[: -len(new)])
         later = image_mask & (image_mask.long().cumsum(1) > known)
-        store = {} if self.memory_store is None else {"memory_store": self.memory_store}
         core = self.model.model
         pixel_values = torch.cat([p.pixel_values for p in new if p.pixel_values is not None])
         found = core.build_image_memory(
-            pixel_values, later, position_ids, [p.grid for p in new], **store
+            pixel_values, later, position_ids, [p.grid for p in new], self.memory_store
         )
         core.language_model.build_memory(found)
         return found if self._memory is None else _join(self._memory, found)
@@ -404,7 +402,7 @@ class ChatSession:
         positions = wanted.positions[-1] + 1 + torch.arange(len(tokens))
         raw = pictures and self.model.config.decode_positions == "raw"
         queries = count if raw else positions
-        scaling = scaled_length(self.model.config, positions, count + 1)
+        scaling = scaled_length(self.model, positions, count + 1)
         return Transcript.of(tokens.cpu(), positions, queries, wanted.visible[-1], scaling)
 
 

@@ -1,5 +1,6 @@
 """Fixtures that every test file shares."""
 
+import copy
 import importlib.util
 import os
 from pathlib import Path
@@ -145,6 +146,18 @@ def loaded(demo_checkpoint):
     """Model and tokenizer of `demo_checkpoint`."""
     tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint)
     return AutoModel.from_pretrained(demo_checkpoint, dtype=torch.float32), tokenizer
+
+
+@pytest.fixture
+def core(loaded):
+    """The model of `demo_checkpoint` without its head."""
+    return loaded[0].model
+
+
+@pytest.fixture
+def fresh(core):
+    """One of its own, to be changed."""
+    return copy.deepcopy(core)
 
 
 @pytest.fixture(scope="session")

@@ -22,14 +22,13 @@ def drawn(loaded, monkeypatch):
 
 def test_rows(drawn):
     words = ("--cols", "2", "--rows", "1", "--tokens", "3", "--batches", "2")
-    ways = ("--ways", "ours", "eager, memory kept", "published")
-    rows = list(chat.run(options_of(chat, *words, *ways)))
+    rows = list(chat.run(options_of(chat, *words)))
     assert [(row["pass"], row["way"]) for row in rows] == [
         ("new picture", "ours"),
         ("second question", "ours"),
         ("known picture", "ours"),
         ("second question", "published"),
-        *(("decode, batch 2", way) for way in ("ours", "eager, memory kept", "published")),
+        *(("decode, batch 2", way) for way in chat.WAYS),
     ]
     new, second, known, published = rows[:4]
     assert new["read_tokens"] > 768 > 100 > second["read_tokens"]

@@ -76,6 +76,14 @@ def test_cache_copies_nothing_to_grow():
     assert cache.layers[0].keys.data_ptr() == moved != place
 
 
+def test_a_cache_of_the_callers_is_used(model):
+    """Though an empty one is false in Python."""
+    ids = torch.arange(100, 120)[None]
+    for cache in (DynamicCache(), RoomyCache(4)):
+        model.generate(ids, past_key_values=cache, **OPTIONS)
+        assert cache.get_seq_length() == 24
+
+
 def test_forks_and_uneven_layers():
     cache = RoomyCache(2)
     new = torch.randn(1, 2, 9, 4)

@@ -353,6 +353,17 @@ def test_streams(session):
         list(session.stream("<image>"))
 
 
+def test_whoever_waits_for_a_stream_may_be_interrupted(session):
+    """Ctrl-C comes while the next piece is waited for: nothing goes on behind the caller's back."""
+    session.options["max_new_tokens"] = 400
+    pieces = session.stream("hello world", eos_token_id=None)
+    next(pieces)
+    with pytest.raises(KeyboardInterrupt):
+        pieces.throw(KeyboardInterrupt)
+    assert session.report.new_tokens < 400
+    assert session.ask("go on", max_new_tokens=2) is not None
+
+
 def test_one_thread_at_a_time(session):
     """Whoever comes second is told, and disturbs nothing."""
     errors = []

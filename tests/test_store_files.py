@@ -27,11 +27,6 @@ pytestmark = [
 
 
 @pytest.fixture
-def core(loaded):
-    return loaded[0].model
-
-
-@pytest.fixture
 def stored(core, tmp_path):
     """A store that has written a picture: batch, what it is, the file."""
     batch = batch_of(core, [2, "square", 3])

@@ -17,17 +17,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def core(loaded):
-    return loaded[0].model
-
-
-@pytest.fixture
-def fresh(loaded):
-    """A model of its own, to be changed."""
-    return copy.deepcopy(loaded[0].model)
-
-
 # --- the same picture, and no other ---
 
 

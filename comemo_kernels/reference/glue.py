@@ -14,17 +14,18 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return exact.to(x.dtype) if weight is None else weight * exact.to(x.dtype)
 
 
-# Rows up to which oneDNN is the faster: MKL takes up to three times as long for a handful, where
-# it does not know the processor for its own.
-SHORT = 256
+# Measured on an AMD EPYC, whose MKL takes up to three times as long as oneDNN for a few rows: up to
+# so many rows, and from so many elements of a weight on, oneDNN is the faster.
+ROWS, ELEMENTS = 256, 2**18
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x weight^T, by whichever of PyTorch's libraries is faster on a CPU."""
-    short = 1 < x.numel() // max(x.shape[-1], 1) <= SHORT <= weight.shape[0]
+    rows = x.numel() // max(x.shape[-1], 1)
     if (
-        short
+        1 < rows <= ROWS
+        and weight.numel() >= ELEMENTS
         and _ONEDNN
         and x.device.type == "cpu"
         and type(x) is Tensor
