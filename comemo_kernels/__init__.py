@@ -18,8 +18,8 @@ from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotati
 from comemo_kernels.reference import (
     fold_tiles,
     image_position_ids,
+    image_rows,
     image_tokens,
-    project_tiles,
     rotary_table,
 )
 
@@ -29,6 +29,7 @@ if find_spec("triton"):
     from comemo_kernels.glue import gated_residual, norm_linear, norm_swiglu
     from comemo_kernels.positions import rope_dhr_positions
     from comemo_kernels.rotary import apply_rotary
+    from comemo_kernels.tiles import project_tiles
 else:  # macOS, Windows: the same functions, unfused
     from comemo_kernels.reference import (
         apply_rotary,
@@ -38,6 +39,7 @@ else:  # macOS, Windows: the same functions, unfused
         gated_residual,
         norm_linear,
         norm_swiglu,
+        project_tiles,
         rope_dhr_positions,
     )
 
@@ -60,6 +62,7 @@ __all__ = [
     "fold_tiles",
     "gated_residual",
     "image_position_ids",
+    "image_rows",
     "image_tokens",
     "join_images",
     "memory_buffers",

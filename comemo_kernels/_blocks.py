@@ -76,3 +76,12 @@ def offset_of(index, stride, ALIGNED: tl.constexpr):
     if ALIGNED:
         offset = tl.multiple_of(offset, 8)
     return offset
+
+
+@triton.jit
+def in_groups(block, blocks_m, blocks_n, GROUP: tl.constexpr):
+    """Row and column of a product's block: GROUP blocks of rows share the columns L2 holds."""
+    first = block // (GROUP * blocks_n) * GROUP
+    group = tl.minimum(blocks_m - first, GROUP)
+    inside = block % (GROUP * blocks_n)
+    return first + inside % group, inside // group

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from comemo_kernels import _specialized, attention, build, glue, positions, rotary
+from comemo_kernels import _product, _specialized, attention, build, glue, positions, rotary, tiles
 from comemo_kernels._op import Kernel
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -73,7 +73,7 @@ def cases() -> list[Case]:
         name = f"{str(mask).removeprefix('torch.')} mask"
         launch = lambda a=mask, c=column: number(a, c)  # noqa: E731
         found.append(Case(numbering, name, launch, len(numbering.configs)))
-    return [*found, *_glue_cases(), *_attention_cases(), *_build_cases()]
+    return [*found, *_glue_cases(), *_attention_cases(), *_build_cases(), *_tile_cases()]
 
 
 def _glue_cases() -> list[Case]:
@@ -213,3 +213,52 @@ def _build_cases() -> list[Case]:
     run = functools.partial(memory, half, True, True)
     found.append(Case(build.scale_memory, "bf16 to fp8", run, chips=FLOAT8))
     return found
+
+
+def _tile_cases() -> list[Case]:
+    def projected(
+        dtype: torch.dtype, gradients: bool, T: int = 13, C: int = 1024, d: int = 2048, n: int = 2
+    ) -> None:
+        new = functools.partial(torch.empty, device="meta", dtype=dtype)
+        W, R = C * n * n, T * 1024 // (n * n)
+        tokens, weights = new(T, 1025, C), (new(W), new(W), new(d, W), new(d), new(d, d), new(d))
+        if gradients:
+            _, normed, stats, _ = tiles._launch(tokens, *weights, n, False, 1e-5, True)
+            tiles._launch_gelu_gradient(new(R, d), new(R, d))
+            tiles._launch_fold_norm_gradient(
+                normed, tokens, weights[0], stats, n, False, True, True
+            )
+        else:
+            rows = new(R, dtype=torch.int64)
+            tiles._launch_into(new(R, d), new(R, d), rows, tokens, *weights, n, False, 1e-5)
+
+    def of(kernel: Kernel, name: str, run: Callable[[], Any], dot: bool = False) -> Case:
+        configs = len(kernel.configs) if name in ("bf16", "fp32 wide") else 1
+        spills = {"sm_100": 224} if dot and configs > 1 else {}  # of 128 x 256 outputs
+        return Case(kernel, name, run, configs, dot, NVIDIA if dot else EVERY, spills)
+
+    found = []
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+        for gradients in (False, True):
+            # So many tiles leave a last wave to be split.
+            run = functools.partial(projected, dtype, gradients, 17 if name == "fp32" else 13)
+            title = name + ", gradients" * gradients
+            product = _product.product_exact if name == "fp32" else _product.product
+            found += [
+                of(tiles.fold_norm, title, run),
+                of(product, title, run, name != "fp32"),
+                of(_product.add_parts, title, run),
+            ]
+            if gradients:
+                found += [
+                    of(tiles.fold_norm_gradient, name, run),
+                    of(tiles.gelu_gradient, name, run),
+                ]
+    odd = functools.partial(projected, torch.bfloat16, False, 1, 1020, 2040)
+    found += [of(tiles.fold_norm, "bf16 uneven", odd), of(_product.product, "bf16 uneven", odd, True)]
+    wide = functools.partial(projected, torch.float32, True, 1, 3200, 64)
+    return [
+        *found,
+        of(tiles.fold_norm_wide, "fp32 wide", wide),
+        of(tiles.fold_norm_gradient_wide, "fp32 wide", wide),
+    ]

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from comemo_kernels import reference
-from comemo_kernels._blocks import offset_of
+from comemo_kernels._blocks import in_groups, offset_of
 from comemo_kernels._checks import check_build
 from comemo_kernels._op import Kernel, documented, has_float8, on_triton, register, to_device
 from comemo_kernels.reading import MemoryScales
@@ -133,14 +133,8 @@ def _project_kernel(
 ):
     """One program computes BLOCK_M keys, or values, of some heads of one layer."""
     HEADS: tl.constexpr = BLOCK_C // BLOCK_HALF
-    pid = tl.program_id(0)
-    # A group of row blocks shares the weights that L2 holds.
     blocks_m, blocks_h = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_heads, HEADS)
-    blocks_c = num_layers * 2 * blocks_h
-    first_m = pid // (GROUP * blocks_c) * GROUP
-    group = tl.minimum(blocks_m - first_m, GROUP)
-    inside = pid % (GROUP * blocks_c)
-    pid_m, pid_c = first_m + inside % group, inside // group
+    pid_m, pid_c = in_groups(tl.program_id(0), blocks_m, num_layers * 2 * blocks_h, GROUP)
     layer, kind = pid_c // (2 * blocks_h), pid_c // blocks_h % 2
     row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = row < num_rows

@@ -19,7 +19,7 @@ from comemo_kernels.reference.positions import (
     rotary_table,
 )
 from comemo_kernels.reference.rotary import apply_rotary
-from comemo_kernels.reference.tiles import fold_tiles, project_tiles
+from comemo_kernels.reference.tiles import fold_tiles, image_rows, project_tiles
 
 __all__ = [
     "apply_rotary",
@@ -29,6 +29,7 @@ __all__ = [
     "fold_tiles",
     "gated_residual",
     "image_position_ids",
+    "image_rows",
     "image_tokens",
     "norm_linear",
     "norm_swiglu",

@@ -1,9 +1,26 @@
 """Vision tokens to image tokens, in PyTorch."""
 
+import math
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from comemo_kernels._op import check
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Fold(NamedTuple):
+    """How a tile's tokens become its image tokens."""
+
+    n: int  # tokens along the side of a neighbourhood that is folded
+    side: int  # image tokens along the side of a tile
+
+    @property
+    def tokens(self) -> int:
+        return self.side * self.side
 
 
 def fold_tiles(tokens: Tensor, ratio: float = 0.5, version: str = "v2") -> Tensor:
@@ -19,18 +36,47 @@ def fold_tiles(tokens: Tensor, ratio: float = 0.5, version: str = "v2") -> Tenso
         "v1": [T, w/n, h/n, C*n*n], its transpose.
 
     Raises:
-        ValueError: a raster that n does not divide, or an unknown version.
+        ValueError: a raster that n does not divide, a ratio of no integer, or an unknown version.
     """
+    n = _check_fold("fold_tiles", ratio, version)
     T, h, w, C = tokens.shape
-    n = round(1 / ratio)
     check(
         h % n == 0 and w % n == 0,
         f"fold_tiles: a raster of {h} x {w} cannot be folded by {n} x {n}",
     )
-    check(version in ("v1", "v2"), f"fold_tiles: version must be 'v1' or 'v2', got {version!r}")
     x = tokens.reshape(T, h // n, n, w // n, n, C).permute(0, 1, 3, 2, 4, 5)
     x = x.reshape(T, h // n, w // n, n * n * C)
     return x.transpose(1, 2) if version == "v1" else x
+
+
+def image_rows(image_mask: Tensor, count: int) -> Tensor:
+    """Rows of a batch's flattened tokens at which its image tokens stand, in reading order.
+
+    Waits for the device once: that is how the count is known.
+
+    Args:
+        image_mask: bool [..., N], True at image tokens; any number of them in each prompt.
+        count: image tokens that are to be placed: all prompts' tiles times the tokens of one.
+
+    Returns:
+        int64 [count], for `project_tiles`.
+
+    Raises:
+        ValueError: a mask that is not bool, or that holds another number of image tokens.
+    """
+    check(
+        image_mask.dtype == torch.bool and image_mask.ndim > 0,
+        f"image_rows: image_mask must be bool [..., N], got {image_mask.dtype}"
+        f" {tuple(image_mask.shape)}",
+    )
+    rows = image_mask.flatten().nonzero().squeeze(1)
+    if len(rows) != count:
+        held = image_mask.sum(-1).flatten().tolist()
+        raise ValueError(
+            f"image_rows: the tiles have {count} image tokens, image_mask"
+            f" {tuple(image_mask.shape)} holds {len(rows)}: {held} in its prompts"
+        )
+    return rows
 
 
 def project_tiles(
@@ -44,35 +90,167 @@ def project_tiles(
     ratio: float = 0.5,
     version: str = "v2",
     eps: float = 1e-5,
+    activation: str = "gelu",
+    media: Tensor | None = None,
+    embeds: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Vision tokens to image tokens: drop the class token, fold, LayerNorm, Linear, GELU, Linear.
 
+    The image tokens are the media of the image memory; with `embeds` they are written into the
+    sequence too. Both are written together, where the second product ends. Differentiable in
+    tokens, weights and biases, and through `embeds`.
+
     Args:
-        tokens: [T, 1 + h*h, C], the vision tower's output with its class token.
+        tokens: [T, 1 + h*h, C], the vision tower's output with its class token; any strides, on a
+            GPU with C contiguous.
         norm_weight, norm_bias: [C*n*n], n = 1/ratio.
         weight1, bias1: [d, C*n*n], [d].
         weight2, bias2: [d, d], [d].
         ratio, version: as of `fold_tiles`.
         eps: of the LayerNorm.
+        activation: between the products; "gelu", by the error function, is the only one.
+        media: [T * (h/n)**2, d], written and returned instead of a new tensor; excludes gradients.
+        embeds: [..., d], contiguous, any floating dtype: written in place at `rows`.
+        rows: int64 [T * (h/n)**2], of `embeds` flattened to [.., d], each at most once: where image
+            tokens go, tile by tile. `image_rows` finds them in a mask.
 
     Returns:
-        [T, (h/n)**2, d].
+        [T, (h/n)**2, d]; `media` if that is given.
 
     Raises:
-        ValueError: a token count that is not 1 + a square, or widths that do not fit.
+        ValueError: a token count that is not 1 + a square or that n does not divide; shapes, dtypes
+            (but under autocast) or devices that do not fit; another activation; rows that are not
+            one for each image token, or, where they lie on a CPU, outside `embeds`: nothing is
+            written then. On a GPU nothing is written at a row outside `embeds`.
     """
-    T, count, C = tokens.shape
-    h = int((count - 1) ** 0.5)
-    check(
-        h > 0 and h * h == count - 1,
-        f"project_tiles: tokens must be [T, 1 + h*h, C], got {tuple(tokens.shape)}",
+    fold = check_project(
+        *(tokens, norm_weight, norm_bias, weight1, bias1, weight2, bias2),
+        *(ratio, version, activation, media, embeds, rows),
     )
-    width = C * round(1 / ratio) ** 2
+    n, (T, _, C) = fold.n, tokens.shape
+    h = fold.side * n
+    x = fold_tiles(tokens[:, 1:].unflatten(1, (h, h)), ratio, version).flatten(1, 2)
+    x = F.layer_norm(x, (C * n * n,), norm_weight, norm_bias, eps)
+    found = F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+    if media is not None:
+        media.copy_(found.flatten(0, 1))
+        found = media.view(T, fold.tokens, -1)
+    if embeds is not None and rows is not None:
+        place(found.flatten(0, 1), embeds, rows)
+    return found
+
+
+def place(found: Tensor, embeds: Tensor, rows: Tensor) -> None:
+    """Write image tokens [R, d] at rows of embeddings, differentiably."""
+    embeds.view(-1, embeds.shape[-1]).index_copy_(0, rows, found.to(embeds.dtype))
+
+
+def check_project(
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    ratio: float,
+    version: str,
+    activation: str,
+    media: Tensor | None,
+    embeds: Tensor | None,
+    rows: Tensor | None,
+) -> Fold:
+    """Raise the errors of `project_tiles` that do not depend on where it runs."""
+    n = _check_fold("project_tiles", ratio, version)
     check(
-        norm_weight.shape == (width,) and weight1.shape[1] == width,
-        f"project_tiles: the norm and first weight must take {width} channels, got"
-        f" {tuple(norm_weight.shape)} and {tuple(weight1.shape)}",
+        activation == "gelu",
+        f"project_tiles: activation must be 'gelu', by the error function, got {activation!r}",
     )
-    x = fold_tiles(tokens[:, 1:].reshape(T, h, h, C), ratio, version).flatten(1, 2)
-    x = F.layer_norm(x, (width,), norm_weight, norm_bias, eps)
-    return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+    h = math.isqrt(max(tokens.shape[1] - 1, 0)) if tokens.ndim == 3 else 0
+    check(
+        h > 0 and tokens.shape[1] == 1 + h * h and tokens.dtype in FLOATS,
+        "project_tiles: tokens must be floats [T, 1 + h*h, C], a class token and a square, got"
+        f" {tokens.dtype} {tuple(tokens.shape)}",
+    )
+    check(h % n == 0, f"project_tiles: a raster of {h} x {h} cannot be folded by {n} x {n}")
+    width, fold = tokens.shape[2] * n * n, Fold(n, h // n)
+    d = weight1.shape[0] if weight1.ndim else 0
+    count = tokens.shape[0] * fold.tokens
+    _check_operands(
+        tokens,
+        f"tokens {tuple(tokens.shape)} folded by {n} x {n}",
+        *(("norm_weight", norm_weight, (width,)), ("norm_bias", norm_bias, (width,))),
+        *(("weight1", weight1, (d, width)), ("bias1", bias1, (d,))),
+        *(("weight2", weight2, (d, d)), ("bias2", bias2, (d,)), ("media", media, (count, d))),
+    )
+    check(
+        media is None
+        or not (
+            torch.is_grad_enabled()
+            and any(t.requires_grad for t in (tokens, norm_weight, norm_bias, weight1, bias1))
+            | any(t.requires_grad for t in (weight2, bias2, media))
+        ),
+        "project_tiles: media to be written exclude gradients, leave them out or use torch.no_grad",
+    )
+    check(
+        (embeds is None) == (rows is None),
+        "project_tiles: embeds and rows go together, got one without the other",
+    )
+    if embeds is not None and rows is not None:
+        _check_place(embeds, rows, tokens.device, count, d)
+    return fold
+
+
+def _check_fold(verb: str, ratio: float, version: str) -> int:
+    check(version in ("v1", "v2"), f"{verb}: version must be 'v1' or 'v2', got {version!r}")
+    n = round(1 / ratio) if ratio > 0 else 0
+    check(
+        n >= 1 and abs(n * ratio - 1) < 1e-6,
+        f"{verb}: ratio must be 1 over an integer, got {ratio}",
+    )
+    return n
+
+
+def _check_operands(
+    tokens: Tensor, of: str, *operands: tuple[str, Tensor | None, tuple[int, ...]]
+) -> None:
+    dtype, device = tokens.dtype, tokens.device
+    mixed = torch.is_autocast_enabled(device.type)  # PyTorch then converts what it multiplies
+    for name, operand, shape in operands:
+        if operand is not None and (
+            operand.shape != shape
+            or operand.device != device
+            or (operand.dtype != dtype and not (mixed and operand.dtype in FLOATS))
+        ):
+            raise ValueError(
+                f"project_tiles: {name} must be {dtype} {shape} on {device}, for {of}, got"
+                f" {operand.dtype} {tuple(operand.shape)} on {operand.device}"
+            )
+
+
+def _check_place(embeds: Tensor, rows: Tensor, device: torch.device, count: int, d: int) -> None:
+    check(
+        embeds.shape[-1:] == (d,)
+        and embeds.ndim > 1
+        and embeds.dtype in FLOATS
+        and embeds.device == device
+        and embeds.is_contiguous(),
+        f"project_tiles: embeds must be contiguous floats [..., {d}] on {device}, got"
+        f" {embeds.dtype} {tuple(embeds.shape)} of strides {embeds.stride()} on {embeds.device}",
+    )
+    check(
+        rows.dtype == torch.int64 and rows.shape == (count,) and rows.device == device,
+        f"project_tiles: rows must be int64 [{count}] on {device}, one for each image token, got"
+        f" {rows.dtype} {tuple(rows.shape)} on {rows.device}",
+    )
+    if device.type == "cpu" and count and not torch.compiler.is_compiling():
+        _check_rows(rows, embeds.numel() // d)
+
+
+def _check_rows(rows: Tensor, held: int) -> None:
+    low, high = int(rows.min()), int(rows.max())
+    check(
+        low >= 0 and high < held,
+        f"project_tiles: rows must lie in the {held} of embeds, got {low} to {high}",
+    )
