@@ -4,7 +4,8 @@
 
 A product's blocks seldom fill the multiprocessors a whole number of times. Those of the last,
 partial wave are split along what is summed over, and a second, small launch adds their parts,
-always in one order. 13 tiles are 416 blocks in a 2B model's products: 3.2 waves of 132 instead of 4.
+always in one order. 13 tiles are 416 blocks in the 2B model's products: on 132 multiprocessors 3.2
+waves instead of 4.
 
 Traffic: x, weight and every destination once; parts, which L2 holds, 4 bytes an element of a split
 block and part, twice. FLOPs: 2 * R * O * K.
@@ -328,10 +329,10 @@ def multiply(
         *(whole + split * splits, key_of(both, *constants, even), *both),
         *(*sizes, K, E, whole, splits, *constants, even),
     )
-    constants += (m, n, group)
+    sums: tuple[Any, ...] = (*constants, m, n, group)
     add_parts.launch(
-        *(split * m // add_parts.config["BLOCK_R"], key_of(tensors, *constants), *tensors),
-        *(*sizes, E, whole, splits, *constants),
+        *(split * m // add_parts.config["BLOCK_R"], key_of(tensors, *sums), *tensors),
+        *(*sizes, E, whole, splits, *sums),
     )
 
 

@@ -255,7 +255,10 @@ def _tile_cases() -> list[Case]:
                     of(tiles.gelu_gradient, name, run),
                 ]
     odd = functools.partial(projected, torch.bfloat16, False, 1, 1020, 2040)
-    found += [of(tiles.fold_norm, "bf16 uneven", odd), of(_product.product, "bf16 uneven", odd, True)]
+    found += [
+        of(tiles.fold_norm, "bf16 uneven", odd),
+        of(_product.product, "bf16 uneven", odd, True),
+    ]
     wide = functools.partial(projected, torch.float32, True, 1, 3200, 64)
     return [
         *found,

@@ -146,7 +146,9 @@ def _fold_norm_gradient_kernel(
             along = tl.sum(tl.sum(dy * x, 1), 0) / width
             dx = (dy - tl.sum(tl.sum(dy, 1), 0) / width - x * along) * rstd
             dx = dx.to(dx_ptr.dtype.element_ty)
-            offs = _raster_offset(row, offs_f, side, dx_stride, channels, N, TRANSPOSED, ALIGNED) + c
+            offs = (
+                _raster_offset(row, offs_f, side, dx_stride, channels, N, TRANSPOSED, ALIGNED) + c
+            )
             tl.store(dx_ptr + offs, dx, mask=mask)
             # A tile's first program clears its class token.
             first = dx_ptr + offset_of(row // tokens, dx_stride, ALIGNED) + c
@@ -251,9 +253,8 @@ def _launch_into(
 
 
 def _launch(tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    media, *kept = found = _fake(tokens, *rest)
-    *rest, keep = rest
-    _launch_into(media, None, None, tokens, *rest, kept if keep else None)
+    found = _fake(tokens, *rest)
+    _launch_into(found[0], None, None, tokens, *rest[:-1], found[1:] if rest[-1] else None)
     return found
 
 

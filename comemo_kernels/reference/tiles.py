@@ -1,13 +1,10 @@
 """Vision tokens to image tokens, in PyTorch."""
 
-import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from comemo_kernels._op import check
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -40,10 +37,8 @@ def fold_tiles(tokens: Tensor, ratio: float = 0.5, version: str = "v2") -> Tenso
     """
     n = _check_fold("fold_tiles", ratio, version)
     T, h, w, C = tokens.shape
-    check(
-        h % n == 0 and w % n == 0,
-        f"fold_tiles: a raster of {h} x {w} cannot be folded by {n} x {n}",
-    )
+    if h % n or w % n:
+        raise ValueError(f"fold_tiles: a raster of {h} x {w} cannot be folded by {n} x {n}")
     x = tokens.reshape(T, h // n, n, w // n, n, C).permute(0, 1, 3, 2, 4, 5)
     x = x.reshape(T, h // n, w // n, n * n * C)
     return x.transpose(1, 2) if version == "v1" else x
@@ -64,11 +59,11 @@ def image_rows(image_mask: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: a mask that is not bool, or that holds another number of image tokens.
     """
-    check(
-        image_mask.dtype == torch.bool and image_mask.ndim > 0,
-        f"image_rows: image_mask must be bool [..., N], got {image_mask.dtype}"
-        f" {tuple(image_mask.shape)}",
-    )
+    if image_mask.dtype != torch.bool or image_mask.ndim == 0:
+        raise ValueError(
+            f"image_rows: image_mask must be bool [..., N], got {image_mask.dtype}"
+            f" {tuple(image_mask.shape)}"
+        )
     rows = image_mask.flatten().nonzero().squeeze(1)
     if len(rows) != count:
         held = image_mask.sum(-1).flatten().tolist()
@@ -163,94 +158,90 @@ def check_project(
 ) -> Fold:
     """Raise the errors of `project_tiles` that do not depend on where it runs."""
     n = _check_fold("project_tiles", ratio, version)
-    check(
-        activation == "gelu",
-        f"project_tiles: activation must be 'gelu', by the error function, got {activation!r}",
-    )
-    h = math.isqrt(max(tokens.shape[1] - 1, 0)) if tokens.ndim == 3 else 0
-    check(
-        h > 0 and tokens.shape[1] == 1 + h * h and tokens.dtype in FLOATS,
-        "project_tiles: tokens must be floats [T, 1 + h*h, C], a class token and a square, got"
-        f" {tokens.dtype} {tuple(tokens.shape)}",
-    )
-    check(h % n == 0, f"project_tiles: a raster of {h} x {h} cannot be folded by {n} x {n}")
+    if activation != "gelu":
+        raise ValueError(
+            f"project_tiles: activation must be 'gelu', by the error function, got {activation!r}"
+        )
+    h = int(max(tokens.shape[1] - 1, 0) ** 0.5) if tokens.ndim == 3 else 0
+    if h == 0 or tokens.shape[1] != 1 + h * h or tokens.dtype not in FLOATS:
+        raise ValueError(
+            "project_tiles: tokens must be floats [T, 1 + h*h, C], a class token and a square, got"
+            f" {tokens.dtype} {tuple(tokens.shape)}"
+        )
+    if h % n:
+        raise ValueError(f"project_tiles: a raster of {h} x {h} cannot be folded by {n} x {n}")
     width, fold = tokens.shape[2] * n * n, Fold(n, h // n)
     d = weight1.shape[0] if weight1.ndim else 0
     count = tokens.shape[0] * fold.tokens
-    _check_operands(
-        tokens,
-        f"tokens {tuple(tokens.shape)} folded by {n} x {n}",
-        *(("norm_weight", norm_weight, (width,)), ("norm_bias", norm_bias, (width,))),
-        *(("weight1", weight1, (d, width)), ("bias1", bias1, (d,))),
-        *(("weight2", weight2, (d, d)), ("bias2", bias2, (d,)), ("media", media, (count, d))),
-    )
-    check(
-        media is None
-        or not (
-            torch.is_grad_enabled()
-            and any(t.requires_grad for t in (tokens, norm_weight, norm_bias, weight1, bias1))
-            | any(t.requires_grad for t in (weight2, bias2, media))
-        ),
-        "project_tiles: media to be written exclude gradients, leave them out or use torch.no_grad",
-    )
-    check(
-        (embeds is None) == (rows is None),
-        "project_tiles: embeds and rows go together, got one without the other",
-    )
-    if embeds is not None and rows is not None:
-        _check_place(embeds, rows, tokens.device, count, d)
-    return fold
-
-
-def _check_fold(verb: str, ratio: float, version: str) -> int:
-    check(version in ("v1", "v2"), f"{verb}: version must be 'v1' or 'v2', got {version!r}")
-    n = round(1 / ratio) if ratio > 0 else 0
-    check(
-        n >= 1 and abs(n * ratio - 1) < 1e-6,
-        f"{verb}: ratio must be 1 over an integer, got {ratio}",
-    )
-    return n
-
-
-def _check_operands(
-    tokens: Tensor, of: str, *operands: tuple[str, Tensor | None, tuple[int, ...]]
-) -> None:
+    weights = (norm_weight, norm_bias, weight1, bias1, weight2, bias2)
+    shapes = ((width,), (width,), (d, width), (d,), (d, d), (d,))
     dtype, device = tokens.dtype, tokens.device
     mixed = torch.is_autocast_enabled(device.type)  # PyTorch then converts what it multiplies
-    for name, operand, shape in operands:
+    for name, operand, shape in zip(
+        ("norm_weight", "norm_bias", "weight1", "bias1", "weight2", "bias2", "media"),
+        (*weights, media),
+        (*shapes, (count, d)),
+        strict=True,
+    ):
         if operand is not None and (
             operand.shape != shape
             or operand.device != device
             or (operand.dtype != dtype and not (mixed and operand.dtype in FLOATS))
         ):
             raise ValueError(
-                f"project_tiles: {name} must be {dtype} {shape} on {device}, for {of}, got"
-                f" {operand.dtype} {tuple(operand.shape)} on {operand.device}"
+                f"project_tiles: {name} must be {dtype} {shape} on {device}, for tokens"
+                f" {tuple(tokens.shape)} folded by {n} x {n}, got {operand.dtype}"
+                f" {tuple(operand.shape)} on {operand.device}"
             )
+    if (
+        media is not None
+        and torch.is_grad_enabled()
+        and any(t.requires_grad for t in (tokens, *weights, media))
+    ):
+        raise ValueError(
+            "project_tiles: media to be written exclude gradients, leave them out or use"
+            " torch.no_grad"
+        )
+    if embeds is not None and rows is not None:
+        _check_place(embeds, rows, device, count, d)
+    elif embeds is not None or rows is not None:
+        raise ValueError("project_tiles: embeds and rows go together, got one without the other")
+    return fold
+
+
+def _check_fold(verb: str, ratio: float, version: str) -> int:
+    if version not in ("v1", "v2"):
+        raise ValueError(f"{verb}: version must be 'v1' or 'v2', got {version!r}")
+    n = round(1 / ratio) if ratio > 0 else 0
+    if n < 1 or abs(n * ratio - 1) > 1e-6:
+        raise ValueError(f"{verb}: ratio must be 1 over an integer, got {ratio}")
+    return n
 
 
 def _check_place(embeds: Tensor, rows: Tensor, device: torch.device, count: int, d: int) -> None:
-    check(
-        embeds.shape[-1:] == (d,)
-        and embeds.ndim > 1
+    if not (
+        embeds.ndim > 1
+        and embeds.shape[-1] == d
         and embeds.dtype in FLOATS
         and embeds.device == device
-        and embeds.is_contiguous(),
-        f"project_tiles: embeds must be contiguous floats [..., {d}] on {device}, got"
-        f" {embeds.dtype} {tuple(embeds.shape)} of strides {embeds.stride()} on {embeds.device}",
-    )
-    check(
-        rows.dtype == torch.int64 and rows.shape == (count,) and rows.device == device,
-        f"project_tiles: rows must be int64 [{count}] on {device}, one for each image token, got"
-        f" {rows.dtype} {tuple(rows.shape)} on {rows.device}",
-    )
+        and embeds.is_contiguous()
+    ):
+        raise ValueError(
+            f"project_tiles: embeds must be contiguous floats [..., {d}] on {device}, got"
+            f" {embeds.dtype} {tuple(embeds.shape)} of strides {embeds.stride()} on {embeds.device}"
+        )
+    if rows.dtype != torch.int64 or rows.shape != (count,) or rows.device != device:
+        raise ValueError(
+            f"project_tiles: rows must be int64 [{count}] on {device}, one for each image token,"
+            f" got {rows.dtype} {tuple(rows.shape)} on {rows.device}"
+        )
     if device.type == "cpu" and count and not torch.compiler.is_compiling():
         _check_rows(rows, embeds.numel() // d)
 
 
 def _check_rows(rows: Tensor, held: int) -> None:
     low, high = int(rows.min()), int(rows.max())
-    check(
-        low >= 0 and high < held,
-        f"project_tiles: rows must lie in the {held} of embeds, got {low} to {high}",
-    )
+    if low < 0 or high >= held:
+        raise ValueError(
+            f"project_tiles: rows must lie in the {held} of embeds, got {low} to {high}"
+        )
