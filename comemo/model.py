@@ -80,13 +80,21 @@ class CoMemoModel(CoMemoPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.embed_tokens = value
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+    def get_image_features(
+        self, pixel_values: Tensor, embeds: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         """Projected image tokens [T, tokens per tile, d] of tiles [T, 3, side, side].
 
-        Only the vision layers up to `select_layer` run, on `config.tiles_at_once` tiles at a time.
+        Only the vision layers up to `select_layer` run, on `config.tiles_at_once` tiles at a time:
+        what lies between two layers is bounded by that, whatever T.
+
+        Args:
+            pixel_values: [T, 3, side, side].
+            embeds, rows: where to write the image tokens besides, as of `project_tiles`.
 
         Raises:
-            ValueError: pixel values that are not square tiles of three colours.
+            ValueError: pixel values that are not square tiles of three colours; or as of
+                `project_tiles`.
         """
         config = self.config
         if pixel_values.ndim != 4 or pixel_values.shape[2] != pixel_values.shape[3]:
@@ -94,23 +102,43 @@ class CoMemoModel(CoMemoPreTrainedModel):
                 "get_image_features: pixel_values must be [tiles, 3, side, side], got"
                 f" {tuple(pixel_values.shape)}"
             )
-        parts = [self._project(tiles) for tiles in pixel_values.split(config.tiles_at_once)]
+        norm, first, _, second = self.multi_modal_projector
+        weights = (norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias)
+        rounds = pixel_values.split(config.tiles_at_once)
+        into_one = len(rounds) > 1 and not (
+            torch.is_grad_enabled() or torch.is_autocast_enabled(pixel_values.device.type)
+        )
+        media, parts, start = None, [], 0
+        for tiles in rounds:
+            x = self._see(tiles)
+            per_tile = round((x.shape[1] - 1) * config.downsample_ratio**2)
+            at = slice(start, start := start + len(tiles) * per_tile)
+            if into_one and media is None:
+                media = x.new_empty(len(pixel_values) * per_tile, len(second.bias))
+            parts.append(
+                ops.project_tiles(
+                    x,
+                    *weights,
+                    ratio=config.downsample_ratio,
+                    version=config.ps_version,
+                    eps=norm.eps,
+                    media=None if media is None else media[at],
+                    embeds=embeds,
+                    rows=None if rows is None else rows[at],
+                )
+            )
+        if media is not None:
+            return media.view(len(pixel_values), -1, media.shape[1])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _project(self, tiles: Tensor) -> Tensor:
-        vision, config = self.vision_tower, self.config
-        depth = config.select_layer % (len(vision.encoder.layer) + 1)
+    def _see(self, tiles: Tensor) -> Tensor:
+        """The vision tower's tokens [T, 1 + tokens, C], class token first."""
+        vision = self.vision_tower
+        depth = self.config.select_layer % (len(vision.encoder.layer) + 1)
         x = vision.embeddings(tiles)
         for layer in vision.encoder.layer[:depth]:
             x = layer(x)
-        norm, first, _, second = self.multi_modal_projector
-        return ops.project_tiles(
-            x,
-            *(norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias),
-            ratio=config.downsample_ratio,
-            version=config.ps_version,
-            eps=norm.eps,
-        )
+        return x
 
     def prompt_position_ids(
         self,
@@ -142,6 +170,7 @@ class CoMemoModel(CoMemoPreTrainedModel):
         position_ids: Tensor,
         tile_grid: Sequence[Sequence[int]] | Tensor | None = None,
         memory_store: MemoryStore | None = None,
+        embeds: Tensor | None = None,
     ) -> ImageMemory:
         """Memory of a batch of prompts: image features now, keys and values at first use.
 
@@ -153,11 +182,15 @@ class CoMemoModel(CoMemoPreTrainedModel):
                 can only be reused together.
             memory_store: where known pictures are looked up and new ones kept. Keys and values are
                 then built at once, and nothing of it carries gradients.
+            embeds: [B, N, d], contiguous: the image tokens are written at `image_mask`, together
+                with the memory's media. Excludes a store; `embed` does it afterwards.
 
         Raises:
             ValueError: tiles that do not match the image tokens, or a model whose memories cannot
                 be stored, before anything is computed.
         """
+        if memory_store is not None and embeds is not None:
+            raise ValueError("build_image_memory: embeds exclude a memory_store")
         lengths = image_mask.sum(1).tolist()
         wanted = pixel_values.shape[0] * self.config.tokens_per_tile
         if sum(lengths) != wanted:
@@ -176,7 +209,9 @@ class CoMemoModel(CoMemoPreTrainedModel):
             ]
         if memory_store is not None and len(pixel_values):
             return memory_store.image_memory(self, pixel_values, ids, lengths, sizes)
-        media = self.get_image_features(pixel_values.to(self.device, self.dtype)).flatten(0, 1)
+        rows = None if embeds is None else ops.image_rows(image_mask, wanted)
+        pixel_values = pixel_values.to(self.device, self.dtype)
+        media = self.get_image_features(pixel_values, embeds, rows).flatten(0, 1)
         absolute = config.memory_positions == "absolute"
         return ImageMemory.from_media(media, ids, lengths, sizes, absolute=absolute)
 
@@ -245,11 +280,12 @@ class CoMemoModel(CoMemoPreTrainedModel):
                 if position_ids is None:
                     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
                     position_ids = self.prompt_position_ids(image_mask, mask, tile_grid)
-                if pixel_values is not None:
-                    image_memory = self.build_image_memory(
-                        pixel_values, image_mask, position_ids, tile_grid
-                    )
-            inputs_embeds = self.embed(input_ids, image_mask, image_memory)
+            if pixel_values is not None:
+                inputs_embeds, image_memory = self._embed_images(
+                    input_ids, pixel_values, image_mask, position_ids, tile_grid
+                )
+            else:
+                inputs_embeds = self.embed(input_ids, image_mask, image_memory)
         if position_ids is None:
             position_ids = past + torch.arange(
                 inputs_embeds.shape[1], device=inputs_embeds.device
@@ -266,6 +302,19 @@ class CoMemoModel(CoMemoPreTrainedModel):
             **kwargs,
         )
         return output, image_memory
+
+    def _embed_images(
+        self, input_ids: Tensor, pixel_values: Tensor, image_mask: Any, *places: Any
+    ) -> tuple[Tensor, ImageMemory]:
+        """Embeddings and image memory of whole prompts, their image tokens written once."""
+        embeds = self.get_input_embeddings()(input_ids)
+        if embeds.device != self.multi_modal_projector[0].weight.device:
+            memory = self.build_image_memory(pixel_values, image_mask, *places)
+            return self.embed(input_ids, image_mask, memory), memory
+        # A hook of the embeddings may have made them a leaf, which cannot be written.
+        embeds = embeds.clone() if embeds.requires_grad else embeds.contiguous()
+        memory = self.build_image_memory(pixel_values, image_mask, *places, embeds=embeds)
+        return embeds, memory
 
     def find_image_tokens(self, input_ids: Tensor) -> Tensor:
         """bool [B, N], True at `<IMG_CONTEXT>`."""

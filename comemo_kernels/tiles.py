@@ -220,6 +220,26 @@ def _padded(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def launch_fold_norm(
+    normed: Tensor,
+    stats: Tensor | None,
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    n: int,
+    transposed: bool,
+    eps: float,
+) -> None:
+    """Write normed [R, W], and stats [R, 2] if they are wanted."""
+    plan = _Plan.of(tokens, n, transposed)
+    tensors = (normed, normed if stats is None else stats, tokens, norm_weight, norm_bias)
+    constants = (stats is not None, *plan.constants)
+    kernel = fold_norm_wide if plan.wide else fold_norm
+    kernel.launch(
+        *(plan.rows, key_of(tensors, *constants), *tensors, *plan.numbers, eps, *constants)
+    )
+
+
 def _launch_into(
     media: Tensor,
     embeds: Tensor | None,
@@ -236,25 +256,20 @@ def _launch_into(
     eps: float,
     kept: tuple[Tensor, Tensor, Tensor] | None = None,  # normed, stats and before, to be written
 ) -> None:
-    plan = _Plan.of(tokens, n, transposed)
     if kept is None:
-        normed, stats, before = weight1.new_empty(plan.rows, weight1.shape[1]), None, None
+        normed, stats, before = weight1.new_empty(len(media), weight1.shape[1]), None, None
     else:
         normed, stats, before = kept
-    tensors = (normed, normed if stats is None else stats, tokens, norm_weight, norm_bias)
-    constants = (kept is not None, *plan.constants)
-    kernel = fold_norm_wide if plan.wide else fold_norm
-    kernel.launch(
-        *(plan.rows, key_of(tensors, *constants), *tensors, *plan.numbers, eps, *constants)
-    )
-    inner = weight1.new_empty(plan.rows, weight1.shape[0])
+    launch_fold_norm(normed, stats, tokens, norm_weight, norm_bias, n, transposed, eps)
+    inner = weight1.new_empty(len(media), weight1.shape[0])
     multiply(inner, normed, weight1, bias1, gelu=True, before=before)
     multiply(media, inner, weight2, bias2, embeds=embeds, rows=rows)
 
 
 def _launch(tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     found = _fake(tokens, *rest)
-    _launch_into(found[0], None, None, tokens, *rest[:-1], found[1:] if rest[-1] else None)
+    kept = found[1:] if rest[-1] else None
+    _launch_into(found[0], None, None, tokens, *rest[:-1], kept=kept)
     return found
 
 
