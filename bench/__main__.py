@@ -5,7 +5,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import attend, chat, decode, gpu, host, measure, memory, mixin, positions, rotary
+from bench import (
+    attend,
+    chat,
+    decode,
+    gpu,
+    host,
+    measure,
+    memory,
+    mixin,
+    positions,
+    project,
+    rotary,
+    vision,
+)
 
 BENCHMARKS: dict[str, Any] = {
     "attend": attend,
@@ -16,7 +29,9 @@ BENCHMARKS: dict[str, Any] = {
     "memory": memory,
     "mixin": mixin,
     "positions": positions,
+    "project": project,
     "rotary": rotary,
+    "vision": vision,
 }
 
 

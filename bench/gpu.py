@@ -30,6 +30,9 @@ STAGES: dict[str, list[str]] = {  # name -> arguments of python
     "attend": ["-m", "bench", "attend"],
     "memory": ["-m", "bench", "memory"],
     "mixin": ["-m", "bench", "mixin"],
+    "project": ["-m", "bench", "project"],
+    "tune project": ["-m", "bench", "project", "--tune", "--sizes", "2B", "--tiles", "13", "52"],
+    "vision": ["-m", "bench", "vision"],
     "tune attend": ["-m", "bench", "attend", "--tune", "--cases", *TUNED],
     "rotary": ["-m", "bench", "rotary"],
     "positions": ["-m", "bench", "positions"],
@@ -42,6 +45,7 @@ STAGES: dict[str, list[str]] = {  # name -> arguments of python
 SUITE_SHARE = 0.45  # of the time, at most
 # Seconds, at most, of stages whose compiled rivals take their time: what they measured counts.
 LIMITS = {"attend": 110, "memory": 60, "mixin": 70, "tune attend": 50, "rotary": 60, "chat": 90}
+LIMITS |= {"project": 60, "tune project": 40, "vision": 40}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -281,6 +281,8 @@ class CoMemoModel(CoMemoPreTrainedModel):
                     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
                     position_ids = self.prompt_position_ids(image_mask, mask, tile_grid)
             if pixel_values is not None:
+                assert image_mask is not None
+                assert position_ids is not None
                 inputs_embeds, image_memory = self._embed_images(
                     input_ids, pixel_values, image_mask, position_ids, tile_grid
                 )
@@ -304,16 +306,23 @@ class CoMemoModel(CoMemoPreTrainedModel):
         return output, image_memory
 
     def _embed_images(
-        self, input_ids: Tensor, pixel_values: Tensor, image_mask: Any, *places: Any
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        image_mask: Tensor,
+        position_ids: Tensor,
+        tile_grid: Any,
     ) -> tuple[Tensor, ImageMemory]:
         """Embeddings and image memory of whole prompts, their image tokens written once."""
         embeds = self.get_input_embeddings()(input_ids)
         if embeds.device != self.multi_modal_projector[0].weight.device:
-            memory = self.build_image_memory(pixel_values, image_mask, *places)
+            memory = self.build_image_memory(pixel_values, image_mask, position_ids, tile_grid)
             return self.embed(input_ids, image_mask, memory), memory
         # A hook of the embeddings may have made them a leaf, which cannot be written.
         embeds = embeds.clone() if embeds.requires_grad else embeds.contiguous()
-        memory = self.build_image_memory(pixel_values, image_mask, *places, embeds=embeds)
+        memory = self.build_image_memory(
+            pixel_values, image_mask, position_ids, tile_grid, embeds=embeds
+        )
         return embeds, memory
 
     def find_image_tokens(self, input_ids: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ from comemo_kernels import reference
 from comemo_kernels._blocks import offset_of
 from comemo_kernels._op import Kernel, documented, multiprocessors, on_triton, register
 from comemo_kernels._product import key_of, multiply
-from comemo_kernels.reference.tiles import check_project, place
 
 # --- kernel ---
 
@@ -269,7 +268,7 @@ def _launch_into(
 def _launch(tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     found = _fake(tokens, *rest)
     kept = found[1:] if rest[-1] else None
-    _launch_into(found[0], None, None, tokens, *rest[:-1], kept=kept)
+    _launch_into(*[found[0], None, None, tokens, *rest[:-1], kept])
     return found
 
 
@@ -433,7 +432,7 @@ def project_tiles(
         return reference.project_tiles(
             *inputs, ratio, version, eps, activation, media, embeds, rows
         )
-    fold = check_project(*inputs, ratio, version, activation, media, embeds, rows)
+    fold = reference.tiles.check_project(*inputs, ratio, version, activation, media, embeds, rows)
     _check_kernel(tokens, inputs[1:], fold.n, media)
     if torch.is_autocast_enabled(tokens.device.type):
         dtype = torch.get_autocast_dtype(tokens.device.type)
@@ -442,7 +441,7 @@ def project_tiles(
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
         found = _ProjectTiles.apply(*inputs, *options)
         if embeds is not None and rows is not None:
-            place(found, embeds, rows)
+            reference.tiles.place(found, embeds, rows)
     elif media is None and embeds is None:
         found = _project(*inputs, *options, False)[0]
     else:
