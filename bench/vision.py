@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
         if device == "cuda":
             model.get_image_features(pixels)
             torch.cuda.synchronize()
-        seconds = []
+        seconds: list[float] = []
         while not seconds or (sum(seconds) < SECONDS and len(seconds) < 9):
             seconds.append(_seconds(lambda: model.get_image_features(pixels)))
         best = sorted(seconds)[len(seconds) // 2]

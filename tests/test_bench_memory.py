@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import comemo_kernels as ops
 from bench import __main__ as command
-from bench import attend, gpu, measure, memory, mixin, ways
+from bench import attend, gpu, measure, memory, mixin, project, vision, ways
 from bench.cases import PROMPTS
 from bench.readings import READINGS, SMALL
 from bench.ways import Clock, Limits, Work
@@ -256,6 +257,58 @@ def test_tuning_needs_a_gpu(module):
         pytest.skip("there is one")
     with pytest.raises(SystemExit, match="--tune: needs a GPU, found none"):
         list(module.run(options_of(module, "--tune")))
+
+
+def test_rows_of_the_projection():
+    rows, failed = rows_of(project, "--sizes", "tiny", "--tiles", "1", "2", "--no-compile")
+    assert not failed
+    assert [(row["case"], row["pass"], row["way"]) for row in rows] == [
+        (f"tiny {tiles} tiles", name, way)
+        for tiles in (1, 2)
+        for name in ("forward", "backward")
+        for way in ("published", "library", "ours")
+    ]
+    for row in rows:
+        d, W, R = 64, 4096, 256 * int(row["case"].split()[1])
+        passes = 3 if row["pass"] == "backward" else 1
+        assert row["tflop_s"] == pytest.approx(passes * 2 * R * d * (W + d) / row["us"] / 1e6)
+
+
+def test_a_wrong_projection_is_not_timed(monkeypatch):
+    """Of ours nothing is told then; of the others the right ones."""
+    wrong = project.project_as_published
+    monkeypatch.setattr(project, "project_as_published", lambda *args: wrong(*args).flip(1))
+    rows, failed = rows_of(project, "--sizes", "tiny", "--tiles", "1", "--no-compile")
+    assert {row["way"] for row in rows} == {"library", "ours"}
+    ours = project.ops.project_tiles
+    monkeypatch.setattr(project.ops, "project_tiles", lambda *a, **k: ours(*a, **k).mul_(1.5))
+    rows, failed = rows_of(project, "--sizes", "tiny", "--tiles", "1", "--no-compile")
+    assert failed
+    assert not rows
+
+
+def test_rows_of_the_vision_tower(model, monkeypatch):
+    monkeypatch.setattr(vision, "draw_model", lambda *_, **__: model)
+    monkeypatch.setattr(vision, "SECONDS", 0.0)
+    parser = argparse.ArgumentParser()
+    vision.add_arguments(parser)
+    words = ("--dtype", "float32", "--tiles", "3", "--at-once", "1", "2")
+    rows = list(vision.run(parser.parse_args(words)))
+    assert [row["way"] for row in rows] == ["ours, 1 at once", "ours, 2 at once"]
+    for row in rows:
+        assert row["tiles_s"] == pytest.approx(3e6 / row["us"])
+        assert row["pictures_s"] == pytest.approx(row["tiles_s"] / 13)
+        assert row["of_limit"] == pytest.approx(row["tflop_s"] * 1e12 / GEMM)
+
+
+def test_flops_of_the_vision_tower(model):
+    """Against what PyTorch counts."""
+    config, tiles = model.config, torch.randn(1, 3, 448, 448)
+    vision_config, width = config.vision_config, config.text_config.hidden_size
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.model.get_image_features(tiles)
+    found = vision.flops_of_tile(vision_config, width, config.tokens_per_tile)
+    assert found == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
 def test_stages_of_the_gpu_are_commands_that_exist():

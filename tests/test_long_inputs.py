@@ -1,5 +1,7 @@
 """Prompts in pieces, pictures in rounds, a cache that grows in place: the same to the last."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import DynamicCache
 
+import comemo
+import comemo_kernels as ops
 from comemo.cache import ROOM, RoomyCache
 from comemo.prefill import read_prompt
 
@@ -233,3 +237,75 @@ def test_rounds_of_tiles_change_nothing(model):
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="tiles_at_once must be positive, got 0"):
         type(model.config)(tiles_at_once=0)
+
+
+@torch.no_grad()
+def test_rounds_write_one_buffer_and_the_sequence(model):
+    """Each round's image tokens go straight to their rows of both."""
+    tiles = torch.randn(3, 3, 448, 448)
+    whole = model.model.get_image_features(tiles)
+    model.config.tiles_at_once = 2
+    embeds = torch.zeros(1, 800, whole.shape[2])
+    rows = torch.arange(3 * 256) + 20
+    found = model.model.get_image_features(tiles, embeds, rows)
+    assert found.untyped_storage().nbytes() == whole.nbytes, "no copy of a round"
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+    assert torch.equal(embeds[0, 20:788], found.flatten(0, 1))
+    assert not embeds[0, :20].any()
+    assert not embeds[0, 788:].any()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.model.get_image_features(tiles).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_the_tower_attends_by_sdpa_and_hands_on_what_it_wrote(model, monkeypatch):
+    """In bfloat16 throughout, class token in place: nothing is copied at a tile's boundary."""
+    core = copy.deepcopy(model.model).to(torch.bfloat16)
+    assert core.vision_tower.config._attn_implementation == "sdpa"
+    attended, written, projected = [], [], []
+    sdpa, project = torch.nn.functional.scaled_dot_product_attention, ops.project_tiles
+
+    def attend(q, k, v, **kwargs):
+        attended.append((q.dtype, k.dtype, v.dtype, kwargs.get("attn_mask")))
+        return sdpa(q, k, v, **kwargs)
+
+    def handed(tokens, *weights, **kwargs):
+        projected.append((tokens.dtype, tokens.shape[1], tokens.data_ptr()))
+        return project(tokens, *weights, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(ops, "project_tiles", handed)
+    last = core.vision_tower.encoder.layer[-1]
+    last.register_forward_hook(lambda _, __, out: written.append(out.data_ptr()))
+    core.get_image_features(torch.randn(1, 3, 448, 448, dtype=torch.bfloat16))
+    half = torch.bfloat16
+    assert attended == [(half, half, half, None)] * len(core.vision_tower.encoder.layer)
+    assert projected == [(half, 1025, written[0])]
+
+
+def test_image_tokens_of_a_whole_prompt_are_written_once(model):
+    """What `forward` writes together is what the memory's media would be embedded as."""
+    core = copy.deepcopy(model.model)
+    ids = torch.full((2, 600), 7)
+    ids[0, 30:542] = ids[1, 300:556] = core.config.image_token_id
+    mask, tiles = core.find_image_tokens(ids), torch.randn(3, 3, 448, 448)
+    places = core.prompt_position_ids(mask, torch.ones_like(ids), [(1, 1)] * 3)
+    for frozen in (False, True):
+        core.requires_grad_(not frozen)
+        embeds, memory = core._embed_images(ids, tiles, mask, places, [(1, 1)] * 3)
+        assert torch.equal(embeds, core.embed(ids, mask, memory))
+        assert embeds.requires_grad != frozen
+    # What parameter-efficient training does: the frozen embeddings' output is made a leaf.
+    hook = core.get_input_embeddings().register_forward_hook(
+        lambda _, __, out: out.requires_grad_()
+    )
+    again, _ = core._embed_images(ids, tiles, mask, places, [(1, 1)] * 3)
+    hook.remove()
+    assert torch.equal(again, embeds)
+    assert again.requires_grad
+    with pytest.raises(ValueError, match=r"2 tiles of 256 tokens .* \[512, 256\]"):
+        core._embed_images(ids, tiles[:2], mask, places, [(1, 1)] * 3)
+    with pytest.raises(ValueError, match="embeds exclude a memory_store"):
+        core.build_image_memory(
+            tiles, mask, places, None, comemo.MemoryStore(), torch.zeros(2, 600, 32)
+        )
