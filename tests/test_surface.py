@@ -78,7 +78,7 @@ def test_readme_runs(checkpoint, photograph, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photograph.save("street.jpg")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     scope = {}
     for block in blocks:
         assert "./CoMemo-2B" in block or "path" in scope
