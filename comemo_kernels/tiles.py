@@ -438,22 +438,20 @@ def project_tiles(
         dtype = torch.get_autocast_dtype(tokens.device.type)
         inputs = (*inputs[:3], *(t.to(dtype) for t in inputs[3:]))
     options, weight1 = (fold.n, version == "v1", eps), inputs[3]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+    grad, shape = torch.is_grad_enabled(), (tokens.shape[0], fold.tokens, weight1.shape[0])
+    # An embedding that learns must be told, though nothing else does.
+    place = embeds is not None and grad and any(t.requires_grad for t in (embeds, *inputs))
+    if grad and any(t.requires_grad for t in inputs):
         found = _ProjectTiles.apply(*inputs, *options)
-        if embeds is not None and rows is not None:
-            reference.tiles.place(found, embeds, rows)
-    elif media is None and embeds is None:
+    elif media is None and (embeds is None or place):
         found = _project(*inputs, *options, False)[0]
     else:
-        found = media
-        if found is None:
-            found = weight1.new_empty(tokens.shape[0] * fold.tokens, weight1.shape[0])
-        _project_(found, _flat(embeds), rows, *inputs, *options)
-    return found.view(-1, fold.tokens, weight1.shape[0])
-
-
-def _flat(embeds: Tensor | None) -> Tensor | None:
-    return None if embeds is None else embeds.view(-1, embeds.shape[-1])
+        found = weight1.new_empty(shape[0] * shape[1], shape[2]) if media is None else media
+        flat = None if embeds is None else embeds.view(-1, embeds.shape[-1])
+        _project_(found, flat, rows, *inputs, *options)
+    if place and embeds is not None and rows is not None:
+        reference.tiles.place(found, embeds, rows)
+    return found.view(shape)
 
 
 def _check_kernel(

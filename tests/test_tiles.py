@@ -208,16 +208,17 @@ def test_gradients_of_both_destinations():
         def run(words, **given):
             embeds = words.clone()
             media = project(**given, embeds=embeds, rows=rows)
-            return media, embeds
+            return tuple(t for t in (media, embeds) if t.requires_grad)
 
         return run
 
     words = torch.randn(3, 14, 24, device=DEVICE, requires_grad=True)
-    inputs = make_inputs(T=3, grad=EVERY) | {"words": words}
-    assert_matches(op(project_tiles), op(reference.project_tiles), inputs)
-    grad = evaluate(op(project_tiles), inputs)["gradient of words"]
-    assert not grad[RAGGED].any()
-    assert (grad[~RAGGED] != 0).all()
+    for learning in (EVERY, (), ("bias2",)):
+        inputs = make_inputs(T=3, grad=learning) | {"words": words}
+        assert_matches(op(project_tiles), op(reference.project_tiles), inputs)
+        grad = evaluate(op(project_tiles), inputs)["gradient of words"]
+        assert not grad[RAGGED].any()
+        assert (grad[~RAGGED] != 0).all()
 
 
 @pytest.mark.kernel
@@ -447,6 +448,9 @@ def test_media_exclude_gradients(project):
         with torch.no_grad():
             project(**inputs, media=media)
         assert media.any()
+    words = torch.zeros(9, 24, device=DEVICE, requires_grad=True)
+    with pytest.raises(ValueError, match="media to be written exclude gradients"):
+        project(**make_inputs(), media=media, **place(embeds=words * 1))
 
 
 @pytest.mark.kernel

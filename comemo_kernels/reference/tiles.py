@@ -196,7 +196,7 @@ def check_project(
     if (
         media is not None
         and torch.is_grad_enabled()
-        and any(t.requires_grad for t in (tokens, *weights, media))
+        and any(t is not None and t.requires_grad for t in (tokens, *weights, media, embeds))
     ):
         raise ValueError(
             "project_tiles: media to be written exclude gradients, leave them out or use"
