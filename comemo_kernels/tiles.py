@@ -124,7 +124,6 @@ def _fold_norm_gradient_kernel(
         channels = channels // 8 * 8
     mask, width = (f < N * N) & (c < channels), N * N * channels
     inside = f * channels + c
-    w = tl.load(weight_ptr + inside, mask=mask, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
     dbias = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
     tokens = side * side
@@ -141,7 +140,8 @@ def _fold_norm_gradient_kernel(
             dweight += dy * x
             dbias += dy
         if TOKENS:
-            dy *= w
+            # Once for each row, from the nearest cache: held, it would cost registers.
+            dy *= tl.load(weight_ptr + inside, mask=mask, other=0.0).to(tl.float32)
             along = tl.sum(tl.sum(dy * x, 1), 0) / width
             dx = (dy - tl.sum(tl.sum(dy, 1), 0) / width - x * along) * rstd
             dx = dx.to(dx_ptr.dtype.element_ty)
@@ -182,7 +182,8 @@ def _gelu_gradient_kernel(
 
 
 # A program holds a row: of more than NARROW elements by more warps. Beyond 16,384, which the widest
-# InternViT (C = 3,200) folded by two needs, registers spill; beyond WIDEST no kernel is compiled.
+# InternViT (C = 3,200) folded by two needs, registers spill, in its gradient up to 96 bytes a thread
+# at that width already; beyond WIDEST no kernel is compiled.
 NARROW, WIDEST = 8192, 65536
 fold_norm = Kernel(_fold_norm_kernel, [{"num_warps": 4}, {"num_warps": 8}])
 fold_norm_wide = Kernel(_fold_norm_kernel, [{"num_warps": 16}])
@@ -310,12 +311,16 @@ def _launch_fold_norm_gradient(
     dx = tokens.new_empty(T, *tokens.shape[1:])
     sums = dy.new_empty(2, programs if to_norm else 0, dy.shape[1], dtype=torch.float32)
     tensors = (dx, *sums.unbind(0), dy, stats, tokens, norm_weight)
-    constants = (to_tokens, to_norm, *plan.constants)
     kernel = fold_norm_gradient_wide if plan.wide else fold_norm_gradient
-    kernel.launch(
-        *(programs, key_of(tensors, *constants), *tensors),
-        *(*plan.numbers, plan.rows, programs, *constants),
-    )
+    passes = [(to_tokens, to_norm)]
+    if plan.wide and to_tokens and to_norm:  # both at once would spill
+        passes = [(True, False), (False, True)]
+    for flags in passes:
+        constants = (*flags, *plan.constants)
+        kernel.launch(
+            *(programs, key_of(tensors, *constants), *tensors),
+            *(*plan.numbers, plan.rows, programs, *constants),
+        )
     return dx, sums.sum(1).to(norm_weight.dtype)
 
 
