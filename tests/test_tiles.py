@@ -90,6 +90,18 @@ def test_split_waves_are_whole_ones(monkeypatch, slots, dtype):
         assert_matches(*both(), inputs)
 
 
+@pytest.mark.kernel
+def test_rows_for_more_warps(monkeypatch):
+    """The kernels of wide towers, whose gradient takes a pass for the tokens and one for the norm."""
+    from comemo_kernels import tiles
+
+    monkeypatch.setattr(tiles, "NARROW", 16)
+    assert tiles._Plan.of(make_inputs()["tokens"], 2, False).wide
+    for dtype in DTYPES:
+        for grad in ((), EVERY, ("tokens",), ("norm_bias",)):
+            assert_matches(*both(), make_inputs(T=3, C=12, dtype=dtype, grad=grad))
+
+
 def test_strides_change_nothing():
     """Tokens as a tower may hand them on, and views that begin where no 128 bits do."""
     for dtype in DTYPES:
