@@ -108,11 +108,11 @@ class CoMemoModel(CoMemoPreTrainedModel):
         into_one = len(rounds) > 1 and not (
             torch.is_grad_enabled() or torch.is_autocast_enabled(pixel_values.device.type)
         )
-        media, parts, start = None, [], 0
+        media, parts, end = None, [], 0
         for tiles in rounds:
             x = self._see(tiles)
             per_tile = round((x.shape[1] - 1) * config.downsample_ratio**2)
-            at = slice(start, start := start + len(tiles) * per_tile)
+            start, end = end, end + len(tiles) * per_tile
             if into_one and media is None:
                 media = x.new_empty(len(pixel_values) * per_tile, len(second.bias))
             parts.append(
@@ -122,9 +122,9 @@ class CoMemoModel(CoMemoPreTrainedModel):
                     ratio=config.downsample_ratio,
                     version=config.ps_version,
                     eps=norm.eps,
-                    media=None if media is None else media[at],
+                    media=None if media is None else media[start:end],
                     embeds=embeds,
-                    rows=None if rows is None else rows[at],
+                    rows=None if rows is None else rows[start:end],
                 )
             )
         if media is not None:

@@ -182,8 +182,8 @@ def _gelu_gradient_kernel(
 
 
 # A program holds a row: of more than NARROW elements by more warps. Beyond 16,384, which the widest
-# InternViT (C = 3,200) folded by two needs, registers spill; in its gradient up to 96 bytes a thread
-# do so there already. Beyond WIDEST no kernel is compiled.
+# InternViT (C = 3,200) folded by two needs, registers spill; in the gradient up to 96 bytes a thread
+# there already. Beyond WIDEST no kernel is compiled.
 NARROW, WIDEST = 8192, 65536
 fold_norm = Kernel(_fold_norm_kernel, [{"num_warps": 4}, {"num_warps": 8}])
 fold_norm_wide = Kernel(_fold_norm_kernel, [{"num_warps": 16}])

@@ -92,7 +92,7 @@ def test_split_waves_are_whole_ones(monkeypatch, slots, dtype):
 
 @pytest.mark.kernel
 def test_rows_for_more_warps(monkeypatch):
-    """The kernels of wide towers, whose gradient takes a pass for the tokens and one for the norm."""
+    """Kernels of wide towers: the gradient takes a pass for the tokens and one for the norm."""
     from comemo_kernels import tiles
 
     monkeypatch.setattr(tiles, "NARROW", 16)
