@@ -181,9 +181,9 @@ def _gelu_gradient_kernel(
     tl.store(y_ptr + offs, (x * below).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-# A program holds a row: of more than NARROW elements by more warps. Beyond 16,384, which the widest
-# InternViT (C = 3,200) folded by two needs, registers spill; in the gradient up to 96 bytes a thread
-# there already. Beyond WIDEST no kernel is compiled.
+# A program holds a row: of more than NARROW elements by more warps. The widest InternViT's 3,200
+# channels are 16,384 once folded by two and rounded up: its gradient spills up to 96 bytes of a
+# thread, and what is wider still spills more. Beyond WIDEST no kernel is compiled.
 NARROW, WIDEST = 8192, 65536
 fold_norm = Kernel(_fold_norm_kernel, [{"num_warps": 4}, {"num_warps": 8}])
 fold_norm_wide = Kernel(_fold_norm_kernel, [{"num_warps": 16}])
