@@ -195,9 +195,9 @@ def copy_bandwidth(device: str) -> float:
     return 2e6 * source.nbytes / timing["copy"].us
 
 
-def gemm_rate(device: str) -> float:
+def gemm_rate(device: str, dtype: torch.dtype) -> float:
     """FLOP per second of a large product of random matrices: of zeros it would be faster."""
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    size = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     timing = compare({"gemm": lambda _: a @ b}, 4, device, rounds=9)
     return 2e6 * size**3 / timing["gemm"].us

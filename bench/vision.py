@@ -5,16 +5,14 @@ of the products and of the attention; the limit is a large product's rate.
 """
 
 import argparse
-import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from bench import measure
 from bench.models import draw_model
 from bench.ways import Row
-
-SECONDS = 4.0  # that a way is timed for, at least once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,29 +32,28 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
     model = draw_model(options.size, dtype, layers=4).model
     config, vision = model.config, model.config.vision_config
     side = vision.image_size[0]
-    rate = measure.gemm_rate(device)
+    rate = measure.gemm_rate(device, dtype)
     pixels = torch.randn(options.tiles, 3, side, side, dtype=dtype, device=device)
     flops = flops_of_tile(vision, config.text_config.hidden_size, config.tokens_per_tile)
+
+    def see() -> torch.Tensor:
+        return model.get_image_features(pixels)
+
     for at_once in options.at_once:
         config.tiles_at_once = at_once
-        if device == "cuda":
-            model.get_image_features(pixels)
-            torch.cuda.synchronize()
-        seconds: list[float] = []
-        while not seconds or (sum(seconds) < SECONDS and len(seconds) < 9):
-            seconds.append(_seconds(lambda: model.get_image_features(pixels)))
-        best = sorted(seconds)[len(seconds) // 2]
+        once = measure.seconds(see)  # a CPU has then been timed, a GPU warmed up
+        best = once if device == "cpu" else measure.seconds(see, 5)
         row: Row = {"case": f"{options.size}, {options.tiles} tiles, {options.dtype}"}
         row |= {"pass": "vision", "way": f"ours, {at_once} at once", "us": 1e6 * best}
         row |= {"tiles_s": options.tiles / best, "pictures_s": options.tiles / best / 13}
         row |= {"tflop_s": flops * options.tiles / best / 1e12}
         row["of_limit"] = flops * options.tiles / best / rate
         if device == "cuda":
-            row["extra_mib"] = measure.extra_mib(lambda: model.get_image_features(pixels))
+            row["extra_mib"] = measure.extra_mib(see)
         yield row
 
 
-def flops_of_tile(vision, width: int, tokens: int) -> float:
+def flops_of_tile(vision: Any, width: int, tokens: int) -> float:
     """Of one tile, from patches to image tokens."""
     C, wide, layers = vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers
     patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
@@ -65,13 +62,3 @@ def flops_of_tile(vision, width: int, tokens: int) -> float:
     embedding = 2 * patches * C * 3 * vision.patch_size[0] ** 2
     folded = patches // tokens * C
     return layers * layer + embedding + 2 * tokens * width * (folded + width)
-
-
-def _seconds(call) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

@@ -35,8 +35,8 @@ class Limits:
     byte_s: float
 
     @classmethod
-    def of(cls, device: str) -> "Limits":
-        limits = cls(measure.gemm_rate(device), measure.copy_bandwidth(device))
+    def of(cls, device: str, dtype: torch.dtype) -> "Limits":
+        limits = cls(measure.gemm_rate(device, dtype), measure.copy_bandwidth(device))
         print(
             f"a large product reaches {limits.flop_s / 1e12:.3g} TFLOP/s, a copy"
             f" {limits.byte_s / 1e9:.0f} GB/s"
@@ -64,7 +64,8 @@ class Clock:
         if options.tune and device == "cpu":
             raise SystemExit(f"python -m bench {name} --tune: needs a GPU, found none")
         dtype = options.dtype or ("bfloat16" if device == "cuda" else "float32")
-        return cls(device, getattr(torch, dtype), Limits.of(device), options.rounds)
+        exact = getattr(torch, dtype)
+        return cls(device, exact, Limits.of(device, exact), options.rounds)
 
     @property
     def bound(self) -> float:

@@ -24,10 +24,8 @@ def recorded(golden: Path, file: str, prefix: str = "") -> dict[str, Tensor]:
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
-def assert_relative(
-    actual: Tensor, wanted: Tensor, name: str = "", bound: float = RELATIVE
-) -> None:
-    """Largest error at most `bound` of the largest element."""
+def assert_relative(actual: Tensor, wanted: Tensor, name: str = "") -> None:
+    """Largest error at most RELATIVE of the largest element."""
     assert actual.shape == wanted.shape, f"{name}: {tuple(actual.shape)} != {tuple(wanted.shape)}"
     scale = wanted.abs().max().clamp(min=1e-30)
     error = ((actual - wanted).abs().max() / scale).item()

@@ -23,7 +23,7 @@ GEMM, COPY = 1e12, 1e10  # of the machine that the fixture makes up
 @pytest.fixture(autouse=True)
 def made_up_machine(monkeypatch):
     monkeypatch.setattr(measure, "copy_bandwidth", lambda device: COPY)
-    monkeypatch.setattr(measure, "gemm_rate", lambda device: GEMM)
+    monkeypatch.setattr(measure, "gemm_rate", lambda *_: GEMM)
     monkeypatch.setattr(measure, "cache_bytes", lambda device: 1)
 
 
@@ -290,7 +290,6 @@ def test_a_wrong_projection_is_not_timed(monkeypatch):
 
 def test_rows_of_the_vision_tower(model, monkeypatch):
     monkeypatch.setattr(vision, "draw_model", lambda *_, **__: model)
-    monkeypatch.setattr(vision, "SECONDS", 0.0)
     parser = argparse.ArgumentParser()
     vision.add_arguments(parser)
     words = ("--dtype", "float32", "--tiles", "3", "--at-once", "1", "2")

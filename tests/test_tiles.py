@@ -280,8 +280,7 @@ def test_transformers_projector():
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_the_fold_is_the_files():
-    """v1 is the transposed raster of v2."""
+def test_v1_is_the_transposed_raster_of_v2():
     inputs = make_inputs(side=3)
     there, back = (project_tiles(**inputs, version=v).unflatten(1, (3, 3)) for v in ("v1", "v2"))
     torch.testing.assert_close(there, back.transpose(1, 2))
