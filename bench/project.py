@@ -127,7 +127,7 @@ class Projection:
         return multiply(_normed(x, weights), weights)
 
     def norm_ours(self) -> tuple[Tensor, Tensor]:
-        from comemo_kernels.tiles import launch_fold_norm
+        from comemo_kernels._fold import launch_fold_norm
 
         w = self.weights
         x = self.media.new_empty(len(self.media), 4 * CHANNELS)
@@ -228,12 +228,12 @@ class ProjectBench:
     @torch.no_grad()
     def tune(self, case: tuple[str, int]) -> Iterator[Row]:
         """Every shipped configuration of the kernels; the fastest belongs first in its list."""
-        from comemo_kernels import _product, tiles
+        from comemo_kernels import _fold, _product
 
         inputs, name = Projection(*case, self.clock), f"{case[0]} {case[1]} tiles"
         for backward, kernels in (
-            (False, {"fold": tiles.fold_norm, "product": _product.product}),
-            (True, {"fold gradient": tiles.fold_norm_gradient}),
+            (False, {"fold": _fold.fold_norm, "product": _product.product}),
+            (True, {"fold gradient": _fold.fold_norm_gradient}),
         ):
             found = inputs.backward_ways(False) if backward else inputs.forward_ways(False)
             shipped: dict[str, Kernel] = kernels

@@ -155,6 +155,19 @@ class Kernel:
             self._choose(previous)
 
 
+def key_of(tensors: tuple[Tensor, ...], *constants: Any) -> Any:
+    """A launch's key, of its tensors and compile-time values; None where it has none.
+
+    Triton compiles for addresses that are multiples of 16: where all are, it need not look.
+    """
+    addresses = 0
+    for t in tensors:
+        addresses |= t.data_ptr()
+    if addresses % 16:
+        return None
+    return tensors[0].get_device(), *(t.dtype for t in tensors), constants
+
+
 def documented(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
     """Decorate a public function with the docstring of its reference: it is written once."""
 

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from comemo_kernels._blocks import in_groups, offset_of
-from comemo_kernels._op import Kernel, multiprocessors
+from comemo_kernels._op import Kernel, key_of, multiprocessors
 
 # --- kernel ---
 
@@ -334,16 +334,3 @@ def multiply(
         *(split * m // add_parts.config["BLOCK_R"], key_of(tensors, *sums), *tensors),
         *(*sizes, E, whole, splits, *sums),
     )
-
-
-def key_of(tensors: tuple[Tensor, ...], *constants: Any) -> Any:
-    """What a compiled kernel depends on; None where an address is no multiple of 16.
-
-    Triton compiles for such addresses: where all are, it need not look.
-    """
-    addresses = 0
-    for t in tensors:
-        addresses |= t.data_ptr()
-    if addresses % 16:
-        return None
-    return tensors[0].get_device(), *(t.dtype for t in tensors), constants

@@ -8,7 +8,17 @@ from typing import Any
 
 import torch
 
-from comemo_kernels import _product, _specialized, attention, build, glue, positions, rotary, tiles
+from comemo_kernels import (
+    _fold,
+    _product,
+    _specialized,
+    attention,
+    build,
+    glue,
+    positions,
+    rotary,
+    tiles,
+)
 from comemo_kernels._op import Kernel
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
@@ -230,7 +240,7 @@ def _tile_cases() -> list[Case]:
         if gradients:
             _, normed, stats, _ = tiles._launch(tokens, *weights, n, False, 1e-5, True)
             tiles._launch_gelu_gradient(new(R, d), new(R, d))
-            tiles._launch_fold_norm_gradient(normed, tokens, weights[0], stats, n, False, *to)
+            _fold._launch_fold_norm_gradient(normed, tokens, weights[0], stats, n, False, *to)
         else:
             rows = new(R, dtype=torch.int64)
             tiles._launch_into(new(R, d), new(R, d), rows, tokens, *weights, n, False, 1e-5)
@@ -238,9 +248,9 @@ def _tile_cases() -> list[Case]:
     def of(kernel: Kernel, name: str, run: Callable[[], Any], dot: bool = False) -> Case:
         configs = len(kernel.configs) if name == "bf16" else 1
         spills = {"sm_100": 224} if dot and configs > 1 else {}  # of 128 x 256 outputs
-        if kernel is tiles.fold_norm_gradient:
+        if kernel is _fold.fold_norm_gradient:
             spills = {"sm_80": 8}  # by triton 3.6 alone
-        elif kernel is tiles.fold_norm_gradient_wide:
+        elif kernel is _fold.fold_norm_gradient_wide:
             spills = {"sm_80": 40, "sm_90": 80, "sm_100": 96}
         return Case(kernel, name, run, configs, dot, NVIDIA if dot else EVERY, spills)
 
@@ -252,21 +262,21 @@ def _tile_cases() -> list[Case]:
             title = name + ", gradients" * gradients
             product = _product.product_exact if name == "fp32" else _product.product
             found += [
-                of(tiles.fold_norm, title, run),
+                of(_fold.fold_norm, title, run),
                 of(product, title, run, name != "fp32"),
                 of(_product.add_parts, title, run),
             ]
             if gradients:
                 found += [
-                    of(tiles.fold_norm_gradient, name, run),
+                    of(_fold.fold_norm_gradient, name, run),
                     of(tiles.gelu_gradient, name, run),
                 ]
     odd = functools.partial(projected, torch.bfloat16, False, 1, 1020, 2040)
     found += [
-        of(tiles.fold_norm, "bf16 uneven", odd),
+        of(_fold.fold_norm, "bf16 uneven", odd),
         of(_product.product, "bf16 uneven", odd, True),
     ]
     for to, title in (((True, False), "tokens"), ((False, True), "norm")):
         wide = functools.partial(projected, torch.float32, True, 1, 3200, 64, to)
-        found.append(of(tiles.fold_norm_gradient_wide, f"fp32 wide, {title}", wide))
-    return [*found, of(tiles.fold_norm_wide, "fp32 wide", wide)]
+        found.append(of(_fold.fold_norm_gradient_wide, f"fp32 wide, {title}", wide))
+    return [*found, of(_fold.fold_norm_wide, "fp32 wide", wide)]

@@ -55,7 +55,7 @@ def test_kernel_files_do_not_import_each_other():
     """A file with kernels knows what all share, and `reference`; nothing else of the package."""
     shared = {"_op", "_blocks", "_blocks_attention", "_checks", "grids", "reading", "reference"}
     shared |= {"_specialized"}  # another kernel of attention
-    shared |= {"_product"}  # of the tile projection
+    shared |= {"_fold", "_product"}  # parts of the tile projection
     kernels = [
         file
         for file in (ROOT / "comemo_kernels").glob("*.py")

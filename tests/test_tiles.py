@@ -93,10 +93,10 @@ def test_split_waves_are_whole_ones(monkeypatch, slots, dtype):
 @pytest.mark.kernel
 def test_rows_for_more_warps(monkeypatch):
     """Kernels of wide towers: the gradient takes a pass for the tokens and one for the norm."""
-    from comemo_kernels import tiles
+    from comemo_kernels import _fold
 
-    monkeypatch.setattr(tiles, "NARROW", 16)
-    assert tiles._Plan.of(make_inputs()["tokens"], 2, False).wide
+    monkeypatch.setattr(_fold, "NARROW", 16)
+    assert _fold._Plan.of(make_inputs()["tokens"], 2, False).wide
     for dtype in DTYPES:
         for grad in ((), EVERY, ("tokens",), ("norm_bias",)):
             assert_matches(*both(), make_inputs(T=3, C=12, dtype=dtype, grad=grad))
@@ -295,7 +295,7 @@ def test_v1_is_the_transposed_raster_of_v2():
 
 @pytest.mark.kernel
 def test_operator_contract():
-    from comemo_kernels import tiles
+    from comemo_kernels import _fold, tiles
 
     operands = tuple(make_inputs(T=3, dtype=torch.float16).values())
     media, embeds = (torch.zeros(n, 24, device=DEVICE).half() for n in (12, 42))
@@ -308,7 +308,7 @@ def test_operator_contract():
     opcheck(tiles._gelu_gradient, (media, before))
     for flags in ((True, True), (False, True), (True, False)):
         inputs = (normed, *operands[:2], stats, 2, False, *flags)
-        opcheck(tiles._fold_norm_gradient, inputs)
+        opcheck(_fold.fold_norm_gradient_op, inputs)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
