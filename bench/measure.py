@@ -1,9 +1,11 @@
 """What every measurement needs: the machine in words, a clock, bytes, tables and files."""
 
+import contextlib
 import csv
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import resource
 import statistics
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 import transformers
 
+ROOT = Path(__file__).parents[1]
+
 
 def describe_machine() -> dict[str, Any]:
     """Processor, threads, versions, commit and date of this run."""
@@ -29,8 +33,7 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "transformers": transformers.__version__,
-        "commit": _git("rev-parse", "--short", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
@@ -63,9 +66,20 @@ def _version(package: str) -> str:
         return "none"
 
 
+def _commit() -> str:
+    """The tree's: by COMEMO_COMMIT, by git, or by the file `.commit` of a copy without history."""
+    if told := os.environ.get("COMEMO_COMMIT"):
+        return told
+    if (ROOT / ".git").exists():  # or git would name that of a folder around it
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            changed = _git("status", "--porcelain", "--untracked-files=no")
+            return _git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
+    file = ROOT / ".commit"
+    return file.read_text().strip() if file.is_file() else "unknown"
+
+
 def _git(*command: str) -> str:
-    root = Path(__file__).parents[1]
-    done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 
 

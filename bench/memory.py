@@ -17,6 +17,7 @@ from torch import Tensor
 import comemo_kernels as ops
 from bench import published
 from bench.cases import HEAD_DIM, MIXINS
+from bench.harness import assert_matches
 from bench.readings import PICTURE
 from bench.ways import (
     Clock,
@@ -32,7 +33,6 @@ from bench.ways import (
 from comemo.mixin import EPS
 from comemo_kernels import ImageMemory, MemoryScales, reference
 from comemo_kernels._op import Kernel, has_float8
-from tests.harness import assert_matches
 
 PICTURES = (1, 4, 12)  # 13, 52 and 156 tiles
 TILE = 256

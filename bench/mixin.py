@@ -17,6 +17,7 @@ from torch import Tensor
 import comemo_kernels as ops
 from bench import published
 from bench.cases import HEAD_DIM, MIXINS
+from bench.harness import assert_matches
 from bench.published import Block
 from bench.readings import PICTURE, Reading
 from bench.ways import (
@@ -34,7 +35,6 @@ from comemo.config import MixinConfig
 from comemo.mixin import EPS, MixinLayer
 from comemo_kernels import ImageMemory, reference
 from comemo_kernels._op import Kernel
-from tests.harness import assert_matches
 
 CASES = {
     "decode_1": (1, 1),  # B, N

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import comemo_kernels as ops
 from bench.cases import MIXINS, TOKENS_PER_TILE
+from bench.harness import assert_matches
 from bench.ways import (
     Clock,
     Row,
@@ -30,7 +31,6 @@ from bench.ways import (
 )
 from comemo_kernels import reference
 from comemo_kernels._op import Kernel
-from tests.harness import assert_matches
 
 CHANNELS, SIDE = 1024, 32  # of InternViT-300M
 AHEAD, BEHIND = 60, 36  # words around the picture

@@ -18,9 +18,9 @@ from torch import Tensor
 import comemo_kernels as ops
 from bench import measure
 from bench.cases import HEAD_DIM, HEADS, PROMPTS, Prompt
+from bench.harness import assert_matches
 from comemo_kernels import reference
 from comemo_kernels.rotary import rotary_kernel
-from tests.harness import assert_matches
 
 try:
     from liger_kernel.ops.rope import LigerRopeFunction

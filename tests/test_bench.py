@@ -3,7 +3,12 @@
 import argparse
 import csv
 import json
+import os
+import re
+import subprocess
+import sys
 
+import harness
 import pytest
 import torch
 
@@ -143,6 +148,63 @@ def test_digest_compares_within_a_case():
     assert first["of_copy"] == 0.9
     assert host["host_us"] == 9.0
     assert not {"/ eager"} & {*host, *other}
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """A copy of the tree, of which nothing tells the commit."""
+    monkeypatch.delenv("COMEMO_COMMIT", raising=False)
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    return tmp_path
+
+
+def test_a_copy_without_history_names_its_commit_if_it_is_told(copied, monkeypatch):
+    assert measure.describe_machine()["commit"] == "unknown"
+    (copied / ".commit").write_text("abc1234\n")
+    assert measure.describe_machine()["commit"] == "abc1234"
+    monkeypatch.setenv("COMEMO_COMMIT", "def5678")
+    assert measure.describe_machine()["commit"] == "def5678"
+
+
+def test_a_machine_without_git(copied, monkeypatch):
+    (copied / ".git").mkdir()
+    monkeypatch.setenv("PATH", str(copied))
+    assert measure.describe_machine()["commit"] == "unknown"
+    (copied / ".commit").write_text("abc1234\n")
+    assert measure.describe_machine()["commit"] == "abc1234"
+
+
+def test_a_commit_with_changes(copied):
+    git = ["git", "-C", str(copied), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (copied / "file").write_text("a")
+    for words in (["init", "-q"], ["add", "file"], ["commit", "-q", "-m", "a"]):
+        subprocess.run([*git, *words], check=True)
+    head = measure.describe_machine()["commit"]
+    assert re.fullmatch("[0-9a-f]{7,}", head)
+    (copied / "file").write_text("b")
+    assert measure.describe_machine()["commit"] == f"{head}+changes"
+
+
+def test_an_installed_package_of_tests_is_not_the_harness(tmp_path):
+    """Nor is what the tests import another module than what the benchmarks do."""
+    for name in ("tests", "harness"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise RuntimeError('shadowed')")
+    paths = os.pathsep.join([str(tmp_path), str(measure.ROOT)])
+    code = (
+        "import sys, bench.harness, harness;"
+        "assert harness.assert_matches is bench.harness.assert_matches;"
+        "assert 'tests' not in sys.modules; print(harness.__file__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == str(measure.ROOT / "tests" / "harness.py")
+    assert harness.assert_matches is rotary.assert_matches
 
 
 def test_files_and_plots(tmp_path):

@@ -1,0 +1,26 @@
+"""The tests' comparison, by its path: an installed package `tests` would be found first."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+PATH = Path(__file__).parents[1] / "tests" / "harness.py"
+
+
+def _load() -> ModuleType:
+    """The module `harness`, the same one that the tests import."""
+    held = sys.modules.get("harness")
+    if held is not None and held.__file__ is not None and PATH.samefile(held.__file__):
+        return held
+    spec = importlib.util.spec_from_file_location("harness", PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["harness"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+assert_matches: Callable[..., None] = _load().assert_matches
