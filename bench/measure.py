@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import transformers
 
+import comemo_kernels as ops
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -178,15 +180,13 @@ def host_us(call: Callable[[], Any], calls: int = 300) -> float:
 
 def graph_us(call: Callable[[], Any], calls: int = 50) -> float:
     """Microseconds of a call within a CUDA graph of `calls` of them."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def repeat() -> None:
         for _ in range(calls):
             call()
-    return compare({"graph": lambda _: graph.replay()}, 1, "cuda")["graph"].us / calls
+
+    replay = ops.capture(repeat, "cuda", warmups=1)
+    return compare({"graph": lambda _: replay()}, 1, "cuda")["graph"].us / calls
 
 
 def extra_mib(call: Callable[[], Any]) -> float:

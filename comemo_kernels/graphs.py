@@ -1,6 +1,9 @@
 """Steps that are recorded once and replayed, and what the host learns of them without waiting."""
 
-from collections.abc import Callable
+import contextlib
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,37 +33,122 @@ def capture(
         `function` itself, which was not called.
 
     Raises:
-        ValueError: no warm-up, or a function that cannot be recorded.
+        ValueError: no warm-up, a current stream that is being recorded already, or a function that
+            cannot be recorded. What else the function raises comes as it is. Whatever is raised,
+            stream, memory and random numbers are as behind the warm-ups.
     """
     check(warmups >= 1, f"capture: warmups must be at least 1, got {warmups}")
     device = torch.device(device)
     if not runs_ahead(device):
         return function
     with torch.cuda.device(device):
-        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(warmups):
-                function()
-        current.wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # Other threads may go on meanwhile with what a recording would not allow.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                function()
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise ValueError(
-                "capture: function must be recordable: it must not wait for the GPU, read a value"
-                f" of it or copy from the host's memory, got {type(error).__name__}: {error}"
-            ) from error
+        check(
+            not torch.cuda.is_current_stream_capturing(),
+            "capture: the current stream must not be recorded already, got one that is",
+        )
+        graph = _record(function, warmups)
 
     def replay() -> None:
         with torch.cuda.device(device):
             graph.replay()
 
     return replay
+
+
+def _record(function: Callable[[], object], warmups: int) -> torch.cuda.CUDAGraph:
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    recorder, graph = _Recorder(side.cuda_stream), torch.cuda.CUDAGraph()
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        mark = torch.zeros(1, device="cuda")
+        try:
+            for _ in range(warmups):
+                function()
+        finally:
+            current.wait_stream(side)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # while recording nothing can be freed for what is allocated
+        with _no_collection():
+            try:
+                # Other threads may go on meanwhile with what a recording would not allow.
+                graph.capture_begin(capture_error_mode="thread_local")
+                function()
+                recorder.check_valid()
+                graph.capture_end()
+            except BaseException as error:
+                _abandon(graph, recorder, mark)
+                if isinstance(error, torch.cuda.OutOfMemoryError):
+                    raise
+                if isinstance(error, RuntimeError):
+                    raise ValueError(
+                        "capture: function must be recordable: it must not wait for the GPU, read a"
+                        " value of it or copy from the host's memory, got"
+                        f" {type(error).__name__}: {error}"
+                    ) from error
+                raise
+    return graph
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, recorder: "_Recorder", mark: Tensor) -> None:
+    """Take back all that a recording has set up, whatever became of it.
+
+    What `capture_end` does for a recording that failed differs from torch to torch: to 2.11
+    allocations stay routed to the graph's pool, and a generator of random numbers that it believes
+    to be recorded refuses every later draw and every replay of other graphs. So the failed
+    recording is ended by the driver, and torch ends a valid one in its place.
+    """
+    recorder.end()
+    recorder.begin()
+    mark.zero_()  # torch warns of a graph of nothing
+    with contextlib.suppress(RuntimeError):  # of a graph that it has ended, or never began
+        graph.capture_end()
+    graph.reset()
+
+
+class _Recorder:
+    """The recording of a stream by the driver's own calls, to which torch has no door."""
+
+    ACTIVE, THREAD_LOCAL = 1, 1  # the driver's numbers for a valid recording, and its mode
+
+    def __init__(self, stream: int) -> None:
+        hip = torch.version.hip is not None
+        driver = ctypes.CDLL("libamdhip64.so" if hip else "libcuda.so.1")
+        begin = "hipStreamBeginCapture" if hip else "cuStreamBeginCapture_v2"
+        prefix = "hip" if hip else "cu"
+        self._stream, self._begin = ctypes.c_void_p(stream), getattr(driver, begin)
+        self._end, self._state, self._destroy = (
+            getattr(driver, prefix + name)
+            for name in ("StreamEndCapture", "StreamIsCapturing", "GraphDestroy")
+        )
+
+    def begin(self) -> None:
+        self._begin(self._stream, self.THREAD_LOCAL)
+
+    def end(self) -> None:
+        """End whatever is being recorded, valid or not, and drop it."""
+        graph = ctypes.c_void_p()
+        self._end(self._stream, ctypes.byref(graph))
+        if graph:
+            self._destroy(graph)
+
+    def check_valid(self) -> None:
+        """Raise RuntimeError unless all of the recording was allowed; an error may be swallowed."""
+        state = ctypes.c_int()
+        self._state(self._stream, ctypes.byref(state))
+        if state.value != self.ACTIVE:
+            raise RuntimeError("an operation that no graph can hold has ended the recording")
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """No collection of garbage, which may free what must not be freed while recording."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class HostFlag:
