@@ -19,6 +19,14 @@ GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NO_BFLOAT16 = None  # why kernels cannot be tested in it
+if INTERPRET:
+    import interpreter
+
+    NO_BFLOAT16 = interpreter.correct()
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]  # of kernels
+if NO_BFLOAT16:
+    DTYPES.remove(torch.bfloat16)
 
 settings.register_profile("comemo", derandomize=True, deadline=None, max_examples=40)
 # In the interpreter an example takes its time, on a GPU the compiler does; shrinking one takes
@@ -39,6 +47,10 @@ def pytest_configure(config):
         " kernel(reference=True), which is worth running on the reference too",
     )
     config.addinivalue_line("markers", "gpu: needs a GPU; deselected elsewhere")
+
+
+def pytest_report_header():
+    return f"kernels are not tested in bfloat16: {NO_BFLOAT16}" if NO_BFLOAT16 else []
 
 
 def pytest_collection_modifyitems(config, items):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, DTYPES
 from harness import assert_matches, evaluate
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,8 +17,6 @@ from comemo_kernels import fold_tiles, image_rows, project_tiles, reference
 
 pytestmark = [pytest.mark.kernel(reference=True), pytest.mark.usefixtures("one_thread")]
 
-# Triton's interpreter multiplies bfloat16 matrices wrongly.
-DTYPES = [torch.float16, torch.float32] + [torch.bfloat16] * (DEVICE == "cuda")
 WEIGHTS = ["norm_weight", "norm_bias", "weight1", "bias1", "weight2", "bias2"]
 
 
@@ -343,8 +341,7 @@ def test_compiles_whole(dynamic):
 
 @pytest.mark.parametrize("grad", [(), EVERY], ids=["plain", "gradients"])
 def test_autocast_is_pytorchs(grad):
-    half = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # see DTYPES
-    inputs = make_inputs(grad=grad)
+    half, inputs = torch.bfloat16, make_inputs(grad=grad)
     for tokens in (inputs["tokens"], inputs["tokens"].detach().to(half)):
         with torch.autocast(DEVICE, half):
             ours, theirs = (
