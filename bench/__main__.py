@@ -9,7 +9,8 @@ from bench import (
     attend,
     chat,
     decode,
-    gpu,
+    gpu_bench,
+    gpu_check,
     host,
     measure,
     memory,
@@ -24,7 +25,6 @@ BENCHMARKS: dict[str, Any] = {
     "attend": attend,
     "chat": chat,
     "decode": decode,
-    "gpu": gpu,
     "host": host,
     "memory": memory,
     "mixin": mixin,
@@ -33,22 +33,31 @@ BENCHMARKS: dict[str, Any] = {
     "rotary": rotary,
     "vision": vision,
 }
+COMMANDS: dict[str, Any] = {"gpu-check": gpu_check, "gpu-bench": gpu_bench}  # of many stages
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="name", required=True)
-    for name, module in BENCHMARKS.items():
+    for name, module in (BENCHMARKS | COMMANDS).items():
         command = commands.add_parser(name, description=module.__doc__)
         module.add_arguments(command)
+        if name in COMMANDS:
+            command.add_argument("--out", type=Path, required=True, help="folder for its files")
+            continue
         command.add_argument("--out", type=Path, help="folder for NAME.json and NAME.csv")
+        command.add_argument("--wait", action="store_true", help="for a line, then begin")
     options = parser.parse_args()
+    if options.name in COMMANDS:
+        sys.exit(COMMANDS[options.name].run(options))
+    if options.wait:
+        sys.stdin.readline()
     machine = measure.describe_machine()
     print("  ".join(f"{key} {value}" for key, value in machine.items()))
     rows: list[dict[str, Any]] = []
     for row in BENCHMARKS[options.name].run(options):
         rows.append(row)
-        if options.out and options.name != "gpu":  # which writes what its stages measured
+        if options.out:
             # At once: what is measured outlives a run that is cut short.
             measure.write(options.name, rows, machine, options.out)
     measure.show(rows)

@@ -14,6 +14,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -29,10 +30,13 @@ from bench.ways import (
     Row,
     Ways,
     add_way_arguments,
+    compiles,
     each_case,
     each_configuration,
     keep_right,
+    tell_configurations,
 )
+from comemo_kernels._op import Kernel
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -53,7 +57,7 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
     cases = itertools.product(options.sizes or ["2B"], names)
     if options.tune:
         return each_case(options, cases, lambda case: tune(case[0], case[1], clock))
-    return each_case(options, cases, lambda case: time_case(*case, clock, not options.no_compile))
+    return each_case(options, cases, lambda case: time_case(*case, clock, compiles(options, True)))
 
 
 class AttendWays(Attending):
@@ -216,46 +220,46 @@ def time_case(size: str, case: str, clock: Clock, compiled: bool) -> Iterator[Ro
         yield labels | {"pass": "host", "way": way, "host_us": cost}
 
 
+def specialised(way: Callable[[int], Any]) -> Callable[[int], Any]:
+    """The same with specialised warps allowed."""
+    from comemo_kernels import attention
+
+    def call(i: int) -> Any:
+        with mock.patch.object(attention, "WARP_SPECIALIZE", True):
+            return way(i)
+
+    return call
+
+
 @torch.no_grad()
-def specialised(way: Callable[[int], Any]) -> Ways:
-    """The same by specialised warps, in every configuration, where they can be."""
-    from comemo_kernels import _specialized, attention
-
-    def call(i: int, config: dict[str, int]) -> Any:
-        attention.WARP_SPECIALIZE = True
-        try:
-            with _specialized.attend_specialized.using(config):
-                return way(i)
-        finally:
-            attention.WARP_SPECIALIZE = False
-
-    if not _specialized.AVAILABLE or torch.cuda.get_device_capability() != (9, 0):
-        return {}
-    configs = _specialized.attend_specialized.configs
-    return {f"specialised {c}": functools.partial(call, config=c) for c in configs}
-
-
 def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
     """Every configuration of the kernel that a case takes; the fastest belongs first."""
-    from comemo_kernels import attention
+    from comemo_kernels import _specialized, attention
 
     attending = AttendWays(size, case, clock)
     rows = attending.reading.queries  # of a key head
     kernel = attention._kernel_for(attending.dtype, rows)
     name, work = f"{case} {size}", attending.work
     ours = attending.our_ways()
+    kernels = {way: kernel for way in ours if way != "ours no rotation"}
     calls = {
-        f"{way}{config}": call
-        for way, read in ours.items()
-        if way != "ours no rotation"
-        for config, call in each_configuration({"": kernel}, read).items()
+        n: c
+        for way, k in kernels.items()
+        for n, c in each_configuration({way: k}, ours[way]).items()
     }
-    right = keep_right(name, calls, attending.error_of(), clock.bound, must=False)
-    works = {n: attending.works()["ours fp8"] for n in right if n.startswith("ours fp8")}
-    told = {"case": name, "pass": "tune"}
-    yield from clock.time(told, right, len(attending.sets), work, works)
-    if kernel is attention.attend_many and attending.device == "cuda":
-        # Behind all others: a fault of these may end the process.
-        calls = specialised(ours["ours"])
+
+    def timed(kernels: dict[str, Kernel], calls: Ways) -> Iterator[Row]:
         right = keep_right(name, calls, attending.error_of(), clock.bound, must=False)
-        yield from clock.time(told, right, len(attending.sets), work)
+        works = {n: attending.works()["ours fp8"] for n in right if n.startswith("ours fp8")}
+        told = clock.time({"case": name, "pass": "tune"}, right, len(attending.sets), work, works)
+        yield from tell_configurations(told, kernels)
+
+    yield from timed(kernels, calls)
+    if (
+        kernel is attention.attend_many
+        and _specialized.AVAILABLE
+        and len(attending.reading.sizes) == 1
+    ):
+        # Behind all others: a fault of these may end the process.
+        kernels = {"specialised": _specialized.attend_specialized}
+        yield from timed(kernels, each_configuration(kernels, specialised(ours["ours"])))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 PATH = Path(__file__).parents[1] / "tests" / "harness.py"
 
 
@@ -23,4 +25,6 @@ def _load() -> ModuleType:
     return module
 
 
-assert_matches: Callable[..., None] = _load().assert_matches
+_harness = _load()
+assert_matches: Callable[..., None] = _harness.assert_matches
+observers: list[Callable[[str, torch.dtype, str, float], None]] = _harness.observers

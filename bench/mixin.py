@@ -26,10 +26,12 @@ from bench.ways import (
     Ways,
     Work,
     add_way_arguments,
+    compiles,
     each_case,
     each_configuration,
     keep_right,
     relative_error,
+    tell_configurations,
 )
 from comemo.config import MixinConfig
 from comemo.mixin import EPS, MixinLayer
@@ -42,6 +44,7 @@ CASES = {
     "decode_32": (32, 1),
     "prefill_2k": (1, 2048),
 }
+COMPILED = (("2B", "decode_1"), ("2B", "prefill_2k"))  # the cases of few that are compiled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +61,9 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
     if options.tune:
         decoding = [case for case in cases if CASES[case[1]][0] in (1, 8)]
         return each_case(options, decoding, lambda case: tune(*case, clock))
-    return each_case(options, cases, lambda case: time_case(*case, clock, not options.no_compile))
+    return each_case(
+        options, cases, lambda case: time_case(*case, clock, compiles(options, case in COMPILED))
+    )
 
 
 class Inputs(NamedTuple):
@@ -274,4 +279,5 @@ def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
             *(clock.bound, False),
         )
         labels: Row = {"case": f"{case} {size} {verb}", "pass": "tune"}
-        yield from clock.time(labels, right, len(mixing.sets), part.work())
+        told = clock.time(labels, right, len(mixing.sets), part.work())
+        yield from tell_configurations(told, own)

@@ -7,7 +7,7 @@ published code numbers a prompt; `reference`, this library's vectorised PyTorch 
 
 import argparse
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,9 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=15)
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: list[dict[str, Any]] = []
     for case in options.cases:
         prompt = SIZES[case]
         image, attention = prompt.masks(device)
@@ -56,8 +55,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             row |= {"us": timing.us, "low_us": timing.low_us, "high_us": timing.high_us}
             if device == "cuda":
                 row["host_us"] = measure.host_us(ways[name], calls=20)
-            rows.append(row)
-    return rows
+            yield row
 
 
 def _of_any_set(call: Callable[[], Tensor]) -> Callable[[int], Tensor]:

@@ -19,6 +19,15 @@ import comemo_kernels as ops
 from bench import measure
 from bench.cases import HEAD_DIM, HEADS, PROMPTS, Prompt
 from bench.harness import assert_matches
+from bench.ways import (
+    Row,
+    add_compile_arguments,
+    compiles,
+    each_configuration,
+    keep_right,
+    relative_error,
+    tell_configurations,
+)
 from comemo_kernels import reference
 from comemo_kernels.rotary import rotary_kernel
 
@@ -29,7 +38,7 @@ except ImportError:
 
 SIZES = ("chat_1k", "one_image_3k", "pack_16k")
 LAYOUTS = ("contiguous", "packed qkv")
-Row = dict[str, Any]
+COMPILED = ("2B", "one_image_3k", "contiguous")  # the case of few that are compiled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    add_compile_arguments(parser)
     parser.add_argument("--tune", action="store_true", help="time every shipped configuration")
 
 
-def run(options: argparse.Namespace) -> list[Row]:
+def run(options: argparse.Namespace) -> Iterator[Row]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.tune and device == "cpu":
         raise SystemExit("python -m bench rotary --tune: needs a GPU, found none")
@@ -51,15 +60,16 @@ def run(options: argparse.Namespace) -> list[Row]:
     print(f"a copy moves {copy / 1e9:.0f} GB/s")
     bench = RotaryBench(device, getattr(torch, name), copy, options.rounds)
     if options.tune:
-        return [row for case in options.cases for row in bench.tune(case, options.heads)]
-    rows = []
+        for case in options.cases:
+            yield from bench.tune(case, options.heads)
+        return
     for heads in options.heads:
         for case in options.cases:
             for layout in options.layouts:
-                rows += bench.time_case(case, heads, layout, not options.no_compile)
+                compiled = compiles(options, (heads, case, layout) == COMPILED)
+                yield from bench.time_case(case, heads, layout, compiled)
         if device == "cuda":
-            rows += bench.time_host(heads)
-    return rows
+            yield from bench.time_host(heads)
 
 
 class RotaryBench:
@@ -222,35 +232,33 @@ class RotaryBench:
                     )
         return rows
 
+    @torch.no_grad()
     def tune(self, case: str, heads: list[str]) -> Iterator[Row]:
         """Every shipped configuration of the kernel; the fastest belongs first in its list."""
-        prompt = PROMPTS[case]
+        prompt, kernels = PROMPTS[case], {"ours": rotary_kernel}
+        ids = prompt.position_ids(self.device)
         for size in heads:
             H, G = HEADS[size]
             moved = 2 * prompt.tokens * (H + G) * HEAD_DIM * self.dtype.itemsize
             sets = max(2, min(64, -(-measure.cache_bytes(self.device) // moved)))
             inputs = [self.draw(prompt, size, "contiguous") for _ in range(sets)]
-            ids = prompt.position_ids(self.device)
+            q, k = inputs[0]
+            exact = reference.apply_rotary(q.double(), k.double(), self.cos, self.sin, ids)
 
-            def with_config(config: Any, inputs: Any = inputs, ids: Tensor = ids) -> Any:
-                def call(i: int) -> None:
-                    with rotary_kernel.using(config):
-                        ops.apply_rotary(*inputs[i], self.cos, self.sin, ids)
+            def rotate(i: int, inputs: Any = inputs) -> Any:
+                return ops.apply_rotary(*inputs[i], self.cos, self.sin, ids)
 
-                return call
+            def error(_: str, found: Any, exact: Any = exact) -> float:
+                return max(map(relative_error, found, exact))
 
-            calls = {str(c): with_config(c) for c in rotary_kernel.configs}
-            with torch.no_grad():
-                for name, timing in measure.compare(calls, sets, self.device, self.rounds).items():
-                    speed = moved / timing.us * 1e6
-                    yield {
-                        "case": f"{case} {size} contiguous",
-                        "pass": "tune",
-                        "way": name,
-                        "us": timing.us,
-                        "gb_s": speed / 1e9,
-                        "of_copy": speed / self.copy,
-                    }
+            name = f"{case} {size} contiguous"
+            calls = each_configuration(kernels, rotate)
+            right = keep_right(name, calls, error, 1e-2, must=False)
+            for way, timing in measure.compare(right, sets, self.device, self.rounds).items():
+                speed = moved / timing.us * 1e6
+                row = {"case": name, "pass": "tune", "way": way, "us": timing.us}
+                row |= {"gb_s": speed / 1e9, "of_copy": speed / self.copy}
+                yield from tell_configurations([row], kernels)
 
 
 def rotate_as_published(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, ids: Tensor) -> Any:

@@ -7,13 +7,14 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from bench import measure
 from bench.cases import MIXINS
-from comemo_kernels._op import Kernel
+from comemo_kernels._op import Config, Kernel
 
 Row = dict[str, Any]
 Ways = dict[str, Callable[[int], Any]]  # name -> a call on an input set
@@ -119,8 +120,18 @@ def add_way_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", nargs="+", choices=MIXINS)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    add_compile_arguments(parser)
     parser.add_argument("--tune", action="store_true", help="time every shipped configuration")
+
+
+def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--few-compiled", action="store_true", help="only in a case of each kind")
+
+
+def compiles(options: argparse.Namespace, one_of_few: bool) -> bool:
+    """Whether a case is timed under torch.compile, too."""
+    return not options.no_compile and (one_of_few or not options.few_compiled)
 
 
 def _call_in_turn(way: Callable[[int], Any], turns: Iterator[int], sets: int) -> Any:
@@ -169,17 +180,53 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 
 def each_configuration(kernels: dict[str, Kernel], way: Callable[[int], Any]) -> Ways:
-    """A way for every configuration that kernels ship, the others at their first."""
+    """A way for every configuration that kernels ship, the others at their first.
 
-    def call(i: int, kernel: Kernel, config: dict[str, int]) -> Any:
+    One in which its kernel is not launched raises RuntimeError at its first call.
+    """
+
+    def call(i: int, kernel: Kernel, config: Config, seen: list[bool]) -> Any:
         with kernel.using(config):
-            return way(i)
+            if seen:
+                return way(i)
+            found, launched = watch(kernel, functools.partial(way, i))
+            if not launched:
+                raise RuntimeError(f"{kernel.function.fn.__name__} was not launched")
+            seen.append(True)
+            return found
 
     return {
-        f"{name} {config}": functools.partial(call, kernel=kernel, config=config)
+        f"{name} {config}": functools.partial(call, kernel=kernel, config=config, seen=[])
         for name, kernel in kernels.items()
         for config in kernel.configs
     }
+
+
+def watch(kernel: Kernel, call: Callable[[], Any]) -> tuple[Any, bool]:
+    """What a call returns, and whether it launched a kernel."""
+    launches = []
+
+    def launch(*args: Any, launch: Callable[..., None] = kernel.launch) -> None:
+        launches.append(args)
+        launch(*args)
+
+    with mock.patch.object(kernel, "launch", launch):
+        return call(), bool(launches)
+
+
+def tell_configurations(rows: Iterable[Row], kernels: dict[str, Kernel]) -> Iterator[Row]:
+    """Rows of `each_configuration` with kernel, configuration, and whether it is the first."""
+    for row in rows:
+        name, _, config = row["way"].partition(" {")
+        known = {str(c).removeprefix("{"): c for c in kernels[name].configs}
+        first = known[config] is kernels[name].configs[0]
+        yield row | {"kernel": name, "config": in_words(known[config]), "first": first}
+
+
+def in_words(config: Config) -> str:
+    return " ".join(
+        f"{k.removeprefix('BLOCK_').removeprefix('num_')} {v}" for k, v in config.items()
+    )
 
 
 def each_case(

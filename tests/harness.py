@@ -17,6 +17,9 @@ SLACK_GRADIENT = 3.0
 
 Inputs = dict[str, object]
 
+# Told of every comparison: op, dtype, output, and the share of its budget that the error takes.
+observers: list[Callable[[str, torch.dtype, str, float], None]] = []
+
 
 def recorded(golden: Path, file: str, prefix: str = "") -> dict[str, Tensor]:
     """Tensors of a golden file whose names start with `prefix`, which is cut off."""
@@ -78,20 +81,37 @@ def assert_matches(op: Callable, reference: Callable, inputs: Inputs) -> None:
             continue
         assert torch.isfinite(actual).all(), f"{name}: not finite (an element not written?)"
         slack = SLACK_GRADIENT if name.startswith("gradient") else SLACK
-        assert_errs_no_more(actual, rounded[name], truth, name, slack)
+        assert_errs_no_more(actual, rounded[name], truth, name, slack, _name_of(op))
 
 
 def assert_errs_no_more(
-    actual: Tensor, rounded: Tensor, truth: Tensor, name: str = "", slack: float = SLACK
+    actual: Tensor,
+    rounded: Tensor,
+    truth: Tensor,
+    name: str = "",
+    slack: float = SLACK,
+    op: str = "",
 ) -> None:
     """Largest and mean error at most `slack` times those of `rounded`, and one rounding."""
     floor = torch.finfo(actual.dtype).eps * truth.abs().max().item()
+    shares, faults = [], []
     for kind, measure in (("largest", Tensor.amax), ("mean", Tensor.mean)):
         error = measure((actual.double() - truth).abs()).item()
         yardstick = measure((rounded.double() - truth).abs()).item()
-        assert error <= slack * yardstick + floor, (
-            f"{name}: {kind} error {error:.2e}, PyTorch {yardstick:.2e}, floor {floor:.2e}"
-        )
+        budget = slack * yardstick + floor
+        shares.append(error / budget if budget else math.inf if error else 0.0)
+        if not error <= budget:
+            faults.append(
+                f"{name}: {kind} error {error:.2e}, PyTorch {yardstick:.2e}, floor {floor:.2e}"
+            )
+    for observe in observers:
+        observe(op, actual.dtype, name, max(shares))
+    assert not faults, "; ".join(faults)
+
+
+def _name_of(op: Callable) -> str:
+    """Of a function or a partial one; a test's own wrapper has a name of its own."""
+    return getattr(getattr(op, "func", op), "__name__", "")
 
 
 @contextlib.contextmanager

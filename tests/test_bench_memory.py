@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import comemo_kernels as ops
 from bench import __main__ as command
-from bench import attend, gpu, measure, memory, mixin, project, vision, ways
+from bench import attend, measure, memory, mixin, project, vision, ways
 from bench.cases import PROMPTS
-from bench.readings import READINGS, SMALL
+from bench.readings import READINGS, SMALL, Reading
 from bench.ways import Clock, Limits, Work
+from comemo_kernels._op import Kernel
 
 GEMM, COPY = 1e12, 1e10  # of the machine that the fixture makes up
 
@@ -244,12 +246,76 @@ def test_graphs_of_what_fits(monkeypatch, capsys):
     ],
     ids=["attend", "memory", "mixin"],
 )
-def test_tuning_times_every_configuration(tune, least):
+def test_tuning_times_every_configuration(tune, least, monkeypatch):
     pytest.importorskip("triton")
+    monkeypatch.setattr(ways, "watch", lambda kernel, call: (call(), True))
     rows = list(tune())
     assert len(rows) >= least
     assert {row["pass"] for row in rows} == {"tune"}
     assert len({(row["case"], row["way"]) for row in rows}) == len(rows)
+    firsts = [(row["case"], row["kernel"]) for row in rows if row["first"]]
+    assert len(firsts) == len(set(firsts)) == len({(r["case"], r["kernel"]) for r in rows})
+
+
+class Nothing(Kernel):
+    """A kernel of two configurations that says in which it was launched."""
+
+    def __init__(self):
+        self.function = types.SimpleNamespace(fn=types.SimpleNamespace(__name__="nothing"))
+        self.configs = ({"BLOCK_M": 1, "num_warps": 4}, {"BLOCK_M": 2, "num_warps": 8})
+        self.config, self.launched = self.configs[0], []
+
+    def _choose(self, config):
+        self.config = config
+
+    def launch(self, *args):
+        self.launched.append(self.config)
+
+
+def test_a_configuration_counts_only_where_its_kernel_is_launched(capsys):
+    one, other = Nothing(), Nothing()
+    calls = ways.each_configuration({"one": one, "other": other}, lambda i: one.launch(i))
+    right = ways.keep_right("c", calls, lambda *_: 0.0, 0.1, must=False)
+    assert list(right) == [f"one {config}" for config in one.configs]
+    assert (
+        capsys.readouterr().out.count("is not timed: RuntimeError: nothing was not launched") == 2
+    )
+    for call in right.values():
+        call(0)
+    # Each once to be looked at, then the other's two, and once to be timed.
+    assert one.launched == [*one.configs, one.configs[0], one.configs[0], *one.configs]
+    rows = list(ways.tell_configurations([{"way": way} for way in right], {"one": one}))
+    assert [(row["kernel"], row["config"], row["first"]) for row in rows] == [
+        ("one", "M 1 warps 4", True),
+        ("one", "M 2 warps 8", False),
+    ]
+
+
+@pytest.mark.parametrize("case", ["one", "several"])
+def test_the_specialised_kernel_is_timed_where_it_is_launched(case, monkeypatch):
+    """In one picture, and by its own name; in several never."""
+    attention = pytest.importorskip("comemo_kernels.attention")
+    from comemo_kernels import _specialized
+
+    if not _specialized.AVAILABLE:
+        pytest.skip("triton below 3.4 makes no descriptors in a kernel")
+    kernels = {"plain": Nothing(), "specialised": Nothing()}
+    right = ops.attend_images
+
+    def attend_images(*given, **named):
+        kernels["specialised" if attention.WARP_SPECIALIZE else "plain"].launch()
+        return right(*given, **named)
+
+    monkeypatch.setattr(ops, "attend_images", attend_images)
+    monkeypatch.setattr(attention, "attend_many", kernels["plain"])
+    monkeypatch.setattr(attention, "_kernel_for", lambda *_: kernels["plain"])
+    monkeypatch.setattr(_specialized, "attend_specialized", kernels["specialised"])
+    grids = ((1, 1),) if case == "one" else ((1, 1), (1, 1))
+    monkeypatch.setitem(SMALL, case, Reading(((48, grids),)))
+    rows = list(attend.tune("tiny", case, clock()))
+    assert {row["kernel"] for row in rows} == {"ours", *(["specialised"] if case == "one" else [])}
+    assert bool(kernels["specialised"].launched) == (case == "one")
+    assert not attention.WARP_SPECIALIZE
 
 
 @pytest.mark.parametrize("module", [attend, memory, mixin])
@@ -312,32 +378,6 @@ def test_flops_of_the_vision_tower(model):
     assert found == pytest.approx(counter.get_total_flops(), rel=1e-6)
 
 
-def test_stages_of_the_gpu_are_commands_that_exist():
-    assert list(gpu.STAGES)[:5] == ["suite", "attend", "memory", "mixin", "project"]
-    assert gpu.LIMITS.keys() <= gpu.STAGES.keys()
-    for stage, (_, bench, name, *words) in gpu.STAGES.items():
-        if stage != "suite":
-            assert bench == "bench"
-            parser = argparse.ArgumentParser()
-            command.BENCHMARKS[name].add_arguments(parser)
-            parser.parse_args(words)
-
-
-def test_a_stage_that_is_cut_short_keeps_what_it_measured(tmp_path, monkeypatch):
-    write = (
-        "import json, sys, pathlib, time; json.dump({'rows': [{'case': 'c', 'pass': 'p', 'way':"
-        " 'ours', 'us': 1.5}]}, (pathlib.Path(sys.argv[-1]) / 'b.json').open('w')); "
-    )
-    stages = {"fails": ["-c", write + "sys.exit(1)"], "hangs": ["-c", write + "time.sleep(60)"]}
-    monkeypatch.setattr(gpu, "STAGES", stages)
-    said, rows = gpu._run_stage("fails", 30, tmp_path)
-    assert said.startswith("failed, exit code 1")
-    assert rows == [{"bench": "b", "case": "c", "pass": "p", "way": "ours", "us": 1.5}]
-    said, rows = gpu._run_stage("hangs", 5, tmp_path)
-    assert said == "out of time after 5 s"
-    assert len(rows) == 1
-
-
 def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
     held = []
 
@@ -353,19 +393,6 @@ def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
     assert stopped.value.code == 0
     assert [len(rows) for rows in held] == [1]
     assert len(json.loads((tmp_path / "memory.json").read_text())["rows"]) == 2
-
-
-def test_digest_holds_rivals_against_the_first_way_of_ours():
-    same = {"bench": "memory", "case": "c", "pass": "build"}
-    rows = [
-        same | {"way": "published", "us": 8.0},
-        same | {"way": "ours exact", "us": 4.0, "of_limit": 0.8},
-        same | {"way": "ours folded", "us": 2.0},
-        same | {"way": "ours exact {}", "us": 1.0, "pass": "tune"},
-    ]
-    (line,) = gpu.digest(rows)
-    assert (line["us"], line["of_limit"]) == (4.0, 0.8)
-    assert (line["/ published"], line["/ ours folded"]) == (2.0, 0.5)
 
 
 def test_ways_of_ours_by_name():

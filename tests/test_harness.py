@@ -1,5 +1,7 @@
 """The harness sees what it is there for."""
 
+import functools
+
 import pytest
 import torch
 from harness import SLACK, assert_matches
@@ -47,6 +49,25 @@ def test_an_error_beyond_the_budget():
     assert_matches(off_by(0.5 * rounding), double, {"x": x})
     with pytest.raises(AssertionError, match="largest error"):
         assert_matches(off_by((SLACK + 2) * rounding), double, {"x": x})
+
+
+def test_what_is_compared_is_told_by_its_share_of_the_budget(monkeypatch):
+    told = []
+    monkeypatch.setattr("harness.observers", [lambda *comparison: told.append(comparison)])
+    x = torch.linspace(0.5, 1.0, 999, dtype=torch.float16)
+    rounding = torch.finfo(x.dtype).eps * 2  # of the largest value; PyTorch makes none here
+
+    def off(x, error=0.5 * rounding):
+        return (2 * x.double() + error).to(x.dtype)
+
+    assert_matches(off, double, {"x": x})
+    assert_matches(functools.partial(off, error=0.0), double, {"x": x})
+    with pytest.raises(AssertionError):
+        assert_matches(lambda x: off(x, 3 * rounding), double, {"x": x})
+    assert [entry[:3] for entry in told] == [
+        (op, torch.float16, "output 0") for op in ("off", "off", "<lambda>")
+    ]
+    assert [entry[3] for entry in told] == pytest.approx([0.5, 0.0, 3.5])
 
 
 def test_a_gradient_of_something_else():

@@ -1,0 +1,101 @@
+"""Every benchmark that needs a GPU, what decides most first, in under five minutes.
+
+Writes into the folder `--out`: gpu-bench.txt, the short table that is printed last, too;
+gpu-bench.log, what the stages print; gpu-bench.tar.gz: results.json (the machine, all rows),
+results.csv, a plot of each benchmark where matplotlib is installed, the logs. All are written anew
+every few seconds: who ends it at any time loses no more. A stage that fails or runs out of time
+does not stop the next; what it has measured counts.
+Needs no network, and of packages torch, triton, transformers, sentencepiece, pillow, safetensors.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import digest, measure, plot, stages
+from bench.stages import Stage
+
+TUNED = ("decode_1", "prefill_8k_3k", "prefill_8k_13k", "decode_8", "few_500_13k")
+# Of one picture, too: of several the specialised kernel is none.
+STAGES: dict[str, tuple[float, list[str]]] = {  # name -> seconds, arguments of `python -m bench`
+    "attend": (55, ["attend"]),
+    "memory": (28, ["memory", "--few-compiled"]),
+    "mixin": (28, ["mixin", "--few-compiled"]),
+    "tune attend": (24, ["attend", "--tune", "--cases", *TUNED]),
+    "tune memory": (16, ["memory", "--tune", "--sizes", "2B", "--tiles", "13"]),
+    "project": (22, ["project", "--few-compiled"]),
+    "tune project": (14, ["project", "--tune", "--sizes", "2B", "--tiles", "13", "52"]),
+    "rotary": (20, ["rotary", "--few-compiled"]),
+    "decode": (16, ["decode", "--dtype", "bfloat16"]),
+    "chat": (30, ["chat", "--dtype", "bfloat16", "--tokens", "32"]),
+    "vision": (10, ["vision"]),
+    "positions": (6, ["positions"]),
+    "tune mixin": (9, ["mixin", "--tune", "--sizes", "2B", "--cases", "decode_1"]),
+    "tune rotary": (7, ["rotary", "--tune", "--cases", "pack_16k"]),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=4.75, help="for all stages together")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code: 1 if a stage failed; one that ran out of time did not."""
+    if not torch.cuda.is_available():
+        raise SystemExit("python -m bench gpu-bench: needs a GPU, torch sees none")
+    options.out.mkdir(parents=True, exist_ok=True)
+    machine = measure.describe_machine()
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        chosen = [_stage(name, folder) for name in STAGES if name in options.stages]
+        stages.share(chosen, options.minutes)
+
+        def look() -> None:
+            _write(machine, chosen, folder, options.out)
+
+        with stages.stopped_in_order():
+            stages.run_in_turn(chosen, folder, look)
+        rows = _rows(chosen, folder)
+        plot.draw(rows, folder)
+        look()
+    print((options.out / "gpu-bench.txt").read_text(), flush=True)
+    return int(any(stage.failed for stage in chosen))
+
+
+def _stage(name: str, folder: Path) -> Stage:
+    seconds, words = STAGES[name]
+    out = folder / name.replace(" ", "-")
+    command = [sys.executable, "-m", "bench", *words, "--wait", "--out", str(out)]
+    return Stage(name, command, seconds, waits=True)
+
+
+def _rows(chosen: Sequence[Stage], folder: Path) -> list[dict[str, Any]]:
+    return [
+        {"bench": file.stem, **row}
+        for stage in chosen
+        for file in sorted((folder / stage.name.replace(" ", "-")).glob("*.json"))
+        for row in json.loads(file.read_text())["rows"]
+    ]
+
+
+def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: Path) -> None:
+    """All files, of what there is."""
+    rows = _rows(chosen, folder)
+    measure.write("results", rows, machine, folder)
+    stages.join_logs(out / "gpu-bench.log", chosen, folder)
+    table = stages.describe("gpu-bench", machine, chosen)
+    parts = [
+        ("variants, of which the first ships:", digest.choose(rows)),
+        ("ours, and what others take by its time:", digest.compare(rows)),
+        ("left out:", [name for name in STAGES if name not in {s.name for s in chosen if s.took}]),
+        *stages.tails(chosen, folder),
+    ]
+    stages.write_whole(out / "gpu-bench.txt", f"{table}\n{digest.fit(parts)}\n")
+    stages.write_archive(out / "gpu-bench.tar.gz", folder)

@@ -1,0 +1,164 @@
+"""Whether all is right on a GPU, in under five minutes: the GPU suite, then compute-sanitizer.
+
+Writes into the folder `--out`: gpu-check.txt, the short table that is printed last, too;
+gpu-check.log, what the stages print; gpu-check.tar.gz: how each test ended, every comparison of the
+harness, the logs. All are written anew every few seconds. The suite runs in twelve processes that
+share what the compiler makes; no failure stops it. Then memcheck and racecheck, side by side, each
+on one small launch of every kernel (`bench.sanitize`).
+Needs no network, and of packages torch, triton, transformers, sentencepiece, pillow, safetensors,
+pytest, hypothesis and pytest-benchmark; with pytest-xdist it takes a tenth of the time.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import comemo_kernels
+from bench import digest, measure, stages
+from bench.stages import Process, Stage
+
+SUITE = ("-m", "pytest", "-m", "kernel or gpu", "-p", "no:cacheprovider", "-p", "bench.reports")
+PARALLEL = ("-n", "12", "--dist", "worksteal")
+SECONDS = {"suite": 200.0, "memcheck": 80.0, "racecheck": 80.0}  # the last two at once
+TOOL = "compute-sanitizer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--minutes", type=float, default=4.75, help="for all stages together")
+    parser.add_argument("--stages", nargs="+", choices=SECONDS, default=list(SECONDS))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit code: 1 if a stage failed or ran out of time."""
+    if not torch.cuda.is_available():
+        raise SystemExit("python -m bench gpu-check: needs a GPU, torch sees none")
+    options.out.mkdir(parents=True, exist_ok=True)
+    machine, deadline = measure.describe_machine(), time.monotonic() + 60 * options.minutes
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        chosen = [_stage(name, folder) for name in SECONDS if name in options.stages]
+        suite = [stage for stage in chosen if stage.name == "suite"]
+        tools = [stage for stage in chosen if stage.name != "suite"]
+        stages.share([*suite, *tools[:1]], options.minutes)
+
+        def look() -> None:
+            _write(machine, chosen, folder, options.out)
+
+        with stages.stopped_in_order():
+            stages.run_in_turn(suite, folder, look)
+            left = deadline - time.monotonic() - stages.GRACE
+            if tools and shutil.which(TOOL) is None:
+                for stage in tools:
+                    stage.said = f"left out: there is no {TOOL}"
+            elif tools and left > 0:
+                stages.run_together([Process(stage, folder) for stage in tools], left, look)
+        look()
+    print((options.out / "gpu-check.txt").read_text(), flush=True)
+    return int(any(stage.failed or stage.said.startswith("out of") for stage in chosen))
+
+
+def _stage(name: str, folder: Path) -> Stage:
+    if name == "suite":
+        parallel = PARALLEL if importlib.util.find_spec("xdist") else ()
+        command = [sys.executable, *SUITE, "--reports", str(folder), *parallel]
+    else:
+        command = [TOOL, "--tool", name, "--error-exitcode", "99"]
+        command += [sys.executable, "-m", "bench.sanitize"]
+    return Stage(name, command, SECONDS[name])
+
+
+def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: Path) -> None:
+    """All files, of what there is."""
+    stages.join_logs(out / "gpu-check.log", chosen, folder)
+    tests = _lines(folder / "tests.jsonl")
+    errors = [line for file in sorted(folder.glob("errors-*.jsonl")) for line in _lines(file)]
+    left_out = [
+        f"{name}: not asked for" for name in SECONDS if name not in {s.name for s in chosen}
+    ]
+    skipped = Counter(test["said"] for test in tests if test["outcome"] == "skipped")
+    left_out += [f"{count} tests: {said}" for said, count in skipped.most_common()]
+    parts = [
+        ("failures, by what they say:", group_failures(tests)),
+        *[
+            (f"{stage.name}:", _findings(folder / stage.log))
+            for stage in chosen
+            if stage.name != "suite"
+        ],
+        ("largest errors, as shares of their budget:", group_errors(errors)),
+        ("left out:", left_out),
+        ("tests by file:", _count(tests)),
+        *stages.tails(chosen, folder),
+    ]
+    table = stages.describe("gpu-check", machine, chosen)
+    stages.write_whole(out / "gpu-check.txt", f"{table}\n{digest.fit(parts)}\n")
+    stages.write_archive(out / "gpu-check.tar.gz", folder)
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """Of a file that may still be written: whole lines alone."""
+    if not file.is_file():
+        return []
+    whole = file.read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def group_failures(tests: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each message, whatever numbers are in it: how often, and one test's name."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for test in tests:
+        if test["outcome"] == "failed":
+            message = (test["said"].strip() or "?").splitlines()[0]
+            groups.setdefault(re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", message), []).append(test)
+    lines = []
+    for held in sorted(groups.values(), key=len, reverse=True):
+        said = held[0]["said"].strip().splitlines()[:1]
+        lines.append(f"{len(held)}x {''.join(said)[:200]}  in {held[0]['test']}")
+    return lines
+
+
+def group_errors(errors: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each op and dtype: the largest share, of how many, of what, and where."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for error in errors:
+        name = error["op"] if error["op"] in comemo_kernels.__all__ else error["file"]
+        groups.setdefault((name, error["dtype"]), []).append(error)
+    lines = []
+    for (name, dtype), held in sorted(groups.items()):
+        worst = max(held, key=lambda error: (math.isnan(error["share"]), error["share"]))
+        test = worst["test"].rpartition("/")[2]
+        told = f"{worst['share']:.2f} of {len(held)}, {worst['output']}"
+        lines.append(f"{name} {dtype}: {told}, {test[:90]}")
+    return lines
+
+
+def _count(tests: Sequence[dict[str, Any]]) -> list[str]:
+    files: dict[str, Counter[str]] = {}
+    for test in tests:
+        count = files.setdefault(test["test"].split("::")[0], Counter())
+        count[test["outcome"]] += 1
+        count["seconds"] += test["seconds"]
+    return [
+        f"{file}: {', '.join(f'{round(n)} {what}' for what, n in sorted(count.items()))}"
+        for file, count in sorted(files.items())
+    ]
+
+
+def _findings(log: Path) -> list[str]:
+    """What compute-sanitizer has found: its sums, and what came first."""
+    if not log.is_file():
+        return []
+    said = [line for line in log.read_text(errors="replace").splitlines() if "=====" in line]
+    sums = [line for line in said if "SUMMARY" in line]
+    return [line.lstrip("= ")[:160] for line in [*sums, *(x for x in said[:16] if x not in sums)]]

@@ -1,0 +1,75 @@
+"""A pytest plugin that writes down what a run finds as it comes: `-p bench.reports --reports DIR`.
+
+`tests.jsonl`: a line for each test that ran or was skipped, and for each file that could not be
+read: test, outcome, seconds, and the error's message or the reason. `errors-*.jsonl`, of each
+process that runs tests: a line for each comparison of the harness: file, op, dtype, output, the
+share of its budget that the error takes, test. A run that is killed leaves what it has written.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reports", help="folder for what tests find, as JSON lines")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--reports")
+    if folder is None:
+        return
+    worker = getattr(config, "workerinput", {}).get("workerid")
+    if worker is None:  # alone, or what workers report to
+        config.pluginmanager.register(Outcomes(Path(folder) / "tests.jsonl"))
+    if worker is not None or not config.getoption("numprocesses", None):
+        config.pluginmanager.register(Errors(Path(folder) / f"errors-{worker}.jsonl"))
+
+
+class Outcomes:
+    """Writes how each test ended."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self._write(report, report.duration)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.outcome != "passed":
+            self._write(report, 0.0)
+
+    def _write(self, report: Any, seconds: float) -> None:
+        line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(seconds, 3)}
+        if report.outcome == "failed":
+            crash = getattr(report.longrepr, "reprcrash", None)
+            line["said"] = crash.message if crash else str(report.longrepr)
+        elif report.outcome == "skipped":
+            told = report.longrepr
+            line["said"] = told[2] if isinstance(told, tuple) else str(told)
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Errors:
+    """Writes what the harness compares."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def pytest_sessionstart(self) -> None:
+        from bench import harness
+
+        harness.observers.append(self.observe)
+
+    def observe(self, op: str, dtype: torch.dtype, output: str, share: float) -> None:
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0]
+        name = Path(test.split("::")[0]).stem.removeprefix("test_")
+        line = {"file": name, "op": op, "dtype": str(dtype).removeprefix("torch.")}
+        with self.file.open("a") as file:
+            file.write(json.dumps(line | {"output": output, "share": share, "test": test}) + "\n")

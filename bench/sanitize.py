@@ -1,0 +1,152 @@
+"""One small launch of every kernel, to be looked at by a tool: `python -m bench.sanitize`.
+
+compute-sanitizer makes each access many times slower: no shape is larger than what every loop and
+every mask of a kernel needs.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+import comemo_kernels as ops
+from bench.cases import Prompt
+from comemo_kernels import ImageMemory, QueryRotation
+from comemo_kernels._op import INTERPRET, has_float8
+
+HALF = torch.bfloat16
+
+
+def cases(device: str) -> dict[str, Callable[[], Any]]:
+    """Name -> a call that returns what its kernels have written."""
+    draw = functools.partial(_draw, device=device)
+    found: dict[str, Callable[[], Any]] = {
+        "rotary": lambda: rotate(draw),
+        "positions": lambda: number(device),
+        "norm_linear": lambda: ops.norm_linear(draw(2, 72), draw(72), draw(40, 72)),
+        "norm_swiglu": lambda: ops.norm_swiglu(draw(2, 72), draw(72), draw(40, 72), draw(40, 72)),
+        "gated_residual": lambda: ops.gated_residual(
+            draw(2, 40), draw(2, 72), draw(40, 72), draw(1)
+        ),
+        "attend, one query": lambda: attend_one(draw),
+        "attend, a batch": lambda: attend(draw, 9, 260),
+        "attend, a prompt": lambda: attend(draw, 66, 70),
+        "attend, float32": lambda: attend(functools.partial(draw, dtype=torch.float32), 20, 70),
+        "build": lambda: build(draw, HALF),
+        "build, float32": lambda: build(
+            functools.partial(draw, dtype=torch.float32), torch.float32
+        ),
+        "project and its gradient": lambda: project(draw),
+        "project, float32": lambda: project(functools.partial(draw, dtype=torch.float32)),
+        "fold of wide tokens and its gradient": lambda: fold_wide(draw),
+    }
+    if INTERPRET or has_float8(0):
+        found["build, float8"] = lambda: build(draw, torch.float8_e4m3fn)
+    if INTERPRET or torch.cuda.get_device_capability() == (9, 0):
+        found["attend, specialised"] = lambda: attend_specialised(draw)
+    return found
+
+
+def _draw(*shape: int, device: str, dtype: torch.dtype = HALF) -> Tensor:
+    return torch.randn(shape).to(device, dtype)
+
+
+def _table(device: torch.device, count: int, dim: int) -> tuple[Tensor, Tensor]:
+    return ops.distance_table(dim, 1e4, count, device)
+
+
+def rotate(draw: Callable[..., Tensor]) -> Any:
+    q, k = draw(1, 9, 4, 32), draw(1, 9, 2, 32)
+    cos, sin = _table(q.device, 50, 32)
+    return ops.apply_rotary(q, k, cos, sin, torch.arange(9, device=q.device)[None])
+
+
+def number(device: str) -> Any:
+    prompt = Prompt([(5, [(2, 1), (1, 1)], 3)])
+    image, mask = prompt.masks(device)
+    return ops.rope_dhr_positions(image, mask, prompt.grids, tile_order="column")
+
+
+def attend(draw: Callable[..., Tensor], N: int, M: int) -> Any:
+    """Two images, keys split over programs where queries are few."""
+    q, k, v = draw(1, N, 4, 64), draw(M, 2, 64), draw(M, 2, 64)
+    return _attend(q, k, v, [0, M // 3])
+
+
+def attend_one(draw: Callable[..., Tensor]) -> Any:
+    """In every configuration: not all put the parts together in a launch of its own."""
+    from comemo_kernels import attention
+
+    found = []
+    for config in attention.attend_one.configs:
+        with attention.attend_one.using(config):
+            found.append(attend(draw, 1, 260))
+    return found
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Any:
+    cos, sin = _table(q.device, 150, 64)
+    places = torch.tensor([starts], dtype=torch.int32, device=q.device)
+    ids = torch.arange(q.shape[1], device=q.device)[None]
+    rotation = QueryRotation(cos, sin, ids, places[0], places % 7)
+    spans = torch.tensor([[[3, len(k)]]], device=q.device)
+    return ops.attend_images(q, k, v, spans, rotation)
+
+
+def attend_specialised(draw: Callable[..., Tensor]) -> Any:
+    from comemo_kernels import attention
+
+    with mock.patch.object(attention, "WARP_SPECIALIZE", True):
+        return _attend(draw(1, 130, 2, 64), draw(70, 1, 64), draw(70, 1, 64), [0])
+
+
+def build(draw: Callable[..., Tensor], stored: torch.dtype) -> Any:
+    """Two layers of 40 tokens."""
+    media, weights = draw(40, 72), [draw(2 * 2 * 32, 72) for _ in range(2)]
+    table = _table(media.device, 99, 32)
+    memory = ImageMemory.allocate(40, range(2), 2, 32, table, stored)
+    keys, values = list(memory.keys.values()), list(memory.values.values())
+    scales = list(memory.scales.values()) or None
+    ids = torch.arange(40, dtype=torch.int32, device=media.device)
+    norms = [draw(72) for _ in range(2)]
+    ops.build_memory(media, weights, norms, *table, ids, keys, values, scales)
+    return [*keys, *values, *(t for s in scales or () for t in (s.keys, s.values))]
+
+
+def project(draw: Callable[..., Tensor]) -> Any:
+    """One tile of 4 tokens, as deep as makes its one block a sum of parts."""
+    tokens, W, d = draw(1, 17, 256), 1024, 40
+    weights = [draw(W), draw(W), draw(d, W) / 32, draw(d), draw(d, d) / 6, draw(d)]
+    leaves = [t.requires_grad_() for t in (tokens, *weights)]
+    media = ops.project_tiles(*leaves)
+    return [media.detach(), *torch.autograd.grad(media, leaves, torch.ones_like(media))]
+
+
+def fold_wide(draw: Callable[..., Tensor]) -> Any:
+    """Tokens so wide that they take kernels of more warps, without the products behind them."""
+    from comemo_kernels import _fold
+
+    tokens, W = draw(1, 17, 2056), 4 * 2056
+    normed, stats = draw(4, W), draw(4, 2).float()
+    norm = draw(W), draw(W)
+    _fold.launch_fold_norm(normed, stats, tokens, *norm, 2, False, 1e-5)
+    gradients = _fold.fold_norm_gradient_op(
+        draw(4, W), tokens, norm[0], stats, 2, False, True, True
+    )
+    return [normed, stats, *gradients]
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("python -m bench.sanitize: needs a GPU, torch sees none")
+    for name, run in cases("cuda").items():
+        print(name, flush=True)
+        run()
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Commands that share a time: each in a process group of its own, and ended with all of it."""
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.measure import ROOT
+
+GRACE = 5.0  # seconds from an interrupt to the end: pytest then tells what it has found
+STEP = 5.0  # seconds between two looks at what there is
+CACHES = Path(tempfile.gettempdir()) / "comemo-caches"  # a later command finds kernels compiled
+
+
+@dataclass
+class Stage:
+    """A command, its share of the time in seconds, and what became of it."""
+
+    name: str
+    command: list[str]
+    seconds: float
+    waits: bool = False  # for a line on its input, before it begins
+    said: str = "not run: no time left"
+    took: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return self.said.startswith("failed")
+
+    @property
+    def log(self) -> str:
+        """Name of the file that holds what it prints."""
+        return f"{self.name}.log".replace(" ", "-")
+
+
+class Process:
+    """A stage's command, and all that it starts."""
+
+    def __init__(self, stage: Stage, folder: Path) -> None:
+        """Start it; what it prints goes to a file of the folder."""
+        # Not a session of its own, where there is a choice: whoever ends ours should reach it.
+        group: Any = {"process_group": 0}
+        if sys.version_info < (3, 11):
+            group = {"start_new_session": True}
+        self.stage = stage
+        with (folder / stage.log).open("wb") as log:
+            self._process = subprocess.Popen(
+                stage.command,
+                cwd=ROOT,
+                env=environment(),
+                stdin=subprocess.PIPE if stage.waits else subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                **group,
+            )
+
+    def begin(self) -> None:
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # it has ended already
+                self._process.stdin.write(b"\n")
+                self._process.stdin.close()
+
+    def code(self) -> int | None:
+        """Of its end; None while it runs."""
+        return self._process.poll()
+
+    def end(self) -> None:
+        """End it and all that it has started."""
+        if self.code() is None:
+            self._process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE)
+        with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+def environment() -> dict[str, str]:
+    """Of a stage's command: finds this tree, compiles once for all."""
+    paths = (str(ROOT), os.environ.get("PYTHONPATH"))
+    ours = {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONUNBUFFERED": "1",
+        "TRITON_CACHE_DIR": str(CACHES / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(CACHES / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    }
+    return {name: word for name, word in os.environ.items() if name != "TRITON_INTERPRET"} | ours
+
+
+def share(stages: Sequence[Stage], minutes: float) -> None:
+    """Make the stages' seconds sum to so many minutes."""
+    whole = sum(stage.seconds for stage in stages)
+    for stage in stages:
+        stage.seconds *= 60 * minutes / whole
+
+
+def run_in_turn(stages: Sequence[Stage], folder: Path, look: Callable[[], None]) -> None:
+    """Run stages one after the other; each may take its share and what earlier ones left.
+
+    While one runs the next is started, if it waits: it loads its packages meanwhile.
+
+    Args:
+        folder: for what they print.
+        look: called every few seconds and behind each stage, to write what there is.
+    """
+    began, due = time.monotonic(), 0.0
+    ahead: Process | None = None
+    try:
+        for stage, following in itertools.zip_longest(stages, stages[1:]):
+            due += stage.seconds
+            left = due - (time.monotonic() - began)
+            if left < 2 * GRACE:
+                continue
+            process = ahead if ahead and ahead.stage is stage else Process(stage, folder)
+            ahead = Process(following, folder) if following and following.waits else None
+            run_together([process], left - GRACE, look)
+    finally:
+        if ahead is not None:
+            ahead.end()
+
+
+def run_together(processes: Sequence[Process], limit: float, look: Callable[[], None]) -> None:
+    """Let processes run side by side, for so many seconds at most, and end them."""
+    began = looked = time.monotonic()
+    running = list(processes)
+    try:
+        for process in running:
+            process.begin()
+        while running and time.monotonic() - began < limit:
+            time.sleep(0.05)
+            for process in [p for p in running if p.code() is not None]:
+                running.remove(process)
+                code, process.stage.took = process.code(), time.monotonic() - began
+                process.stage.said = "passed" if code == 0 else f"failed, exit code {code}"
+            if time.monotonic() - looked > STEP:
+                looked = time.monotonic()
+                look()
+        for process in running:
+            process.stage.said = f"out of time after {limit:.0f} s"
+            process.stage.took = limit
+    finally:
+        for process in processes:
+            process.end()
+        look()
+
+
+@contextlib.contextmanager
+def stopped_in_order() -> Iterator[None]:
+    """Within the block whoever is told to end ends what it has started, too."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def describe(command: str, machine: dict[str, Any], stages: Sequence[Stage]) -> str:
+    """The machine in a line, and a line for each stage: how it ended, and what it took."""
+    known = "  ".join(
+        f"{key} {machine[key]}" for key in ("gpu", "torch", "triton", "commit", "date")
+    )
+    width = max(len(stage.name) for stage in stages)
+    lines = [f"{stage.name:{width}}  {stage.took:5.1f} s  {stage.said}" for stage in stages]
+    return "\n".join([f"{command}  {known}", *lines])
+
+
+def tails(stages: Sequence[Stage], folder: Path, count: int = 12) -> list[tuple[str, list[str]]]:
+    """The last lines that stages which failed have printed, under a title each."""
+    found = []
+    for stage in stages:
+        if stage.failed and (folder / stage.log).is_file():
+            lines = (folder / stage.log).read_text(errors="replace").splitlines()[-count:]
+            found.append((f"the end of what {stage.name} said:", [line[:160] for line in lines]))
+    return found
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Nobody finds half of it."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    part.replace(file)
+
+
+def write_archive(file: Path, folder: Path) -> None:
+    """All files of a folder as one, whole at any time."""
+    part = file.with_name(f"{file.name}.part")
+    with tarfile.open(part, "w:gz") as archive:
+        for held in sorted(folder.rglob("*")):
+            if held.is_file() and held.suffix != ".part":
+                archive.add(held, held.relative_to(folder))
+    part.replace(file)
+
+
+def join_logs(file: Path, stages: Sequence[Stage], folder: Path) -> None:
+    """What all stages have printed, one after the other."""
+    texts = []
+    for stage in stages:
+        if (folder / stage.log).is_file():
+            text = (folder / stage.log).read_text(errors="replace")
+            texts.append(f"--- {stage.name}: {' '.join(stage.command)}\n{text}")
+    write_whole(file, "\n".join(texts))

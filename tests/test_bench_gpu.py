@@ -1,0 +1,351 @@
+"""The two commands of a GPU: stages that fail, hang or are killed; what is written and told."""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import digest, gpu_bench, gpu_check, measure, stages
+from bench.stages import Stage
+
+ROW = {"case": "c", "pass": "forward", "way": "ours", "us": 1.5}
+MEASURE = (
+    "import json, sys, pathlib, time; out = pathlib.Path(sys.argv[-1]); out.mkdir();"
+    f"(out / 'b.json').write_text(json.dumps({{'rows': [{ROW}]}})); "
+)
+
+
+@pytest.fixture(autouse=True)
+def made_up_machine(monkeypatch):
+    machine = dict.fromkeys(("gpu", "torch", "triton", "commit", "date"), "none")
+    monkeypatch.setattr(measure, "describe_machine", lambda: machine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(stages, "GRACE", 0.2)
+    monkeypatch.setattr(stages, "STEP", 0.2)
+
+
+@pytest.fixture
+def bench(monkeypatch, tmp_path):
+    """`gpu-bench` of other stages: name -> seconds, code."""
+
+    def run(found, minutes, names=None):
+        monkeypatch.setattr(gpu_bench, "STAGES", {n: (s, [c]) for n, (s, c) in found.items()})
+        monkeypatch.setattr(gpu_bench, "_stage", stage)
+        options = argparse.Namespace(out=tmp_path, minutes=minutes, stages=names or list(found))
+        return gpu_bench.run(options), (tmp_path / "gpu-bench.txt").read_text()
+
+    def stage(name, folder):
+        seconds, (code,) = gpu_bench.STAGES[name]
+        words = [sys.executable, "-c", f"input(); {code}", str(folder / name)]
+        return Stage(name, words, seconds, waits=True)
+
+    return run
+
+
+def archived(folder):
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        return {member.name: archive.extractfile(member).read() for member in archive}
+
+
+def is_running(pid):
+    """Of a process that is no child: a zombie has ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+def wait_for(condition, seconds=30):
+    began = time.monotonic()
+    while not condition() and time.monotonic() - began < seconds:
+        time.sleep(0.02)
+    assert condition()
+
+
+# --- stages ---
+
+
+def test_stages_of_the_benchmarks_are_commands_that_exist(tmp_path):
+    assert list(gpu_bench.STAGES)[:5] == ["attend", "memory", "mixin", "tune attend", "tune memory"]
+    assert sum(seconds for seconds, _ in gpu_bench.STAGES.values()) == 60 * 4.75
+    for name in gpu_bench.STAGES:
+        words = gpu_bench._stage(name, tmp_path).command
+        assert words[1:3] == ["-m", "bench"]
+        parser = argparse.ArgumentParser()
+        command.BENCHMARKS[words[3]].add_arguments(parser)
+        parser.add_argument("--wait", action="store_true")
+        parser.add_argument("--out")
+        parser.parse_args(words[4:])
+
+
+def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(bench, tmp_path, capsys):
+    found = {
+        "fails": (1, MEASURE + "print('F'); sys.exit(1)"),
+        "hangs": (1, MEASURE + "time.sleep(60)"),
+        "measures": (2, MEASURE),
+    }
+    code, table = bench(found, 4 / 60)
+    assert code == 1
+    lines = table.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == list(found)
+    assert "failed, exit code 1" in lines[1]
+    assert "out of time" in lines[2]
+    assert "passed" in lines[3]
+    assert "b c forward: 1.5 us, ours x1, ours x1" in table  # of three stages
+    assert table in capsys.readouterr().out
+    held = archived(tmp_path)
+    assert len(json.loads(held["results.json"])["rows"]) == 3
+    assert {"results.csv", "fails.log", "fails/b.json"} <= held.keys()
+    assert "F\n" in (tmp_path / "gpu-bench.log").read_text()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_one_stage_of_many_has_all_the_time_and_the_others_are_told(bench):
+    found = {"a": (1, MEASURE), "b": (99, MEASURE)}
+    code, table = bench(found, 0.5, ["a"])
+    assert code == 0
+    assert "left out:\n  b" in table
+
+
+def test_no_time_is_told(bench):
+    code, table = bench({"a": (1, MEASURE)}, 0.0)
+    assert code == 0
+    assert "not run: no time left" in table
+    assert "left out:\n  a" in table
+
+
+def test_shares_sum_to_the_minutes():
+    found = [Stage("a", [], 1.0), Stage("b", [], 3.0)]
+    stages.share(found, 2)
+    assert [stage.seconds for stage in found] == [30.0, 90.0]
+
+
+def test_who_waits_loads_its_packages_while_another_runs(tmp_path):
+    told = tmp_path / "told"
+    code = f"import time; f = open({str(told)!r}, 'a'); f.write('loaded '); f.flush(); input();"
+    code += "f.write('begun '); f.flush(); time.sleep(0.6); f.write('ended ')"
+    found = [Stage(n, [sys.executable, "-c", code], 9.0, waits=True) for n in ("a", "b")]
+    stages.run_in_turn(found, tmp_path, lambda: None)
+    assert told.read_text().split() == ["loaded", "begun", "loaded", "ended", "begun", "ended"]
+    assert all(stage.said == "passed" for stage in found)
+
+
+def test_workers_end_with_their_stage(tmp_path):
+    """Pytest's in parallel, and whatever else a stage has started."""
+    (tmp_path / "test_a.py").write_text(
+        "import os, pathlib, time, pytest\n"
+        "@pytest.mark.parametrize('i', range(2))\n"
+        "def test_a(i):\n"
+        f"    pathlib.Path({str(tmp_path)!r}, f'{{os.getpid()}}.pid').touch()\n"
+        "    time.sleep(60)\n"
+    )
+    words = [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", "-c", "/dev/null"]
+    stage = Stage("suite", [*words, str(tmp_path)], 9.0)
+    process = stages.Process(stage, tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    stages.run_together([process], 0.1, lambda: None)
+    assert stage.said == "out of time after 0 s"
+    workers = [int(file.stem) for file in tmp_path.glob("*.pid")]
+    wait_for(lambda: not any(map(is_running, workers)), 5)
+
+
+KILLED = """
+import sys, pathlib
+sys.path.insert(0, {root!r})
+import torch
+from bench import gpu_bench, measure, stages
+torch.cuda.is_available = lambda: True
+measure.describe_machine = lambda: dict.fromkeys(("gpu", "torch", "triton", "commit", "date"), "")
+stages.GRACE = stages.STEP = 0.2
+code = {measures!r} + "open({pid!r}, 'w').write(str(__import__('os').getpid())); time.sleep(60)"
+gpu_bench.STAGES = {{"a": (60, [])}}
+gpu_bench._stage = lambda name, folder: stages.Stage(
+    name, [sys.executable, "-c", code, str(folder / name)], 60)
+options = type("Options", (), dict(out=pathlib.Path({out!r}), minutes=1, stages=["a"]))
+sys.exit(gpu_bench.run(options))
+"""
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=["told to end", "killed"])
+def test_what_was_measured_outlives_a_kill(end, tmp_path):
+    out, pid = tmp_path / "out", tmp_path / "pid"
+    code = KILLED.format(root=str(measure.ROOT), measures=MEASURE, pid=str(pid), out=str(out))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+
+    def written():
+        table = out / "gpu-bench.txt"
+        return table.is_file() and "1.5 us" in table.read_text()
+
+    wait_for(written, 60)
+    process.send_signal(end)
+    process.wait(30)
+    child = int(pid.read_text())
+    try:
+        assert written()
+        assert len(list(out.iterdir())) <= 8
+        assert json.loads(archived(out)["results.json"])["rows"] == [{"bench": "b"} | ROW]
+        assert is_running(child) == (end == signal.SIGKILL)
+    finally:
+        if is_running(child):
+            os.kill(child, signal.SIGKILL)
+
+
+# --- the check ---
+
+
+TESTS = """
+import harness, pytest, torch
+
+@pytest.mark.parametrize("i", range(3))
+def test_fails(i):
+    raise RuntimeError(f"Triton Error [CUDA]: {i} misaligned address\\nand more")
+
+def test_errs():
+    x = torch.linspace(0.5, 1.0, 99).half()
+    off = lambda x: (2 * x.double() + 5e-3).half()
+    harness.assert_matches(off, lambda x: 2 * x, {"x": x})
+
+def test_right():
+    harness.assert_matches(torch.sin, torch.sin, {"x": torch.randn(9)})
+
+@pytest.mark.skip(reason="no goldens")
+def test_skipped():
+    pass
+"""
+
+
+@pytest.fixture
+def check(monkeypatch, tmp_path):
+    """`gpu-check` of another suite and another tool."""
+
+    def run(tests=TESTS, tool=None, names=("suite", "memcheck", "racecheck")):
+        place = tmp_path / "tests"
+        place.mkdir()
+        (place / "test_some.py").write_text(tests)
+        words = (*gpu_check.SUITE[:2], *gpu_check.SUITE[4:], "-c", "/dev/null", str(place))
+        monkeypatch.setattr(gpu_check, "SUITE", words)
+        monkeypatch.setattr(gpu_check, "PARALLEL", ())
+        monkeypatch.setenv("PYTHONPATH", str(measure.ROOT / "tests"))
+        (tmp_path / "bin").mkdir()
+        if tool is not None:
+            file = tmp_path / "bin" / gpu_check.TOOL
+            file.write_text(f"#!/bin/sh\n{tool}\n")
+            file.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+        options = argparse.Namespace(out=tmp_path / "out", minutes=1.0, stages=names)
+        return gpu_check.run(options), (tmp_path / "out" / "gpu-check.txt").read_text()
+
+    return run
+
+
+def test_the_check_tells_failures_errors_and_what_is_left_out(check, tmp_path, capsys):
+    code, table = check()
+    assert code == 1
+    first = "3x RuntimeError: Triton Error [CUDA]: 0 misaligned address  in "
+    assert first in table
+    assert "1x AssertionError: output 0: largest error" in table
+    assert table.index(first) < table.index("1x AssertionError")
+    (line,) = [x for x in table.splitlines() if x.startswith("  some float16: ")]
+    assert float(line.split()[2]) > 1
+    assert line.endswith(" of 1, output 0, test_some.py::test_errs")
+    assert re.search(r"some float32: 0\.\d\d of 1, output 0, test_some.py::test_right", table)
+    assert "1 tests: Skipped: no goldens" in table
+    assert "memcheck     0.0 s  left out: there is no compute-sanitizer" in table
+    assert "4 failed, 1 passed" in table
+    assert table in capsys.readouterr().out
+    held = archived(tmp_path / "out")
+    assert len(held["tests.jsonl"].splitlines()) == 6
+    assert {"suite.log", "errors-None.jsonl"} <= held.keys()
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_what_the_tool_finds_is_told(check):
+    tool = 'echo "========= $2 Invalid read"; echo "========= ERROR SUMMARY: 3 errors"; exit 99'
+    code, table = check(tool=tool, names=("memcheck", "racecheck"))
+    assert code == 1
+    for name in ("memcheck", "racecheck"):
+        assert f"{name}:\n  ERROR SUMMARY: 3 errors\n  {name} Invalid read" in table
+    assert table.count("failed, exit code 99") == 2
+
+
+def test_a_check_that_finds_nothing(check):
+    code, table = check("def test_a(): pass", 'echo "========= ERROR SUMMARY: 0 errors"')
+    assert code == 0
+    assert table.count("  passed") == 3
+    assert "failures" not in table
+
+
+def test_a_suite_that_cannot_be_read_is_told(check):
+    code, table = check("import nothing_of_that_name", names=("suite",))
+    assert code == 1
+    assert "nothing_of_that_name" in table
+    assert "memcheck: not asked for" in table
+
+
+def test_commands_need_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in command.COMMANDS:
+        monkeypatch.setattr(sys, "argv", ["bench", name, "--out", str(tmp_path)])
+        with pytest.raises(SystemExit, match=f"bench {name}: needs a GPU, torch sees none"):
+            command.main()
+    assert not list(tmp_path.iterdir())
+
+
+# --- tables ---
+
+
+def test_ours_is_compared_within_a_case():
+    same = {"bench": "memory", "case": "c", "pass": "build"}
+    rows = [
+        same | {"way": "published", "us": 8.0},
+        same | {"way": "ours exact", "us": 4.0, "of_limit": 0.8},
+        same | {"way": "ours folded", "us": 2.0},
+        same | {"way": "library", "us": 5.0},
+        same | {"way": "compile", "us": 7.0},
+        same | {"way": "ours exact {}", "us": 1.0, "pass": "tune"},
+        same | {"way": "ours exact", "host_us": 9.0, "pass": "host"},
+        same | {"way": "ours, 4 at once", "us": 3.0, "case": "d"},
+        same | {"way": "ours", "token_s": 0.002, "first_s": 0.1, "case": "e"},
+        same | {"way": "published", "token_s": 0.01, "first_s": 0.5, "case": "e"},
+    ]
+    assert digest.compare(rows) == [
+        "memory c build: 4 us, 80% limit, ours folded x0.5, library x1.25, published x2",
+        "memory c host: 9 us of the host",
+        "memory d build: 3 us",
+        "memory e build: 2 ms a token, first 100 ms, published x5",
+    ]
+
+
+def test_the_fastest_variant_stands_beside_the_first():
+    def row(kernel, config, us, first=False):
+        same = {"bench": "attend", "case": "c", "pass": "tune", "way": f"{kernel} {config}"}
+        return same | {"kernel": kernel, "config": config, "us": us, "first": first}
+
+    rows = [row("a", "M 1", 3.0, True), row("a", "M 2", 2.0), row("b", "M 1", 1.0, True)]
+    rows += [row("d", "M 2", 1.0), row("b", "M 2", 1.5)]
+    assert digest.choose(rows) == [
+        "attend c, a: first 3 us M 1, 50.0% behind 2 us M 2",
+        "attend c, b: the first is the fastest of 2, 1 us",
+        "attend c, d: the first was not timed, fastest 1 us M 2",
+    ]
+
+
+def test_what_does_not_fit_is_counted():
+    parts = [("few:", ["a", "b"]), ("none:", []), ("many:", [str(i) for i in range(999)])]
+    text = digest.fit(parts, 200)
+    assert len(text) <= 200
+    assert text.startswith("few:\n  a\n  b\nmany:\n  0\n")
+    cut = 999 - sum(line.strip().isdigit() for line in text.splitlines())
+    assert text.endswith(f"  ... and {cut} more, in the archive")
+    assert digest.fit(parts[:2], 200) == "few:\n  a\n  b"
