@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+HIP = torch.version.hip is not None  # there Triton looks at the sizes of tensors, too
 
 Config = dict[str, int]  # block sizes, num_warps, num_stages: what a launch passes to its kernel
 
@@ -108,38 +110,74 @@ class Kernel:
     The first of `configs` runs; nothing is ever measured here. `python -m bench ... --tune`
     measures them all, and its result is a new order in a commit.
 
-    Triton's own launch looks at every argument to find the compiled kernel. A launcher that
-    knows what it depends on says it in `key`, and from the second launch on the compiled kernel
-    is called directly.
+    Triton's own launch looks at every argument to find the compiled kernel. Here only what can
+    decide it is looked at (`key`), and from the second launch on the compiled kernel is called
+    directly. That needs parameters in this order: tensors, called `*_ptr`; numbers, all in
+    `do_not_specialize`; compile-time values, those that `configs` give last.
+
+    Raises:
+        ValueError: parameters in another order, or a number that specialises.
     """
 
     def __init__(self, function: Any, configs: Sequence[Config]) -> None:
         self.function, self.configs = function, tuple(configs)
         self._compiled: dict[Any, Any] = {}
+        self._read_parameters()
         self._choose(self.configs[0])
+
+    def _read_parameters(self) -> None:
+        parameters = inspect.signature(self.function.fn).parameters
+        names = list(parameters)
+        kinds = [
+            2 if "constexpr" in str(p.annotation) else 0 if name.endswith("_ptr") else 1
+            for name, p in parameters.items()
+        ]
+        free = getattr(self.function, "do_not_specialize", None) or ()  # the interpreter has none
+        numbers = [name for name, kind in zip(names, kinds, strict=True) if kind == 1]
+        specialised = [name for name in numbers if name not in free and not INTERPRET]
+        check(
+            kinds == sorted(kinds) and not specialised,
+            f"Kernel: {self.function.fn.__name__} must take tensors, then numbers that are all in"
+            f" do_not_specialize, then compile-time values, got {names}, of which {specialised}"
+            " specialise",
+        )
+        self._numbers, self._constants = kinds.count(0), len(names) - kinds.count(2)
+        self._watched = [i for i in range(self._numbers) if names[i] not in free]
 
     def _choose(self, config: Config) -> None:
         self.config = config
         self._blocks = [value for name, value in config.items() if name.isupper()]
 
-    def launch(self, programs: int, key: Hashable, *args: Any) -> None:
+    def key(self, *args: Any) -> Hashable | None:
+        """What decides which compiled kernel `args` need; None where Triton has to look itself.
+
+        Triton compiles for addresses that are multiples of 16 and for numbers of 32 bits. Where all
+        are, what is left is the device, the dtypes and the compile-time values.
+        """
+        addresses = 0
+        for i in self._watched:
+            addresses |= args[i].data_ptr()
+        if addresses % 16 or max(args[self._numbers : self._constants], default=0) >= 2**31 or HIP:
+            return None
+        dtypes = [t.dtype for t in args[: self._numbers]]
+        return args[0].get_device(), *dtypes, *args[self._constants :]
+
+    def launch(self, programs: int, *args: Any) -> None:
         """Run `programs` programs on the current stream of the current device.
 
         Args:
             programs: size of the grid.
-            key: everything that the compiled code depends on, the device's index included: dtypes,
-                compile-time values, and which arguments Triton takes for multiples of 16. None:
-                let Triton look.
             args: the kernel's arguments in its order, up to the block sizes of the configuration.
         """
         if programs == 0:
             return
         config = self.config
+        key = None if INTERPRET else self.key(*args)
         compiled = None if key is None else self._compiled.get((key, id(config)))
         if compiled is None:
             # Triton 3.10 turns fusion of products and sums off by default.
             compiled = self.function[programs, 1, 1](*args, **config, enable_fp_fusion=True)
-            if key is not None and compiled is not None:  # the interpreter compiles nothing
+            if key is not None:
                 self._compiled[key, id(config)] = compiled
         else:
             compiled[programs, 1, 1](*args, *self._blocks)
@@ -153,19 +191,6 @@ class Kernel:
             yield
         finally:
             self._choose(previous)
-
-
-def key_of(tensors: tuple[Tensor, ...], *constants: Any) -> Any:
-    """A launch's key, of its tensors and compile-time values; None where it has none.
-
-    Triton compiles for addresses that are multiples of 16: where all are, it need not look.
-    """
-    addresses = 0
-    for t in tensors:
-        addresses |= t.data_ptr()
-    if addresses % 16:
-        return None
-    return tensors[0].get_device(), *(t.dtype for t in tensors), constants
 
 
 def documented(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:

@@ -20,7 +20,6 @@ Source: CoMemo (arXiv:2506.06279); the norm is that of Llama.
 Letters: R rows, K elements that are summed over, O outputs of a row.
 """
 
-import functools
 import math
 
 import torch
@@ -68,7 +67,7 @@ def _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN: tl.constexpr, BLOCK_K: tl.c
 @triton.jit(
     do_not_specialize=[
         *("gate_ptr", "x_stride_r", "weight_stride_o", "up_stride_o", "residual_stride_r"),
-        *("num_rows", "num_outputs", "num_inner"),
+        *("num_rows", "num_outputs", "num_inner", "eps"),
     ]
 )
 def _rows_kernel(
@@ -198,12 +197,8 @@ def _launch(
             ROWS,
         ),
     )
-    # Triton compiles for addresses that are multiples of 16: where all are, it need not look.
-    key = None
-    if functools.reduce(int.__or__, (t.data_ptr() for t in tensors)) % 16 == 0:
-        key = (x.get_device(), x.dtype, constants)
     kernel.launch(
-        *(-(-outputs // config["BLOCK_O"]) if R else 0, key, *tensors, x if gate is None else gate),
+        *(-(-outputs // config["BLOCK_O"]) if R else 0, *tensors, x if gate is None else gate),
         *(*strides, R, outputs, K, eps or 0.0, *constants),
     )
     return out

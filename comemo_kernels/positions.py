@@ -116,7 +116,7 @@ def _launch(
     B, N = image_mask.shape
     images = len(grids)
     rope_dhr_kernel.launch(
-        *(B, None, ids, torn, image_mask, attention_mask, grids, N, images, images.bit_length()),
+        *(B, ids, torn, image_mask, attention_mask, grids, N, images, images.bit_length()),
         *(end, side, column, thumbnail),
     )
     return ids, torn

@@ -269,14 +269,8 @@ def _launch_into(
         (q_out.stride(), k_out.stride(), q.stride(), k.stride()),
         *(cos.shape, cos.stride(), ids.shape, ids.stride(), kind, q_out is q, (side, *flags)),
     )
-    addresses = q_out.data_ptr() | k_out.data_ptr() | q.data_ptr() | k.data_ptr()
-    addresses |= cos.data_ptr() | sin.data_ptr() | ids.data_ptr()
-    # Triton compiles for addresses that are multiples of 16: where all are, it need not look.
-    key = None
-    if addresses % 16 == 0:
-        key = (q.get_device(), q.dtype, cos.dtype, ids.dtype, plan.constants)
     rotary_kernel.launch(
-        *(plan.programs, key, q_out, k_out, q, k, cos, sin, ids, *plan.runtime, *plan.constants)
+        *(plan.programs, q_out, k_out, q, k, cos, sin, ids, *plan.runtime, *plan.constants)
     )
 
 

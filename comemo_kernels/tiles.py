@@ -25,7 +25,7 @@ from torch import Tensor
 
 from comemo_kernels import reference
 from comemo_kernels._fold import WIDEST, fold_norm_gradient_op, launch_fold_norm, padded
-from comemo_kernels._op import Kernel, documented, key_of, on_triton, register
+from comemo_kernels._op import Kernel, documented, on_triton, register
 from comemo_kernels._product import multiply
 
 # --- kernel ---
@@ -114,10 +114,9 @@ def _fake(
 
 def _launch_gelu_gradient(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     dx, y = _fake_gelu_gradient(dy, x)
-    tensors, count = (dx, y, dy, x), x.numel()
+    count = x.numel()
     programs = -(-count // gelu_gradient.config["BLOCK"])
-    aligned = count % 8 == 0
-    gelu_gradient.launch(programs, key_of(tensors, aligned), *tensors, count, aligned)
+    gelu_gradient.launch(programs, dx, y, dy, x, count, count % 8 == 0)
     return dx, y
 
 

@@ -7,9 +7,13 @@ import torch
 
 from comemo_kernels import _op
 
+tl = pytest.importorskip("triton.language")
+
 
 class Recorder:
     """Stands for a jitted function and for what it compiles: records launches."""
+
+    do_not_specialize = ("gate_ptr", "num_rows", "eps")
 
     def __init__(self, compiled=None):
         self.calls, self.compiled = [], compiled
@@ -21,6 +25,16 @@ class Recorder:
 
         return call
 
+    @staticmethod
+    def fn(x_ptr, gate_ptr, num_rows: tl.int64, eps, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+        """The parameters."""
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """Launches as without the interpreter, which compiles nothing."""
+    monkeypatch.setattr(_op, "INTERPRET", False)
+
 
 def make_kernel():
     compiled = Recorder()
@@ -29,47 +43,93 @@ def make_kernel():
     return _op.Kernel(function, configs), function, compiled
 
 
-def test_a_known_key_calls_the_compiled_kernel():
+def aligned(dtype=torch.float32):
+    """64 elements at an address that is a multiple of 16."""
+    x = torch.empty(72, dtype=dtype)
+    return x[-x.data_ptr() % 16 // x.element_size() :][:64]
+
+
+X = aligned()
+
+
+def test_a_known_key_calls_the_compiled_kernel(compiles):
     kernel, function, compiled = make_kernel()
     for n in (1, 2, 3):
-        kernel.launch(5, "key", "x", n)
+        kernel.launch(5, X, X, n, 0.5, True)
     assert function.calls == [
-        ((5, 1, 1), ("x", 1), {"BLOCK": 8, "num_warps": 4, "enable_fp_fusion": True})
+        ((5, 1, 1), (X, X, 1, 0.5, True), {"BLOCK": 8, "num_warps": 4, "enable_fp_fusion": True})
     ]
-    assert compiled.calls == [((5, 1, 1), ("x", n, 8), {}) for n in (2, 3)]
-    kernel.launch(5, "other key", "x", 4)
-    assert len(function.calls) == 2
+    assert compiled.calls == [((5, 1, 1), (X, X, n, 0.5, True, 8), {}) for n in (2, 3)]
 
 
-def test_without_a_key_triton_looks_every_time():
+def test_a_key_tells_apart_what_compiles_anew(compiles):
+    kernel, function, _ = make_kernel()
+    kernel.launch(5, X, X, 1, 0.5, True)
+    for args in (
+        (X, X, 1, 0.5, False),
+        (aligned(torch.bfloat16), X, 1, 0.5, True),
+        (X, aligned(torch.float16), 1, 0.5, True),
+    ):
+        before = len(function.calls)
+        for _ in range(2):
+            kernel.launch(5, *args)
+        assert len(function.calls) == before + 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [(X[1:], X, 1, 0.5, True), (X, X, 2**31, 0.5, True)],
+    ids=["an odd address", "a number of more than 32 bits"],
+)
+def test_without_a_key_triton_looks_every_time(compiles, args):
     kernel, function, compiled = make_kernel()
     for _ in range(3):
-        kernel.launch(5, None, "x")
+        kernel.launch(5, *args)
     assert len(function.calls) == 3
     assert not compiled.calls
 
 
+def test_an_address_that_does_not_specialise_may_be_odd():
+    kernel, _, _ = make_kernel()
+    assert kernel.key(X, X[1:], 1, 0.5, True) == kernel.key(X, X, 1, 0.5, True) is not None
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda num_rows, x_ptr: None, "must take tensors, then numbers"),
+        (lambda x_ptr, num_columns: None, r"of which \['num_columns'\] specialise"),
+    ],
+)
+def test_a_kernel_that_no_key_would_fit_is_refused(compiles, fn, message):
+    function = Recorder()
+    function.fn = fn
+    with pytest.raises(ValueError, match=message):
+        _op.Kernel(function, [{"num_warps": 4}])
+
+
 def test_an_empty_grid_is_not_launched():
     kernel, function, _ = make_kernel()
-    kernel.launch(0, "key", "x")
+    kernel.launch(0, X, X, 1, 0.5, True)
     assert not function.calls
 
 
-def test_another_configuration_is_for_a_block_of_code():
+def test_another_configuration_is_for_a_block_of_code(compiles):
     kernel, function, compiled = make_kernel()
-    kernel.launch(1, "key")
+    args = (1, X, X, 1, 0.5, True)
+    kernel.launch(*args)
 
     def fail_within():
         with kernel.using(kernel.configs[1]):
-            kernel.launch(1, "key")
-            kernel.launch(1, "key")
+            kernel.launch(*args)
+            kernel.launch(*args)
             raise RuntimeError("within")
 
     with pytest.raises(RuntimeError, match="within"):
         fail_within()
-    kernel.launch(1, "key")
+    kernel.launch(*args)
     assert [options["BLOCK"] for _, _, options in function.calls] == [8, 16]
-    assert [args for _, args, _ in compiled.calls] == [(16,), (8,)]
+    assert [args[-1] for _, args, _ in compiled.calls] == [16, 8]
 
 
 def test_a_launch_runs_on_the_device_of_its_tensors(monkeypatch):
