@@ -70,11 +70,14 @@ def image_position(
 
 
 @triton.jit
-def offset_of(index, stride, ALIGNED: tl.constexpr):
-    """Elements from `index` steps of `stride`; multiples of 8, 128 bits of bf16, if ALIGNED."""
+def offset_of(index, stride, ALIGNED: tl.constexpr, WIDE: tl.constexpr = 8):
+    """Elements from `index` steps of `stride`; multiples of WIDE, if ALIGNED.
+
+    WIDE is 8, 128 bits of bf16, but for float8, of which 128 bits are 16.
+    """
     offset = index.to(tl.int64) * stride
     if ALIGNED:
-        offset = tl.multiple_of(offset, 8)
+        offset = tl.multiple_of(offset, WIDE)
     return offset
 
 

@@ -77,17 +77,18 @@ def attend_keys(
     BLOCK_N: tl.constexpr,
 ):
     """The online softmax over blocks of keys."""
+    WIDE: tl.constexpr = 16 if SCALED else 8  # elements of 128 bits, of float8 and others
     offs_n, offs_d = tl.arange(0, BLOCK_N), columns(HALF, BLOCK_D)
     # Within a block 32 bits reach every element: half the registers of pointers.
     rows = offs_n * stride.to(tl.int32)
     if ALIGNED:
-        rows = tl.multiple_of(rows, 8)
+        rows = tl.multiple_of(rows, WIDE)
     offs = rows[:, None] + offs_d[None, :]
     shared_end = tl.minimum(shared_end, limit)
     PRECISION: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
     for i in tl.range(0, tl.cdiv(limit - first, BLOCK_N)):
         key = first + i * BLOCK_N
-        base = offset_of(key, stride, ALIGNED)
+        base = offset_of(key, stride, ALIGNED, WIDE)
         offs_k = key + offs_n
         mask = (offs_k < limit)[:, None]
         if D < BLOCK_D:

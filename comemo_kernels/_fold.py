@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from comemo_kernels._blocks import offset_of
-from comemo_kernels._op import Kernel, key_of, multiprocessors, register
+from comemo_kernels._op import Kernel, multiprocessors, register
 
 # --- kernel ---
 
@@ -44,7 +44,7 @@ def _raster_offset(
     return (offset_of(tile, stride_t, ALIGNED) + offset_of(token, stride_s, ALIGNED))[:, None]
 
 
-@triton.jit(do_not_specialize=["stride_t", "stride_s", "side", "channels"])
+@triton.jit(do_not_specialize=["stride_t", "stride_s", "side", "channels", "eps"])
 def _fold_norm_kernel(
     out_ptr,  # [R, W], contiguous
     stats_ptr,  # [R, 2] float32: mean, 1 / deviation
@@ -157,7 +157,7 @@ def _fold_norm_gradient_kernel(
 NARROW, WIDEST = 8192, 65536
 fold_norm = Kernel(_fold_norm_kernel, [{"num_warps": 4}, {"num_warps": 8}])
 fold_norm_wide = Kernel(_fold_norm_kernel, [{"num_warps": 16}])
-fold_norm_gradient = Kernel(_fold_norm_gradient_kernel, [{"num_warps": 8}, {"num_warps": 4}])
+fold_norm_gradient = Kernel(_fold_norm_gradient_kernel, [{"num_warps": 4}, {"num_warps": 8}])
 fold_norm_gradient_wide = Kernel(_fold_norm_gradient_kernel, [{"num_warps": 16}])
 
 # --- operator ---
@@ -204,9 +204,7 @@ def launch_fold_norm(
     tensors = (normed, normed if stats is None else stats, tokens, norm_weight, norm_bias)
     constants = (stats is not None, *plan.constants)
     kernel = fold_norm_wide if plan.wide else fold_norm
-    kernel.launch(
-        *(plan.rows, key_of(tensors, *constants), *tensors, *plan.numbers, eps, *constants)
-    )
+    kernel.launch(plan.rows, *tensors, *plan.numbers, eps, *constants)
 
 
 def _launch_fold_norm_gradient(
@@ -232,10 +230,7 @@ def _launch_fold_norm_gradient(
         passes = [(True, False), (False, True)]
     for flags in passes:
         constants = (*flags, *plan.constants)
-        kernel.launch(
-            *(programs, key_of(tensors, *constants), *tensors),
-            *(*plan.numbers, plan.rows, programs, *constants),
-        )
+        kernel.launch(programs, *tensors, *plan.numbers, plan.rows, programs, *constants)
     return dx, sums.sum(1).to(norm_weight.dtype)
 
 

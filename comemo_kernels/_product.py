@@ -13,15 +13,13 @@ block and part, twice. FLOPs: 2 * R * O * K.
 Letters: R rows, K elements that are summed over, O outputs of a row, E rows of embeds.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from comemo_kernels._blocks import in_groups, offset_of
-from comemo_kernels._op import Kernel, key_of, multiprocessors
+from comemo_kernels._op import Kernel, multiprocessors
 
 # --- kernel ---
 
@@ -46,6 +44,8 @@ def _store(
     ALIGNED: tl.constexpr,
 ):
     """What follows the sums: bias, GELU, every destination."""
+    if ALIGNED:  # the same number, and a mask of 8 elements that the compiler sees is one
+        num_outputs = num_outputs // 8 * 8
     mask_m, mask_n = row < num_rows, column < num_outputs
     mask = mask_m[:, None] & mask_n[None, :]
     acc += tl.load(bias_ptr + column, mask=mask_n, other=0.0).to(tl.float32)[None, :]
@@ -324,13 +324,11 @@ def multiply(
     sizes, E = (out.stride(0), R, outputs), 0 if embeds is None else embeds.shape[0]
     aligned = all(size % 8 == 0 for size in (out.stride(0), outputs, K))
     constants = (gelu, before is not None, embeds is not None, aligned)
-    both, even = (*tensors, x, weight), K % k == 0
     kernel.launch(
-        *(whole + split * splits, key_of(both, *constants, even), *both),
-        *(*sizes, K, E, whole, splits, *constants, even),
+        *(whole + split * splits, *tensors, x, weight),
+        *(*sizes, K, E, whole, splits, *constants, K % k == 0),
     )
-    sums: tuple[Any, ...] = (*constants, m, n, group)
     add_parts.launch(
-        *(split * m // add_parts.config["BLOCK_R"], key_of(tensors, *sums), *tensors),
-        *(*sizes, E, whole, splits, *sums),
+        *(split * m // add_parts.config["BLOCK_R"], *tensors),
+        *(*sizes, E, whole, splits, *constants, m, n, group),
     )

@@ -1,7 +1,9 @@
 """Compile every kernel ahead of time, for GPUs that need not be there, and read what came out.
 
 `python -m comemo_kernels.aot [--out FILE.csv]` prints a table and fails where a limit is broken:
-spills, more shared memory than a block may have, no HGMMA on sm_90 where a dot should be one.
+spills, more shared memory than a block may have; on sm_90 no HGMMA where a dot should be one,
+accesses of less than 128 bits to a large tensor, a loop that is not pipelined, fewer blocks on a
+multiprocessor than the launcher counts on.
 The launchers run on tensors without storage, under a driver that only names an architecture: what
 is compiled is what would be launched, and no signature is written down twice.
 """
@@ -10,10 +12,7 @@ import argparse
 import contextlib
 import csv
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,19 +25,21 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from comemo_kernels._op import Config
-from comemo_kernels.aot_cases import Case, cases
+from comemo_kernels.aot_cases import SMALL, Case, cases
+from comemo_kernels.aot_read import count_products, count_wide, read_accesses, read_usage
 
 
 class Chip(NamedTuple):
     target: GPUTarget
     shared: int  # bytes of shared memory that one block may use
+    company: int  # bytes that blocks of a multiprocessor have together, 1 KiB more for each
 
 
 CHIPS = {
-    "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 * 1024, 164 * 1024),
+    "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024, 228 * 1024),
+    "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024, 228 * 1024),
+    "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, 64 * 1024),
 }
 
 
@@ -53,9 +54,9 @@ class Compiled:
     registers: int  # of a thread
     spilled: int  # bytes of a thread's stack, or registers on AMD
     shared: int  # bytes of a block
-    instructions: int
-    wide: int  # loads and stores of 128 bits
-    hgmma: int  # warp-group matrix instructions
+    blocks: int  # that fit a multiprocessor; 0 on AMD, where it is not counted
+    wide: int  # loads, stores and copies of 128 bits
+    hgmma: int  # matrix instructions that read shared memory by themselves
     faults: tuple[str, ...]  # limits that are broken
 
 
@@ -99,56 +100,59 @@ def compile_case(case: Case, config: Config, chip: str) -> Compiled:
         case.launch()
     name = case.kernel.function.__name__  # a launcher may launch others besides
     kernel = next(found for found in compiled if found.metadata.name == name)
-    read = _read_amd if CHIPS[chip].target.backend == "hip" else _read_nvidia
-    registers, spilled, code = read(kernel)
-    hgmma = len(re.findall(r"\bHGMMA\b", code))
+    usage, shared, products = read_usage(kernel), kernel.metadata.shared, count_products(kernel)
+    blocks = count_blocks(chip, usage.registers, shared, kernel.metadata.num_warps)
     faults = []
-    if spilled > case.spills.get(chip, 0):
-        faults.append(f"spills {spilled}")
-    if kernel.metadata.shared > CHIPS[chip].shared:
-        faults.append(f"shared memory {kernel.metadata.shared} above {CHIPS[chip].shared}")
-    if case.dot and chip == "sm_90" and not hgmma:
-        faults.append("no HGMMA")
+    if usage.spilled > case.spills.get(chip, 0):
+        faults.append(f"spills {usage.spilled}")
+    if shared > CHIPS[chip].shared:
+        faults.append(f"shared memory {shared} above {CHIPS[chip].shared}")
+    if chip == "sm_90":
+        faults += _find_faults(case, config, kernel, blocks, products)
     return Compiled(
-        kernel=kernel.metadata.name,
+        kernel=name,
         case=case.name,
         config=" ".join(
             f"{k.removeprefix('BLOCK_').removeprefix('num_')} {v}" for k, v in config.items()
         ),
         chip=chip,
-        registers=registers,
-        spilled=spilled,
-        shared=kernel.metadata.shared,
-        instructions=len(code.splitlines()),
-        wide=len(re.findall(r"\b(?:LDG|STG)\.E[\w.]*\.128\b|global_(?:load|store)_dwordx4", code)),
-        hgmma=hgmma,
+        registers=usage.registers,
+        spilled=usage.spilled,
+        shared=shared,
+        blocks=blocks,
+        wide=count_wide(kernel),
+        hgmma=products,
         faults=tuple(faults),
     )
 
 
-def _read_nvidia(kernel: Any) -> tuple[int, int, str]:
-    """Registers, bytes of stack and disassembly, by the tool in Triton's wheel."""
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run(
-                [tool, flag, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for flag in ("--dump-resource-usage", "--dump-sass")
-        )
-    counts = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    lines = [line for line in sass.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/", line)]
-    return counts["REG"], counts["STACK"] + counts["LOCAL"], "\n".join(lines)
+def _find_faults(
+    case: Case, config: Config, kernel: Any, blocks: int, products: int
+) -> Iterator[str]:
+    """What costs time though it runs, of a kernel for sm_90."""
+    if case.dot and not products:
+        yield "no HGMMA"
+    allowed = SMALL[kernel.metadata.name] | case.narrow
+    narrow = [a for a in read_accesses(kernel) if a.bytes < 16 and a.tensor not in allowed]
+    if case.aligned and narrow:
+        told = sorted({f"{access.tensor} by {8 * access.bytes} bits" for access in narrow})
+        yield f"narrow accesses: {', '.join(told)}"
+    if case.stage is not None:
+        # The tensor cores of a warp group still read a step while the next ones are on their way.
+        steps = config["num_stages"] - (0 if products else 1)
+        wanted = steps * case.stage(config)
+        if kernel.metadata.shared < wanted:
+            yield f"no pipeline: {steps} steps take {wanted} bytes, got {kernel.metadata.shared}"
+    if config is case.kernel.configs[0] and blocks < case.blocks:
+        yield f"{blocks} blocks fit a multiprocessor, wanted {case.blocks}"
 
 
-def _read_amd(kernel: Any) -> tuple[int, int, str]:
-    code = kernel.asm["amdgcn"]
-    counts = {name: int(n) for name, n in re.findall(r"\.(\w+):\s+(\d+)", code)}
-    lines = [line for line in code.splitlines() if re.match(r"\t[a-z]", line)]
-    spilled = counts["vgpr_spill_count"] + counts["sgpr_spill_count"]
-    return counts["vgpr_count"], spilled, "\n".join(lines)
+def count_blocks(chip: str, registers: int, shared: int, warps: int) -> int:
+    """Blocks that fit a multiprocessor at a time; 0 on AMD."""
+    if CHIPS[chip].target.backend != "cuda":
+        return 0
+    of_warp = -(-32 * registers // 256) * 256  # registers are handed out by 256 to a warp
+    return min(65536 // of_warp // warps, CHIPS[chip].company // (shared + 1024), 64 // warps, 32)
 
 
 def compile_all(chips: list[str]) -> Iterator[Compiled]:
@@ -168,7 +172,7 @@ def main() -> None:
         sys.exit("python -m comemo_kernels.aot: TRITON_INTERPRET=1 replaces the compiler: unset it")
     print(f"triton {triton.__version__}")
     columns = [name for name in Compiled.__dataclass_fields__ if name != "faults"]
-    form = "{:18} {:31} {:18} {:7} {:>9} {:>7} {:>6} {:>12} {:>4} {:>5}"
+    form = "{:18} {:31} {:18} {:7} {:>9} {:>7} {:>6} {:>6} {:>4} {:>5}"
     print(form.format(*columns))
     rows, broken = [], 0
     for row in compile_all(options.chips):

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from comemo_kernels import (
     rotary,
     tiles,
 )
-from comemo_kernels._op import Kernel
+from comemo_kernels._op import Config, Kernel
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 FLOAT8 = ("sm_90", "sm_100")  # sm_80 has no instruction that converts it
@@ -37,6 +37,35 @@ class Case:
     dot: bool = False  # whether it multiplies matrices in warp groups
     chips: tuple[str, ...] = EVERY
     spills: Mapping[str, int] = field(default_factory=dict)  # bytes that are put up with
+    aligned: bool = True  # whether 128 bits divide all rows
+    narrow: frozenset[str] = frozenset()  # pointers whose narrow accesses are put up with
+    stage: Callable[[Config], int] | None = None  # bytes of shared memory of a step of the loop
+    blocks: int = 1  # that the launcher counts on: of the first configuration, for sm_90
+
+
+# Pointers to what is small beside the rest: a number for a row, a column or an image, or the few
+# rows of a decode step. Narrow accesses to these cost nothing to speak of.
+SMALL: Mapping[str, frozenset[str]] = {
+    name: frozenset(pointers.split())
+    for name, pointers in {
+        "_rotary_kernel": "ids_ptrs grids_ptr row",
+        "_rope_dhr_kernel": "image_ptr attention_ptr grids_ptr ids_ptr torn_ptr",
+        "_rows_kernel": "norm_ptr gate_ptr residual out_ptrs",
+        "_attend_kernel": "span_ptrs ids_ptrs bias_ptrs starts_ptr k_scale_ptr v_scale_ptr lse_ptr"
+        " part_lse_ptr count_ptr",
+        "_combine_kernel": "part_lse_ptr out_ptr lse_ptr",
+        "_specialized_kernel": "spans_ptr lse_ptr",
+        "_turn_kernel": "ids_ptr biases_ptr",
+        "_norm_kernel": "address_ptr weight_ptr rstd_ptr",
+        "_project_kernel": "table rstd_ptr ids_ptr",
+        "_scale_kernel": "address scale_ptr",
+        "_fold_norm_kernel": "stats_ptr",
+        "_fold_norm_gradient_kernel": "stats_ptr",
+        "_gelu_gradient_kernel": "",
+        "_product_kernel": "bias_ptr rows_ptr",
+        "_sum_kernel": "bias_ptr rows_ptr",
+    }.items()
+}
 
 
 def cases() -> list[Case]:
@@ -63,10 +92,14 @@ def cases() -> list[Case]:
         grids = empty(4, 4, dtype=torch.int32)
         positions._launch(mask, mask.to(attention), grids, 13312, 16, column, True)
 
-    def of_rotary(name: str, *args: Any, configs: int = 1, **kwargs: Any) -> Case:
-        return Case(rotary.rotary_kernel, name, lambda: rotate(*args, **kwargs), configs)
+    half = torch.bfloat16
 
-    half, every = torch.bfloat16, len(rotary.rotary_kernel.configs)
+    def of_rotary(name: str, *args: Any, configs: int = 1, **kwargs: Any) -> Case:
+        run = functools.partial(rotate, *args, **kwargs)
+        blocks = 8 if args[1] == half and not kwargs.get("inverse") else 1  # 1,024 threads
+        return Case(rotary.rotary_kernel, name, run, configs, blocks=blocks)
+
+    every = len(rotary.rotary_kernel.configs)
     found = [
         of_rotary("bf16 table", "table", half, configs=every),
         of_rotary("bf16 int64 ids", "int64", half, configs=every),
@@ -115,12 +148,23 @@ def _glue_cases() -> list[Case]:
             elif verb == "swiglu" and folded and name == "fp32":
                 spills = {"sm_80": 16}
             title = f"{name} rows, {verb}" + ", folded" * folded
-            found.append(Case(kernel, title, run, configs, spills=spills))
+            rows = 2 if verb == "swiglu" else 1
+            stage = functools.partial(_stage_of_rows, rows)
+            found.append(Case(kernel, title, run, configs, spills=spills, stage=stage))
     return found
+
+
+def _stage_of_rows(weights: int, config: Config) -> int:
+    """x and weights."""
+    return (glue.ROWS + weights * config["BLOCK_O"]) * config["BLOCK_BYTES"]
 
 
 def _attention_cases() -> list[Case]:
     half, D = torch.bfloat16, 128
+
+    def stage_of(size: int) -> Callable[[Config], int]:
+        """Keys and values."""
+        return lambda config: 2 * config["BLOCK_N"] * D * size
 
     def attend(B: int, N: int, M: int, dtype: torch.dtype, images: int | None, eight: bool) -> None:
         """One prompt a row; `images` None leaves queries as they are."""
@@ -162,7 +206,16 @@ def _attention_cases() -> list[Case]:
                 chips = FLOAT8 if eight else NVIDIA
                 configs = 1 if eight else len(kernel.configs)
                 allowed = eight_spills if eight else spills
-                found.append(Case(kernel, title, run, configs, kernel is many, chips, allowed))
+                # Of float8 without warp groups the compiler lays values out by 64 bits.
+                narrow = frozenset(("v_ptr",) if eight and kernel is not many else ())
+                # A fused combination writes the few rows of a decode step.
+                narrow |= {"out_ptr"} if kernel is one else set()
+                found.append(
+                    Case(kernel, title, run, configs, kernel is many, chips, allowed, True, narrow)
+                )
+                found[-1] = replace(
+                    found[-1], stage=stage_of(1 if eight else 2), blocks=1 if kernel is many else 2
+                )
         run = functools.partial(attend, B, N, M, torch.float16, 1, False)
         found.append(Case(kernel, f"fp16 {name}", run, 1, kernel is many, NVIDIA))
     for kind, images in (("", None), (" one image", 1), (" several images", 4)):
@@ -191,7 +244,9 @@ def _attention_cases() -> list[Case]:
             )
             found.append(Case(_specialized.turn_queries, f"{name} prefill", run, chips=NVIDIA[1:2]))
     run = functools.partial(attend, 1, 512, 3328, torch.float32, 1, True)
-    found.append(Case(exact, "fp32 one image, fp8", run, chips=FLOAT8))
+    # A step is 16 keys of 128 bytes for 256 threads.
+    narrow = frozenset(("k_ptr", "v_ptr"))
+    found.append(Case(exact, "fp32 one image, fp8", run, chips=FLOAT8, narrow=narrow))
     return found
 
 
@@ -207,19 +262,28 @@ def _build_cases() -> list[Case]:
         arguments = (media, weights, norms, table, table, ids, held, held, scales, scales)
         build._launch(*arguments, 256 if eight else 1, 0, 1e-5)
 
+    def of(name: str, run: Callable[[], Any], configs: int = 1) -> Case:
+        # Of 128 x 256 outputs; on sm_80 by triton 3.6 alone.
+        spills = {"sm_80": 40, "sm_100": 104} if configs > 1 else {}
+        case = Case(build.project_media, name, run, configs, True, NVIDIA, spills)
+        return replace(
+            case,
+            stage=lambda c: (c["BLOCK_M"] + 2 * c["BLOCK_C"]) * c["BLOCK_K"] * 2,
+            blocks=2,
+        )
+
     half, project = torch.bfloat16, build.project_media
     found = []
     for exact, name in ((True, "exact"), (False, "folded")):
         run = functools.partial(memory, half, exact, False)
         found += [
             Case(build.norm_media, f"bf16 {name}", run, len(build.norm_media.configs)),
-            # sm_80 keeps both operands of a step of 64 in registers.
-            Case(project, f"bf16 {name}", run, len(project.configs), True, NVIDIA, {"sm_80": 24}),
+            of(f"bf16 {name}", run, len(project.configs)),
         ]
         run = functools.partial(memory, torch.float32, exact, False)
         found.append(Case(build.project_exact, f"fp32 {name}", run, chips=NVIDIA))
         run = functools.partial(memory, torch.float16, exact, False)
-        found.append(Case(project, f"fp16 {name}", run, 1, True, NVIDIA, {"sm_80": 24}))
+        found.append(of(f"fp16 {name}", run))
     run = functools.partial(memory, half, True, True)
     found.append(Case(build.scale_memory, "bf16 to fp8", run, chips=FLOAT8))
     return found
@@ -247,12 +311,18 @@ def _tile_cases() -> list[Case]:
 
     def of(kernel: Kernel, name: str, run: Callable[[], Any], dot: bool = False) -> Case:
         configs = len(kernel.configs) if name == "bf16" else 1
-        spills = {"sm_100": 224} if dot and configs > 1 else {}  # of 128 x 256 outputs
+        spills = {"sm_100": 64} if dot and configs > 1 else {}  # of 128 x 256 outputs
         if kernel is _fold.fold_norm_gradient:
             spills = {"sm_80": 8}  # by triton 3.6 alone
         elif kernel is _fold.fold_norm_gradient_wide:
             spills = {"sm_80": 40, "sm_90": 80, "sm_100": 96}
-        return Case(kernel, name, run, configs, dot, NVIDIA if dot else EVERY, spills)
+        found = Case(kernel, name, run, configs, dot, NVIDIA if dot else EVERY, spills)
+        if dot:
+            stage = lambda c: (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * 2  # noqa: E731
+            found = replace(found, stage=stage, blocks=2)
+        elif kernel is _fold.fold_norm_gradient:
+            found = replace(found, blocks=2)
+        return replace(found, aligned="uneven" not in name or dot)
 
     found = []
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):

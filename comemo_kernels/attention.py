@@ -56,7 +56,7 @@ from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotati
         *("spans_stride_b", "spans_stride_n", "table_stride"),
         *("ids_stride_b", "ids_stride_n", "biases_stride_b"),
         *("num_tokens", "num_rows", "num_keys", "num_heads", "group", "num_positions"),
-        *("num_images", "tile", "num_blocks", "num_splits"),
+        *("num_images", "tile", "num_blocks", "num_splits", "scale_log2"),
     ]
 )
 def _attend_kernel(
@@ -102,7 +102,7 @@ def _attend_kernel(
     SCALED: tl.constexpr,  # keys and values are stored scaled
     D: tl.constexpr,
     HALF: tl.constexpr,
-    ALIGNED: tl.constexpr,  # strides of q, k, v and the table are multiples of 8
+    ALIGNED: tl.constexpr,  # strides of q, k, v and the table are multiples of 8, of float8 of 16
     SPLIT: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -138,9 +138,10 @@ def _attend_kernel(
     q_rows += offset_of(q_head, q_stride_h, ALIGNED)
     offs_d = columns(HALF, BLOCK_D)
     mask_md = mask_m[:, None] & (offs_d < D)[None, :]
+    head_offset = offset_of(head, kv_stride_g, ALIGNED, 16 if SCALED else 8)
     k_head = (
-        k_ptr + offset_of(head, kv_stride_g, ALIGNED),
-        v_ptr + offset_of(head, kv_stride_g, ALIGNED),
+        k_ptr + head_offset,
+        v_ptr + head_offset,
         kv_stride_m,
         k_scale_ptr + head,
         v_scale_ptr + head,
@@ -324,6 +325,7 @@ def _plan(
     ids: tuple[tuple[int, ...], tuple[int, ...]],
     biases: tuple[tuple[int, ...], tuple[int, ...]],
     rotate: str,
+    scaled: bool,
     tile: int,
     splits: int,
     block: int,
@@ -346,9 +348,11 @@ def _plan(
     positions = table[0][0] if rotate != "no" else 0
     numbers += (N, rows, M, G, H // G, positions, images, tile, blocks, splits)
     aligned = all(stride % 8 == 0 for stride in (*strides, table_stride))
+    aligned &= not scaled or all(stride % 16 == 0 for stride in k_strides[:2])
     half = -(-D // 2)
     wide = max(16, 2 << (half - 1).bit_length())
-    return blocks * G * splits, (*numbers, LOG2E / D**0.5), (D, half, aligned, splits > 1, wide)
+    constants = (rotate, scaled, D, half, aligned, splits > 1, wide)
+    return blocks * G * splits, (*numbers, LOG2E / D**0.5), constants
 
 
 def _launch_into(
@@ -376,24 +380,14 @@ def _launch_into(
     programs, numbers, constants = _plan(
         *(q.shape, q.stride(), k.shape, k.stride(), spans.shape, spans.stride()),
         *(((), ()) if t is None else (t.shape, t.stride()) for t in (cos, ids, biases)),
-        *(rotate, tile, splits, kernel.config["BLOCK_M"]),
+        *(rotate, k_scale is not None, tile, splits, kernel.config["BLOCK_M"]),
     )
-    constants = (rotate, k_scale is not None, *constants)
     pointers = [out, lse, parts, part_lse, counts, q, k, v, spans]
     pointers += [q if t is None else t for t in tensors]
-    addresses = 0
-    for t in pointers:
-        addresses |= t.data_ptr()
-    # Triton compiles for addresses that are multiples of 16: where all are, it need not look.
-    key = None
-    if addresses % 16 == 0:
-        key = (q.get_device(), *(t.dtype for t in pointers[5:12]), constants)
-    kernel.launch(programs, key, *pointers, *numbers, *constants)
+    kernel.launch(programs, *pointers, *numbers, *constants)
     if splits > 1 and not kernel.config["FUSED"]:
-        key = None if key is None else (q.get_device(), q.dtype, D)
         combine.launch(
-            *(rows * G, key, out, lse, parts, part_lse, rows, G, H // G, splits, D),
-            constants[-1],
+            *(rows * G, out, lse, parts, part_lse, rows, G, H // G, splits, D, constants[-1])
         )
 
 

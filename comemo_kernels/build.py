@@ -19,7 +19,6 @@ table, T tiles.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -44,7 +43,7 @@ def _pointer(address, like_ptr, ALIGNED: tl.constexpr):
     return pointer
 
 
-@triton.jit(do_not_specialize=["media_stride", "num_rows", "width", "num_layers"])
+@triton.jit(do_not_specialize=["media_stride", "num_rows", "width", "num_layers", "eps"])
 def _norm_kernel(
     rstd_ptr,  # [M] float32
     normed_ptr,  # [L, M, d], contiguous
@@ -149,7 +148,7 @@ def _project_kernel(
     table = address_ptr + layer * 4
     w_ptr = _pointer(tl.load(table), x_ptr, ALIGNED)
     out_ptr = _pointer(tl.load(table + 2 + kind), x_ptr, ALIGNED)
-    x_rows = x_ptr + layer * x_stride_l + offset_of(row, x_stride_m, ALIGNED)
+    x_rows = x_ptr + offset_of(layer, x_stride_l, ALIGNED) + offset_of(row, x_stride_m, ALIGNED)
     x_ptrs = x_rows[:, None] + offs_k[None, :]
     w_ptrs = w_ptr + offset_of(w_row, width, ALIGNED)[:, None] + offs_k[None, :]
     PRECISION: tl.constexpr = "ieee" if x_ptr.dtype.element_ty == tl.float32 else "tf32"
@@ -214,7 +213,7 @@ def _scale_kernel(
     tile,  # rows of a tile
     out_row,
     D: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # strides are multiples of 16
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -246,8 +245,8 @@ def _scale_kernel(
         mask = ((inside < tile) & (row < num_rows))[:, None] & (offs_d < D)[None, :]
         offs = ((plane * plane_rows + row) * num_heads + head)[:, None] * D + offs_d[None, :]
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) / scale
-        out_rows = out_ptr + offset_of(row + out_row, out_stride_m, ALIGNED)
-        out_rows += offset_of(head, out_stride_g, ALIGNED)
+        out_rows = out_ptr + offset_of(row + out_row, out_stride_m, ALIGNED, 16)
+        out_rows += offset_of(head, out_stride_g, ALIGNED, 16)
         tl.store(out_rows[:, None] + offs_d[None, :], x.to(like_ptr.dtype.element_ty), mask=mask)
 
 
@@ -262,12 +261,12 @@ project_media = Kernel(
     _project_kernel,
     [
         {"BLOCK_M": m, "BLOCK_C": c, "BLOCK_K": 64, "GROUP": 16, "num_warps": 8, "num_stages": n}
-        for m, c, n in ((128, 64, 3), (128, 64, 4), (64, 128, 3))
+        for m, c, n in ((128, 64, 3), (128, 128, 3))
     ],
 )
 project_exact = Kernel(  # float32
     _project_kernel,
-    [{"BLOCK_M": 32, "BLOCK_C": 128, "BLOCK_K": 16, "GROUP": 16, "num_warps": 8, "num_stages": 2}],
+    [{"BLOCK_M": 64, "BLOCK_C": 64, "BLOCK_K": 16, "GROUP": 16, "num_warps": 8, "num_stages": 3}],
 )
 scale_memory = Kernel(_scale_kernel, [{"BLOCK_M": 32, "num_warps": 4}])
 
@@ -292,7 +291,7 @@ def _launch(
     eps: float,
 ) -> None:
     (M, d), L, (_, G, D) = media.shape, len(kv_weights), keys[0].shape
-    index, dtype, half = media.get_device(), media.dtype, D // 2
+    dtype, half = media.dtype, D // 2
     exact, scaled = bool(norm_weights), bool(key_scales)
     project = project_exact if dtype == torch.float32 else project_media
     strides = (media.stride(0), d, *keys[0].stride()[:2], cos.stride(0))
@@ -311,39 +310,31 @@ def _launch(
     targets, whole = address, True
     if scaled:
         targets, whole = _addresses(keys, values, key_scales, value_scales)
+        whole &= all(stride % 16 == 0 for stride in keys[0].stride()[:2])
     stride_m, stride_g = (G * D, D) if scaled else keys[0].stride()[:2]
     for first in range(0, M, step):
         part = media[first : first + step]
         m = part.shape[0]
         even = d % norm_media.config["BLOCK_K"] == 0
-        key: Any = (index, dtype, exact, aligned, even)
         norm_media.launch(
-            *(-(-m // norm_media.config["BLOCK_M"]), _key(key, part), rstd, normed, part, address),
+            *(-(-m // norm_media.config["BLOCK_M"]), rstd, normed, part, address),
             *(part.stride(0), m, d, L, eps, exact, aligned, even),
         )
         x, stride_l = (normed, m * d) if exact else (part, 0)
         even = d % config["BLOCK_K"] == 0
-        key = (index, dtype, cos.dtype, exact, half, aligned, even)
         project.launch(
-            *(-(-m // config["BLOCK_M"]) * L * 2 * blocks_h, _key(key, x, ids[first:], cos, sin)),
-            *(x, rstd, ids[first:], cos, sin, address, stride_l, x.stride(-2), stride_m, stride_g),
+            *(-(-m // config["BLOCK_M"]) * L * 2 * blocks_h, x, rstd, ids[first:], cos, sin),
+            *(address, stride_l, x.stride(-2), stride_m, stride_g),
             *(cos.stride(0), m, d, G, L, cos.shape[0], 0 if scaled else row + first),
             *(exact, half, aligned, even, block_half),
         )
         if scaled:
             tiles = -(-m // tile)
-            wide = aligned and whole
-            key = (index, dtype, D, wide)
             scale_memory.launch(
-                *(tiles * G * L * 2, _key(key), scratch, keys[0], targets),
+                *(tiles * G * L * 2, scratch, keys[0], targets),
                 *(*keys[0].stride()[:2], rows, m, G, tiles, tile, row + first),
-                *(D, wide, triton.next_power_of_2(D)),
+                *(D, whole, triton.next_power_of_2(D)),
             )
-
-
-def _key(key: Any, *tensors: Tensor) -> Any:
-    """`key`, or None where an address is no multiple of 16: Triton then looks itself."""
-    return None if any(t.data_ptr() % 16 for t in tensors) else key
 
 
 def _addresses(*tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
