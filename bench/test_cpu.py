@@ -1,4 +1,9 @@
-"""What runs on a CPU, timed by pytest-benchmark: `python -m pytest bench --benchmark-enable`."""
+"""What runs on a CPU, timed by pytest-benchmark: `python -m pytest bench --benchmark-enable`.
+
+What is timed is held against another way to the same numbers.
+"""
+
+from unittest import mock
 
 import pytest
 import torch
@@ -7,15 +12,19 @@ import comemo_kernels as ops
 from bench import measure
 from bench.attend import AttendWays
 from bench.cases import HEAD_DIM, HEADS, PROMPTS
-from bench.memory import Build
+from bench.memory import FLOAT8_BOUND, Build
 from bench.positions import number_as_published
 from bench.rotary import rotate_as_published
-from bench.ways import Clock, Limits
+from bench.ways import Clock, Limits, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=DTYPES, ids=str)
+def clock_of(dtype):
+    return Clock("cpu", dtype, Limits(1e11, 1e10), rounds=1)
+
+
+@pytest.fixture(params=DTYPES, ids=str, scope="module")
 def rotary_inputs(request):
     """q, k, table and ids of one picture at the 2B model's heads."""
     prompt, (H, G), dtype = PROMPTS["one_image_3k"], HEADS["2B"], request.param
@@ -24,45 +33,75 @@ def rotary_inputs(request):
     return q, k, cos, sin, prompt.position_ids("cpu")
 
 
+def widen(cos, sin, dtype):
+    return [torch.cat([t, t], -1).to(dtype) for t in (cos, sin)]
+
+
 def test_rotary(benchmark, rotary_inputs):
-    benchmark(ops.apply_rotary, *rotary_inputs)
+    q, k, cos, sin, ids = rotary_inputs
+    found = benchmark(ops.apply_rotary, *rotary_inputs)
+    wanted = rotate_as_published(q, k, *widen(cos, sin, torch.float32), ids)
+    for x, y in zip(found, wanted, strict=True):
+        assert relative_error(x, y) < clock_of(q.dtype).bound
 
 
 def test_rotary_as_published(benchmark, rotary_inputs):
     q, k, cos, sin, ids = rotary_inputs
-    wide_cos, wide_sin = (torch.cat([t, t], -1).to(q.dtype) for t in (cos, sin))
-    benchmark(rotate_as_published, q, k, wide_cos, wide_sin, ids)
+    found = benchmark(rotate_as_published, q, k, *widen(cos, sin, q.dtype), ids)
+    wanted = ops.apply_rotary(q, k, cos, sin, ids)
+    for x, y in zip(found, wanted, strict=True):
+        assert relative_error(x, y) < clock_of(q.dtype).bound
 
 
 def test_positions(benchmark):
     prompt = PROMPTS["one_image_3k"]
     image, attention = prompt.masks("cpu")
-    benchmark(ops.rope_dhr_positions, image, attention, prompt.grids, tile_order="column")
+    found = benchmark(ops.rope_dhr_positions, image, attention, prompt.grids, tile_order="column")
+    assert torch.equal(found, number_as_published(prompt, "cpu"))
 
 
 def test_positions_as_published(benchmark):
-    benchmark(number_as_published, PROMPTS["one_image_3k"], "cpu")
+    prompt = PROMPTS["one_image_3k"]
+    found = benchmark(number_as_published, prompt, "cpu")
+    image, attention = prompt.masks("cpu")
+    wanted = ops.rope_dhr_positions(image, attention, prompt.grids, tile_order="column")
+    assert torch.equal(found, wanted)
 
 
 def test_packing_grids(benchmark):
-    benchmark(ops.ImageGrids.pack, PROMPTS["pack_16k"].grids)
+    grids = PROMPTS["pack_16k"].grids
+    found = benchmark(ops.ImageGrids.pack, grids)
+    wanted = torch.cat([ops.image_position_ids(grid) for grid in grids])
+    assert torch.equal(found.position_ids(len(wanted)), wanted)
 
 
-def clock_of(dtype):
-    return Clock("cpu", dtype, Limits(1e11, 1e10), rounds=1)
+@pytest.fixture(scope="module")
+def attending(request):
+    with mock.patch.object(measure, "cache_bytes", return_value=1):
+        return AttendWays("2B", request.param[0], clock_of(request.param[1]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ["decode_1", "small_prompt", "small_pack"])
 @pytest.mark.parametrize("way", ["ours", "ours no rotation"])
-def test_attention(benchmark, case, way, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    "attending",
+    [(case, dtype) for case in ("decode_1", "small_prompt", "small_pack") for dtype in DTYPES],
+    ids=str,
+    indirect=True,
+)
+def test_attention(benchmark, attending, way):
     """Of the 2B model; the first is a step of a conversation on one picture."""
-    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1)
-    benchmark(AttendWays("2B", case, clock_of(dtype)).our_ways()[way], 0)
+    found = benchmark(attending.our_ways()[way], 0)
+    assert attending.error_of()(way, found) < clock_of(attending.dtype).bound
+
+
+@pytest.fixture(scope="module")
+def build():
+    """One layer of the 2B model, the tokens of one tile."""
+    return Build("2B", 1, 1, clock_of(torch.float32))
 
 
 @pytest.mark.parametrize("way", ["published", "library", "ours exact", "ours folded", "ours fp8"])
-def test_memory(benchmark, way):
-    """One layer of the 2B model, the tokens of one tile."""
-    build = Build("2B", 1, 1, clock_of(torch.float32))
-    benchmark(build.ways(compiled=False)[way], 0)
+def test_memory(benchmark, build, way):
+    found = benchmark(build.ways(compiled=False)[way], 0)
+    bound = FLOAT8_BOUND if way == "ours fp8" else clock_of(torch.float32).bound
+    assert build.error_of()(way, found) < bound
