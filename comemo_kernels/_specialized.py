@@ -10,6 +10,7 @@ Source: FlashAttention-3 (arXiv:2407.08608) for the division of work.
 Letters: B batch, N tokens, H query heads, M memory, G key heads, D head dimension.
 """
 
+import contextvars
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ def _turn_kernel(
 @triton.jit(
     do_not_specialize=[
         *("q_stride_b", "q_stride_n", "q_stride_h", "kv_stride_m", "kv_stride_g"),
-        *("spans_stride_b", "num_tokens", "num_keys", "num_heads", "group"),
+        *("spans_stride_b", "num_tokens", "num_keys", "num_heads", "group", "scale_log2"),
     ]
 )
 def _specialized_kernel(
@@ -202,20 +203,34 @@ def launch(
         biased = starts is not None and biases is not None and starts.shape[0] > 0
         y = torch.empty_like(out)
         turn_queries.launch(
-            *(B * H * -(-N // turn_queries.config["BLOCK_M"]), None, y, q, cos, sin, ids),
+            *(B * H * -(-N // turn_queries.config["BLOCK_M"]), y, q, cos, sin, ids),
             *(biases if biased else ids, *q.stride()[:3]),
             *(ids.stride(0) if ids.shape[0] > 1 else 0, ids.stride(1)),
             *(biases.stride(0) if biased and biases is not None and len(biases) > 1 else 0,),
             *(cos.stride(0), N, H, cos.shape[0], biased, D // 2),
         )
         q = y
-    if hasattr(triton, "set_allocator"):  # descriptors made by a kernel lie in memory of ours
-        triton.set_allocator(
-            lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=q.device)
+    previous = _allocator()
+    triton.set_allocator(_allocate)
+    try:
+        attend_specialized.launch(
+            *(B * H * -(-N // attend_specialized.config["BLOCK_M"]), out, lse, q, k, v, spans),
+            *(*q.stride()[:3], *k.stride()[:2], spans.stride(0), N, M, H, H // G),
+            *(1.4426950408889634 / D**0.5, D),
         )
-    attend_specialized.launch(
-        *(B * H * -(-N // attend_specialized.config["BLOCK_M"]), None, out, lse, q, k, v, spans),
-        *(*q.stride()[:3], *k.stride()[:2], spans.stride(0), N, M, H, H // G),
-        *(1.4426950408889634 / D**0.5, D),
-    )
+    finally:
+        triton.set_allocator(previous)
     return out, lse
+
+
+def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory of the current device for the descriptors that a kernel makes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _allocator() -> Any:
+    """Triton's allocator, which may be the user's: from 3.6 on a variable of the context."""
+    from triton.runtime import _allocation
+
+    held = _allocation._allocator
+    return held.get() if isinstance(held, contextvars.ContextVar) else held
