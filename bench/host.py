@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
                 call = functools.partial(ops.apply_rotary, q, k, cos, sin, ids)
                 row: dict[str, Any] = {"case": f"{case} {heads}", "pass": "host"}
                 rows.append(row | {"way": "ours", "host_us": measure.host_us(call, 3000)})
-                with mock.patch.object(rotary.rotary_kernel, "key", lambda *_: None):
+                with mock.patch.object(rotary.rotary_kernel, "key", lambda *_: None):  # noqa: PT008
                     cost = measure.host_us(call, 3000)
                 rows.append(row | {"way": "triton's launch", "host_us": cost})
     return rows
