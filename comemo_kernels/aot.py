@@ -132,7 +132,7 @@ def _find_faults(
     """What costs time though it runs, of a kernel for sm_90."""
     if case.dot and not products:
         yield "no HGMMA"
-    allowed = SMALL[kernel.metadata.name] | case.narrow
+    allowed = SMALL.get(kernel.metadata.name, frozenset()) | case.narrow
     narrow = [a for a in read_accesses(kernel) if a.bytes < 16 and a.tensor not in allowed]
     if case.aligned and narrow:
         told = sorted({f"{access.tensor} by {8 * access.bytes} bits" for access in narrow})

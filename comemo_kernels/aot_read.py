@@ -13,6 +13,7 @@ import triton
 
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]+)"')
 _PLACE = re.compile(r"\s*\.loc\s+(\d+) (\d+) (\d+)(?:.*inlined_at (\d+) (\d+) (\d+))?")
+_ASSEMBLY = re.compile(r"// begin inline asm\n.*?// end inline asm\n", re.DOTALL)
 _DIRECT = re.compile(r"\b(?:ld|st)((?:\.\w+)*\.global(?:\.[\w:]+)*)\s")
 _COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S* \[[^\]]*\], \[[^\]]*\], (\w+)")
 
@@ -37,7 +38,7 @@ def read_accesses(kernel: Any) -> list[Access]:
     The compiler notes the source line of an instruction, and that line names the pointer; of a
     helper that was handed the pointer it is the line that calls it.
     """
-    code: str = kernel.asm["ptx"]
+    code = _ASSEMBLY.sub(_place_once, kernel.asm["ptx"])
     files: dict[str, str] = dict(_FILE.findall(code))
     tensor, found = "", []
     for line in code.splitlines():
@@ -54,6 +55,12 @@ def read_accesses(kernel: Any) -> list[Access]:
             if bits:  # else a declaration
                 found.append(Access(tensor, int(count[1] if count else 1) * int(bits[1]) // 8))
     return found
+
+
+def _place_once(assembly: re.Match[str]) -> str:
+    """Inline assembly without the places of all but its first line: they count source lines on."""
+    first, *rest = assembly[0].splitlines(keepends=True)[1:]
+    return first + "".join(line for line in rest if not _PLACE.match(line))
 
 
 def _by_three(numbers: list[int]) -> list[tuple[int, ...]]:
