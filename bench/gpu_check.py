@@ -74,7 +74,9 @@ def _stage(name: str, folder: Path) -> Stage:
         parallel = PARALLEL if importlib.util.find_spec("xdist") else ()
         command = [sys.executable, *SUITE, "--reports", str(folder), *parallel]
     else:
-        command = [TOOL, "--tool", name, "--error-exitcode", "99"]
+        # Of memory that PyTorch keeps the tool knows no bounds.
+        command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", TOOL, "--tool", name]
+        command += ["--error-exitcode", "99"]
         command += [sys.executable, "-m", "bench.sanitize"]
     return Stage(name, command, SECONDS[name])
 

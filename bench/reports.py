@@ -4,10 +4,14 @@
 read: test, outcome, seconds, and the error's message or the reason. `errors-*.jsonl`, of each
 process that runs tests: a line for each comparison of the harness: file, op, dtype, output, the
 share of its budget that the error takes, test. A run that is killed leaves what it has written.
+
+A worker of pytest-xdist whose GPU context a test has destroyed ends: in another the next tests are
+what they are. Else it would fail them all, faster than the others could take them.
 """
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
     worker = getattr(config, "workerinput", {}).get("workerid")
     if worker is None:  # alone, or what workers report to
         config.pluginmanager.register(Outcomes(Path(folder) / "tests.jsonl"))
+    if worker is not None:
+        config.pluginmanager.register(Health())
     if worker is not None or not config.getoption("numprocesses", None):
         config.pluginmanager.register(Errors(Path(folder) / f"errors-{worker}.jsonl"))
 
@@ -54,6 +60,33 @@ class Outcomes:
             line["said"] = told[2] if isinstance(told, tuple) else str(told)
         with self.file.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+class Health:
+    """Ends a process that can do nothing more."""
+
+    failed = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.failed = self.failed or report.outcome == "failed"
+
+    @pytest.hookimpl(hookwrapper=True, tryfirst=True)
+    def pytest_runtest_protocol(self) -> Iterator[None]:
+        yield
+        if self.failed and _is_lost():
+            os._exit(1)  # what it has reported is sent; the test counts as one that crashed
+        self.failed = False
+
+
+def _is_lost() -> bool:
+    """Whether every call of the GPU fails from now on."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 class Errors:

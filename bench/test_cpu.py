@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import comemo_kernels as ops
-from bench import measure
+from bench import measure, published
 from bench.attend import AttendWays
 from bench.cases import HEAD_DIM, HEADS, PROMPTS
 from bench.memory import FLOAT8_BOUND, Build
@@ -33,21 +33,19 @@ def rotary_inputs(request):
     return q, k, cos, sin, prompt.position_ids("cpu")
 
 
-def widen(cos, sin, dtype):
-    return [torch.cat([t, t], -1).to(dtype) for t in (cos, sin)]
-
-
 def test_rotary(benchmark, rotary_inputs):
     q, k, cos, sin, ids = rotary_inputs
     found = benchmark(ops.apply_rotary, *rotary_inputs)
-    wanted = rotate_as_published(q, k, *widen(cos, sin, torch.float32), ids)
+    wide_cos, wide_sin = published.widen((cos, sin), torch.float32)
+    wanted = rotate_as_published(q, k, wide_cos, wide_sin, ids)
     for x, y in zip(found, wanted, strict=True):
         assert relative_error(x, y) < clock_of(q.dtype).bound
 
 
 def test_rotary_as_published(benchmark, rotary_inputs):
     q, k, cos, sin, ids = rotary_inputs
-    found = benchmark(rotate_as_published, q, k, *widen(cos, sin, q.dtype), ids)
+    wide_cos, wide_sin = published.widen((cos, sin), q.dtype)
+    found = benchmark(rotate_as_published, q, k, wide_cos, wide_sin, ids)
     wanted = ops.apply_rotary(q, k, cos, sin, ids)
     for x, y in zip(found, wanted, strict=True):
         assert relative_error(x, y) < clock_of(q.dtype).bound

@@ -229,13 +229,13 @@ def test_skipped():
 def check(monkeypatch, tmp_path):
     """`gpu-check` of another suite and another tool."""
 
-    def run(tests=TESTS, tool=None, names=("suite", "memcheck", "racecheck")):
+    def run(tests=TESTS, tool=None, names=("suite", "memcheck", "racecheck"), parallel=()):
         place = tmp_path / "tests"
         place.mkdir()
         (place / "test_some.py").write_text(tests)
         words = (*gpu_check.SUITE[:2], *gpu_check.SUITE[4:], "-c", "/dev/null", str(place))
         monkeypatch.setattr(gpu_check, "SUITE", words)
-        monkeypatch.setattr(gpu_check, "PARALLEL", ())
+        monkeypatch.setattr(gpu_check, "PARALLEL", parallel)
         monkeypatch.setenv("PYTHONPATH", str(measure.ROOT / "tests"))
         (tmp_path / "bin").mkdir()
         if tool is not None:
@@ -243,7 +243,7 @@ def check(monkeypatch, tmp_path):
             file.write_text(f"#!/bin/sh\n{tool}\n")
             file.chmod(0o755)
         monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-        options = argparse.Namespace(out=tmp_path / "out", minutes=1.0, stages=names)
+        options = argparse.Namespace(out=tmp_path / "out", minutes=9.0, stages=names)
         return gpu_check.run(options), (tmp_path / "out" / "gpu-check.txt").read_text()
 
     return run
@@ -268,6 +268,35 @@ def test_the_check_tells_failures_errors_and_what_is_left_out(check, tmp_path, c
     assert len(held["tests.jsonl"].splitlines()) == 6
     assert {"suite.log", "errors-None.jsonl"} <= held.keys()
     assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+LOSES = """
+import pytest, time, torch
+
+def synchronize():
+    if LOST:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+LOST, torch.cuda.is_initialized, torch.cuda.synchronize = [], lambda: True, synchronize
+
+@pytest.mark.parametrize("i", range(9))
+def test_some(i):
+    time.sleep(0.05)
+    if i == 1:
+        LOST.append(i)
+    torch.cuda.synchronize()
+"""
+
+
+def test_a_worker_that_has_lost_its_gpu_fails_no_other_test(check, tmp_path):
+    code, table = check(LOSES, names=("suite",), parallel=("-n", "1", "--dist", "worksteal"))
+    assert code == 1
+    lines = [json.loads(x) for x in archived(tmp_path / "out")["tests.jsonl"].splitlines()]
+    failed = [line for line in lines if line["outcome"] == "failed"]
+    assert {line["test"].rpartition("::")[2] for line in failed} == {"test_some[1]"}
+    assert "1x RuntimeError: CUDA error: an illegal memory access was encountered  in" in table
+    assert "crashed while running" in table
+    assert sum(line["outcome"] == "passed" for line in lines) == 8
 
 
 def test_what_the_tool_finds_is_told(check):
