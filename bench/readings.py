@@ -87,8 +87,8 @@ class Reading:
         return [(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
 
     def spans(self, device: str) -> Tensor:
-        """int32 [B, 1, 2], of a packed row [1, N, 2]."""
-        spans = torch.tensor(self.ranges(), dtype=torch.int32, device=device)
+        """int64 [B, 1, 2], of a packed row [1, N, 2]; as the model's memory holds them."""
+        spans = torch.tensor(self.ranges(), device=device)
         if not self.packed:
             return spans[:, None]
         counts = torch.tensor([count for count, _ in self.samples], device=device)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import digest, gpu_bench, gpu_check, measure, stages
+from bench import digest, gpu_bench, gpu_check, measure, stages, warm
 from bench.stages import Stage
 
 ROW = {"case": "c", "pass": "forward", "way": "ours", "us": 1.5}
@@ -77,9 +77,10 @@ def wait_for(condition, seconds=30):
 
 
 def test_stages_of_the_benchmarks_are_commands_that_exist(tmp_path):
-    assert list(gpu_bench.STAGES)[:5] == ["attend", "memory", "mixin", "tune attend", "tune memory"]
+    names = list(gpu_bench.STAGES)
+    assert names[:5] == ["compile", "attend", "memory", "mixin", "tune attend"]
     assert sum(seconds for seconds, _ in gpu_bench.STAGES.values()) == 60 * 4.75
-    for name in gpu_bench.STAGES:
+    for name in names[1:]:
         words = gpu_bench._stage(name, tmp_path).command
         assert words[1:3] == ["-m", "bench"]
         parser = argparse.ArgumentParser()
@@ -87,6 +88,23 @@ def test_stages_of_the_benchmarks_are_commands_that_exist(tmp_path):
         parser.add_argument("--wait", action="store_true")
         parser.add_argument("--out")
         parser.parse_args(words[4:])
+
+
+def test_what_ships_is_compiled_to_where_a_launch_finds_it(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    places = warm.variants("sm_90")
+    cases = warm._cases()
+    held = {(cases[i].kernel, j) for i, j in places}
+    kernels = {case.kernel for case in cases if "sm_90" in case.chips}
+    assert held == {(kernel, j) for kernel in kernels for j in range(len(kernel.configs))}
+    assert [cases[i].dot for i, _ in places] == sorted((cases[i].dot for i, _ in places))[::-1]
+    from comemo_kernels import glue
+
+    place = next(p for p in places if cases[p[0]].kernel is glue.one_weight_kernel)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    cases[place[0]].kernel.function.device_caches.clear()
+    assert warm.compile_variant("sm_90", place) > 0
+    assert len(list(tmp_path.rglob("*.cubin"))) == 1
 
 
 def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(bench, tmp_path, capsys):

@@ -75,6 +75,8 @@ def test_spans_and_places_fit_the_memory(case):
     spans = reading.spans("cpu")
     assert spans.min() >= 0
     assert spans.max() == len(ids) == sum(reading.sizes)
+    held = ops.ImageMemory.from_media(torch.zeros(len(ids), 2), ids, [len(ids)], reading.sizes)
+    assert (spans.dtype, ids.dtype) == (held.spans.dtype, held.ids.dtype)  # one variant for both
     assert biases.shape == (1, len(starts))
     assert reading.positions("cpu").shape == reading.shape
 
