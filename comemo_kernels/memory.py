@@ -193,8 +193,8 @@ class ImageMemory:
 
         Args:
             spans: integers [B, 1, 2] or [B, N, 2].
-            biases: integers [I] or [B, I], where the images stand in the readers' prompts; None
-                leaves them.
+            biases: integers [I] or [B, I] on any device, where the images stand in the readers'
+                prompts; None leaves them.
 
         Raises:
             ValueError: another number of images, or a memory of absolute ids.
@@ -207,6 +207,8 @@ class ImageMemory:
             f"ImageMemory.reading: biases must be for the {len(self.sizes)} images of a memory"
             f" that is not absolute, got {tuple(biases.shape)}, absolute={self.absolute}",
         )
+        if self.starts is not None:
+            biases = biases.to(self.starts.device)
         return replace(self, spans=spans, biases=biases)
 
     def rotation(self, positions: Tensor) -> QueryRotation:

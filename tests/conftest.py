@@ -1,5 +1,6 @@
 """Fixtures that every test file shares."""
 
+import contextlib
 import copy
 import importlib.util
 import os
@@ -8,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import virtual_gpu  # before comemo: it must see its operators
 from hypothesis import Phase, settings
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
@@ -18,13 +20,20 @@ from comemo import demo
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# torch.compile and opcheck trace with fake tensors, which are on no virtual GPU.
+TRACED = pytest.mark.no_virtual_gpu("Dynamo and opcheck do not see through a function mode")
+
+GPU = torch.cuda.is_available()  # a real one
+# In the interpreter tensors claim to be on a GPU, as with VIRTUAL_GPU=1 elsewhere.
+VIRTUAL = os.environ.get("VIRTUAL_GPU", "1" if INTERPRET else "0") == "1" and not GPU
+DEVICE = "cuda" if GPU or VIRTUAL else "cpu"
 NO_BFLOAT16 = None  # why kernels cannot be tested in it
 if INTERPRET:
     import interpreter
 
     NO_BFLOAT16 = interpreter.correct()
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]  # of kernels
+PRESENCE = pytest.StashKey[contextlib.ExitStack]()
 if NO_BFLOAT16:
     DTYPES.remove(torch.bfloat16)
 
@@ -37,7 +46,7 @@ settings.register_profile(
     max_examples=10,
     phases=(Phase.explicit, Phase.generate),
 )
-settings.load_profile("kernels" if INTERPRET or DEVICE == "cuda" else "comemo")
+settings.load_profile("kernels" if INTERPRET or GPU else "comemo")
 
 
 def pytest_configure(config):
@@ -47,6 +56,17 @@ def pytest_configure(config):
         " kernel(reference=True), which is worth running on the reference too",
     )
     config.addinivalue_line("markers", "gpu: needs a GPU; deselected elsewhere")
+    config.addinivalue_line(
+        "markers", "no_virtual_gpu(reason): runs on the CPU where others run on the virtual GPU"
+    )
+    if VIRTUAL:
+        config.stash[PRESENCE] = contextlib.ExitStack()
+        config.stash[PRESENCE].enter_context(virtual_gpu.present())
+
+
+def pytest_unconfigure(config):
+    if PRESENCE in config.stash:
+        config.stash[PRESENCE].close()
 
 
 def pytest_report_header():
@@ -59,10 +79,10 @@ def pytest_collection_modifyitems(config, items):
     def runs_here(item):
         kernel = item.get_closest_marker("kernel")
         if item.get_closest_marker("gpu"):
-            return DEVICE == "cuda"
+            return GPU
         if INTERPRET:
             return kernel is not None
-        return kernel is None or DEVICE == "cuda" or kernel.kwargs.get("reference", False)
+        return kernel is None or GPU or kernel.kwargs.get("reference", False)
 
     config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
     items[:] = [item for item in items if runs_here(item)]
@@ -70,8 +90,28 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where kernels run: on a GPU if there is one, else on the CPU in Triton's interpreter."""
+    """Where tensors are: on a GPU if there is one, if only a virtual one, else on the CPU."""
     return DEVICE
+
+
+@pytest.fixture(scope="session")
+def real_device() -> str:
+    """Where they are in a test that no virtual GPU sees."""
+    return "cuda" if GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def virtual(request):
+    """Whether there is a virtual GPU; it is asked whether tensors of two devices met."""
+    if not VIRTUAL:
+        yield False
+    elif request.node.get_closest_marker("no_virtual_gpu"):
+        with virtual_gpu.absent():
+            yield False
+    else:
+        virtual_gpu.faults.clear()
+        yield True
+        assert not virtual_gpu.faults
 
 
 @pytest.fixture(scope="session")
@@ -102,7 +142,7 @@ def checkpoint(golden) -> Path:
 @pytest.fixture(scope="session")
 def _model(checkpoint):
     model = comemo.CoMemoForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 @pytest.fixture
@@ -157,7 +197,7 @@ def demo_checkpoint(tmp_path_factory):
 def loaded(demo_checkpoint):
     """Model and tokenizer of `demo_checkpoint`."""
     tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint)
-    return AutoModel.from_pretrained(demo_checkpoint, dtype=torch.float32), tokenizer
+    return AutoModel.from_pretrained(demo_checkpoint, dtype=torch.float32).to(DEVICE), tokenizer
 
 
 @pytest.fixture

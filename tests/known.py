@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small import place
 from torch import Tensor
 
 import comemo
@@ -47,6 +48,7 @@ def batch_of(core: Any, *prompts: list[str | int], grids: bool = True) -> dict[s
     }
     if names:
         found["pixel_values"] = torch.cat([tiles()[name] for name in names])
+    found = place(found)
     if names and grids:
         found["tile_grid"] = [GRIDS[name] for name in names]
     return found

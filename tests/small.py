@@ -2,9 +2,19 @@
 
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 
 from comemo import CoMemoConfig, CoMemoForConditionalGeneration
 from comemo.tiny import spread_weights
+
+
+def place(inputs, device=DEVICE):
+    """Inputs of a model by name, or tensors in tuples, on a device; grids stay with the host."""
+    if isinstance(inputs, dict):
+        return {n: x if n == "tile_grid" else place(x, device) for n, x in inputs.items()}
+    if isinstance(inputs, (list, tuple)):
+        return type(inputs)(place(x, device) for x in inputs)
+    return inputs.to(device) if isinstance(inputs, torch.Tensor) else inputs
 
 
 def make_model(dtype=torch.float32, **llm):
@@ -24,7 +34,7 @@ def make_model(dtype=torch.float32, **llm):
     for name, weight in model.model.language_model.named_parameters():
         if weight.ndim == 1 and not name.endswith("gate"):
             torch.nn.init.normal_(weight, 0.0 if name.endswith("bias") else 1.0, 0.4)
-    return model.eval().requires_grad_(False).to(dtype)
+    return model.eval().requires_grad_(False).to(DEVICE, dtype)
 
 
 def make_prompts(model):
@@ -37,13 +47,14 @@ def make_prompts(model):
     ids[0, per + 4 : 2 * per + 4] = ids[1, 4 : 2 * per + 4] = config.image_token_id
     tiles = torch.randn(3, 3, side, side).to(model.dtype)
     grids = [(1, 1)] * 3
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": tiles, "tile_grid": grids}
+    prompts = {"input_ids": ids, "attention_mask": mask, "pixel_values": tiles}
+    return place(prompts) | {"tile_grid": grids}
 
 
 def one_more(prompts, out):
     """Inputs of a decode step behind whole prompts: a token each, the cache and the memory."""
     return {
-        "input_ids": torch.full((2, 1), 7),
+        "input_ids": torch.full((2, 1), 7, device=DEVICE),
         "attention_mask": F.pad(prompts["attention_mask"], (0, 1), value=1),
         "past_key_values": out.past_key_values,
         "image_memory": out.image_memory,

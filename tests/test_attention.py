@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, INTERPRET
+from conftest import DEVICE, DTYPES, GPU, INTERPRET, TRACED
 from harness import assert_errs_no_more, assert_matches, red_zones
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +22,7 @@ from comemo_kernels import (
 
 pytestmark = pytest.mark.kernel(reference=True)
 
-if INTERPRET or DEVICE == "cuda":
+if INTERPRET or GPU:
     from comemo_kernels import attention
 
 
@@ -39,15 +39,16 @@ def make_inputs(
     P=90,
     dtype=torch.float32,
     ids=torch.int64,
+    device=DEVICE,
 ):
     """Arguments of `attend_images`; `starts` None for queries that are rotated already."""
     g = torch.Generator().manual_seed(B * N + M + D)
 
     def draw(*shape):
-        return torch.randn(*shape, generator=g).to(DEVICE, dtype)
+        return torch.randn(*shape, generator=g).to(device, dtype)
 
     def integers(low, high, *shape, dtype=torch.int32):
-        return torch.randint(low, high, shape, generator=g).to(DEVICE, dtype)
+        return torch.randint(low, high, shape, generator=g).to(device, dtype)
 
     places = integers(0, M + 1, B, N if spans == "token" else 1, 2, dtype=ids)
     inputs = {
@@ -60,10 +61,10 @@ def make_inputs(
     }
     rest = {"positions": integers(0, P // 2, B, N, dtype=ids), "starts": None, "biases": None}
     if starts is not None:
-        cos, sin = rotary_table(torch.arange(P, device=DEVICE)[None], D, theta=100.0)
+        cos, sin = rotary_table(torch.arange(P, device=device)[None], D, theta=100.0)
         inputs |= {"cos": cos[0], "sin": sin[0]}
         if starts:
-            rest["starts"] = torch.tensor(starts, dtype=torch.int32, device=DEVICE)
+            rest["starts"] = torch.tensor(starts, dtype=torch.int32, device=device)
             rest["biases"] = integers(0, P // 2, biases, len(starts))
     return inputs, rest
 
@@ -91,7 +92,7 @@ def check(inputs, rest, **kwargs):
     B=st.integers(1, 3),
     N=st.integers(1, 5),
     heads=st.sampled_from([(1, 1), (4, 2), (6, 1), (3, 3)]),
-    D=st.sampled_from([24, 64] if DEVICE == "cuda" else [2, 16, 24, 64]),  # each compiles
+    D=st.sampled_from([24, 64] if GPU else [2, 16, 24, 64]),  # each compiles
     M=st.integers(1, 150),
     spans=st.sampled_from(["token", "prompt"]),
     starts=st.sampled_from([None, (), (0,), (0, 1), (0, 16, 40, 41)]),
@@ -324,7 +325,7 @@ def test_specialised_warps_match_the_reference(monkeypatch, starts, dtype):
     monkeypatch.setattr(
         attention._specialized, "launch", lambda *args: launched.append(1) or launch(*args)
     )
-    if DEVICE == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+    if GPU and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("warps are specialised on Hopper alone")
     check(inputs, rest)
     assert bool(launched) == (dtype != torch.float32), "float32 has no such kernel"
@@ -387,9 +388,10 @@ def test_gradients():
 
 
 @pytest.mark.kernel
-def test_operator_contract():
+@TRACED
+def test_operator_contract(real_device):
     for starts in (None, (0, 32)):
-        inputs, rest = make_inputs(starts=starts, dtype=torch.float16)
+        inputs, rest = make_inputs(starts=starts, dtype=torch.float16, device=real_device)
         rotation = [inputs["cos"], inputs["sin"]]
         rotation += [rest[n] if starts else None for n in ("positions", "starts", "biases")]
         arguments = [inputs[n] for n in ("q", "k", "v", "spans")] + [*rotation, None, None, 1]
@@ -407,7 +409,8 @@ def test_a_written_workspace_gets_a_new_version():
     assert workspace.out._version > before
 
 
-def test_compiles_whole_for_any_length():
+@TRACED
+def test_compiles_whole_for_any_length(real_device):
     counted = []
 
     def backend(graph, _):
@@ -416,7 +419,7 @@ def test_compiles_whole_for_any_length():
 
     compiled = torch.compile(ways_compiled, fullgraph=True, backend=backend, dynamic=True)
     for N, M in ((3, 64), (5, 96), (9, 70), (4, 33)):
-        inputs, rest = make_inputs(2, N, 2, 1, 16, M, "prompt", (0, 32))
+        inputs, rest = make_inputs(2, N, 2, 1, 16, M, "prompt", (0, 32), device=real_device)
         arguments = (*inputs.values(), *rest.values())
         torch.testing.assert_close(compiled(*arguments), ways_compiled(*arguments))
     assert len(counted) == 1

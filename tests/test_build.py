@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES
+from conftest import DEVICE, DTYPES, GPU, TRACED
 from harness import assert_matches
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,14 +21,14 @@ from comemo_kernels import (
 pytestmark = pytest.mark.kernel(reference=True)
 
 
-def make_inputs(M=40, d=48, L=2, G=2, D=16, exact=True, dtype=torch.float32, P=64):
+def make_inputs(M=40, d=48, L=2, G=2, D=16, exact=True, dtype=torch.float32, P=64, device=DEVICE):
     g = torch.Generator().manual_seed(M + d + G)
 
     def draw(*shape, scale=1.0):
-        return (scale * torch.randn(*shape, generator=g)).to(DEVICE, dtype)
+        return (scale * torch.randn(*shape, generator=g)).to(device, dtype)
 
-    cos, sin = rotary_table(torch.arange(P, device=DEVICE)[None], D, theta=100.0)
-    ids = torch.randint(-9, P, (M,), generator=g).to(DEVICE, torch.int32)
+    cos, sin = rotary_table(torch.arange(P, device=device)[None], D, theta=100.0)
+    ids = torch.randint(-9, P, (M,), generator=g).to(device, torch.int32)
     return {
         "media": draw(M, d, scale=3.0),
         "kv_weights": [draw(2 * G * D, d, scale=d**-0.5) for _ in range(L)],
@@ -55,7 +55,7 @@ def built(build, inputs, heads, row=0, spare=0, **kwargs):
     d=st.sampled_from([8, 40, 64]),
     L=st.integers(1, 3),
     G=st.integers(1, 5),
-    D=st.sampled_from([24, 128] if DEVICE == "cuda" else [2, 16, 24, 128]),  # each compiles
+    D=st.sampled_from([24, 128] if GPU else [2, 16, 24, 128]),  # each compiles
 )
 def test_matches_reference(M, d, L, G, D, exact, dtype):
     inputs = make_inputs(M, d, L, G, D, exact, dtype)
@@ -285,23 +285,25 @@ def test_says_what_a_kernel_cannot_do():
 
 
 @pytest.mark.kernel
-def test_operator_contract():
+@TRACED
+def test_operator_contract(real_device):
     from comemo_kernels import build
 
-    inputs = make_inputs(16, dtype=torch.float16)
-    held = [[torch.zeros(16, 2, 16, device=DEVICE).half() for _ in range(2)] for _ in range(2)]
+    inputs = make_inputs(16, dtype=torch.float16, device=real_device)
+    held = [[torch.zeros(16, 2, 16, device=real_device).half() for _ in range(2)] for _ in range(2)]
     arguments = [inputs[n] for n in ("media", "kv_weights", "norm_weights", "cos", "sin", "ids")]
     torch.library.opcheck(build._build, [*arguments, *held, [], [], 1, 0, 1e-5])
 
 
-def test_compiles_whole():
+@TRACED
+def test_compiles_whole(real_device):
     def run(media, ids, keys, values):
         weights = inputs["kv_weights"], inputs["norm_weights"]
         build_memory(media, *weights, inputs["cos"], inputs["sin"], ids, keys, values)
         return keys[0] + 0
 
     compiled = torch.compile(run, fullgraph=True, backend="eager")
-    inputs = make_inputs(16)
-    held = [[torch.zeros(16, 2, 16, device=DEVICE) for _ in range(2)] for _ in range(4)]
+    inputs = make_inputs(16, device=real_device)
+    held = [[torch.zeros(16, 2, 16, device=real_device) for _ in range(2)] for _ in range(4)]
     ours = compiled(inputs["media"], inputs["ids"], *held[:2])
     torch.testing.assert_close(ours, run(inputs["media"], inputs["ids"], *held[2:]))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES
+from conftest import DTYPES, TRACED
 from harness import assert_matches, evaluate
 from hypothesis import given
 from hypothesis import strategies as st
@@ -202,12 +202,13 @@ def test_eps_counts(device):
 
 
 @pytest.mark.kernel
-def test_operator_contract(device):
-    x, norm, gate_weight, up_weight = make_inputs("norm_swiglu", device=device).values()
+@TRACED
+def test_operator_contract(real_device):
+    x, norm, gate_weight, up_weight = make_inputs("norm_swiglu", device=real_device).values()
     opcheck(glue._rows, (x, norm, gate_weight, None, None, None, 1e-5))
     opcheck(glue._rows, (x, norm, gate_weight, up_weight, None, None, 1e-5))
     opcheck(glue._rows, (x, None, gate_weight, up_weight, None, None, 1e-5))
-    x, a, weight, gate = make_inputs("gated_residual", device=device).values()
+    x, a, weight, gate = make_inputs("gated_residual", device=real_device).values()
     opcheck(glue._rows, (a, None, weight, None, x, gate, None))
     opcheck(glue._rows, (a, None, weight, None, x, None, None))
 
@@ -215,14 +216,15 @@ def test_operator_contract(device):
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(device, form, dynamic):
+@TRACED
+def test_compiles_whole(real_device, form, dynamic):
     torch._dynamo.reset()
     op = both(form)[0]
     compiled = torch.compile(op, fullgraph=True, dynamic=dynamic)
     for rows in (3, 5):
-        inputs = make_inputs(form, (rows,), device=device)
+        inputs = make_inputs(form, (rows,), device=real_device)
         assert torch.equal(compiled(**inputs), op(**inputs))
-    inputs = requiring_grad(make_inputs(form, (20,), device=device))
+    inputs = requiring_grad(make_inputs(form, (20,), device=real_device))
     ours = evaluate(compiled, inputs)
     for name, value in evaluate(op, inputs).items():
         torch.testing.assert_close(ours[name], value)

@@ -1,4 +1,4 @@
-"""The interpreter's bfloat16 and float8_e4m3fn against PyTorch's. Without the patch all of it fails."""
+"""The bfloat16 and float8_e4m3fn of the interpreter against those of PyTorch."""
 
 import conftest
 import interpreter

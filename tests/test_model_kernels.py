@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from conftest import TRACED
 from harness import LOGITS, assert_relative
 from torch._dynamo.testing import CompileCounter
 
@@ -105,6 +106,7 @@ def test_folded_tokens_are_the_references(model, on_reference):
     assert torch.equal(ours, model.generate(**batch, **options))
 
 
+@TRACED
 def test_decode_step_compiles_whole(model):
     counter, eager = CompileCounter(), model.forward
     compiled = torch.compile(eager, fullgraph=True, backend=counter)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TRACED
 from harness import assert_matches, recorded
 from hypothesis import given
 from hypothesis import strategies as st
@@ -231,20 +232,22 @@ def test_grids_say_what_is_wrong():
 
 
 @pytest.mark.kernel
-def test_operator_contract(device):
+@TRACED
+def test_operator_contract(real_device):
     from comemo_kernels.positions import _rope_dhr
 
-    mask = torch.ones(2, 12, dtype=torch.bool, device=device)
-    grids = ImageGrids.pack([(2, 1), (2, 1)], side=2, device=device)
+    mask = torch.ones(2, 12, dtype=torch.bool, device=real_device)
+    grids = ImageGrids.pack([(2, 1), (2, 1)], side=2, device=real_device)
     opcheck(_rope_dhr, (mask, mask.long(), grids.table, grids.end, 2, True, True))
 
 
-def test_compiles_whole_where_nothing_is_read_back(device):
+@TRACED
+def test_compiles_whole_where_nothing_is_read_back(real_device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ops.rope_dhr_positions, fullgraph=True, backend=counter)
     for text in (3, 4, 5, 6):
-        image = F.pad(torch.ones(1, 12, dtype=torch.bool), (text, 2)).to(device)
+        image = F.pad(torch.ones(1, 12, dtype=torch.bool), (text, 2)).to(real_device)
         arguments = (image, torch.ones_like(image), [(2, 1)], 2)
         ours = compiled(*arguments, validate=False)
         assert torch.equal(ours, ops.rope_dhr_positions(*arguments))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DTYPES
+from conftest import DTYPES, TRACED
 from harness import assert_matches, evaluate
 from hypothesis import given
 from hypothesis import strategies as st
@@ -300,9 +300,10 @@ def test_autograd_sees_what_was_written(device):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_operator_contract(device, layout):
+@TRACED
+def test_operator_contract(real_device, layout):
     for kind in ("int64", "grids", "table"):
-        inputs = make_inputs(N=30, layout=layout, kind=kind, device=device)
+        inputs = make_inputs(N=30, layout=layout, kind=kind, device=real_device)
         q, k, cos, sin, positions = (
             x.detach() if isinstance(x, torch.Tensor) else x for x in inputs.values()
         )
@@ -317,11 +318,12 @@ def test_operator_contract(device, layout):
 @pytest.mark.kernel
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("kind", ["int64", "grids", "table"])
-def test_compiles_whole(device, kind, dynamic):
+@TRACED
+def test_compiles_whole(real_device, kind, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(apply_rotary, fullgraph=True, dynamic=dynamic)
     for N in (15, 30):
-        inputs = make_inputs(N=N, kind=kind, device=device)
+        inputs = make_inputs(N=N, kind=kind, device=real_device)
         ours, eager = evaluate(compiled, inputs), evaluate(apply_rotary, inputs)
         for name, value in eager.items():
             assert torch.equal(ours[name], value), name
@@ -331,13 +333,14 @@ def test_compiles_whole(device, kind, dynamic):
         assert torch.equal(copies["q"], eager["output 0"])
 
 
-def test_fifty_lengths_are_one_graph(device):
+@TRACED
+def test_fifty_lengths_are_one_graph(real_device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(apply_rotary, fullgraph=True, backend=counter)
     for N in range(4, 54):
         with torch.no_grad():
-            inputs = make_inputs(B=1, N=N, kind="int64", device=device)
+            inputs = make_inputs(B=1, N=N, kind="int64", device=real_device)
             compiled(**inputs)
     assert counter.frame_count <= 2  # the first length, then any length
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES
+from conftest import DEVICE, DTYPES, GPU, TRACED
 from harness import assert_matches, evaluate
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,12 +20,12 @@ pytestmark = [pytest.mark.kernel(reference=True), pytest.mark.usefixtures("one_t
 WEIGHTS = ["norm_weight", "norm_bias", "weight1", "bias1", "weight2", "bias2"]
 
 
-def make_inputs(T=2, side=2, n=2, C=8, d=24, dtype=torch.float32, grad=()):
+def make_inputs(T=2, side=2, n=2, C=8, d=24, dtype=torch.float32, grad=(), device=DEVICE):
     """Operands by name; those of `grad` require gradients."""
     g, W, h = torch.Generator().manual_seed(T + side + C), C * n * n, side * n
 
     def draw(*shape, scale=1.0):
-        return (scale * torch.randn(*shape, generator=g)).to(DEVICE, dtype)
+        return (scale * torch.randn(*shape, generator=g)).to(device, dtype)
 
     inputs = {
         "tokens": draw(T, 1 + h * h, C, scale=3.0),
@@ -59,7 +59,7 @@ def both(n=2, version="v2"):
     T=st.integers(1, 3),
     side=st.integers(1, 3),
     n=st.integers(1, 4),
-    C=st.sampled_from([8, 12, 64] if DEVICE == "cuda" else [1, 5, 8, 12, 64]),  # each compiles
+    C=st.sampled_from([8, 12, 64] if GPU else [1, 5, 8, 12, 64]),  # each compiles
     d=st.sampled_from([8, 24, 130]),
     version=st.sampled_from(["v1", "v2"]),
     gradients=st.booleans(),
@@ -292,12 +292,13 @@ def test_v1_is_the_transposed_raster_of_v2():
 
 
 @pytest.mark.kernel
-def test_operator_contract():
+@TRACED
+def test_operator_contract(real_device):
     from comemo_kernels import _fold, tiles
 
-    operands = tuple(make_inputs(T=3, dtype=torch.float16).values())
-    media, embeds = (torch.zeros(n, 24, device=DEVICE).half() for n in (12, 42))
-    rows = image_rows(RAGGED.to(DEVICE), 12)
+    operands = tuple(make_inputs(T=3, dtype=torch.float16, device=real_device).values())
+    media, embeds = (torch.zeros(n, 24, device=real_device).half() for n in (12, 42))
+    rows = image_rows(RAGGED.to(real_device), 12)
     for keep in (False, True):
         opcheck(tiles._project, (*operands, 2, False, 1e-5, keep))
     opcheck(tiles._project_, (media, embeds, rows, *operands, 2, True, 1e-5))
@@ -310,9 +311,10 @@ def test_operator_contract():
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(dynamic):
+@TRACED
+def test_compiles_whole(real_device, dynamic):
     torch._dynamo.reset()
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"
+    backend = "inductor" if GPU else "aot_eager"
     compiled = torch.compile(project_tiles, fullgraph=True, dynamic=dynamic, backend=backend)
 
     def into(op):
@@ -325,15 +327,15 @@ def test_compiles_whole(dynamic):
 
     whole = torch.compile(into(project_tiles), fullgraph=True, dynamic=dynamic, backend=backend)
     for T in (2, 3):
-        inputs = make_inputs(T)
+        inputs = make_inputs(T, device=real_device)
         torch.testing.assert_close(compiled(**inputs), project_tiles(**inputs))
-        inputs |= {"embeds": torch.zeros(30, 24, device=DEVICE)}
-        inputs |= {"rows": torch.arange(4 * T, device=DEVICE) + 3}
-        media, wanted = (torch.zeros(4 * T, 24, device=DEVICE) for _ in range(2))
+        inputs |= {"embeds": torch.zeros(30, 24, device=real_device)}
+        inputs |= {"rows": torch.arange(4 * T, device=real_device) + 3}
+        media, wanted = (torch.zeros(4 * T, 24, device=real_device) for _ in range(2))
         ours, theirs = whole(media=media, **inputs), into(project_tiles)(media=wanted, **inputs)
         torch.testing.assert_close(ours, theirs)
         torch.testing.assert_close(media, wanted)
-    inputs = make_inputs(grad=EVERY)
+    inputs = make_inputs(grad=EVERY, device=real_device)
     ours = evaluate(compiled, inputs)
     for name, value in evaluate(project_tiles, inputs).items():
         torch.testing.assert_close(ours[name], value)

@@ -1,0 +1,323 @@
+"""The virtual GPU: what a GPU refuses raises, what it does passes, and everything has its device."""
+
+import copy
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+import virtual_gpu
+from conftest import GPU, INTERPRET
+from torch import nn
+from virtual_gpu import DeviceFault
+
+pytestmark = pytest.mark.skipif(GPU, reason="there is a real one")
+
+
+@pytest.fixture(autouse=True)
+def present(virtual):
+    """A virtual GPU, whether or not the run has one; its faults are wanted here."""
+    if virtual:
+        yield
+    else:
+        with virtual_gpu.present():
+            yield
+    virtual_gpu.faults.clear()
+
+
+@pytest.fixture
+def x():
+    return torch.arange(6.0, device="cuda").view(2, 3)
+
+
+def near(*tensors):
+    return all(t.is_cuda and t.device == torch.device("cuda:0") for t in tensors)
+
+
+HOST = torch.arange(6.0).view(2, 3)
+ROWS = torch.tensor([0, 1])
+NUMBER = torch.tensor(2.0)
+
+MIXED = {
+    "add": lambda x: x + HOST,
+    "add from the other side": lambda x: HOST * x,
+    "in place": lambda x: x.add_(HOST),
+    "a number of the GPU in place": lambda x: NUMBER.add_(x[0, 0]),
+    "a host's array and a number of the GPU": lambda x: HOST + x[0, 0],
+    "matmul": lambda x: x @ HOST.T,
+    "cat": lambda x: torch.cat([x, HOST]),
+    "stack of numbers": lambda x: torch.stack([x[0, 0], NUMBER]),
+    "where": lambda x: torch.where(x > 1, x, HOST),
+    "searchsorted": lambda x: torch.searchsorted(x[0], HOST),
+    "equal": lambda x: torch.equal(x, HOST),
+    "out": lambda x: torch.add(x, x, out=torch.empty(2, 3)),
+    "embedding": lambda x: F.embedding(ROWS, x),
+    "linear": lambda x: F.linear(x, HOST),
+    "a layer": lambda x: nn.Linear(3, 2)(x),
+    "index_select": lambda x: x.index_select(0, ROWS),
+    "gather": lambda x: x.gather(0, torch.zeros(2, 3).long()),
+    "masked_fill": lambda x: x.masked_fill(HOST > 1, 0),
+    "an index of the GPU": lambda x: HOST[x[0].long() % 2],
+    "a mask of the GPU": lambda x: HOST[x > 1],
+    "values of the host": lambda x: x.__setitem__(ROWS, HOST),
+    "a gradient": lambda x: setattr(nn.Parameter(x), "grad", HOST),
+    "a generator": lambda x: torch.rand(2, device="cuda", generator=torch.Generator()),
+    "places to split": lambda x: x.tensor_split(torch.tensor([1], device="cuda")),
+    "pinning": lambda x: x.pin_memory(),
+    "numpy": lambda x: x.numpy(),
+    "an array of it": lambda x: x.__array__(),
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_what_a_gpu_refuses(x, case):
+    with pytest.raises(DeviceFault, match=r"tests/test_virtual_gpu.py:\d"):
+        MIXED[case](x)
+    assert len(virtual_gpu.faults) == 1
+
+
+def test_a_fault_is_remembered_if_it_is_caught(x):
+    try:
+        x + HOST
+    except RuntimeError:
+        assert "torch.Tensor.add" in virtual_gpu.faults[0]
+        assert "(2, 3) on cuda:0, (2, 3) on cpu" in virtual_gpu.faults[0]
+
+
+def test_numpy_is_refused_as_a_type(x):
+    with pytest.raises(TypeError, match="can't convert cuda:0"):
+        x.numpy()
+
+
+PASSES = {
+    "a number of the host": lambda x: (x * NUMBER, NUMBER - x, x.clone().add_(NUMBER)),
+    "a number that is chosen": lambda x: (torch.where(x > 1, x, NUMBER), x.clamp(min=NUMBER)),
+    "rows of the host": lambda x: (x[ROWS], x[ROWS, ROWS], x[HOST > 1], x[ROWS[1]]),
+    "operations": lambda x: (x @ x.T, torch.cat([x, x]), torch.stack([x, x]), x.sum(), x > 1),
+    "functions": lambda x: (F.silu(x), F.linear(x, x), F.pad(x, (1, 1)), F.softmax(x, -1)),
+    "views": lambda x: (
+        x[0],
+        x.T,
+        x.view(-1),
+        x.data,
+        x.detach(),
+        x.expand(2, 2, 3),
+        *x,
+        *x.split(1),
+    ),
+    "of its kind": lambda x: (
+        torch.zeros_like(x),
+        x.new_zeros(3),
+        x.new_tensor([1]),
+        torch.tensor(x),
+    ),
+    "factories": lambda x: tuple(
+        f(2, device=d)
+        for f in (torch.ones, torch.empty, torch.arange, torch.randn)
+        for d in ("cuda", "cuda:0", torch.device("cuda"), 0)
+    ),
+    "copies": lambda x: (HOST.to("cuda"), HOST.to(x), HOST.cuda(), HOST.to("cuda", torch.int32)),
+    "later": lambda x: (HOST.pin_memory().to("cuda", non_blocking=True), HOST.to(device="cuda")),
+    "copied into": lambda x: (x.clone().copy_(HOST), copy.deepcopy(x), copy.copy(x)),
+    "shapes of others": lambda x: (x.view_as(HOST), x[:1].expand_as(HOST)),
+    "several results": lambda x: (*x.max(0), *torch.sort(x), *torch.unique(x, return_counts=True)),
+}
+
+
+@pytest.mark.parametrize("case", PASSES)
+def test_what_a_gpu_does(x, case):
+    assert near(*PASSES[case](x))
+    assert not virtual_gpu.faults
+
+
+def test_what_is_on_the_host_stays_there(x):
+    made = [torch.ones(2), torch.zeros(2, device="cpu"), torch.empty_like(x, device="cpu"), x.cpu()]
+    made += [x.to("cpu"), x.to(HOST), x.to("cpu", torch.float64), torch.tensor([x[0, 0], 1.0])]
+    made += [torch.arange(int(x[0, 2])), HOST.clone().copy_(x), HOST[0], torch.as_tensor(HOST)]
+    for t in made:
+        assert not t.is_cuda
+        assert t.is_cpu
+        assert t.device.type == "cpu"
+        assert t.get_device() == -1
+    assert x.cpu().numpy().tolist() == HOST.tolist() == x.tolist()
+    assert x.to("meta").is_meta
+
+
+def test_a_copy_is_not_the_same_memory(x):
+    host = HOST.clone()
+    there = host.to("cuda")
+    there += 1
+    assert torch.equal(host, HOST)
+    back = there.cpu()
+    back += 1
+    assert torch.equal(there.cpu(), HOST + 1)
+    assert x.to("cuda") is x
+    assert x.cuda() is x
+    assert host.cpu() is host
+
+
+def test_what_is_written(x):
+    x[0] = HOST[1]  # a copy
+    x[ROWS] = 1.0
+    x[ROWS[0]] = NUMBER
+    x.data = HOST
+    assert x.device.type == "cpu"
+    pinned = torch.empty(3, pin_memory=True)
+    assert pinned.is_pinned()
+    assert not HOST.is_pinned()
+
+
+def test_modules_and_gradients():
+    layer = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3))
+    assert not any(p.is_cuda for p in layer.parameters())
+    layer.to("cuda")
+    assert near(*layer.parameters())
+    assert near(*copy.deepcopy(layer).parameters())
+    x = torch.ones(2, 3, device="cuda", requires_grad=True)
+    layer(x).sum().backward()
+    assert near(x.grad, *(p.grad for p in layer.parameters()))
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x)
+    assert near(gradient)
+    y = torch.ones(3, requires_grad=True)
+    (y.to("cuda") * 2).sum().backward()
+    assert y.grad.device.type == "cpu"
+    layer.cpu()
+    assert not any(p.is_cuda or p.grad.is_cuda for p in layer.parameters())
+
+
+class Doubled(torch.autograd.Function):
+    seen = []
+
+    @staticmethod
+    def forward(ctx, x, same):
+        y = x * 2
+        ctx.save_for_backward(x, y)
+        return y, same
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        Doubled.seen += [gradient.device, *(t.device for t in ctx.saved_tensors)]
+        return gradient * torch.full((), 2.0), None
+
+
+def test_functions_of_autograd(x):
+    Doubled.seen.clear()
+    y, same = Doubled.apply(x.requires_grad_(), x.detach())
+    assert near(y, same)
+    y.sum().backward()
+    assert near(x.grad)
+    assert Doubled.seen == [torch.device("cuda:0")] * 3
+
+
+def test_a_mix_in_the_backward_pass_is_a_fault(x):
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * torch.ones(2, 3)
+
+    y = Wrong.apply(x.requires_grad_())
+    with pytest.raises(DeviceFault, match="Tensor.mul"):
+        y.sum().backward()
+
+
+def test_default_devices():
+    with torch.device("cuda"):
+        assert near(torch.ones(2), torch.tensor(1.0), nn.Linear(2, 2).weight)
+    assert not torch.ones(2).is_cuda
+    with torch.device("meta"):
+        assert torch.ones(2).is_meta
+
+
+def test_other_threads_are_seen(x):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(x + torch.ones(3, device="cuda")))
+    thread.start()
+    thread.join()
+    assert near(*found)
+
+
+def test_autocast(x):
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.is_autocast_enabled("cuda")
+        y = x @ x.T
+    assert near(y)
+    assert y.dtype == torch.bfloat16
+    assert (x @ x.T).dtype == torch.float32
+
+
+def test_assert_close_compares_on_one_device(x):
+    torch.testing.assert_close(x.cpu(), HOST)
+    with pytest.raises(AssertionError, match="device"):
+        torch.testing.assert_close(x, HOST)
+
+
+def test_cuda_answers():
+    assert torch.cuda.is_available()
+    assert torch.cuda.device_count() == 1
+    assert torch.cuda.get_device_capability(0) == (9, 0)
+    assert torch.cuda.get_device_properties(0).multi_processor_count == 132
+    with torch.cuda.device(0), torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.synchronize()
+
+
+def test_it_can_be_absent(x):
+    with virtual_gpu.absent():
+        assert not torch.cuda.is_available()
+        assert not x.is_cuda
+        assert torch.equal(x, HOST)
+    assert near(x)
+
+
+def record(function):
+    return virtual_gpu.capture(function, 2)
+
+
+def test_a_recording_is_replayed_where_it_was_recorded(x):
+    total, seen = torch.zeros(2, 3, device="cuda"), []
+
+    def step():
+        doubled = x * 2
+        total.add_(doubled[:, :2].sum())
+        seen.append(doubled)
+
+    graph = record(step)
+    assert total[0, 0] == 2 * 2 * 8  # the warm-ups; a recording changes nothing
+    x.add_(1)
+    graph.replay()
+    assert total[0, 0] == 2 * 2 * 8 + 2 * 12
+    assert torch.equal(seen[-1], x * 2)
+    assert len(seen) == 3
+
+
+NOT_RECORDED = {
+    "a value": lambda x: x[0, 0].item(),
+    "a condition": lambda x: bool(x[0, 0] > 1),
+    "a copy to the host": lambda x: x.cpu(),
+    "a copy from pageable memory": lambda x: x.copy_(HOST),
+    "a constant": lambda x: torch.tensor([1.0], device="cuda"),
+    "a mask": lambda x: x[x > 1],
+    "rows of the host": lambda x: x[ROWS],
+}
+
+
+@pytest.mark.parametrize("case", NOT_RECORDED)
+def test_what_no_graph_records(x, case):
+    with pytest.raises(ValueError, match="must be recordable.*when stream is capturing"):
+        record(lambda: NOT_RECORDED[case](x))
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(not INTERPRET, reason="of a kernel")
+def test_a_kernel_reads_no_memory_of_the_host(x):
+    from comemo_kernels import apply_rotary, rotary
+
+    table = torch.ones(4, 2, device="cuda")
+    q = torch.ones(1, 4, 2, 4, device="cuda")
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    assert near(apply_rotary(q, None, table, table, ids.to("cuda"))[0])
+    with pytest.raises(ValueError, match="cannot be accessed from Triton"):
+        rotary.rotary_kernel.function[1,](ids)
