@@ -143,7 +143,7 @@ def _glue_cases() -> list[Case]:
             run = functools.partial(launch, verb, dtype, K, folded)
             configs = len(kernel.configs) if name == "bf16" else 1
             spills = {}
-            if verb == "swiglu" and not folded and name in ("bf16 uneven", "fp32"):
+            if verb == "swiglu" and not folded and name == "fp32":
                 spills = {"sm_90": 24}  # by triton 3.6 alone
             elif verb == "swiglu" and folded and name == "fp32":
                 spills = {"sm_80": 16}
@@ -199,7 +199,8 @@ def _attention_cases() -> list[Case]:
             # On sm_100 the accumulator leaves tensor memory while queries are rotated anew.
             spills = {"sm_100": 224} if kernel is many and images == 4 else {}
             # By triton 3.6 alone.
-            eight_spills = {"sm_90": 24, "sm_100": 16} | spills if kernel is many else spills
+            eight_spills = {"sm_90": 64 if images == 4 else 24, "sm_100": 16} | spills
+            eight_spills = eight_spills if kernel is many else spills
             for eight in (False, True):
                 run = functools.partial(attend, B, N, M, half, images, eight)
                 title = f"bf16 {name}{kind}" + ", fp8" * eight

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]+)"')
-_PLACE = re.compile(r"\s*\.loc\s+(\d+) (\d+) (\d+)(?:.*inlined_at (\d+) (\d+) (\d+))?")
+_PLACE = re.compile(r"\s*\.loc\s+(\d+) (\d+) (\d+)")
 _ASSEMBLY = re.compile(r"// begin inline asm\n.*?// end inline asm\n", re.DOTALL)
 _DIRECT = re.compile(r"\b(?:ld|st)((?:\.\w+)*\.global(?:\.[\w:]+)*)\s")
 _COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S* \[[^\]]*\], \[[^\]]*\], (\w+)")
@@ -35,17 +35,15 @@ class Usage(NamedTuple):
 def read_accesses(kernel: Any) -> list[Access]:
     """Every access of an NVIDIA kernel in the order of its PTX, but those by tensor descriptors.
 
-    The compiler notes the source line of an instruction, and that line names the pointer; of a
-    helper that was handed the pointer it is the line that calls it.
+    The compiler notes the source line of an instruction, and that line names the pointer.
     """
     code = _ASSEMBLY.sub(_place_once, kernel.asm["ptx"])
     files: dict[str, str] = dict(_FILE.findall(code))
     tensor, found = "", []
     for line in code.splitlines():
         if place := _PLACE.match(line):
-            numbers = [int(n) for n in place.groups() if n]
-            spots = [(files[str(f)], (row, column)) for f, row, column in _by_three(numbers)]
-            tensor = _name_pointer(spots) or tensor
+            file, row, column = place.groups()
+            tensor = _name_pointer(files[file], int(row), int(column)) or tensor
         elif copy := _COPY.search(line):
             found.append(Access(tensor, int(copy[1], 0)))
         elif direct := _DIRECT.search(line):
@@ -63,63 +61,24 @@ def _place_once(assembly: re.Match[str]) -> str:
     return first + "".join(line for line in rest if not _PLACE.match(line))
 
 
-def _by_three(numbers: list[int]) -> list[tuple[int, ...]]:
-    return [tuple(numbers[i : i + 3]) for i in range(0, len(numbers), 3)]
-
-
-def _name_pointer(spots: list[tuple[str, tuple[int, int]]]) -> str:
-    """The pointer of the access at the first spot, which is within a call at the second."""
-    (file, spot), *callers = spots
-    call = _calls(file).get(spot)
-    if call is None or not call.is_access:
-        return ""
-    name = call.arguments[0]
-    for file, spot in callers:
-        caller = _calls(file).get(spot)
-        if name in call.parameters and caller is not None:
-            name = dict(zip(call.parameters, caller.arguments, strict=False)).get(name, name)
-    return name
-
-
-class _Call(NamedTuple):
-    is_access: bool  # tl.load or tl.store
-    arguments: tuple[str, ...]  # the leftmost name of each
-    parameters: tuple[str, ...]  # of the function that it stands in
+def _name_pointer(file: str, row: int, column: int) -> str:
+    """The pointer that the access at, or around, a place of a source file goes through."""
+    around = [name for start, end, name in _accesses_of(file) if start <= (row, column) <= end]
+    return around[-1] if around else ""
 
 
 @functools.cache
-def _calls(file: str) -> dict[tuple[int, int], _Call]:
-    """Every call in the functions of a file, by line and column."""
-    found = {}
-    tree = ast.parse(Path(file).read_text() if Path(file).is_file() else "")
-    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
-        parameters = tuple(argument.arg for argument in function.args.args)
-        for node in ast.walk(function):
-            if isinstance(node, ast.Call):
-                arguments = tuple(_leftmost(argument) for argument in _flat(node.args))
-                is_access = ast.unparse(node.func) in ("tl.load", "tl.store")
-                found[node.lineno, node.col_offset + 1] = _Call(is_access, arguments, parameters)
-    return found
-
-
-def _flat(arguments: list[ast.expr]) -> list[ast.expr]:
-    """Arguments of a call, those in `*(a, b)` one by one, as far as they can be told."""
-    found: list[ast.expr] = []
-    for argument in arguments:
-        if not isinstance(argument, ast.Starred):
-            found.append(argument)
-        elif isinstance(argument.value, ast.Tuple):
-            found += argument.value.elts
-        else:
-            break  # how many it stands for is not to be seen
-    return found
-
-
-def _leftmost(node: ast.expr) -> str:
-    """`x_ptr` of `x_ptr + row[:, None] * stride`."""
-    while isinstance(node, (ast.BinOp, ast.Subscript)):
-        node = node.left if isinstance(node, ast.BinOp) else node.value
-    return ast.unparse(node)
+def _accesses_of(file: str) -> list[tuple[tuple[int, int], tuple[int, int], str]]:
+    """Start, end and pointer of every `tl.load` and `tl.store` of a file, the outer ones first."""
+    found = []
+    for node in ast.walk(ast.parse(Path(file).read_text() if Path(file).is_file() else "")):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("tl.load", "tl.store"):
+            end = (node.end_lineno or node.lineno, node.end_col_offset or 0)
+            pointer = node.args[0]
+            while isinstance(pointer, (ast.BinOp, ast.Subscript)):
+                pointer = pointer.left if isinstance(pointer, ast.BinOp) else pointer.value
+            found.append(((node.lineno, node.col_offset + 1), end, ast.unparse(pointer)))
+    return sorted(found)
 
 
 def read_usage(kernel: Any) -> Usage:

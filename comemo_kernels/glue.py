@@ -122,7 +122,7 @@ def _rows_kernel(
         mask_k = (offs_k < num_inner - start)[None, :]
         x = tl.load(x_ptrs + offs, mask=mask_r if EVEN else mask_r & mask_k, other=0.0)
         if WEIGHTED:
-            norm = _load(norm_ptr + offs, mask_k, EVEN)
+            norm = tl.load(norm_ptr + offs) if EVEN else tl.load(norm_ptr + offs, mask_k, 0.0)
             x = (x.to(tl.float32) * scale).to(weight_ptr.dtype.element_ty).to(tl.float32)
             x = (x * norm.to(tl.float32)).to(weight_ptr.dtype.element_ty)
         w = _load(weight_ptrs + offs, mask_k, EVEN)

@@ -210,17 +210,16 @@ def test_blocks_of_a_multiprocessor(chip, registers, shared, warps, blocks):
     assert aot.count_blocks(chip, registers, shared, warps) == blocks
 
 
-@triton.jit
-def _read(ptrs):
-    return tl.load(ptrs)
-
-
 @triton.jit(do_not_specialize=["n"])
 def _naming_kernel(y_ptr, first_ptr, second_ptr, n, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     rows = first_ptr + offs
-    y = _read(rows) + _read(second_ptr + offs * n)
-    tl.store(y_ptr + offs, y)
+    first = tl.load(
+        rows,
+        mask=offs < BLOCK,
+    )
+    second = tl.load(second_ptr + offs * n, mask=offs < n)
+    tl.store(y_ptr + offs, first + second)
 
 
 def test_accesses_have_the_names_of_their_pointers():
