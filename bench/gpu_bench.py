@@ -100,5 +100,5 @@ def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: 
         ("left out:", [name for name in STAGES if name not in {s.name for s in chosen if s.took}]),
         *stages.tails(chosen, folder),
     ]
-    stages.write_whole(out / "gpu-bench.txt", f"{table}\n{digest.fit(parts)}\n")
     stages.write_archive(out / "gpu-bench.tar.gz", folder)
+    stages.write_whole(out / "gpu-bench.txt", f"{table}\n{digest.fit(parts)}\n")

@@ -104,8 +104,8 @@ def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: 
         *stages.tails(chosen, folder),
     ]
     table = stages.describe("gpu-check", machine, chosen)
-    stages.write_whole(out / "gpu-check.txt", f"{table}\n{digest.fit(parts)}\n")
     stages.write_archive(out / "gpu-check.tar.gz", folder)
+    stages.write_whole(out / "gpu-check.txt", f"{table}\n{digest.fit(parts)}\n")
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
