@@ -57,7 +57,9 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
     cases = itertools.product(options.sizes or ["2B"], names)
     if options.tune:
         return each_case(options, cases, lambda case: tune(case[0], case[1], clock))
-    return each_case(options, cases, lambda case: time_case(*case, clock, compiles(options, True)))
+    return each_case(
+        options, cases, lambda case: time_case(*case, clock, compiles(options, case[1] == FLEX[0]))
+    )
 
 
 class AttendWays(Attending):

@@ -32,11 +32,11 @@ from bench.stages import Process, Stage
 SUITE = ("-m", "pytest", "-m", "kernel or gpu", "-p", "no:cacheprovider", "-p", "bench.reports")
 PARALLEL = ("-n", "12", "--dist", "worksteal")
 SECONDS = {"suite": 200.0, "memcheck": 80.0, "racecheck": 80.0}  # the last two at once
-TOOL = "compute-sanitizer"
+TOOL, TOOL_FOLDER = "compute-sanitizer", "/usr/local/cuda/bin"  # where it is not on the PATH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=4.75, help="for all stages together")
+    parser.add_argument("--minutes", type=float, default=4.6, help="for all stages together")
     parser.add_argument("--stages", nargs="+", choices=SECONDS, default=list(SECONDS))
 
 
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
         with stages.stopped_in_order():
             stages.run_in_turn(suite, folder, look)
             left = deadline - time.monotonic() - stages.GRACE
-            if tools and shutil.which(TOOL) is None:
+            if tools and _find_tool() is None:
                 for stage in tools:
                     stage.said = f"left out: there is no {TOOL}"
             elif tools and left > 0:
@@ -75,10 +75,14 @@ def _stage(name: str, folder: Path) -> Stage:
         command = [sys.executable, *SUITE, "--reports", str(folder), *parallel]
     else:
         # Of memory that PyTorch keeps the tool knows no bounds.
-        command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", TOOL, "--tool", name]
+        command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", _find_tool() or TOOL, "--tool", name]
         command += ["--error-exitcode", "99"]
         command += [sys.executable, "-m", "bench.sanitize"]
     return Stage(name, command, SECONDS[name])
+
+
+def _find_tool() -> str | None:
+    return shutil.which(TOOL) or shutil.which(TOOL, path=TOOL_FOLDER)
 
 
 def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: Path) -> None:
