@@ -10,6 +10,7 @@ Needs no network, and of packages torch, triton, transformers, sentencepiece, pi
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import traceback
@@ -47,6 +48,8 @@ STAGES: dict[str, tuple[float, list[str]]] = {  # name -> seconds, arguments of 
         [*CHAT, "--batches", "1", "--ways", "ours", "torch.compile, static cache"],
     ),
 }
+
+NOT_TIMED = re.compile(" is not timed: | fits no graph: ")  # as `bench.ways` says it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,12 +109,15 @@ def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: 
     rows = _rows(chosen, folder)
     measure.write("results", rows, machine, folder)
     stages.join_logs(out / "gpu-bench.log", chosen, folder)
+    left_out = [name for name in STAGES if name not in {s.name for s in chosen if s.took}]
+    said = [line for stage in chosen for line in stages.read_log(stage, folder)]
+    left_out += [line[:160] for line in dict.fromkeys(said) if NOT_TIMED.search(line)]
     table = stages.describe("gpu-bench", machine, chosen)
     parts = [
         ("variants, of which the first ships:", digest.choose(rows)),
         ("ours, and what others take by its time:", digest.compare(rows)),
-        ("left out:", [name for name in STAGES if name not in {s.name for s in chosen if s.took}]),
-        *stages.tails(chosen, folder),
+        ("left out:", left_out),
+        *stages.reasons(chosen, folder),
     ]
     stages.write_archive(out / "gpu-bench.tar.gz", folder)
     stages.write_whole(out / "gpu-bench.txt", f"{table}\n{digest.fit(parts)}\n")

@@ -95,17 +95,14 @@ def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: 
     ]
     skipped = Counter(test["said"] for test in tests if test["outcome"] == "skipped")
     left_out += [f"{count} tests: {said}" for said, count in skipped.most_common()]
+    failures, tools = group_failures(tests), [s for s in chosen if s.name != "suite"]
     parts = [
-        ("failures, by what they say:", group_failures(tests)),
-        *[
-            (f"{stage.name}:", _findings(folder / stage.log))
-            for stage in chosen
-            if stage.name != "suite"
-        ],
+        ("failures, by what they say:", failures),
+        *[(f"{tool.name}:", _findings(stages.read_log(tool, folder))) for tool in tools],
+        *stages.reasons([stage for stage in chosen if stage in tools or not failures], folder),
         ("largest errors, as shares of their budget:", group_errors(errors)),
         ("left out:", left_out),
         ("tests by file:", _count(tests)),
-        *stages.tails(chosen, folder),
     ]
     table = stages.describe("gpu-check", machine, chosen)
     stages.write_archive(out / "gpu-check.tar.gz", folder)
@@ -161,10 +158,8 @@ def _count(tests: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _findings(log: Path) -> list[str]:
+def _findings(log: Sequence[str]) -> list[str]:
     """What compute-sanitizer has found: its sums, and what came first."""
-    if not log.is_file():
-        return []
-    said = [line for line in log.read_text(errors="replace").splitlines() if "=====" in line]
+    said = [line for line in log if "=====" in line]
     sums = [line for line in said if "SUMMARY" in line]
     return [line.lstrip("= ")[:160] for line in [*sums, *(x for x in said[:16] if x not in sums)]]

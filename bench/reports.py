@@ -53,7 +53,9 @@ class Outcomes:
         line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(seconds, 3)}
         if report.outcome == "failed":
             crash = getattr(report.longrepr, "reprcrash", None)
-            line["said"] = crash.message if crash else str(report.longrepr)
+            # Of a file that cannot be read the last line is the error.
+            text = crash.message if crash else str(report.longrepr).strip().rpartition("\n")[2]
+            line["said"] = text.removeprefix("E ").strip()
         elif report.outcome == "skipped":
             told = report.longrepr
             line["said"] = told[2] if isinstance(told, tuple) else str(told)

@@ -3,12 +3,14 @@
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,14 +176,22 @@ def describe(command: str, machine: dict[str, Any], stages: Sequence[Stage]) -> 
     return "\n".join([f"{command}  {known}", *lines])
 
 
-def tails(stages: Sequence[Stage], folder: Path, count: int = 12) -> list[tuple[str, list[str]]]:
-    """The last lines that stages which failed have printed, under a title each."""
+def reasons(stages: Sequence[Stage], folder: Path) -> list[tuple[str, list[str]]]:
+    """What stages that failed say of it, under a title each: errors, else their last lines."""
     found = []
     for stage in stages:
-        if stage.failed and (folder / stage.log).is_file():
-            lines = (folder / stage.log).read_text(errors="replace").splitlines()[-count:]
-            found.append((f"the end of what {stage.name} said:", [line[:160] for line in lines]))
+        if stage.failed:
+            lines = read_log(stage, folder)
+            errors = Counter(line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line))
+            told = [f"{count}x {line}" for line, count in errors.most_common()] or lines[-8:]
+            found.append((f"why {stage.name} failed:", [line[:200] for line in told]))
     return found
+
+
+def read_log(stage: Stage, folder: Path) -> list[str]:
+    """The lines that a stage has printed until now."""
+    log = folder / stage.log
+    return log.read_text(errors="replace").splitlines() if log.is_file() else []
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -203,9 +213,7 @@ def write_archive(file: Path, folder: Path) -> None:
 
 def join_logs(file: Path, stages: Sequence[Stage], folder: Path) -> None:
     """What all stages have printed, one after the other."""
-    texts = []
+    lines = []
     for stage in stages:
-        if (folder / stage.log).is_file():
-            text = (folder / stage.log).read_text(errors="replace")
-            texts.append(f"--- {stage.name}: {' '.join(stage.command)}\n{text}")
-    write_whole(file, "\n".join(texts))
+        lines += [f"--- {stage.name}: {' '.join(stage.command)}", *read_log(stage, folder)]
+    write_whole(file, "\n".join(lines) + "\n")

@@ -108,7 +108,7 @@ def test_what_ships_is_compiled_to_where_a_launch_finds_it(monkeypatch, tmp_path
 
 def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(bench, tmp_path, capsys):
     found = {
-        "fails": (1, MEASURE + "print('F'); sys.exit(1)"),
+        "fails": (1, MEASURE + "print('c: library is not timed: it errs'); raise KeyError(3)"),
         "hangs": (1, MEASURE + "time.sleep(60)"),
         "measures": (2, MEASURE),
     }
@@ -124,7 +124,8 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(bench, tmp_path, cap
     held = archived(tmp_path)
     assert len(json.loads(held["results.json"])["rows"]) == 3
     assert {"results.csv", "fails.log", "fails/b.json"} <= held.keys()
-    assert "F\n" in (tmp_path / "gpu-bench.log").read_text()
+    assert "KeyError: 3\n" in (tmp_path / "gpu-bench.log").read_text()
+    assert "left out:\n  c: library is not timed: it errs\nwhy fails failed:\n  1x Key" in table
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -335,7 +336,7 @@ def test_a_check_that_finds_nothing(check):
 def test_a_suite_that_cannot_be_read_is_told(check):
     code, table = check("import nothing_of_that_name", names=("suite",))
     assert code == 1
-    assert "nothing_of_that_name" in table
+    assert "1x ModuleNotFoundError: No module named 'nothing_of_that_name'  in" in table
     assert "memcheck: not asked for" in table
 
 
