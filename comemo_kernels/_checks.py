@@ -1,5 +1,6 @@
 """What arguments must hold, whoever computes: the errors that kernels and references share."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -216,17 +217,24 @@ def check_attention(
                 )
     if rotation is not None:
         _check_rotation(rotation, q)
-    if workspace is not None and (
-        workspace.out.shape != q.shape
-        or workspace.out.dtype != q.dtype
-        or workspace.out.device != device
-        or workspace.parts.shape[1:] != (G, B * N * H // G, D)
-    ):
-        raise ValueError(
-            f"attend_images: the workspace must be for {q.dtype} {tuple(q.shape)} on {device} and"
-            f" {G} key heads, got one for {workspace.out.dtype} {tuple(workspace.out.shape)} on"
-            f" {workspace.out.device} and {workspace.parts.shape[1]}"
-        )
+    if workspace is not None:
+        out, lse, parts, part_lse, counts = workspace
+        rows, splits = (G, B * N * H // G), parts.shape[0]
+        needed = math.prod(rows) if splits > 1 else 0
+        if (
+            (out.shape, out.dtype) != (q.shape, q.dtype)
+            or lse.shape != q.shape[:3]
+            or parts.shape[1:] != (*rows, D)
+            or part_lse.numel() < splits * needed
+            or counts.numel() < needed
+            or [t.dtype for t in workspace[1:]] != [torch.float32] * 3 + [torch.int32]
+            or any(t.device != device for t in workspace)
+        ):
+            told = [f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in workspace]
+            raise ValueError(
+                f"attend_images: the workspace must be that of attention_workspace for {q.dtype}"
+                f" {tuple(q.shape)} on {device} and {G} key heads, got {', '.join(told)}"
+            )
 
 
 def check_workspace(q: Tensor, k: Tensor, splits: int | None) -> None:

@@ -453,7 +453,7 @@ def attend_images(
             q, k, v, spans, rotation, scales, return_lse, validate, workspace
         )
     check_attention(q, k, v, spans, rotation, scales, workspace)
-    _check_kernel(q, k, v, rotation, scales, differentiable)
+    _check_kernel(q, k, v, spans, rotation, scales, workspace, differentiable)
     if validate:
         check_read(k.shape[0], spans, None if rotation is None else rotation.starts)
     rotate = (None,) * 5 if rotation is None else rotation
@@ -478,8 +478,10 @@ def _check_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    spans: Tensor,
     rotation: QueryRotation | None,
     scales: MemoryScales | None,
+    workspace: AttentionWorkspace | None,
     differentiable: bool,
 ) -> None:
     """Raise for what the references can do and the kernel cannot, with every reason."""
@@ -508,11 +510,20 @@ def _check_kernel(
             f"cos and sin must have one layout, R/2 contiguous, got {rotation.cos.stride()} and"
             f" {rotation.sin.stride()}"
         )
+    if spans.stride(-1) != 1:
+        reasons.append(f"start and end of a span must be adjacent, got strides {spans.stride()}")
     tight = [] if scales is None else [scales.keys, scales.values]
     if rotation is not None and rotation.starts is not None and rotation.biases is not None:
-        tight += [rotation.starts, rotation.biases[0]]
+        tight += [rotation.starts, *rotation.biases[:1]]
     if any(not t.is_contiguous() for t in tight):
         reasons.append("scales, starts and rows of biases must be contiguous")
+    if workspace is not None:
+        used = workspace if workspace.parts.shape[0] > 1 else (*workspace[:2], workspace.counts)
+        if any(not t.is_contiguous() for t in used):
+            reasons.append(
+                "the workspace must be contiguous, as attention_workspace makes it, got strides"
+                f" {[t.stride() for t in used]}"
+            )
     if scales is not None and q.is_cuda and not has_float8(q.get_device()):
         reasons.append("float8 needs a GPU of compute capability 8.9")
     if reasons:

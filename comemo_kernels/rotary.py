@@ -349,7 +349,7 @@ def apply_rotary(
     if not on_triton(q):
         return reference.apply_rotary(q, k, cos, sin, positions, inplace, published, validate)
     check_rotary(q, k, cos, sin, positions, inplace, validate)
-    _check_strides(q, k, cos, sin)
+    _check_strides(q, k, cos, sin, positions)
     side, column, thumbnail = 0, False, False
     if isinstance(positions, ImageGrids):
         side, column = positions.side, positions.tile_order == "column"
@@ -376,7 +376,9 @@ def apply_rotary(
     return ys[0], None if k is None else ys[1]
 
 
-def _check_strides(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> None:
+def _check_strides(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, positions: Tensor | ImageGrids | None
+) -> None:
     k = q if k is None else k
     if q.stride(-1) != 1 or k.stride(-1) != 1 or cos.stride(-1) != 1:
         raise ValueError(
@@ -387,4 +389,9 @@ def _check_strides(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> Non
         raise ValueError(
             f"apply_rotary: cos and sin must have one layout, got strides {cos.stride()} and"
             f" {sin.stride()}"
+        )
+    if isinstance(positions, ImageGrids) and not positions.table.is_contiguous():
+        raise ValueError(
+            "apply_rotary: the table of ImageGrids must be contiguous, got strides"
+            f" {positions.table.stride()}"
         )

@@ -205,7 +205,7 @@ def project_tiles(
             *inputs, ratio, version, eps, activation, media, embeds, rows
         )
     fold = reference.tiles.check_project(*inputs, ratio, version, activation, media, embeds, rows)
-    _check_kernel(tokens, inputs[1:], fold.n, media)
+    _check_kernel(tokens, inputs[1:], fold.n, media, rows)
     if torch.is_autocast_enabled(tokens.device.type):
         dtype = torch.get_autocast_dtype(tokens.device.type)
         inputs = (*inputs[:3], *(t.to(dtype) for t in inputs[3:]))
@@ -227,7 +227,11 @@ def project_tiles(
 
 
 def _check_kernel(
-    tokens: Tensor, weights: tuple[Tensor, ...], n: int, media: Tensor | None
+    tokens: Tensor,
+    weights: tuple[Tensor, ...],
+    n: int,
+    media: Tensor | None,
+    rows: Tensor | None,
 ) -> None:
     """Raise for what the reference can do and the kernels cannot, with every reason."""
     reasons = []
@@ -239,6 +243,8 @@ def _check_kernel(
         reasons.append(f"weights must be contiguous, got strides {[t.stride() for t in weights]}")
     if media is not None and media.stride(-1) != 1:
         reasons.append(f"d must be contiguous, got strides {media.stride()} of media")
+    if rows is not None and not rows.is_contiguous():
+        reasons.append(f"rows must be contiguous, got strides {rows.stride()}")
     width = padded(n * n) * padded(tokens.shape[2])
     if width > WIDEST:
         reasons.append(f"n*n times C, rounded up, must be at most {WIDEST}, got {width}")

@@ -155,6 +155,17 @@ def test_the_reference_is_its_definition():
                     torch.testing.assert_close(lse[b, n, h], torch.stack(scores).logsumexp(0))
 
 
+@pytest.mark.parametrize("starts", [None, (0, 32)])
+def test_rows_that_nobody_reads_may_hold_anything(starts):
+    inputs, rest = make_inputs(2, 3, spans="prompt", starts=starts)
+    inputs["spans"] = torch.tensor([[[8, 40]], [[20, 20]]], device=DEVICE)
+    spoilt = {name: inputs[name].clone() for name in ("k", "v")}
+    for x in spoilt.values():
+        x[:8] = x[40:] = math.nan
+    for attend in ways(rest):
+        assert torch.equal(attend(**inputs | spoilt), attend(**inputs))
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("rows", [1, 9, 70])
 def test_every_configuration_and_split(rows):
@@ -503,8 +514,17 @@ def test_says_what_is_wrong():
             rotation=rotation._replace(starts=torch.tensor(starts, dtype=torch.int32).to(DEVICE)),
             validate=True,
         )
-    with pytest.raises(ValueError, match="the workspace must be for"):
+    with pytest.raises(ValueError, match="the workspace must be that of attention_workspace for"):
         attend_images(**inputs, workspace=attention_workspace(q[:1], k))
+    workspace = attention_workspace(q, k, 2)
+    for wrong_part in (
+        {"lse": workspace.lse[:1]},
+        {"lse": workspace.lse.double()},
+        {"counts": workspace.counts.float()},
+        *([{"counts": workspace.counts[:1]}] if INTERPRET or GPU else []),
+    ):
+        with pytest.raises(ValueError, match="the workspace must be that of attention_workspace"):
+            attend_images(**inputs, workspace=workspace._replace(**wrong_part))
     with pytest.raises(ValueError, match="splits must be at least 1, got 0"):
         attention_workspace(q, k, 0)
     with pytest.raises(ValueError, match="with G dividing H"):
@@ -519,6 +539,10 @@ def test_says_what_a_kernel_cannot_do():
         ("float64 has no kernel", {n: inputs[n].double() for n in ("q", "k", "v")}),
         ("D must be contiguous", {"q": inputs["q"].transpose(2, 3).contiguous().transpose(2, 3)}),
         ("one layout", {"v": inputs["v"].repeat(1, 2, 1)[:, :1]}),
+        (
+            "start and end of a span must be adjacent",
+            {"spans": inputs["spans"].transpose(1, 2).contiguous().transpose(1, 2)},
+        ),
         (
             "the whole head must be rotated, got 8 of 16",
             {
