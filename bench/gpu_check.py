@@ -95,6 +95,9 @@ def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: 
     ]
     skipped = Counter(test["said"] for test in tests if test["outcome"] == "skipped")
     left_out += [f"{count} tests: {said}" for said, count in skipped.most_common()]
+    if (folder / "collected").is_file():
+        missing = int((folder / "collected").read_text()) - len({test["test"] for test in tests})
+        left_out += [f"{missing} tests: not run until now"] if missing > 0 else []
     failures, tools = group_failures(tests), [s for s in chosen if s.name != "suite"]
     parts = [
         ("failures, by what they say:", failures),
@@ -141,8 +144,8 @@ def group_errors(errors: Sequence[dict[str, Any]]) -> list[str]:
     for (name, dtype), held in sorted(groups.items()):
         worst = max(held, key=lambda error: (math.isnan(error["share"]), error["share"]))
         test = worst["test"].rpartition("/")[2]
-        told = f"{worst['share']:.2f} of {len(held)}, {worst['output']}"
-        lines.append(f"{name} {dtype}: {told}, {test[:90]}")
+        told = [f"{worst['share']:.2f}, the largest of {len(held)}", worst["output"], test[:90]]
+        lines.append(f"{name} {dtype}: {', '.join(filter(None, told))}")
     return lines
 
 

@@ -1,9 +1,10 @@
 """A pytest plugin that writes down what a run finds as it comes: `-p bench.reports --reports DIR`.
 
-`tests.jsonl`: a line for each test that ran or was skipped, and for each file that could not be
-read: test, outcome, seconds, and the error's message or the reason. `errors-*.jsonl`, of each
-process that runs tests: a line for each comparison of the harness: file, op, dtype, output, the
-share of its budget that the error takes, test. A run that is killed leaves what it has written.
+`collected`: how many tests there are. `tests.jsonl`: a line for each that ran or was skipped, and
+for each file that could not be read: test, outcome, seconds, the error's message or the reason.
+`errors-*.jsonl`, of each process that runs tests: a line for each comparison of the harness: file,
+op, dtype, output, the share of its budget that the error takes, test. A run that is killed leaves
+what it has written.
 
 A worker of pytest-xdist whose GPU context a test has destroyed ends: in another the next tests are
 what they are. Else it would fail them all, faster than the others could take them.
@@ -40,6 +41,16 @@ class Outcomes:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._count(len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self._count(len(ids))
+
+    def _count(self, tests: int) -> None:
+        self.file.with_name("collected").write_text(f"{tests}\n")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.outcome != "passed":
@@ -104,7 +115,7 @@ class Errors:
         harness.observers.append(self.observe)
 
     def observe(self, op: str, dtype: Any, output: str, share: float) -> None:
-        test = os.environ.get("PYTEST_CURRENT_TEST", "").split(" ")[0]
+        test = os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" (")[0]
         name = Path(test.split("::")[0]).stem.removeprefix("test_")
         line = {"file": name, "op": op, "dtype": str(dtype).removeprefix("torch.")}
         with self.file.open("a") as file:

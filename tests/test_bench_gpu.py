@@ -1,6 +1,7 @@
 """The two commands of a GPU: stages that fail, hang or are killed; what is written and told."""
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -164,11 +165,19 @@ def test_shares_sum_to_the_minutes():
 
 def test_who_waits_loads_its_packages_while_another_runs(tmp_path):
     told = tmp_path / "told"
-    code = f"import time; f = open({str(told)!r}, 'a'); f.write('loaded '); f.flush(); input();"
-    code += "f.write('begun '); f.flush(); time.sleep(0.6); f.write('ended ')"
-    found = [Stage(n, [sys.executable, "-c", code], 9.0, waits=True) for n in ("a", "b")]
+    code = (
+        "import sys, time; f = open(sys.argv[1], 'a', 1); print('loaded', sys.argv[2], file=f);"
+        "input(); print('begun', sys.argv[2], file=f); time.sleep(1);"
+        "print('ended', sys.argv[2], file=f)"
+    )
+    found = [
+        Stage(name, [sys.executable, "-c", code, str(told), name], 9.0, waits=True)
+        for name in ("a", "b")
+    ]
     stages.run_in_turn(found, tmp_path, lambda: None)
-    assert told.read_text().split() == ["loaded", "begun", "loaded", "ended", "begun", "ended"]
+    lines = told.read_text().splitlines()
+    assert sorted(lines) == sorted(f"{w} {n}" for w in ("loaded", "begun", "ended") for n in "ab")
+    assert lines.index("loaded b") < lines.index("ended a") < lines.index("begun b")
     assert all(stage.said == "passed" for stage in found)
 
 
@@ -274,9 +283,11 @@ def test_the_check_tells_failures_errors_and_what_is_left_out(check, tmp_path, c
     assert "1x AssertionError: output 0: largest error" in table
     assert table.index(first) < table.index("1x AssertionError")
     (line,) = [x for x in table.splitlines() if x.startswith("  some float16: ")]
-    assert float(line.split()[2]) > 1
-    assert line.endswith(" of 1, output 0, test_some.py::test_errs")
-    assert re.search(r"some float32: 0\.\d\d of 1, output 0, test_some.py::test_right", table)
+    assert float(line.split()[2].rstrip(",")) > 1
+    assert line.endswith(", the largest of 1, output 0, test_some.py::test_errs")
+    assert re.search(
+        r"some float32: 0\.\d\d, the largest of 1, output 0, test_some.py::test_r", table
+    )
     assert "1 tests: Skipped: no goldens" in table
     assert "memcheck     0.0 s  left out: there is no compute-sanitizer" in table
     assert "4 failed, 1 passed" in table
@@ -314,6 +325,27 @@ def test_a_worker_that_has_lost_its_gpu_fails_no_other_test(check, tmp_path):
     assert "1x RuntimeError: CUDA error: an illegal memory access was encountered  in" in table
     assert "crashed while running" in table
     assert sum(line["outcome"] == "passed" for line in lines) == 8
+
+
+def test_tests_that_had_no_time_are_counted(check, monkeypatch):
+    slow = "import pytest, time\n@pytest.mark.parametrize('i', range(5))\ndef test_a(i): "
+    monkeypatch.setattr(gpu_check, "SECONDS", {"suite": 1.0})
+    began, run = time.monotonic(), stages.run_in_turn
+
+    def until_two_have_run(chosen, folder, look):
+        def stop():
+            look()
+            held = folder / "tests.jsonl"
+            if held.is_file() and len(held.read_text().splitlines()) >= 2:
+                raise TimeoutError
+            assert time.monotonic() - began < 60
+
+        with contextlib.suppress(TimeoutError):
+            run(chosen, folder, stop)
+
+    monkeypatch.setattr(stages, "run_in_turn", until_two_have_run)
+    _, table = check(slow + "time.sleep(i)", names=("suite",))
+    assert re.search(r"[123] tests: not run until now", table)
 
 
 def test_what_the_tool_finds_is_told(check):
