@@ -50,8 +50,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.name in COMMANDS:
         sys.exit(COMMANDS[options.name].run(options))
-    if options.wait:
-        sys.stdin.readline()
+    if options.wait and not sys.stdin.readline():
+        sys.exit(f"python -m bench {options.name} --wait: nobody is there any more")
     machine = measure.describe_machine()
     print("  ".join(f"{key} {value}" for key, value in machine.items()))
     rows: list[dict[str, Any]] = []

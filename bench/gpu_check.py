@@ -72,7 +72,9 @@ def run(options: argparse.Namespace) -> int:
 def _stage(name: str, folder: Path) -> Stage:
     if name == "suite":
         parallel = PARALLEL if importlib.util.find_spec("xdist") else ()
-        command = [sys.executable, *SUITE, "--reports", str(folder), *parallel]
+        # The processors are taken by processes.
+        command = ["env", "OMP_NUM_THREADS=1", sys.executable, *SUITE]
+        command += ["--reports", str(folder), *parallel]
     else:
         # Of memory that PyTorch keeps the tool knows no bounds.
         command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", _find_tool() or TOOL, "--tool", name]

@@ -121,9 +121,12 @@ def run_in_turn(stages: Sequence[Stage], folder: Path, look: Callable[[], None])
         for stage, following in itertools.zip_longest(stages, stages[1:]):
             due += stage.seconds
             left = due - (time.monotonic() - began)
+            process, ahead = ahead, None
             if left < 2 * GRACE:
+                if process is not None:
+                    process.end()
                 continue
-            process = ahead if ahead and ahead.stage is stage else Process(stage, folder)
+            process = process or Process(stage, folder)
             ahead = Process(following, folder) if following and following.waits else None
             run_together([process], left - GRACE, look)
     finally:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -179,6 +180,25 @@ def test_who_waits_loads_its_packages_while_another_runs(tmp_path):
     assert sorted(lines) == sorted(f"{w} {n}" for w in ("loaded", "begun", "ended") for n in "ab")
     assert lines.index("loaded b") < lines.index("ended a") < lines.index("begun b")
     assert all(stage.said == "passed" for stage in found)
+
+
+def test_who_waits_for_nothing_ends(tmp_path, monkeypatch):
+    """A stage that has no time left when its turn comes, and one whose command has gone."""
+    pid = tmp_path / "pid"
+    tell = f"import os, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); input()"
+    stages.run_in_turn(
+        [
+            Stage("long", [sys.executable, "-c", "import time; time.sleep(9)"], 2.0),
+            Stage("none", [sys.executable, "-c", tell], 0.0, waits=True),
+        ],
+        tmp_path,
+        lambda: None,
+    )
+    assert not is_running(int(pid.read_text()))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys, "argv", ["bench", "positions", "--wait"])
+    with pytest.raises(SystemExit, match="positions --wait: nobody is there any more"):
+        command.main()
 
 
 def test_workers_end_with_their_stage(tmp_path):
