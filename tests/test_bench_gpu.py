@@ -1,12 +1,10 @@
-"""The two commands of a GPU: stages that fail, hang or are killed; what is written and told."""
+"""The benchmarks of a GPU in one command: stages that fail, hang or are killed; what is told."""
 
 import argparse
-import contextlib
 import io
 import json
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import tarfile
@@ -17,7 +15,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import digest, gpu_bench, gpu_check, measure, stages, warm
+from bench import gpu_bench, measure, stages, warm
 from bench.stages import Stage
 
 ROW = {"case": "c", "pass": "forward", "way": "ours", "us": 1.5}
@@ -73,9 +71,6 @@ def wait_for(condition, seconds=30):
     while not condition() and time.monotonic() - began < seconds:
         time.sleep(0.02)
     assert condition()
-
-
-# --- stages ---
 
 
 def test_stages_of_the_benchmarks_are_commands_that_exist(tmp_path):
@@ -246,152 +241,6 @@ def test_what_was_measured_outlives_a_kill(end, bench, tmp_path):
             os.kill(child, signal.SIGKILL)
 
 
-# --- the check ---
-
-
-TESTS = """
-import harness, pytest, torch
-
-@pytest.mark.parametrize("i", range(3))
-def test_fails(i):
-    raise RuntimeError(f"Triton Error [CUDA]: {i} misaligned address\\nand more")
-
-def test_errs():
-    x = torch.linspace(0.5, 1.0, 99).half()
-    off = lambda x: (2 * x.double() + 5e-3).half()
-    harness.assert_matches(off, lambda x: 2 * x, {"x": x})
-
-def test_right():
-    harness.assert_matches(torch.sin, torch.sin, {"x": torch.randn(9)})
-
-@pytest.mark.skip(reason="no goldens")
-def test_skipped():
-    pass
-"""
-
-
-@pytest.fixture
-def check(monkeypatch, tmp_path):
-    """`gpu-check` of another suite and another tool."""
-
-    def run(tests=TESTS, tool=None, names=("suite", "memcheck", "racecheck"), parallel=()):
-        place = tmp_path / "tests"
-        place.mkdir()
-        (place / "test_some.py").write_text(tests)
-        words = (*gpu_check.SUITE[:2], *gpu_check.SUITE[4:], "-c", "/dev/null", str(place))
-        monkeypatch.setattr(gpu_check, "SUITE", words)
-        monkeypatch.setattr(gpu_check, "PARALLEL", parallel)
-        monkeypatch.setenv("PYTHONPATH", str(measure.ROOT / "tests"))
-        monkeypatch.setattr(gpu_check, "TOOL_FOLDER", str(tmp_path))
-        (tmp_path / "bin").mkdir()
-        if tool is not None:
-            file = tmp_path / "bin" / gpu_check.TOOL
-            file.write_text(f"#!/bin/sh\n{tool}\n")
-            file.chmod(0o755)
-        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-        options = argparse.Namespace(out=tmp_path / "out", minutes=9.0, stages=names)
-        return gpu_check.run(options), (tmp_path / "out" / "gpu-check.txt").read_text()
-
-    return run
-
-
-def test_the_check_tells_failures_errors_and_what_is_left_out(check, tmp_path, capsys):
-    code, table = check()
-    assert code == 1
-    first = "3x RuntimeError: Triton Error [CUDA]: 0 misaligned address  in "
-    assert first in table
-    assert "1x AssertionError: output 0: largest error" in table
-    assert table.index(first) < table.index("1x AssertionError")
-    (line,) = [x for x in table.splitlines() if x.startswith("  some float16: ")]
-    assert float(line.split()[2].rstrip(",")) > 1
-    assert line.endswith(", the largest of 1, output 0, test_some.py::test_errs")
-    assert re.search(
-        r"some float32: 0\.\d\d, the largest of 1, output 0, test_some.py::test_r", table
-    )
-    assert "1 tests: Skipped: no goldens" in table
-    assert "memcheck     0.0 s  left out: there is no compute-sanitizer" in table
-    assert "4 failed, 1 passed" in table
-    assert table in capsys.readouterr().out
-    held = archived(tmp_path / "out")
-    assert len(held["tests.jsonl"].splitlines()) == 6
-    assert {"suite.log", "errors-None.jsonl"} <= held.keys()
-    assert len(list((tmp_path / "out").iterdir())) == 3
-
-
-LOSES = """
-import pytest, time, torch
-
-def synchronize():
-    if LOST:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-LOST, torch.cuda.is_initialized, torch.cuda.synchronize = [], lambda: True, synchronize
-
-@pytest.mark.parametrize("i", range(9))
-def test_some(i):
-    time.sleep(0.05)
-    if i == 1:
-        LOST.append(i)
-    torch.cuda.synchronize()
-"""
-
-
-def test_a_worker_that_has_lost_its_gpu_fails_no_other_test(check, tmp_path):
-    code, table = check(LOSES, names=("suite",), parallel=("-n", "1", "--dist", "worksteal"))
-    assert code == 1
-    lines = [json.loads(x) for x in archived(tmp_path / "out")["tests.jsonl"].splitlines()]
-    failed = [line for line in lines if line["outcome"] == "failed"]
-    assert {line["test"].rpartition("::")[2] for line in failed} == {"test_some[1]"}
-    assert "1x RuntimeError: CUDA error: an illegal memory access was encountered  in" in table
-    assert "crashed while running" in table
-    assert sum(line["outcome"] == "passed" for line in lines) == 8
-
-
-def test_tests_that_had_no_time_are_counted(check, monkeypatch):
-    slow = "import pytest, time\n@pytest.mark.parametrize('i', range(5))\ndef test_a(i): "
-    monkeypatch.setattr(gpu_check, "SECONDS", {"suite": 1.0})
-    began, run = time.monotonic(), stages.run_in_turn
-
-    def until_two_have_run(chosen, folder, look):
-        def stop():
-            look()
-            held = folder / "tests.jsonl"
-            if held.is_file() and len(held.read_text().splitlines()) >= 2:
-                raise TimeoutError
-            assert time.monotonic() - began < 60
-
-        with contextlib.suppress(TimeoutError):
-            run(chosen, folder, stop)
-
-    monkeypatch.setattr(stages, "run_in_turn", until_two_have_run)
-    _, table = check(slow + "time.sleep(i)", names=("suite",))
-    assert re.search(r"[123] tests: not run until now", table)
-
-
-def test_what_the_tool_finds_is_told(check):
-    tool = 'echo "========= $2 Invalid read"; echo "========= ERROR SUMMARY: 3 errors"; exit 99'
-    code, table = check(tool=tool, names=("memcheck", "racecheck"))
-    assert code == 1
-    for name in ("memcheck", "racecheck"):
-        assert f"{name}:\n  ERROR SUMMARY: 3 errors\n  {name} Invalid read" in table
-    assert table.count("failed, exit code 99") == 2
-
-
-def test_a_check_that_finds_nothing(check):
-    tool = 'echo "========= ERROR SUMMARY: 0 errors"'
-    code, table = check(tool=tool, names=("memcheck", "racecheck"))
-    assert code == 0
-    assert table.count("  passed") == 2
-    assert "failures" not in table
-
-
-def test_a_suite_that_cannot_be_read_is_told(check):
-    code, table = check("import nothing_of_that_name", names=("suite",))
-    assert code == 1
-    assert "1x ModuleNotFoundError: No module named 'nothing_of_that_name'  in" in table
-    assert "memcheck: not asked for" in table
-
-
 def test_commands_need_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in command.COMMANDS:
@@ -399,52 +248,3 @@ def test_commands_need_a_gpu(monkeypatch, tmp_path):
         with pytest.raises(SystemExit, match=f"bench {name}: needs a GPU, torch sees none"):
             command.main()
     assert not list(tmp_path.iterdir())
-
-
-# --- tables ---
-
-
-def test_ours_is_compared_within_a_case():
-    same = {"bench": "memory", "case": "c", "pass": "build"}
-    rows = [
-        same | {"way": "published", "us": 8.0},
-        same | {"way": "ours exact", "us": 4.0, "of_limit": 0.8},
-        same | {"way": "ours folded", "us": 2.0},
-        same | {"way": "library", "us": 5.0},
-        same | {"way": "compile", "us": 7.0},
-        same | {"way": "ours exact {}", "us": 1.0, "pass": "tune"},
-        same | {"way": "ours exact", "host_us": 9.0, "pass": "host"},
-        same | {"way": "ours, 4 at once", "us": 3.0, "case": "d"},
-        same | {"way": "ours", "token_s": 0.002, "first_s": 0.1, "case": "e"},
-        same | {"way": "published", "token_s": 0.01, "first_s": 0.5, "case": "e"},
-    ]
-    assert digest.compare(rows) == [
-        "memory c build: 4 us, 80% limit, ours folded x0.5, library x1.25, published x2",
-        "memory c host: 9 us of the host",
-        "memory d build: 3 us",
-        "memory e build: 2 ms a token, first 100 ms, published x5",
-    ]
-
-
-def test_the_fastest_variant_stands_beside_the_first():
-    def row(kernel, config, us, first=False):
-        same = {"bench": "attend", "case": "c", "pass": "tune", "way": f"{kernel} {config}"}
-        return same | {"kernel": kernel, "config": config, "us": us, "first": first}
-
-    rows = [row("a", "M 1", 3.0, True), row("a", "M 2", 2.0), row("b", "M 1", 1.0, True)]
-    rows += [row("d", "M 2", 1.0), row("b", "M 2", 1.5)]
-    assert digest.choose(rows) == [
-        "attend c, a: first 3 us M 1, 50.0% behind 2 us M 2",
-        "attend c, b: the first is the fastest of 2, 1 us",
-        "attend c, d: the first was not timed, fastest 1 us M 2",
-    ]
-
-
-def test_what_does_not_fit_is_counted():
-    parts = [("few:", ["a", "b"]), ("none:", []), ("many:", [str(i) for i in range(999)])]
-    text = digest.fit(parts, 200)
-    assert len(text) <= 200
-    assert text.startswith("few:\n  a\n  b\nmany:\n  0\n")
-    cut = 999 - sum(line.strip().isdigit() for line in text.splitlines())
-    assert text.endswith(f"  ... and {cut} more, in the archive")
-    assert digest.fit(parts[:2], 200) == "few:\n  a\n  b"
