@@ -94,6 +94,11 @@ def device() -> str:
     return DEVICE
 
 
+def here() -> str:
+    """`DEVICE`, but the CPU in a test that no virtual GPU sees."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @pytest.fixture(scope="session")
 def real_device() -> str:
     """Where they are in a test that no virtual GPU sees."""

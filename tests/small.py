@@ -2,14 +2,15 @@
 
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
+from conftest import here
 
 from comemo import CoMemoConfig, CoMemoForConditionalGeneration
 from comemo.tiny import spread_weights
 
 
-def place(inputs, device=DEVICE):
+def place(inputs, device=None):
     """Inputs of a model by name, or tensors in tuples, on a device; grids stay with the host."""
+    device = device or here()
     if isinstance(inputs, dict):
         return {n: x if n == "tile_grid" else place(x, device) for n, x in inputs.items()}
     if isinstance(inputs, (list, tuple)):
@@ -34,7 +35,7 @@ def make_model(dtype=torch.float32, **llm):
     for name, weight in model.model.language_model.named_parameters():
         if weight.ndim == 1 and not name.endswith("gate"):
             torch.nn.init.normal_(weight, 0.0 if name.endswith("bias") else 1.0, 0.4)
-    return model.eval().requires_grad_(False).to(DEVICE, dtype)
+    return model.eval().requires_grad_(False).to(here(), dtype)
 
 
 def make_prompts(model):
@@ -54,7 +55,7 @@ def make_prompts(model):
 def one_more(prompts, out):
     """Inputs of a decode step behind whole prompts: a token each, the cache and the memory."""
     return {
-        "input_ids": torch.full((2, 1), 7, device=DEVICE),
+        "input_ids": torch.full((2, 1), 7, device=here()),
         "attention_mask": F.pad(prompts["attention_mask"], (0, 1), value=1),
         "past_key_values": out.past_key_values,
         "image_memory": out.image_memory,

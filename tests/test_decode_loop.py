@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE, TRACED
 from harness import LOGITS
 from PIL import Image
-from small import make_model, make_prompts
+from small import make_model, make_prompts, place
 from test_generate import case_of, prepared
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
@@ -125,11 +126,8 @@ def one_prompt(model, grids):
     ids = torch.randint(10, 200, (1, images + 5))
     ids[:, 2 : 2 + images] = config.image_token_id
     side = config.vision_config.image_size[0]
-    return {
-        "input_ids": ids,
-        "pixel_values": torch.randn(sum(tiles), 3, side, side),
-        "tile_grid": grids,
-    }
+    pixel_values = torch.randn(sum(tiles), 3, side, side)
+    return place({"input_ids": ids, "pixel_values": pixel_values, "tile_grid": grids})
 
 
 def wide_picture(model):
@@ -137,7 +135,7 @@ def wide_picture(model):
 
 
 def text(model, tokens=11):
-    return {"input_ids": torch.randint(10, 200, (2, tokens))}
+    return place({"input_ids": torch.randint(10, 200, (2, tokens))})
 
 
 # --- what it computes ---
@@ -203,7 +201,7 @@ class Ends(StoppingCriteria):
     """Ends each row after so many tokens, and looks at what it is given."""
 
     def __init__(self, prompt, *lengths):
-        self.lengths, self.prompt, self.seen = torch.tensor(lengths), prompt, []
+        self.lengths, self.prompt, self.seen = torch.tensor(lengths, device=DEVICE), prompt, []
 
     def __call__(self, input_ids, scores, **kwargs):
         self.seen.append((input_ids.tolist(), len(scores)))
@@ -235,7 +233,7 @@ def test_other_kinds_of_memory(model, loop, ahead):
         small = {i: t.to(torch.float8_e4m3fn) for i, t in getattr(memory, held).items()}
         setattr(scaled, held, small)
     tiles = -(-len(memory) // 16)
-    factors = {i: (0.5 + torch.rand(2, tiles, 3)).unbind(0) for i in memory.keys}
+    factors = {i: (0.5 + torch.rand(2, tiles, 3)).to(DEVICE).unbind(0) for i in memory.keys}
     scaled.scales = {i: MemoryScales(*pair, 16) for i, pair in factors.items()}
     assert_same(model, loop, given, image_memory=scaled)
     assert loop.buckets == 2
@@ -274,7 +272,7 @@ def test_embeddings_and_a_prompt_read_before(model, loop, ahead):
     with torch.no_grad():
         read = model(**batch, past_key_values=cache, use_cache=True)
     given["image_memory"] = read.image_memory
-    short = torch.zeros(2, 1, dtype=torch.long)
+    short = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
     out = model.generate(
         short, **given, prompt_output=read, past_key_values=cache, decode_loop=loop, **GREEDY
     )
@@ -362,7 +360,7 @@ def test_an_answer_moves_on_when_its_bucket_is_full(model, loop, ahead, monkeypa
 
 def test_few_buckets_are_kept(model):
     loop = DecodeLoop(model, keep=2)
-    one = {"input_ids": torch.randint(10, 200, (1, 5))}
+    one = place({"input_ids": torch.randint(10, 200, (1, 5))})
     for batch in (one, text(model), one, make_prompts(model), one):
         assert_same(model, loop, batch)
     assert loop.buckets == 2
@@ -409,7 +407,8 @@ def test_a_call_that_fails_leaves_loop_and_cache_usable(model, loop, ahead, fail
     assert loop.captures == 1
 
 
-def test_a_step_that_fails(model, loop, ahead):
+def test_a_step_that_fails(model, loop, ahead, monkeypatch):
+    monkeypatch.setattr(ops, "capture", lambda function, device: function)  # a graph calls no hook
     batch, cache = make_prompts(model), RoomyCache(4)
     calls = [0]
 
@@ -440,6 +439,7 @@ def test_one_call_at_a_time(model, loop):
     assert_same(model, loop, batch)
 
 
+@TRACED
 def test_static_buffers_are_a_loop(model, monkeypatch):
     made, batch = [], make_prompts(model)
 

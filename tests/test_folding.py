@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
+from conftest import TRACED
 from harness import assert_errs_no_more, assert_relative
-from small import logits_of, make_model, make_prompts, one_more
+from small import logits_of, make_model, make_prompts, one_more, place
 from test_generate import CHATS, case_of
 from torch._dynamo.testing import CompileCounter
 
@@ -154,11 +155,15 @@ def test_modules_that_are_called_compute_the_same(model):
             handle.remove()
 
 
-def test_a_compiled_step_is_whole(model):
+@TRACED
+def test_a_compiled_step_is_whole(real_device):
+    model = make_model().to(real_device)
     prompts = make_prompts(model)
     with torch.no_grad(), model.fold_for_inference():
         memory = model(**prompts, use_cache=True).image_memory
-        step = {"input_ids": torch.full((2, 1), 7), "position_ids": torch.full((2, 1), 90)}
+        step = place(
+            {name: torch.full((2, 1), n) for name, n in (("input_ids", 7), ("position_ids", 90))}
+        )
         step |= {"image_memory": memory, "use_cache": False}
         torch._dynamo.reset()
         counter = CompileCounter()

@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE, TRACED
 from harness import CLEAR_MARGIN, LOGITS, assert_relative, recorded
 from PIL import Image
+from small import place
 from torch._dynamo.testing import CompileCounter
 
 import comemo
@@ -58,7 +60,7 @@ def prepared(model, tokenizer, case):
 @pytest.mark.parametrize("name", CHATS)
 def test_recorded_chat(golden, inputs, model, tokenizer, name, count_builds):
     record, case = case_of(golden, inputs, name)
-    wanted = recorded(golden, "generate.safetensors", f"a/{name}/")
+    wanted = place(recorded(golden, "generate.safetensors", f"a/{name}/"))
     builds = count_builds()
     ready = prepared(model, tokenizer, case)
     assert torch.equal(ready["position_ids"][0], wanted["position_ids"].long())
@@ -94,7 +96,7 @@ def test_every_recorded_margin_allows_equal_tokens(golden):
 
 def test_recorded_text_only_chat(golden, model, tokenizer, count_builds):
     record = json.loads((golden / "generate.json").read_text())["a/text_only"]
-    wanted = recorded(golden, "generate.safetensors", "a/text_only/")
+    wanted = place(recorded(golden, "generate.safetensors", "a/text_only/"))
     builds = count_builds()
     question = "hello world, describe a cat"
     prompt, ready = model.prepare_chat(tokenizer, None, [(question, None)])
@@ -110,7 +112,7 @@ def test_recorded_text_only_chat(golden, model, tokenizer, count_builds):
 @pytest.mark.parametrize("name", ["dhr_2x1", "dhr_two", "rope_2x1"])
 def test_recorded_layers(golden, inputs, model, tokenizer, name):
     _, case = case_of(golden, inputs, name)
-    wanted = recorded(golden, "generate.safetensors", f"a/{name}/")
+    wanted = place(recorded(golden, "generate.safetensors", f"a/{name}/"))
     if "prefill_rows" not in wanted:
         pytest.skip("recorded for three chats only")
     rows, ready = wanted["prefill_rows"].long(), prepared(model, tokenizer, case)
@@ -134,9 +136,9 @@ def test_recorded_layers(golden, inputs, model, tokenizer, name):
 @pytest.mark.parametrize("name", ["dhr_2x1", "rope_2x1", "dhr_1x1"])
 def test_bfloat16_is_no_further_off_than_published(golden, inputs, checkpoint, tokenizer, name):
     record = json.loads((golden / "generate.json").read_text())[f"a/bf16_{name}"]
-    exact = recorded(golden, "generate.safetensors", f"a/{name}/")["step_logits"][0]
+    exact = place(recorded(golden, "generate.safetensors", f"a/{name}/"))["step_logits"][0]
     model = comemo.CoMemoForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.bfloat16)
-    ready = prepared(model.eval(), tokenizer, case_of(golden, inputs, name)[1])
+    ready = prepared(model.eval().to(DEVICE), tokenizer, case_of(golden, inputs, name)[1])
     ready.pop("input_ids")
     with torch.no_grad():
         logits = model(**ready, logits_to_keep=1).logits[0, 0].float()
@@ -189,11 +191,15 @@ def prompts_of(processor, inputs):
     texts = ["what is this?", "hello world, describe the image in some more words", "hi"]
 
     def build(*which):
-        return processor.apply_chat_template(
-            [message(texts[i], pictures[i]) for i in which],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
+        return place(
+            dict(
+                processor.apply_chat_template(
+                    [message(texts[i], pictures[i]) for i in which],
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                )
+            )
         )
 
     return build
@@ -236,7 +242,9 @@ def test_a_generated_image_token_is_a_word(model, prompts_of):
     image_id = model.config.image_token_id
 
     def force(_, scores):
-        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([image_id]), 0.0)
+        return torch.full_like(scores, -1e9).index_fill(
+            1, torch.tensor([image_id], device=scores.device), 0.0
+        )
 
     for use_cache in (True, False):
         out = answers(model, batch, logits_processor=[force], use_cache=use_cache)
@@ -260,7 +268,7 @@ def test_drafts_change_no_token(model, checkpoint, prompts_of, positions):
     end = {"eos_token_id": 0}
     greedy = answers(model, prompts_of(0), **end)
     assert answers(model, prompts_of(0), prompt_lookup_num_tokens=3, **end) == greedy
-    assistant = type(model)(model.config).eval()
+    assistant = type(model)(model.config).eval().to(model.device)
     assistant.load_state_dict(model.state_dict())
     assert answers(model, prompts_of(0), assistant_model=assistant, **end) == greedy
     with torch.no_grad():  # an assistant that drafts something else
@@ -298,7 +306,7 @@ def test_positions_may_be_given(model, prompts_of):
     image = model.model.find_image_tokens(batch["input_ids"])
     ids = model.model.prompt_position_ids(image, batch["attention_mask"], batch["tile_grid"])
     assert answers(model, batch | {"position_ids": ids}) == greedy
-    plain = torch.arange(ids.shape[1])[None]
+    plain = torch.arange(ids.shape[1], device=ids.device)[None]
     first = (batch | {"position_ids": plain}, batch | {"tile_grid": None})
     assert answers(model, first[0]) == answers(model, first[1])
 
@@ -389,6 +397,7 @@ def test_two_threads_get_what_they_get_alone(golden, inputs, model, tokenizer):
                 assert future.result() == record["response"]
 
 
+@TRACED
 def test_decode_step_compiles_whole(model, processor, inputs):
     """Few graphs, none broken, and in the end no new one for new pictures."""
     model.config.decode_positions = "raw"
@@ -405,7 +414,7 @@ def test_decode_step_compiles_whole(model, processor, inputs):
         picture = Image.fromarray(inputs.picture(1, width, height))
         batch = processor.apply_chat_template(
             message("what?", picture), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+        ).to(model.device)
         options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"} | RAW
         plain = torch.cat(model.generate(**batch, **options).logits)
         model.forward = forward
@@ -425,6 +434,7 @@ def test_attention_of_the_parts_can_be_chosen(checkpoint, model, prompts_of):
         type(model)
         .from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="eager")
         .eval()
+        .to(model.device)
     )
     with torch.no_grad():
         out = eager(**batch, output_hidden_states=True, output_attentions=True)
@@ -461,11 +471,11 @@ def test_a_prompt_beyond_the_position_range_is_refused(model, prompts_of):
 def test_dynamic_scaling_is_not_sticky(model, prompts_of, rule):
     text = model.config.text_config
     model.config.ntk_length = rule
-    batch = {"input_ids": torch.arange(100, 160)[None]}
+    batch = place({"input_ids": torch.arange(100, 160)[None]})
     short = answers(model, batch)
     text.max_position_embeddings, limit = 40, 32768
     try:
-        scaled = answers(model, {"input_ids": torch.arange(100, 160)[None]})
+        scaled = answers(model, place({"input_ids": torch.arange(100, 160)[None]}))
     finally:
         text.max_position_embeddings = limit
     assert scaled != short

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from conftest import DEVICE
 from harness import LOGITS
+from small import place
 
 from comemo_kernels import (
     ImageMemory,
@@ -55,23 +57,24 @@ def test_spans_of_a_pack():
 def test_a_memory_without_its_media_says_so(model):
     memory = ImageMemory(torch.tensor([[[0, 4]]]))
     with pytest.raises(ValueError, match="neither keys of mixin layer 1 nor the media"):
-        model(input_ids=torch.tensor([[5]]), image_memory=memory)
+        model(input_ids=torch.tensor([[5]], device=DEVICE), image_memory=memory)
 
 
 def test_a_prompt_without_its_image_tokens_says_so(model):
     memory = ImageMemory.from_media(torch.randn(4, 128), torch.arange(4), [4])
     image_id = model.config.image_token_id
+    ids = torch.tensor([[5, image_id, image_id, 7]], device=DEVICE)
     with pytest.raises(ValueError, match=r"prompts with \[2\] image tokens must hold the whole"):
-        model(input_ids=torch.tensor([[5, image_id, image_id, 7]]), image_memory=memory)
+        model(input_ids=ids, image_memory=memory)
 
 
 def test_keys_and_values_own_no_more_than_they_hold(model):
     """A view into the projection's output would hold twice the bytes that `nbytes` tells."""
     layer = model.model.language_model.layers[1].mixin
     mixin = model.config.mixin_config
-    table = rotary_table(torch.arange(6)[None], mixin.head_dim, mixin.rope_theta)
+    table = rotary_table(torch.arange(6, device=DEVICE)[None], mixin.head_dim, mixin.rope_theta)
     with torch.no_grad():
-        for tensor in layer.build(torch.randn(6, 128), table):
+        for tensor in layer.build(torch.randn(6, 128).to(DEVICE), table):
             assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
@@ -126,11 +129,8 @@ def picture_prompt(model, tiles=3):
     ids = torch.randint(10, 300, (1, count + 8))
     ids[:, 4 : 4 + count] = config.image_token_id
     side = config.vision_config.image_size[0]
-    return {
-        "input_ids": ids,
-        "pixel_values": torch.randn(tiles, 3, side, side),
-        "tile_grid": [(tiles - 1, 1)],
-    }
+    prompt = {"input_ids": ids, "pixel_values": torch.randn(tiles, 3, side, side)}
+    return place(prompt) | {"tile_grid": [(tiles - 1, 1)]}
 
 
 @pytest.mark.parametrize("grid", [True, False])
@@ -170,7 +170,7 @@ def test_modules_that_are_not_plain_are_called(model):
 
 def test_autocast_converts_what_modules_compute(model):
     batch = picture_prompt(model)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         memory = model(**batch, use_cache=True).image_memory
         del batch["pixel_values"]
         again = model(**batch, image_memory=memory).logits
@@ -188,6 +188,7 @@ def test_layers_built_at_once_share_their_storage(model):
 
 
 def test_a_memory_without_spans_says_so(model):
-    memory = ImageMemory.from_media(torch.randn(4, 128), torch.arange(4), [4]).reading(None)
+    media = torch.randn(4, 128).to(DEVICE)
+    memory = ImageMemory.from_media(media, torch.arange(4), [4]).reading(None)
     with pytest.raises(ValueError, match="by no spans who may read it"), torch.no_grad():
-        model(input_ids=torch.tensor([[5]]), image_memory=memory)
+        model(input_ids=torch.tensor([[5]], device=DEVICE), image_memory=memory)

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from harness import LOGITS, assert_relative, recorded
+from small import place
 from transformers.core_model_loading import revert_weight_conversion
 
 import comemo_kernels as ops
@@ -16,17 +17,21 @@ from comemo_kernels import ImageMemory, spans_from_cu_seqlens
 def load(golden, case):
     """A recorded batch and the tiles of each of its samples."""
     notes = json.loads((golden / "packed.json").read_text())
-    batch = recorded(golden, "packed.safetensors", f"{case}/")
+    batch = place(recorded(golden, "packed.safetensors", f"{case}/"))
     if case == "single1":  # the same picture as the pack's second sample
-        batch["pixel_u8"] = recorded(golden, "packed.safetensors", "packed3/pixel_u8")[""][1:4]
+        batch["pixel_u8"] = place(
+            recorded(golden, "packed.safetensors", "packed3/pixel_u8")[""][1:4]
+        )
     return batch, notes[case]["seq_imgs"][0], notes
 
 
 def forward(model, inputs, batch, seq_imgs, weighted, absolute=False):
     """The published batch: every sample's tiles are its memory, dummies included."""
     tokens = model.config.tokens_per_tile
-    media = model.model.get_image_features(inputs.normalise(batch["pixel_u8"].numpy()))
-    tiles = torch.tensor([0, *seq_imgs]).cumsum(0)
+    media = model.model.get_image_features(
+        inputs.normalise(batch["pixel_u8"].cpu().numpy()).to(model.device)
+    )
+    tiles = torch.tensor([0, *seq_imgs], device=model.device).cumsum(0)
     cu_seqlens = batch["cu_seqlens"][0].long()
     input_ids = batch["input_ids"].long()
     memory = ImageMemory.from_media(
@@ -115,7 +120,7 @@ def test_a_sample_alone_is_the_sample_in_its_pack(golden, inputs, model):
             } | {
                 "pixel_u8": batch["pixel_u8"][start : start + tiles],
                 "image_flags": batch["image_flags"][start : start + tiles],
-                "cu_seqlens": torch.tensor([[0, right - left]]),
+                "cu_seqlens": torch.tensor([[0, right - left]], device=model.device),
                 "cross_attention_media_position_ids": batch["cross_attention_media_position_ids"][
                     :, mine
                 ],

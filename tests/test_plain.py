@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import DEVICE
 from harness import assert_relative
 from small import logits_of, make_model, make_prompts
 from torch import nn
@@ -15,14 +16,14 @@ VERBS = ("norm_swiglu", "gated_residual")
 
 def layer_and_inputs(**llm):
     layer = make_model(**llm).model.language_model.layers[0].requires_grad_(True)
-    x = torch.randn(2, 20, 64, requires_grad=True)
-    angles = torch.rand(1, 20, 8)
+    x = torch.randn(2, 20, 64).to(DEVICE).requires_grad_()
+    angles = torch.rand(1, 20, 8).to(DEVICE)
     return layer, x, {"position_embeddings": (angles.cos(), angles.sin())}
 
 
 def gradients(out, layer, x):
     names, leaves = zip(*layer.named_parameters(), strict=True)
-    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     found = torch.autograd.grad((out * weight).sum(), (x, *leaves))
     return dict(zip(("x", *names), found, strict=True))
 

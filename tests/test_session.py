@@ -48,7 +48,8 @@ def read_whole(model, tokenizer, history, question, pictures, turns, visibility,
     tiles = [pictures[turn][0] for turn in turns]
     grids = [pictures[turn][1] for turn in turns]
     counts = [len(t) * 256 for t in tiles]
-    ids = torch.tensor([prompts.encode_prompt(tokenizer, prompts.expand_images(text, counts))])
+    ids = prompts.encode_prompt(tokenizer, prompts.expand_images(text, counts))
+    ids = torch.tensor([ids], device=model.device)
     image = model.model.find_image_tokens(ids)
     core = model.model
     places = core.prompt_position_ids(image, torch.ones_like(ids), grids if rope == "dhr" else None)
@@ -70,8 +71,8 @@ def read_whole(model, tokenizer, history, question, pictures, turns, visibility,
             )
             for turn in turns
         ]
-        ends = torch.tensor([0, *counts]).cumsum(0)
-        seen = torch.zeros(ids.shape[1], dtype=torch.long)
+        ends = torch.tensor([0, *counts], device=model.device).cumsum(0)
+        seen = torch.zeros(ids.shape[1], dtype=torch.long, device=model.device)
         for head, turn in zip(heads, turns, strict=True):
             seen[0 if turn == 0 or visibility == "all" else head :] += 1
         spans = torch.stack([torch.zeros_like(seen), ends[seen]], -1)[None]

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DEVICE
 from known import assert_same, batch_of, counts, key_of, memory_of, tiles, work_on
 
 import comemo
@@ -266,7 +267,7 @@ def test_models_whose_weights_do_not_tell(fresh, change, said):
 def test_autocast_and_absolute_positions_are_refused(fresh):
     store, batch = comemo.MemoryStore(), batch_of(fresh, [2, "square", 3])
     with (
-        torch.autocast("cpu", torch.bfloat16),
+        torch.autocast(DEVICE, torch.bfloat16),
         pytest.raises(ValueError, match="autocast is on"),
     ):
         memory_of(fresh, batch, store)

@@ -1,4 +1,4 @@
-"""The virtual GPU: what a GPU refuses raises, what it does passes, and everything has its device."""
+"""The virtual GPU: what a GPU refuses raises, what it does passes, with its device."""
 
 import copy
 import threading
@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import virtual_gpu
 from conftest import GPU, INTERPRET
 from torch import nn
@@ -220,8 +221,21 @@ def test_a_mix_in_the_backward_pass_is_a_fault(x):
             return gradient * torch.ones(2, 3)
 
     y = Wrong.apply(x.requires_grad_())
-    with pytest.raises(DeviceFault, match="Tensor.mul"):
+    with pytest.raises(DeviceFault, match=r"Tensor\.mul"):
         y.sum().backward()
+
+
+def test_a_checkpoint_computes_again_on_the_gpu(x):
+    seen = []
+
+    def double(x):
+        seen.append(x.device.type)
+        return (x * torch.full((), 2.0, device=x.device)).sin()
+
+    y = torch.utils.checkpoint.checkpoint(double, x.requires_grad_(), use_reentrant=False)
+    y.sum().backward()
+    assert seen == ["cuda", "cuda"]
+    assert near(x.grad)
 
 
 def test_default_devices():
@@ -306,7 +320,7 @@ NOT_RECORDED = {
 
 @pytest.mark.parametrize("case", NOT_RECORDED)
 def test_what_no_graph_records(x, case):
-    with pytest.raises(ValueError, match="must be recordable.*when stream is capturing"):
+    with pytest.raises(ValueError, match=r"must be recordable.*when stream is capturing"):
         record(lambda: NOT_RECORDED[case](x))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor as T
 from torch.overrides import (
     TorchFunctionMode,
@@ -422,6 +423,23 @@ def _applied(apply: Callable[..., Any]) -> Any:
     return classmethod(call)
 
 
+def _hooked(init: Callable[..., Any]) -> Callable[..., Any]:
+    """Where autograd asks for what it saved, a checkpoint computes it again, as it did before."""
+
+    def again(unpack: Callable[..., Any]) -> Callable[..., Any]:
+        def call(packed: Any) -> Any:
+            before, _backward.on_gpu = _backward.on_gpu, False
+            try:
+                with seen():
+                    return unpack(packed)
+            finally:
+                _backward.on_gpu = before
+
+        return call
+
+    return lambda self, pack, unpack: init(self, pack, again(unpack))
+
+
 def _undefined_grad(make: Callable[..., Any]) -> Callable[..., Any]:
     """gradcheck's way to give a function no gradient: of one tensor another."""
     return lambda: lambda *given: mark(make()(*given), any(map(on_gpu, given)))
@@ -474,6 +492,13 @@ def _enter() -> None:
     swaps.append((torch._C._functions, "UndefinedGrad", _undefined_grad(undefined)))
     function = torch.autograd.Function
     swaps.append((function, "apply", _applied(function.apply.__func__)))
+    # A checkpoint writes down what it saves where no mode sees it: devices say nothing there.
+    checks = "_allowed_determinism_checks_to_fns"
+    told = {"default": lambda x: {"shape": x.shape, "dtype": x.dtype}}
+    checkpoint = torch.utils.checkpoint
+    swaps.append((checkpoint, checks, {**getattr(checkpoint, checks), **told}))
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    swaps.append((hooks, "__init__", _hooked(hooks.__init__)))
     swaps.append((threading.Thread, "run", _seen(threading.Thread.run)))
     parameter = torch.nn.Parameter
     swaps.append((parameter, "__new__", _parameter(parameter.__new__)))

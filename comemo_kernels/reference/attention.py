@@ -246,6 +246,9 @@ def _attend_masked(
     seen = seen.expand(B, N, -1).reshape(B * N, -1)
     # An empty span attends to everything and is then zeroed: softmax over nothing is NaN.
     some = seen.any(-1, keepdim=True)
+    # Rows that nobody reads may not have been written: NaN times nothing is NaN.
+    read = seen.any(0)[:, None, None]
+    k, v = (torch.where(read, x, 0) for x in (k, v))
     flat = q.reshape(B * N, H, D)
     out = _attend(flat, k, v, seen | ~some)
     out = torch.where(some[..., None], out, 0).view(B, N, H, D)
