@@ -10,17 +10,28 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 OUT ?= bench/results/gpu
 
-.PHONY: demo test lint kernels aot bench gpu-check gpu-bench clean
+# A process for each processor.
+PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
+
+.PHONY: demo test test-all lint kernels aot bench gpu-check gpu-bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/comemo demo
 
+# What every change is held against.
 test: $(VENV)/ready lint kernels
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# And what takes too long for that: tests marked slow, more draws, every configuration compiled,
+# the model on a virtual GPU.
+test-all: $(VENV)/ready lint aot
+	TRITON_INTERPRET=1 $(PYTEST) --all
+	$(PYTEST) --all
+	VIRTUAL_GPU=1 $(PYTEST)
 
 # The kernels in Triton's interpreter, on any machine.
 kernels: $(VENV)/ready
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(PYTEST)
 
 # What the compiler makes of every kernel, for every GPU that is claimed; none is needed.
 aot: $(VENV)/ready

@@ -35,7 +35,8 @@ setup(
     extras_require={
         "flash-attn": ["flash-attn"],  # for attn_implementation="flash_attention_2"
         "dev": [
-            *("pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "matplotlib"),
+            *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"),
+            "matplotlib",
             *("scikit-learn", "scikit-image"),  # photographs for the tests
         ],
     },

@@ -46,10 +46,23 @@ settings.register_profile(
     max_examples=10,
     phases=(Phase.explicit, Phase.generate),
 )
-settings.load_profile("kernels" if INTERPRET or GPU else "comemo")
+PROFILE = settings.get_profile("kernels" if INTERPRET or GPU else "comemo")
+settings.register_profile("quick", PROFILE)
+settings.register_profile("all", PROFILE, max_examples=100)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all", action="store_true", help="also what takes too long for every change, drawn wider"
+    )
 
 
 def pytest_configure(config):
+    if os.environ.get("PYTEST_XDIST_WORKER"):  # the processors are taken by processes
+        torch.set_num_threads(1)
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    settings.load_profile("all" if config.getoption("--all") else "quick")
+    config.addinivalue_line("markers", "slow: left out unless --all is given")
     config.addinivalue_line(
         "markers",
         "kernel: runs kernels, on a GPU or with TRITON_INTERPRET=1; deselected elsewhere unless"
@@ -78,6 +91,8 @@ def pytest_collection_modifyitems(config, items):
 
     def runs_here(item):
         kernel = item.get_closest_marker("kernel")
+        if item.get_closest_marker("slow") and not config.getoption("--all"):
+            return False
         if item.get_closest_marker("gpu"):
             return GPU
         if INTERPRET:
