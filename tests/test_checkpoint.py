@@ -6,6 +6,7 @@ import shutil
 import oracle
 import pytest
 import torch
+from conftest import DEVICE
 from harness import assert_relative
 from published import LLAMA, VARIANTS, published_config, published_weights, write
 from safetensors.torch import load_file, save_file
@@ -119,7 +120,7 @@ def test_native_layout_loads_too(tmp_path, checkpoint, model):
     model.save_pretrained(tmp_path, save_original_format=False)
     names = load_file(tmp_path / "model.safetensors").keys()
     assert "model.language_model.layers.1.mixin.q_proj.weight" in names
-    again = AutoModel.from_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).to(DEVICE)
     for (name, ours), theirs in zip(
         model.state_dict().items(), again.state_dict().values(), strict=True
     ):
@@ -127,7 +128,7 @@ def test_native_layout_loads_too(tmp_path, checkpoint, model):
 
 
 def test_the_model_without_its_head_loads_too(checkpoint, model):
-    base = comemo.CoMemoModel.from_pretrained(checkpoint, dtype=torch.float32)
+    base = comemo.CoMemoModel.from_pretrained(checkpoint, dtype=torch.float32).to(DEVICE)
     for (name, ours), theirs in zip(
         base.state_dict().items(), model.model.state_dict().values(), strict=True
     ):

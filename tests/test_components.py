@@ -3,6 +3,7 @@
 import pytest
 import torch
 from harness import assert_relative, recorded
+from small import place
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -22,6 +23,11 @@ MIXIN = {  # published parameter -> ours, of a mixin layer
     "ffn_2.w2.weight": "mlp.down_proj.weight",
     "ffn_norm_2.weight": "mlp_norm.weight",
 }
+
+
+def read(golden, prefix: str) -> dict[str, Tensor]:
+    """Recorded tensors, where the model is."""
+    return place(recorded(golden, "components.safetensors", prefix))
 
 
 @pytest.fixture
@@ -51,13 +57,13 @@ def rotation(model, position_ids: Tensor) -> QueryRotation:
     """Of queries that read keys at the ids of their prompt, as the recorded ones."""
     mixin = model.config.mixin_config
     length = mixin.max_position_embeddings
-    found = ops.distance_table(mixin.head_dim, mixin.rope_theta, length, torch.device("cpu"))
+    found = ops.distance_table(mixin.head_dim, mixin.rope_theta, length, position_ids.device)
     return QueryRotation(*found, position_ids)
 
 
 def positions(golden, N: int, M: int) -> tuple[Tensor, Tensor]:
     """All cases stand where the plain one does; shorter ones at its first places."""
-    plain = recorded(golden, "components.safetensors", "cross_attn/plain/")
+    plain = read(golden, "cross_attn/plain/")
     return plain["text_position_ids"][:, :N], plain["media_position_ids"][:, :M]
 
 
@@ -70,16 +76,15 @@ def spans_of(tensors: dict[str, Tensor], B: int, N: int, M: int) -> Tensor:
         start = mask.long().argmax(-1)
         return torch.stack([start, start + mask.sum(-1)], -1)
     if "text_time" in tensors:  # rows of value 1 read nothing
-        return torch.stack(
-            [torch.zeros(B, N), torch.where(tensors["text_time"] == 1, 0, M)], -1
-        ).long()
-    starts = M * torch.arange(B)
+        ends = torch.where(tensors["text_time"] == 1, 0, M).expand(B, N)
+        return torch.stack([torch.zeros_like(ends), ends], -1).long()
+    starts = place(M * torch.arange(B))
     return torch.stack([starts, starts + M], -1)[:, None]
 
 
 @pytest.mark.parametrize("case", ["plain", "packed", "masked", "text_time", "batch2"])
 def test_cross_attention(golden, model, mixin, case):
-    tensors = recorded(golden, "components.safetensors", f"cross_attn/{case}/")
+    tensors = read(golden, f"cross_attn/{case}/")
     x, media = leaf(tensors["in/x"]), leaf(tensors["in/media"])
     (B, N, _), M = x.shape, media.shape[1]
     text_ids, media_ids = positions(golden, N, M)
@@ -103,11 +108,11 @@ def test_cross_attention(golden, model, mixin, case):
 
 @pytest.mark.parametrize("case", ["plain", "packed"])
 def test_gated_block(golden, model, mixin, case):
-    tensors = recorded(golden, "components.safetensors", f"gated_block/{case}/")
+    tensors = read(golden, f"gated_block/{case}/")
     x, media = leaf(tensors["in/x"]), leaf(tensors["in/media"])
     (B, N, _), M = x.shape, media.shape[1]
     if case == "packed":  # the same samples as the packed cross-attention
-        bounds = recorded(golden, "components.safetensors", "cross_attn/packed/cu_seqlens_")
+        bounds = read(golden, "cross_attn/packed/cu_seqlens_")
         tensors |= {f"cu_seqlens_{name}": bound for name, bound in bounds.items()}
     text_ids, media_ids = positions(golden, N, M)
     key, value = mixin.build(media[0], table(model, media_ids))
@@ -119,10 +124,10 @@ def test_gated_block(golden, model, mixin, case):
 
 
 def test_gated_block_decodes_from_built_memory(golden, model, mixin):
-    plain = recorded(golden, "components.safetensors", "gated_block/plain/")
-    steps = recorded(golden, "components.safetensors", "gated_block/cached/")
+    plain = read(golden, "gated_block/plain/")
+    steps = read(golden, "gated_block/cached/")
     (N, M) = plain["in/x"].shape[1], plain["in/media"].shape[1]
-    memory = ImageMemory(torch.tensor([[[0, M]]]))
+    memory = ImageMemory(place(torch.tensor([[[0, M]]])))
     text_ids, media_ids = positions(golden, N, M)
     with torch.no_grad():
         memory.update(1, *mixin.build(plain["in/media"][0], table(model, media_ids)))
@@ -130,20 +135,20 @@ def test_gated_block_decodes_from_built_memory(golden, model, mixin):
         prefill = mixin(plain["in/x"], key, value, memory, rotation(model, text_ids))
         assert_relative(prefill, steps["prefill_out"])
         for i, (x, wanted) in enumerate(zip(steps["step_x"], steps["step_out"], strict=True)):
-            place = torch.tensor([[N + i]])  # the raw count of tokens
-            assert_relative(mixin(x, key, value, memory, rotation(model, place)), wanted, str(i))
+            count = place(torch.tensor([[N + i]]))  # raw
+            assert_relative(mixin(x, key, value, memory, rotation(model, count)), wanted, str(i))
 
 
 def test_projector(golden, model):
     model.zero_grad(set_to_none=True)
-    tensors = recorded(golden, "components.safetensors", "mlp1/")
+    tensors = read(golden, "mlp1/")
     x, projector = leaf(tensors["in/x"]), model.model.multi_modal_projector
     params = {f"grad_param/{name}": p for name, p in projector.named_parameters()}
     check(tensors, projector(x), {"grad_in/x": x} | params)
 
 
 def test_rms_norm(golden, model):
-    tensors = recorded(golden, "components.safetensors", "rmsnorm/")
+    tensors = read(golden, "rmsnorm/")
     x = leaf(tensors["in/x"])
     # Which of the model's norms was recorded is not: exactly one must fit.
     candidates = [m for m in model.modules() if isinstance(m, LlamaRMSNorm)]
@@ -155,11 +160,11 @@ def test_rms_norm(golden, model):
 
 def test_decoder_layer(golden, model):
     model.zero_grad(set_to_none=True)
-    tensors = recorded(golden, "components.safetensors", "decoder_layer/prefill/")
+    tensors = read(golden, "decoder_layer/prefill/")
     text = model.model.language_model
     layer, x = text.layers[1], leaf(tensors["in/hidden_states"])
     N = x.shape[1]
-    rotary = text._self_table(x, tensors["position_ids"], torch.tensor([N]))
+    rotary = text._self_table(x, tensors["position_ids"], place(torch.tensor([N])))
     out = layer(x, position_embeddings=rotary)
     attention, mlp = layer.self_attn, layer.mlp
     check(
@@ -181,14 +186,14 @@ def test_decoder_layer(golden, model):
 
 
 def test_decoder_layer_with_cache(golden, model):
-    tensors = recorded(golden, "components.safetensors", "decoder_layer/cached/")
+    tensors = read(golden, "decoder_layer/cached/")
     text = model.model.language_model
     cache = DynamicCache()
     for index in range(2):  # layer 1 is recorded
         cache.update(tensors["past_key"], tensors["past_value"], index)
     x = tensors["hidden_states"]
     with torch.no_grad():
-        rotary = text._self_table(x, tensors["position_ids"], torch.tensor([10]))
+        rotary = text._self_table(x, tensors["position_ids"], place(torch.tensor([10])))
         out = text.layers[1](x, position_embeddings=rotary, past_key_values=cache)
     assert_relative(out, tensors["out"])
     assert_relative(cache.layers[1].keys[:, :, -1:], tensors["new_key"])
@@ -196,8 +201,8 @@ def test_decoder_layer_with_cache(golden, model):
 
 
 def test_vision_tower(golden, inputs, model):
-    tensors = recorded(golden, "components.safetensors", "vision/")
-    tower, pixel_values = model.model.vision_tower, inputs.tiles(3, 1)
+    tensors = read(golden, "vision/")
+    tower, pixel_values = model.model.vision_tower, place(inputs.tiles(3, 1))
     with torch.no_grad():
         x = tower.embeddings(pixel_values)
         assert_relative(x, tensors["embeddings"])
@@ -212,8 +217,8 @@ def test_vision_tower(golden, inputs, model):
     ("name", "seed", "size"), [("224", 4, (224, 224)), ("336x224", 5, (336, 224))]
 )
 def test_vision_tower_of_other_sizes(golden, inputs, model, name, seed, size):
-    tensors = recorded(golden, "components.safetensors", f"vision{name}/")
-    pixel_values = inputs.normalise(inputs.picture(seed, *size)[None])
+    tensors = read(golden, f"vision{name}/")
+    pixel_values = place(inputs.normalise(inputs.picture(seed, *size)[None]))
     with torch.no_grad():
         assert_relative(model.model.vision_tower.embeddings(pixel_values), tensors["embeddings"])
         if "extract_feature" in tensors:
@@ -227,14 +232,14 @@ def test_vision_tower_of_other_sizes(golden, inputs, model, name, seed, size):
 
 
 def test_select_layer_runs_no_layer_too_many(golden, inputs, model):
-    tensors = recorded(golden, "components.safetensors", "vision/")
+    tensors = read(golden, "vision/")
     for select_layer, depth in ((-1, 2), (-2, 1), (-3, 0), (1, 1)):
         model.config.select_layer = select_layer
         norm, first, _, second = model.model.multi_modal_projector
         with torch.no_grad():
             x = norm(fold(tensors[f"hidden_states/{depth}"]))
             wanted = second(torch.nn.functional.gelu(first(x)))
-            found = model.model.get_image_features(inputs.tiles(3, 1))
+            found = model.model.get_image_features(place(inputs.tiles(3, 1)))
         assert_relative(found, wanted, str(select_layer))
 
 

@@ -17,6 +17,7 @@ import torch
 
 import comemo_kernels as ops
 
+pytestmark = pytest.mark.no_virtual_gpu("it has a machine of its own")
 ROOT = Path(__file__).parents[1]
 
 

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from small import place
 from transformers import DynamicCache
 
 import comemo
@@ -82,7 +84,7 @@ def test_cache_copies_nothing_to_grow():
 
 def test_a_cache_of_the_callers_is_used(model):
     """Though an empty one is false in Python."""
-    ids = torch.arange(100, 120)[None]
+    ids = place(torch.arange(100, 120)[None])
     for cache in (DynamicCache(), RoomyCache(4)):
         model.generate(ids, past_key_values=cache, **OPTIONS)
         assert cache.get_seq_length() == 24
@@ -117,12 +119,13 @@ def prompts(processor):
         shown = [{"type": "image", "image": picture} for picture in pictures]
         return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
 
-    return processor.apply_chat_template(
+    batch = processor.apply_chat_template(
         [message("compare them", *noise[:2]), message("hello"), message("and this", noise[2])],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
     )
+    return place(dict(batch))
 
 
 @pytest.fixture
@@ -151,7 +154,7 @@ def test_pieces_change_nothing(model, answer, chunk, positions):
 def test_pieces_with_beams_and_embeddings(model, tokenizer, answer, prompts):
     wanted = answer(num_beams=2)[0]
     assert torch.equal(answer(num_beams=2, prefill_chunk_size=100)[0], wanted)
-    tiles = torch.randn(3, 3, 448, 448)
+    tiles = place(torch.randn(3, 3, 448, 448))
     for pixel_values in (tiles, None):
         chat = [
             model.chat(
@@ -197,8 +200,8 @@ def test_a_piece_bounds_what_is_held(model, answer):
 
 
 def test_reading_goes_on_from_a_cache(model):
-    ids = torch.arange(100, 160)[None]
-    places = torch.arange(60)[None]
+    ids = place(torch.arange(100, 160)[None])
+    places = place(torch.arange(60)[None])
     embeds = model.get_input_embeddings()(ids)
     logits = []
     for splits in ((60,), (20, 60), (1, 59, 60)):
@@ -221,7 +224,7 @@ def test_reading_goes_on_from_a_cache(model):
 
 
 def test_rounds_of_tiles_change_nothing(model):
-    tiles = torch.randn(5, 3, 448, 448)
+    tiles = place(torch.randn(5, 3, 448, 448))
     seen = []
     layer = model.model.vision_tower.encoder.layer[0]
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
@@ -242,18 +245,18 @@ def test_rounds_of_tiles_change_nothing(model):
 @torch.no_grad()
 def test_rounds_write_one_buffer_and_the_sequence(model):
     """Each round's image tokens go straight to their rows of both."""
-    tiles = torch.randn(3, 3, 448, 448)
+    tiles = place(torch.randn(3, 3, 448, 448))
     whole = model.model.get_image_features(tiles)
     model.config.tiles_at_once = 2
-    embeds = torch.zeros(1, 800, whole.shape[2])
-    rows = torch.arange(3 * 256) + 20
+    embeds = place(torch.zeros(1, 800, whole.shape[2]))
+    rows = place(torch.arange(3 * 256) + 20)
     found = model.model.get_image_features(tiles, embeds, rows)
     assert found.untyped_storage().nbytes() == whole.nbytes, "no copy of a round"
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
     assert torch.equal(embeds[0, 20:788], found.flatten(0, 1))
     assert not embeds[0, :20].any()
     assert not embeds[0, 788:].any()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         assert model.model.get_image_features(tiles).dtype == torch.bfloat16
 
 
@@ -277,7 +280,7 @@ def test_the_tower_attends_by_sdpa_and_hands_on_what_it_wrote(model, monkeypatch
     monkeypatch.setattr(ops, "project_tiles", handed)
     last = core.vision_tower.encoder.layer[-1]
     last.register_forward_hook(lambda _, __, out: written.append(out.data_ptr()))
-    core.get_image_features(torch.randn(1, 3, 448, 448, dtype=torch.bfloat16))
+    core.get_image_features(place(torch.randn(1, 3, 448, 448, dtype=torch.bfloat16)))
     half = torch.bfloat16
     assert attended == [(half, half, half, None)] * len(core.vision_tower.encoder.layer)
     assert projected == [(half, 1025, written[0])]
@@ -286,9 +289,9 @@ def test_the_tower_attends_by_sdpa_and_hands_on_what_it_wrote(model, monkeypatch
 def test_image_tokens_of_a_whole_prompt_are_written_once(model):
     """What `forward` writes together is what the memory's media would be embedded as."""
     core = copy.deepcopy(model.model)
-    ids = torch.full((2, 600), 7)
+    ids = place(torch.full((2, 600), 7))
     ids[0, 30:542] = ids[1, 300:556] = core.config.image_token_id
-    mask, tiles = core.find_image_tokens(ids), torch.randn(3, 3, 448, 448)
+    mask, tiles = core.find_image_tokens(ids), place(torch.randn(3, 3, 448, 448))
     places = core.prompt_position_ids(mask, torch.ones_like(ids), [(1, 1)] * 3)
     for frozen in (False, True):
         core.requires_grad_(not frozen)

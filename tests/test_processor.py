@@ -42,7 +42,7 @@ def test_processor_and_chat_write_the_same_prompt(model, tokenizer, processor, p
         batch["attention_mask"],
         batch["tile_grid"],
     )
-    assert torch.equal(ids, ready["position_ids"])
+    assert torch.equal(ids, ready["position_ids"].cpu())
 
 
 def test_batches_are_padded_on_the_left(processor, picture):

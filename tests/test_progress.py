@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from conftest import DEVICE
 
 import comemo
 from comemo import progress
@@ -53,7 +54,7 @@ def test_bar_counts_its_own_thread_only(loaded, picture_file, capsys):
 def test_bar_knows_of_rounds(loaded, capsys):
     """More tiles than pass the vision tower at once pass it in rounds."""
     model = loaded[0]
-    tiles = torch.zeros(5, 3, 448, 448)
+    tiles = torch.zeros(5, 3, 448, 448, device=DEVICE)
     model.config.tiles_at_once, before = 2, model.config.tiles_at_once
     try:
         with progress.reading_bar(model, 5) as bar, torch.no_grad():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import TRACED
 from harness import assert_matches, recorded
 from hypothesis import given
 from hypothesis import strategies as st
@@ -151,6 +152,7 @@ def test_a_row_alone_is_the_row_in_a_batch():
         torch.testing.assert_close(whole[b : b + 1], alone, rtol=1e-5, atol=1e-6)
 
 
+@TRACED
 def test_attention_compiles_whole():
     compiled = torch.compile(ops.attend_images, fullgraph=True, backend="eager")
     case = memory_case(2, 3, 2, 2, 8, 30, 5)

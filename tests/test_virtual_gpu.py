@@ -278,6 +278,11 @@ def test_cuda_answers():
         torch.cuda.synchronize()
 
 
+def test_there_is_one_gpu():
+    with pytest.raises(RuntimeError, match="invalid device ordinal"):
+        torch.empty(1, device="cuda:1")
+
+
 def test_it_can_be_absent(x):
     with virtual_gpu.absent():
         assert not torch.cuda.is_available()
