@@ -219,13 +219,12 @@ def _launch(run: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(run)
     def launch(self, *args, **kwargs):
-        if _presence:
-            for place, value in enumerate(args):
-                for t in tensors([value]):
-                    if t.data_ptr() and not on_gpu(t):
-                        why = f"Pointer argument (at {place}) cannot be accessed from Triton"
-                        fault = type("PointerFault", (DeviceFault, ValueError), {})
-                        refuse(self.fn, f"{why} (cpu tensor?)", fault)
+        for place, value in enumerate(args):
+            for t in tensors([value]):
+                if t.data_ptr() and not on_gpu(t):
+                    why = f"Pointer argument (at {place}) cannot be accessed from Triton"
+                    fault = type("PointerFault", (DeviceFault, ValueError), {})
+                    refuse(self.fn, f"{why} (cpu tensor?)", fault)
         with torch._C.DisableTorchFunction():
             return run(self, *args, **kwargs)
 
@@ -267,9 +266,9 @@ def _enter() -> None:
 
     swaps.append((graphs, "_record", capture))
     if INTERPRET:
-        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.interpreter import GridExecutor
 
-        swaps.append((InterpretedFunction, "run", _launch(InterpretedFunction.run)))
+        swaps.append((GridExecutor, "__call__", _launch(GridExecutor.__call__)))
     else:  # there is nothing to run kernels on
         swaps += [
             (module, "on_triton", lambda _: False)
