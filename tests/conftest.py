@@ -32,6 +32,7 @@ if INTERPRET:
     import interpreter
 
     NO_BFLOAT16 = interpreter.correct()
+    interpreter.hasten()
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]  # of kernels
 PRESENCE = pytest.StashKey[contextlib.ExitStack]()
 if NO_BFLOAT16:

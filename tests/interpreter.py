@@ -127,3 +127,28 @@ def correct() -> str | None:
             if not hasattr(method, "__wrapped__"):
                 setattr(builder, name, decorate(method))
     return None
+
+
+def hasten() -> None:
+    """Let a launch replace the language's functions once for each module, not for each call.
+
+    The interpreter does it again for every call of a jitted helper: a quarter of its time.
+    """
+    if hasattr(interpreter._patch_lang, "__wrapped__"):
+        return
+    patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    patched: set[int] = set()  # globals of the functions called in this launch
+
+    @functools.wraps(patch)
+    def patch_once(function: Any) -> Any:
+        if id(function.__globals__) in patched:
+            return None
+        patched.add(id(function.__globals__))
+        return patch(function)
+
+    @functools.wraps(call)
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return call(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch
