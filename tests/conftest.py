@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import importlib.util
+import itertools
 import os
 from pathlib import Path
 from types import ModuleType
@@ -34,22 +35,36 @@ if INTERPRET:
     NO_BFLOAT16 = interpreter.correct()
     interpreter.hasten()
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]  # of kernels
-PRESENCE = pytest.StashKey[contextlib.ExitStack]()
 if NO_BFLOAT16:
     DTYPES.remove(torch.bfloat16)
+PRESENCE = pytest.StashKey[contextlib.ExitStack]()
 
 settings.register_profile("comemo", derandomize=True, deadline=None, max_examples=40)
-# In the interpreter an example takes its time, on a GPU the compiler does; shrinking one takes
-# minutes.
+# In the interpreter an example takes its time, on a GPU the compiler does; shrinking one, minutes.
 settings.register_profile(
     "kernels",
     settings.get_profile("comemo"),
-    max_examples=10,
+    max_examples=10 if GPU else 6,
     phases=(Phase.explicit, Phase.generate),
 )
 PROFILE = settings.get_profile("kernels" if INTERPRET or GPU else "comemo")
 settings.register_profile("quick", PROFILE)
 settings.register_profile("all", PROFILE, max_examples=100)
+
+
+SLOW = () if GPU else pytest.mark.slow  # in the interpreter, or of the compiler on a CPU
+
+
+def every_two(*axes):
+    """All combinations as parameters; those without which every two values still meet are slow."""
+    rest = list(itertools.product(*axes))
+    pairs = {combination: set(itertools.combinations(enumerate(combination), 2)) for combination in rest}
+    unmet, chosen = set().union(*pairs.values()), []
+    while unmet:
+        chosen.append(max(rest, key=lambda combination: len(pairs[combination] & unmet)))
+        unmet -= pairs[chosen[-1]]
+        rest.remove(chosen[-1])
+    return chosen + [pytest.param(*combination, marks=SLOW) for combination in rest]
 
 
 def pytest_addoption(parser):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, GPU, INTERPRET, TRACED
+from conftest import DEVICE, DTYPES, GPU, INTERPRET, TRACED, every_two
 from harness import assert_errs_no_more, assert_matches, red_zones
 from hypothesis import given
 from hypothesis import strategies as st
@@ -106,9 +106,10 @@ def test_matches_reference(B, N, heads, D, M, spans, starts, own, ids, dtype):
     check(*make_inputs(B, N, H, G, D, M, spans, starts, biases, dtype=dtype, ids=ids))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spans", ["token", "prompt"])
-@pytest.mark.parametrize("starts", [None, (0,), (0, 64, 100)])
+@pytest.mark.parametrize(
+    ("dtype", "starts", "spans"),
+    every_two(DTYPES, [None, (0,), (0, 64, 100)], ["token", "prompt"]),
+)
 def test_blocks_of_a_prompt(dtype, spans, starts):
     """Rows for attend_many, some blocks of keys with a mask and some without."""
     inputs, rest = make_inputs(2, 75, 2, 1, 32, 300, spans, starts, 2, dtype=dtype)

@@ -16,6 +16,7 @@ from comemo_kernels import gated_residual, glue, norm_linear, reference
 pytestmark = pytest.mark.kernel(reference=True)  # its laws are the reference's too
 
 VERBS = ["norm_linear", "norm_swiglu", "gated_residual"]
+BACKENDS = ["inductor"] if GPU else ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 FORMS = [verb + how for verb in VERBS for how in ("", " folded")]  # norm_weight or gate None
 ROWS = [(1,), (3, 1), (2, 8), (2, 3, 5), (17,), (0,)]  # a launch for up to 16
 
@@ -216,11 +217,11 @@ def test_operator_contract(real_device):
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
 @TRACED
-def test_compiles_whole(real_device, form, dynamic):
+def test_compiles_whole(real_device, form, dynamic, backend):
     torch._dynamo.reset()
     op = both(form)[0]
-    backend = "inductor" if GPU or form == FORMS[0] else "aot_eager"
     compiled = torch.compile(op, fullgraph=True, dynamic=dynamic, backend=backend)
     for rows in (3, 5):
         inputs = make_inputs(form, (rows,), device=real_device)

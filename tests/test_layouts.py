@@ -205,7 +205,6 @@ CASES = {
     "apply_rotary by grids": functools.partial(rotary, "grids"),
     "apply_rotary in place": rotary_in_place,
     "rope_dhr_positions": numbering,
-    "attend_images": functools.partial(attention, ""),
     "attend_images with a workspace": functools.partial(attention, "workspace"),
     "attend_images float8": functools.partial(attention, "float8"),
     "build_memory": functools.partial(memory, torch.float32),
