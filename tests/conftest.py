@@ -58,13 +58,13 @@ SLOW = () if GPU else pytest.mark.slow  # in the interpreter, or of the compiler
 def every_two(*axes):
     """All combinations as parameters; those without which every two values still meet are slow."""
     rest = list(itertools.product(*axes))
-    pairs = {combination: set(itertools.combinations(enumerate(combination), 2)) for combination in rest}
+    pairs = {values: set(itertools.combinations(enumerate(values), 2)) for values in rest}
     unmet, chosen = set().union(*pairs.values()), []
     while unmet:
-        chosen.append(max(rest, key=lambda combination: len(pairs[combination] & unmet)))
+        chosen.append(max(rest, key=lambda values: len(pairs[values] & unmet)))
         unmet -= pairs[chosen[-1]]
         rest.remove(chosen[-1])
-    return chosen + [pytest.param(*combination, marks=SLOW) for combination in rest]
+    return chosen + [pytest.param(*values, marks=SLOW) for values in rest]
 
 
 def pytest_addoption(parser):
