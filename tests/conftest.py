@@ -44,7 +44,7 @@ settings.register_profile("comemo", derandomize=True, deadline=None, max_example
 settings.register_profile(
     "kernels",
     settings.get_profile("comemo"),
-    max_examples=10 if GPU else 6,
+    max_examples=10,
     phases=(Phase.explicit, Phase.generate),
 )
 PROFILE = settings.get_profile("kernels" if INTERPRET or GPU else "comemo")
