@@ -198,9 +198,7 @@ def _attention_cases() -> list[Case]:
         for kind, images in (("", None), (" one image", 1), (" several images", 4)):
             # On sm_100 the accumulator leaves tensor memory while queries are rotated anew.
             spills = {"sm_100": 224} if kernel is many and images == 4 else {}
-            # By triton 3.6 alone.
-            eight_spills = {"sm_90": 64 if images == 4 else 24, "sm_100": 16} | spills
-            eight_spills = eight_spills if kernel is many else spills
+            eight_spills = {"sm_90": 64} | spills if spills else {}  # by triton 3.6 alone
             for eight in (False, True):
                 run = functools.partial(attend, B, N, M, half, images, eight)
                 title = f"bf16 {name}{kind}" + ", fp8" * eight
@@ -211,12 +209,9 @@ def _attention_cases() -> list[Case]:
                 narrow = frozenset(("v_ptr",) if eight and kernel is not many else ())
                 # A fused combination writes the few rows of a decode step.
                 narrow |= {"out_ptr"} if kernel is one else set()
-                found.append(
-                    Case(kernel, title, run, configs, kernel is many, chips, allowed, True, narrow)
-                )
-                found[-1] = replace(
-                    found[-1], stage=stage_of(1 if eight else 2), blocks=1 if kernel is many else 2
-                )
+                case = Case(kernel, title, run, configs, kernel is many, chips, allowed)
+                stage, blocks = stage_of(1 if eight else 2), 1 if kernel is many else 2
+                found.append(replace(case, narrow=narrow, stage=stage, blocks=blocks))
         run = functools.partial(attend, B, N, M, torch.float16, 1, False)
         found.append(Case(kernel, f"fp16 {name}", run, 1, kernel is many, NVIDIA))
     for kind, images in (("", None), (" one image", 1), (" several images", 4)):
@@ -316,7 +311,7 @@ def _tile_cases() -> list[Case]:
         if kernel is _fold.fold_norm_gradient:
             spills = {"sm_80": 8}  # by triton 3.6 alone
         elif kernel is _fold.fold_norm_gradient_wide:
-            spills = {"sm_80": 40, "sm_90": 80, "sm_100": 96}
+            spills = {"sm_80": 32, "sm_90": 80, "sm_100": 96}
         found = Case(kernel, name, run, configs, dot, NVIDIA if dot else EVERY, spills)
         if dot:
             stage = lambda c: (c["BLOCK_M"] + c["BLOCK_N"]) * c["BLOCK_K"] * 2  # noqa: E731
