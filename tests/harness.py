@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ RELATIVE = 1e-4  # to the largest element: components and gradients
 CLEAR_MARGIN = 1e-3  # between the two best logits: above it the greedy token must be equal
 SLACK = 2.0  # times the error that PyTorch itself makes in the tested dtype
 SLACK_GRADIENT = 3.0
+FEW = 64  # elements, of which PyTorch may happen to get all right
 
 Inputs = dict[str, object]
 
@@ -63,13 +64,19 @@ def assert_matches(op: Callable, reference: Callable, inputs: Inputs) -> None:
     """`op` errs at most SLACK times as much as `reference` does in the same dtype.
 
     Errors are measured from `reference` in float64 on the same rounded inputs; one rounding of
-    the largest value is the floor, for a reference that happens to be exact. Integers must be
-    equal. Everything that `op` allocates with torch.empty lies between NaN, as does what it held.
+    the largest value is the floor, for a reference that happens to be exact. Of an output of FEW
+    elements its error is the largest on several inputs near these. Integers must be equal.
+    Everything that `op` allocates with torch.empty lies between NaN, as does what it held.
     """
     with red_zones():
         ours = evaluate(op, inputs)
     rounded, exact = evaluate(reference, inputs), evaluate(reference, inputs, torch.float64)
     assert list(ours) == list(rounded)
+    few = any(t.is_floating_point() and 0 < t.numel() < FEW for t in ours.values())
+    near = [
+        (evaluate(reference, others), evaluate(reference, others, torch.float64))
+        for others in (_near(inputs, 1 + i / 32) for i in (-4, -3, -2, -1, 1, 2, 3, 4) if few)
+    ]
     for name, actual in ours.items():
         truth = exact[name]
         assert actual.shape == truth.shape, name
@@ -81,7 +88,19 @@ def assert_matches(op: Callable, reference: Callable, inputs: Inputs) -> None:
             continue
         assert torch.isfinite(actual).all(), f"{name}: not finite (an element not written?)"
         slack = SLACK_GRADIENT if name.startswith("gradient") else SLACK
-        assert_errs_no_more(actual, rounded[name], truth, name, slack, _name_of(op))
+        others = [(of[name], true[name]) for of, true in near] if actual.numel() < FEW else []
+        assert_errs_no_more(actual, rounded[name], truth, name, slack, _name_of(op), others)
+
+
+def _near(inputs: Inputs, factor: float) -> Inputs:
+    """Inputs of other roundings and about the same size."""
+
+    def scale(value: object) -> object:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return (factor * value.detach()).requires_grad_(value.requires_grad)
+
+    return {name: scale(value) for name, value in inputs.items()}
 
 
 def assert_errs_no_more(
@@ -91,13 +110,18 @@ def assert_errs_no_more(
     name: str = "",
     slack: float = SLACK,
     op: str = "",
+    others: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> None:
-    """Largest and mean error at most `slack` times those of `rounded`, and one rounding."""
+    """Largest and mean error at most `slack` times those of `rounded`, and one rounding.
+
+    `others` are pairs like `rounded` and `truth`, from whose errors the largest is taken.
+    """
     floor = torch.finfo(actual.dtype).eps * truth.abs().max().item()
     shares, faults = [], []
     for kind, measure in (("largest", Tensor.amax), ("mean", Tensor.mean)):
         error = measure((actual.double() - truth).abs()).item()
-        yardstick = measure((rounded.double() - truth).abs()).item()
+        pairs = [(rounded, truth), *others]
+        yardstick = max(measure((found.double() - true).abs()).item() for found, true in pairs)
         budget = slack * yardstick + floor
         shares.append(error / budget if budget else math.inf if error else 0.0)
         if not error <= budget:

@@ -51,6 +51,18 @@ def test_an_error_beyond_the_budget():
         assert_matches(off_by((SLACK + 2) * rounding), double, {"x": x})
 
 
+def test_a_reference_may_be_lucky():
+    """A sum that cancels is exact of these numbers, and errs by 1/32 of some near them."""
+    x = torch.tensor([[64.0, 1.0, -64.0]], dtype=torch.float16)
+
+    def total(x):
+        return x[:, 0] + x[:, 1] + x[:, 2]
+
+    assert_matches(lambda x: total(x) + 1 / 32, total, {"x": x})
+    with pytest.raises(AssertionError, match="largest error"):
+        assert_matches(lambda x: total(x) + 1 / 8, total, {"x": x})
+
+
 def test_what_is_compared_is_told_by_its_share_of_the_budget(monkeypatch):
     told = []
     monkeypatch.setattr("harness.observers", [lambda *comparison: told.append(comparison)])
