@@ -269,8 +269,9 @@ class _Prompt:
         layers = set(self._model.config.mixin_layers)
         if memory is not None and (memory.keys.keys() != layers or memory.table is None):
             raise ValueError(
-                f"DecodeLoop: image_memory must keep keys of mixin layers {sorted(layers)}, got"
-                f" {sorted(memory.keys)}"
+                f"DecodeLoop: image_memory must keep keys of mixin layers {sorted(layers)} and a"
+                f" table of angles, got layers {sorted(memory.keys)} and"
+                f" {'no' if memory.table is None else 'a'} table"
             )
 
     def kind(self, capacity: int) -> StepKind:

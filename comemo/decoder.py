@@ -306,16 +306,18 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         """Build keys and values of all mixin layers at once, ahead of the first forward.
 
         Args:
-            memory: one with media and without keys; filled.
+            memory: one with media and without keys; filled. A table of angles is given to any.
 
         Returns:
             Whether that was possible: the layers' weights have to be at hand, of one dtype and on
             one device, and no gradients be asked for. Otherwise each layer builds its own when it
             is first called.
         """
-        if memory.media is None or memory.ids is None or memory.keys:
+        if memory.media is None or memory.ids is None:
             return False
-        self._give_table(memory, memory.media)
+        self._give_table(memory, memory.media)  # readers are copies, which would keep theirs
+        if memory.keys:
+            return False
         media, ids, table = memory.media, memory.ids, memory.table
         layers = {i: self.layers[i].mixin for i in self.comemo_config.mixin_layers}
         assert table is not None

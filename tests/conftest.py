@@ -103,7 +103,7 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep what can run here: under the interpreter kernels alone, it is slow for the rest."""
+    """Keep what can run here: under the interpreter kernels alone, on a virtual GPU models."""
 
     def runs_here(item):
         kernel = item.get_closest_marker("kernel")
@@ -113,6 +113,9 @@ def pytest_collection_modifyitems(config, items):
             return GPU
         if INTERPRET:
             return kernel is not None
+        if VIRTUAL:  # kernels are the interpreter's, and benchmarks time what is there
+            unseen = item.get_closest_marker("no_virtual_gpu") or "bench" in item.nodeid
+            return kernel is None and not unseen
         return kernel is None or GPU or kernel.kwargs.get("reference", False)
 
     moving = [item.nodeid for item in items if " at 0x" in item.nodeid]

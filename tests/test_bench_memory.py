@@ -371,7 +371,7 @@ def test_rows_of_the_vision_tower(model, monkeypatch):
 
 def test_flops_of_the_vision_tower(model):
     """Against what PyTorch counts."""
-    config, tiles = model.config, torch.randn(1, 3, 448, 448)
+    config, tiles = model.config, torch.randn(1, 3, 448, 448, device=model.device)
     vision_config, width = config.vision_config, config.text_config.hidden_size
     whole = sdpa_kernel(SDPBackend.MATH)  # a fused attention is not counted on a CPU
     with torch.no_grad(), whole, FlopCounterMode(display=False) as counter:

@@ -538,6 +538,17 @@ def test_probabilities_that_are_no_numbers(ahead):
         assert_same(model, loop, batch, do_sample=sampled)
 
 
+@pytest.mark.parametrize("chunk", [None, 5])
+def test_a_stored_picture_is_one_like_others(model, loop, chunk):
+    batch, options = make_prompts(model), GREEDY | {"prefill_chunk_size": chunk}
+    wanted = model.generate(**batch, **options)
+    store = comemo.MemoryStore()
+    for _ in range(2):
+        assert torch.equal(
+            model.generate(**batch, **options, memory_store=store, decode_loop=loop), wanted
+        )
+
+
 # --- recorded answers, sessions ---
 
 
@@ -551,12 +562,15 @@ def test_gives_recorded_answers(golden, inputs, checkpoint, tokenizer):
         assert out[0].tolist() == record["tokens"]
 
 
-def test_a_session_answers_the_same(loaded, demo_checkpoint, picture_file, ahead):
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("chunk", [None, 100])
+def test_a_session_answers_the_same(loaded, demo_checkpoint, picture_file, ahead, stored, chunk):
     model, _ = loaded
     processor = CoMemoProcessor.from_pretrained(demo_checkpoint)
     loop = DecodeLoop(model)
-    options = {"max_new_tokens": 8, "do_sample": False}
+    options = {"max_new_tokens": 8, "do_sample": False, "prefill_chunk_size": chunk}
     plain = ChatSession(model, processor, **options)
+    options["memory_store"] = comemo.MemoryStore() if stored else None
     looped = ChatSession(model, processor, **options, decode_loop=loop)
     with Image.open(picture_file) as picture:
         for question, image in (("hello", None), ("what is this?", picture), ("and?", None)):
