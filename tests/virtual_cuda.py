@@ -107,6 +107,7 @@ FACES: dict[str, Any] = {
     "get_device_properties": lambda _=None: _H100,
     "is_bf16_supported": lambda including_emulation=True: True,
     "synchronize": lambda _=None: None,
+    "_sleep": lambda _: None,
     "empty_cache": lambda: None,
     "memory_allocated": lambda _=None: 0,
     "max_memory_allocated": lambda _=None: 0,

@@ -1,0 +1,68 @@
+"""What the benchmarks do on a GPU alone, on a virtual one."""
+
+import copy
+
+import pytest
+import virtual_gpu
+from conftest import GPU
+from test_bench import options_of
+
+from bench import attend, chat, decode, measure, memory, mixin, positions, project, rotary, vision
+from bench.cases import PROMPTS, Prompt
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(GPU, reason="make gpu-bench runs them"),
+]
+WAYS = [way for way in chat.WAYS if "compile" not in way]  # which traces through no virtual GPU
+OF_MODELS = {
+    chat: ("--cols", "2", "--rows", "1", "--tokens", "2", "--batches", "2", "--ways", *WAYS),
+    decode: ("--cols", "1", "--rows", "1", "--tokens", "2", "--vision-tiles", "1"),
+    vision: ("--tiles", "2", "--at-once", "1"),
+}
+TINY = ("--sizes", "tiny", "--rounds", "1", "--no-compile")
+OF_KERNELS = {
+    attend: (*TINY, "--cases", "small_decode"),
+    memory: (*TINY, "--tiles", "1", "--layers", "2"),
+    mixin: (*TINY, "--cases", "decode_1"),
+    positions: ("--cases", "one_image_3k", "--rounds", "1"),
+    project: (*TINY, "--tiles", "1"),
+    rotary: ("--cases", "chat_1k", "--heads", "2B", "--layouts", "contiguous", *TINY[2:]),
+}
+# Of a build for CPUs, and of a kernel that is launched without asking for a GPU.
+ABSENT = ("No viable backend", "_flash_attention_forward", "libcuda.so")
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(measure, "gemm_rate", lambda *_: 1e11)
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1)
+    monkeypatch.setattr(measure, "host_us", lambda call, calls=0, of=measure.host_us: of(call, 2))
+    monkeypatch.setitem(PROMPTS, "chat_1k", Prompt([(128, [], 0)]))
+    virtual_gpu.faults.clear()
+    with virtual_gpu.present():
+        yield
+    assert not virtual_gpu.faults
+
+
+@pytest.mark.parametrize("bench", OF_KERNELS, ids=lambda bench: bench.__name__)
+def test_every_way_is_timed(gpu, bench, capsys):
+    options = options_of(bench, *OF_KERNELS[bench])
+    rows = list(bench.run(options))
+    assert any(row["way"].startswith("ours") for row in rows)
+    assert not getattr(options, "failed", False)
+    told = capsys.readouterr().out.splitlines()
+    left = [line for line in told if "not timed" in line]
+    assert all(any(name in line for name in ABSENT) for line in left), left
+
+
+@pytest.mark.parametrize("bench", OF_MODELS, ids=lambda bench: bench.__name__)
+def test_models_run_to_the_end(gpu, bench, loaded, monkeypatch):
+    model = copy.deepcopy(loaded[0]).to("cuda")
+    monkeypatch.setattr(bench, "draw_model", lambda *_, **__: model)
+    ways = {row["way"] for row in bench.run(options_of(bench, *OF_MODELS[bench]))}
+    if bench is chat:
+        assert ways == {"ours", *WAYS}
+    else:
+        assert ways
