@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import operator
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HIP = torch.version.hip is not None  # there Triton looks at the sizes of tensors, too
 
+_dtype_of = operator.attrgetter("dtype")
 Config = dict[str, int]  # block sizes, num_warps, num_stages: what a launch passes to its kernel
 
 
@@ -121,7 +123,7 @@ class Kernel:
 
     def __init__(self, function: Any, configs: Sequence[Config]) -> None:
         self.function, self.configs = function, tuple(configs)
-        self._compiled: dict[Any, Any] = {}
+        self._compiled_by: dict[int, dict[Hashable, Any]] = {}  # configuration
         self._read_parameters()
         self._choose(self.configs[0])
 
@@ -146,9 +148,10 @@ class Kernel:
 
     def _choose(self, config: Config) -> None:
         self.config = config
+        self._compiled = self._compiled_by.setdefault(id(config), {})
         self._blocks = [value for name, value in config.items() if name.isupper()]
 
-    def key(self, *args: Any) -> Hashable | None:
+    def key(self, args: tuple[Any, ...]) -> Hashable | None:
         """What decides which compiled kernel `args` need; None where Triton has to look itself.
 
         Triton compiles for addresses that are multiples of 16 and for numbers of 32 bits. Where all
@@ -157,10 +160,10 @@ class Kernel:
         addresses = 0
         for i in self._watched:
             addresses |= args[i].data_ptr()
-        if addresses % 16 or max(args[self._numbers : self._constants], default=0) >= 2**31 or HIP:
+        if addresses % 16 or max(args[self._numbers : self._constants], default=0) >= 2**31:
             return None
-        dtypes = [t.dtype for t in args[: self._numbers]]
-        return args[0].get_device(), *dtypes, *args[self._constants :]
+        dtypes = tuple(map(_dtype_of, args[: self._numbers]))
+        return args[0].get_device(), dtypes, args[self._constants :]
 
     def launch(self, programs: int, *args: Any) -> None:
         """Run `programs` programs on the current stream of the current device.
@@ -171,14 +174,13 @@ class Kernel:
         """
         if programs == 0:
             return
-        config = self.config
-        key = None if INTERPRET else self.key(*args)
-        compiled = None if key is None else self._compiled.get((key, id(config)))
+        key = None if INTERPRET or HIP else self.key(args)
+        compiled = None if key is None else self._compiled.get(key)
         if compiled is None:
             # Triton 3.10 turns fusion of products and sums off by default.
-            compiled = self.function[programs, 1, 1](*args, **config, enable_fp_fusion=True)
+            compiled = self.function[programs, 1, 1](*args, **self.config, enable_fp_fusion=True)
             if key is not None:
-                self._compiled[key, id(config)] = compiled
+                self._compiled[key] = compiled
         else:
             compiled[programs, 1, 1](*args, *self._blocks)
 

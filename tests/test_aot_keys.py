@@ -41,7 +41,7 @@ def recorded(*kernels):
             def record(programs, *args, kernel=kernel, launch=kernel.launch):
                 launch(programs, *args)
                 if programs:
-                    key = (kernel.function.__name__, id(kernel), kernel.key(*args))
+                    key = (kernel.function.__name__, id(kernel), kernel.key(args))
                     found.setdefault(key, set()).add(id(compiled[-1]))
 
             patch.setattr(kernel, "launch", record)

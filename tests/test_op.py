@@ -91,7 +91,7 @@ def test_without_a_key_triton_looks_every_time(compiles, args):
 
 def test_an_address_that_does_not_specialise_may_be_odd():
     kernel, _, _ = make_kernel()
-    assert kernel.key(X, X[1:], 1, 0.5, True) == kernel.key(X, X, 1, 0.5, True) is not None
+    assert kernel.key((X, X[1:], 1, 0.5, True)) == kernel.key((X, X, 1, 0.5, True)) is not None
 
 
 @pytest.mark.parametrize(
