@@ -519,9 +519,11 @@ def test_what_a_loop_cannot_take_over(model, loop):
         model.generate(ids[:, :1], **given, **options)
     held = read.image_memory.keys.pop(1)
     given["image_memory"] = read.image_memory
-    with pytest.raises(ValueError, match=r"keys of mixin layers \[1, 3\], got \[3\]"):
+    with pytest.raises(ValueError, match=r"mixin layers \[1, 3\] .* got layers \[3\] and a table"):
         model.generate(ids[:, :1], **given, **options)
-    read.image_memory.keys[1] = held
+    read.image_memory.keys[1], read.image_memory.table = held, None
+    with pytest.raises(ValueError, match=r"table of angles, got layers \[1, 3\] and no table"):
+        model.generate(ids[:, :1], **given, **options)
     assert_same(model, loop, batch)
 
 
