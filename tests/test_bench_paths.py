@@ -33,12 +33,17 @@ OF_KERNELS = {
 ABSENT = ("No viable backend", "_flash_attention_forward", "libcuda.so")
 
 
+def of_one_call(timed):
+    return lambda call, calls=0: timed(call, 1)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e10)
     monkeypatch.setattr(measure, "gemm_rate", lambda *_: 1e11)
     monkeypatch.setattr(measure, "cache_bytes", lambda device: 1)
-    monkeypatch.setattr(measure, "host_us", lambda call, calls=0, of=measure.host_us: of(call, 2))
+    for name in ("host_us", "graph_us"):
+        monkeypatch.setattr(measure, name, of_one_call(getattr(measure, name)))
     monkeypatch.setitem(PROMPTS, "chat_1k", Prompt([(128, [], 0)]))
     virtual_gpu.faults.clear()
     with virtual_gpu.present():
