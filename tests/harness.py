@@ -98,7 +98,8 @@ def _near(inputs: Inputs, factor: float) -> Inputs:
     def scale(value: object) -> object:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
-        return (factor * value.detach()).requires_grad_(value.requires_grad)
+        scaled = (factor * value.detach().double()).to(value.dtype)
+        return scaled.requires_grad_(value.requires_grad)
 
     return {name: scale(value) for name, value in inputs.items()}
 
