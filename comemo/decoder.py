@@ -306,7 +306,8 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         """Build keys and values of all mixin layers at once, ahead of the first forward.
 
         Args:
-            memory: one with media and without keys; filled. A table of angles is given to any.
+            memory: one with media and without keys, which is filled. A memory with media gets its
+                table of angles in any case.
 
         Returns:
             Whether that was possible: the layers' weights have to be at hand, of one dtype and on
@@ -315,7 +316,7 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         """
         if memory.media is None or memory.ids is None:
             return False
-        self._give_table(memory, memory.media)  # readers are copies, which would keep theirs
+        self._give_table(memory, memory.media)  # copies for readers must have it
         if memory.keys:
             return False
         media, ids, table = memory.media, memory.ids, memory.table

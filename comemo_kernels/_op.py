@@ -123,7 +123,7 @@ class Kernel:
 
     def __init__(self, function: Any, configs: Sequence[Config]) -> None:
         self.function, self.configs = function, tuple(configs)
-        self._compiled_by: dict[int, dict[Hashable, Any]] = {}  # configuration
+        self._compiled_by: dict[Hashable, dict[Hashable, Any]] = {}  # configuration, then key
         self._read_parameters()
         self._choose(self.configs[0])
 
@@ -148,7 +148,7 @@ class Kernel:
 
     def _choose(self, config: Config) -> None:
         self.config = config
-        self._compiled = self._compiled_by.setdefault(id(config), {})
+        self._compiled = self._compiled_by.setdefault(tuple(config.items()), {})
         self._blocks = [value for name, value in config.items() if name.isupper()]
 
     def key(self, args: tuple[Any, ...]) -> Hashable | None:

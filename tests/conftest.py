@@ -52,7 +52,7 @@ settings.register_profile("quick", PROFILE)
 settings.register_profile("all", PROFILE, max_examples=100)
 
 
-SLOW = () if GPU else pytest.mark.slow  # in the interpreter, or of the compiler on a CPU
+SLOW = () if GPU else pytest.mark.slow  # what a GPU does in no time
 
 
 def every_two(*axes):

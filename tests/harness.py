@@ -64,8 +64,8 @@ def assert_matches(op: Callable, reference: Callable, inputs: Inputs) -> None:
     """`op` errs at most SLACK times as much as `reference` does in the same dtype.
 
     Errors are measured from `reference` in float64 on the same rounded inputs; one rounding of
-    the largest value is the floor, for a reference that happens to be exact. Of an output of FEW
-    elements its error is the largest on several inputs near these. Integers must be equal.
+    the largest value is the floor, for a reference that happens to be exact. Of an output of fewer
+    than FEW elements its error is the largest on several inputs near these. Integers must be equal.
     Everything that `op` allocates with torch.empty lies between NaN, as does what it held.
     """
     with red_zones():
@@ -125,7 +125,7 @@ def assert_errs_no_more(
         yardstick = max(measure((found.double() - true).abs()).item() for found, true in pairs)
         budget = slack * yardstick + floor
         shares.append(error / budget if budget else math.inf if error else 0.0)
-        if not error <= budget:
+        if not error <= budget < math.inf:
             faults.append(
                 f"{name}: {kind} error {error:.2e}, PyTorch {yardstick:.2e}, floor {floor:.2e}"
             )

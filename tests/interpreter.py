@@ -134,7 +134,8 @@ def hasten() -> None:
 
     The interpreter does it again for every call of a jitted helper: a quarter of its time.
     """
-    if hasattr(interpreter._patch_lang, "__wrapped__"):
+    known = hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "GridExecutor")
+    if not known or hasattr(interpreter._patch_lang, "__wrapped__"):
         return
     patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
     patched: set[int] = set()  # globals of the functions called in this launch

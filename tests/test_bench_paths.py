@@ -20,6 +20,7 @@ OF_MODELS = {
     decode: ("--cols", "1", "--rows", "1", "--tokens", "2", "--vision-tiles", "1"),
     vision: ("--tiles", "2", "--at-once", "1"),
 }
+WAYS_OF = {chat: {"ours", *WAYS}, decode: {"memory", "recomputed"}, vision: {"ours, 1 at once"}}
 TINY = ("--sizes", "tiny", "--rounds", "1", "--no-compile")
 OF_KERNELS = {
     attend: (*TINY, "--cases", "small_decode"),
@@ -28,6 +29,14 @@ OF_KERNELS = {
     positions: ("--cases", "one_image_3k", "--rounds", "1"),
     project: (*TINY, "--tiles", "1"),
     rotary: ("--cases", "chat_1k", "--heads", "2B", "--layouts", "contiguous", *TINY[2:]),
+}
+ON_GPU_ALONE = {  # passes, if there are any
+    attend: {"forward graph", "host"},
+    memory: {"build"},
+    mixin: {"layer graph", "norm_swiglu graph"},
+    positions: {"forward"},
+    project: {"forward graph"},
+    rotary: {"host"},
 }
 # Of a build for CPUs, and of a kernel that is launched without asking for a GPU.
 ABSENT = ("No viable backend", "_flash_attention_forward", "libcuda.so")
@@ -55,7 +64,8 @@ def gpu(monkeypatch):
 def test_every_way_is_timed(gpu, bench, capsys):
     options = options_of(bench, *OF_KERNELS[bench])
     rows = list(bench.run(options))
-    assert any(row["way"].startswith("ours") for row in rows)
+    passes = {row["pass"] for row in rows if row["way"].startswith("ours")}
+    assert ON_GPU_ALONE[bench] <= passes
     assert not getattr(options, "failed", False)
     told = capsys.readouterr().out.splitlines()
     left = [line for line in told if "not timed" in line]
@@ -67,7 +77,4 @@ def test_models_run_to_the_end(gpu, bench, loaded, monkeypatch):
     model = copy.deepcopy(loaded[0]).to("cuda")
     monkeypatch.setattr(bench, "draw_model", lambda *_, **__: model)
     ways = {row["way"] for row in bench.run(options_of(bench, *OF_MODELS[bench]))}
-    if bench is chat:
-        assert ways == {"ours", *WAYS}
-    else:
-        assert ways
+    assert ways == WAYS_OF[bench]

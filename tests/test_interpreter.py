@@ -128,6 +128,17 @@ def test_says_what_a_triton_lacks(monkeypatch):
 
 
 @interpreted
+def test_hastening_twice_or_nothing_changes_nothing(monkeypatch):
+    triton_ = interpreter.interpreter
+    before = triton_._patch_lang, triton_.GridExecutor.__call__
+    interpreter.hasten()
+    assert (triton_._patch_lang, triton_.GridExecutor.__call__) == before
+    monkeypatch.delattr(triton_, "_patch_lang")
+    interpreter.hasten()
+    assert triton_.GridExecutor.__call__ == before[1]
+
+
+@interpreted
 def test_correcting_twice_changes_nothing():
     builder = interpreter.interpreter.InterpreterBuilder
     before = [getattr(builder, name) for name in interpreter.COMPUTING]

@@ -132,6 +132,17 @@ def test_another_configuration_is_for_a_block_of_code(compiles):
     assert [args[-1] for _, args, _ in compiled.calls] == [16, 8]
 
 
+def test_a_configuration_is_known_by_its_values(compiles):
+    """An object may be changed, or lie where one lay that is gone."""
+    kernel, function, _ = make_kernel()
+    config = {"BLOCK": 32, "num_warps": 4}
+    for block in (32, 64, 32):
+        config["BLOCK"] = block
+        with kernel.using(config):
+            kernel.launch(1, X, X, 1, 0.5, True)
+    assert [options["BLOCK"] for _, _, options in function.calls] == [32, 64]
+
+
 def test_a_launch_runs_on_the_device_of_its_tensors(monkeypatch):
     entered = []
 
@@ -188,19 +199,17 @@ def test_threads_and_devices_of_a_gradient(device):
 
 @pytest.mark.gpu
 def test_a_captured_launch_reads_new_positions(device):
-    from comemo_kernels import apply_rotary, reference, rotary_table
+    from comemo_kernels import apply_rotary, capture, reference, rotary_table
 
     cos, sin = (t[0].to(device) for t in rotary_table(torch.arange(99)[None], 128))
     q = torch.randn(1, 1, 16, 128, device=device, dtype=torch.bfloat16)
     k = torch.randn(1, 1, 8, 128, device=device, dtype=torch.bfloat16)
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    apply_rotary(q, k, cos, sin, ids)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = apply_rotary(q, k, cos, sin, ids)
+    found = []
+    replay = capture(lambda: found.append(apply_rotary(q, k, cos, sin, ids)), device)
     for place in (3, 98):
         ids.fill_(place)
-        graph.replay()
+        replay()
         wanted = reference.apply_rotary(q, k, cos, sin, ids)
-        for ours, theirs in zip(found, wanted, strict=True):
+        for ours, theirs in zip(found[-1], wanted, strict=True):
             torch.testing.assert_close(ours, theirs)

@@ -13,7 +13,7 @@ from transformers.models.internvl.modeling_internvl import (
     InternVLMultiModalProjector,
 )
 
-from comemo_kernels import fold_tiles, image_rows, project_tiles, reference
+from comemo_kernels import capture, fold_tiles, image_rows, project_tiles, reference
 
 pytestmark = [pytest.mark.kernel(reference=True), pytest.mark.usefixtures("one_thread")]
 
@@ -368,12 +368,10 @@ def test_a_graph_replays_it():
     media, wanted = (torch.zeros(12, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     embeds = torch.zeros(42, 128, device=DEVICE, dtype=torch.bfloat16)
     project_tiles(**inputs, media=wanted, embeds=embeds, rows=rows)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        project_tiles(**inputs, media=media, embeds=embeds, rows=rows)
+    replay = capture(lambda: project_tiles(**inputs, media=media, embeds=embeds, rows=rows), DEVICE)
     for _ in range(3):
         media.fill_(float("nan"))
-        graph.replay()
+        replay()
         assert torch.equal(media, wanted)
 
 
