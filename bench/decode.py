@@ -46,7 +46,7 @@ def _measure(
     M = ops.image_tokens(grid, config.side)
     tiles = M // config.tokens_per_tile
     pixels = torch.randn(options.vision_tiles, 3, 448, 448, dtype=model.dtype, device=device)
-    vision = measure.seconds(lambda: model.model.get_image_features(pixels))
+    vision = measure.seconds(lambda: model.model.project_images(pixels))
     print(f"vision tower and projector: {vision / len(pixels):.2f} s a tile")
 
     inputs, image, memory = draw_prompts(model, grid, 1)

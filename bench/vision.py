@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
     flops = flops_of_tile(vision, config.text_config.hidden_size, config.tokens_per_tile)
 
     def see() -> torch.Tensor:
-        return model.get_image_features(pixels)
+        return model.project_images(pixels)
 
     for at_once in options.at_once:
         config.tiles_at_once = at_once

@@ -106,7 +106,7 @@ class CoMemoConfig(PreTrainedConfig):
     model_type = "comemo_chat"
     # Without mixin_config: these are the parts whose attention transformers may set.
     sub_configs = {"text_config": LlamaConfig, "vision_config": InternVLVisionConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "image_memory"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_memory"]
 
     text_config: Any = None
     vision_config: Any = None

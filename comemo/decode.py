@@ -16,6 +16,7 @@ from comemo.cache import ROOM_FOR_ANSWER, RoomyLayer
 from comemo.decode_answer import Answer
 from comemo.decode_memory import MemoryKind, capacity_for
 from comemo.decode_step import DecodeStep, StepKind
+from comemo.outputs import CACHE
 from comemo_kernels import ImageMemory
 
 LAYERS = (DynamicLayer, RoomyLayer, StaticLayer)
@@ -228,13 +229,13 @@ class _Prompt:
     """What the loop takes over from a prompt; refused before anything is computed."""
 
     def __init__(self, model: Any, given: dict[str, Any]) -> None:
-        cache = given.get("past_key_values")
+        cache = given.get(CACHE)
         memory: ImageMemory | None = given.get("image_memory")
         mask, ids = given.get("attention_mask"), given.get("position_ids")
         if cache is None or any(type(layer) not in LAYERS for layer in cache.layers):
             kinds = None if cache is None else {type(layer).__name__ for layer in cache.layers}
             raise ValueError(
-                "DecodeLoop: past_key_values must be a dynamic, roomy or static cache, got"
+                f"DecodeLoop: {CACHE} must be a dynamic, roomy or static cache, got"
                 f" {type(cache).__name__} with layers {kinds}"
             )
         if ids is None or ids.ndim != 2:
@@ -263,7 +264,7 @@ class _Prompt:
         held, memory = int(self.cache.get_seq_length()), self._memory
         if held != self.length:
             raise ValueError(
-                f"DecodeLoop: past_key_values must hold the {self.length} tokens of position_ids"
+                f"DecodeLoop: {CACHE} must hold the {self.length} tokens of position_ids"
                 f" when the prompt is read, got {held}"
             )
         layers = set(self._model.config.mixin_layers)

@@ -8,6 +8,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from comemo.decode_step import MAX_ENDS, DecodeStep
+from comemo.outputs import CACHE
 
 ROOM = 4096  # tokens that the ids have room for, ahead of those there are
 
@@ -109,5 +110,5 @@ class Answer:
         if not self._dictionary:
             return sequences
         return GenerateDecoderOnlyOutput(
-            sequences=sequences, scores=self.scores, logits=self.logits, past_key_values=cache
+            sequences=sequences, scores=self.scores, logits=self.logits, **{CACHE: cache}
         )

@@ -210,7 +210,7 @@ class DecodeStep:
             position_ids=column[:, POSITION : POSITION + 1],
             query_position_ids=column[:, QUERY : QUERY + 1],
             token_counts=column[:, COUNT],
-            past_key_values=self._cache,
+            cache=self._cache,
             image_memory=memory,
             use_cache=True,
             logits_to_keep=1,

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
@@ -29,7 +28,9 @@ from transformers.utils.output_capturing import capture_outputs
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
 from comemo.mixin import EPS, MixinLayer, Table
-from comemo.plain import are_joined, is_plain, is_untouched, join_weights
+from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache
+from comemo.packing import VARLEN, places_in_samples
+from comemo.plain import are_joined, is_own, is_plain, is_untouched, join_weights
 from comemo_kernels import ImageMemory, QueryRotation
 
 
@@ -65,6 +66,7 @@ class CoMemoAttention(LlamaAttention):
         past_key_values: Any = None,
         residual: Tensor | None = None,
         eps: float | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As Llama's, on normed hidden_states [B, N, d]; or on plain modules in fewer launches.
@@ -72,6 +74,7 @@ class CoMemoAttention(LlamaAttention):
         With `residual` [B, N, d] the output has it added. With `eps`, of a norm that is folded
         into `qkv`, hidden_states are not normed yet.
         """
+        cache = one_cache("CoMemoAttention", cache, past_key_values)
         B, N, _ = hidden_states.shape
         projections = self.q_proj, self.k_proj, self.v_proj
         if eps is None or self.qkv is None:
@@ -81,23 +84,23 @@ class CoMemoAttention(LlamaAttention):
             q, k, v = qkv.split([proj.out_features for proj in projections], -1)
         q, k, v = (t.view(B, N, -1, self.head_dim) for t in (q, k, v))
         q, k = ops.apply_rotary(q, k, *position_embeddings)
-        if hasattr(past_key_values, "attend"):  # of a decode loop: spans instead of a mask
-            out, weights = past_key_values.attend(q, k, v, self.layer_idx), None
+        if hasattr(cache, "attend"):  # of a decode loop: spans instead of a mask
+            out, weights = cache.attend(q, k, v, self.layer_idx), None
         else:
-            out, weights = self._attend(q, k, v, attention_mask, past_key_values, **kwargs)
+            out, weights = self._attend(q, k, v, attention_mask, cache, **kwargs)
         out = out.reshape(B, N, -1)
         if residual is None:
             return self.o_proj(out), weights
         return ops.gated_residual(residual, out, self.o_proj.weight, None), weights
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, past_key_values: Any, **kwargs: Any
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, cache: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         """q [B, N, H, D] on keys and values [B, N, G, D] behind those of the cache."""
         N = q.shape[1]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
         if N == 1 and self.config._attn_implementation == "sdpa" and not dropout:
             # Query heads that share a key head are rows of one: no key is repeated or read twice.
@@ -119,34 +122,23 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
         self.layer_idx = layer_idx
         self.self_attn = CoMemoAttention(config.text_config, layer_idx)
         has_mixin = layer_idx in config.mixin_layers
-        self.mixin = MixinLayer(config.mixin_config) if has_mixin else None
+        self.mixin = MixinLayer(config.mixin_config, layer_idx) if has_mixin else None
 
     def forward(
         self,
         hidden_states: Tensor,
+        media: Tensor | None = None,
         image_memory: ImageMemory | None = None,
         rotation: QueryRotation | None = None,
         media_table: Table | None = None,
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
+        """One layer on hidden_states [B, N, d]; `media` to `use_cache` are the mixin layer's."""
         if self.mixin is not None and image_memory is not None:
-            if self.layer_idx in image_memory.keys:
-                key = image_memory.keys[self.layer_idx]
-                value = image_memory.values[self.layer_idx]
-            else:
-                # Built here and not ahead of the layers: sharding and offloading hooks make a
-                # layer's weights whole only while its forward runs.
-                if image_memory.media is None or media_table is None:
-                    raise ValueError(
-                        f"CoMemo: the image memory has neither keys of mixin layer {self.layer_idx}"
-                        " nor the media to build them from"
-                    )
-                key, value = self.mixin.build(image_memory.media, media_table)
-                if use_cache:
-                    image_memory.update(self.layer_idx, key, value)
-            scales = image_memory.scales.get(self.layer_idx)
-            hidden_states = self.mixin(hidden_states, key, value, image_memory, rotation, scales)
+            hidden_states = self.mixin(
+                *(hidden_states, media, image_memory, rotation, media_table, bool(use_cache))
+            )
         x = self._attend(hidden_states, use_cache=use_cache, **kwargs)
         norm, mlp = self.post_attention_layernorm, self.mlp
         if not is_plain(norm, mlp):
@@ -173,7 +165,7 @@ class CoMemoTextModel(LlamaPreTrainedModel):
     """The decoder: embeddings, layers with their mixin layers, final norm."""
 
     _no_split_modules = ["CoMemoDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values", "image_memory"]
+    _skip_keys_device_placement = ["cache", OLD_NAME, "image_memory"]
     _can_record_outputs = {"hidden_states": CoMemoDecoderLayer, "attentions": CoMemoAttention}
 
     def __init__(self, config: CoMemoConfig) -> None:
@@ -209,53 +201,67 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         token_counts: Tensor | None = None,
         rope_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        sample_places: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> CoMemoModelOutput:
         text, x = self.config, inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=text)
+        cache = one_cache("CoMemo", cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=text)
+        places = sample_places
+        if cu_seqlens is not None:
+            token_counts = self._longest_sample(cu_seqlens, position_ids)
+            places = places_in_samples(cu_seqlens, *x.shape[:2], x.device)
+            lengths, longest = cu_seqlens.to(x.device, torch.int32), int(cu_seqlens.diff().max())
+            kwargs.update(zip(VARLEN, (lengths, lengths, longest, longest), strict=True))
         if rope_lengths is None:
             if token_counts is None:
-                token_counts = _count_tokens(x, attention_mask, past_key_values)
+                token_counts = _count_tokens(x, attention_mask, cache)
             rope_lengths = self.rope_lengths(position_ids, token_counts)
-        place_in_sample = None
-        if cu_seqlens is not None:
-            place = torch.arange(x.shape[1], device=x.device)
-            sample = torch.searchsorted(cu_seqlens, place, right=True) - 1
-            place_in_sample = (place - cu_seqlens[sample])[None]
-            longest = int(cu_seqlens.diff().max())
-            lengths = cu_seqlens.to(torch.int32)
-            kwargs.update(cu_seq_lens_q=lengths, cu_seq_lens_k=lengths)
-            kwargs.update(max_length_q=longest, max_length_k=longest)
         mask = None
-        if not hasattr(past_key_values, "attend"):
+        if not hasattr(cache, "attend"):
             mask = create_causal_mask(
                 config=text,
                 inputs_embeds=x,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 # Of a packed row only: RoPE-DHR ids repeat and would be taken for packed samples.
-                position_ids=place_in_sample,
+                position_ids=places,
+                **{CACHE: cache},
             )
         tables: dict[str, Any] = {
             "position_embeddings": self._self_table(x, position_ids, rope_lengths)
         }
+        media = None
         if image_memory is not None:
-            places = position_ids if query_position_ids is None else query_position_ids
-            tables |= self._prepare_memory(image_memory, x, places, bool(use_cache))
+            tokens = position_ids if query_position_ids is None else query_position_ids
+            tables |= self._prepare_memory(image_memory, x, tokens, bool(use_cache))
+            # By itself, for the sake of gradient checkpointing.
+            media = image_memory.media if torch.is_grad_enabled() else None
         for layer in self.layers:
             x = layer(
                 x,
+                media,
                 image_memory=image_memory,
                 attention_mask=mask,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **{CACHE: cache},
                 **tables,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values
-        )
+        return CoMemoModelOutput(last_hidden_state=self.norm(x), **{CACHE: cache})
+
+    def _longest_sample(self, bounds: Tensor, position_ids: Tensor) -> Tensor:
+        """[B], the tokens of the longest sample: packing changes no angle."""
+        longest = bounds.diff().max()
+        if (self.comemo_config.rope_scaling or {}).get("type") == "dynamic" and len(bounds) > 2:
+            highest = self.rope_lengths(position_ids, longest[None]).max()
+            if int(highest) > (limit := self.config.max_position_embeddings):
+                raise ValueError(
+                    f"CoMemo: samples of a pack must be within the trained range of {limit}, for"
+                    f" dynamic scaling is of a whole row, got one of {int(highest)}: pass it alone"
+                )
+        return longest.to(position_ids.device).expand(len(position_ids))
 
     def rope_lengths(self, position_ids: Tensor, token_counts: Tensor) -> Tensor:
         """[B], what dynamic scaling goes by, of prompts with ids [B, N] and so many tokens [B]."""
@@ -322,8 +328,9 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         media, ids, table = memory.media, memory.ids, memory.table
         layers = {i: self.layers[i].mixin for i in self.comemo_config.mixin_layers}
         assert table is not None
-        if not is_plain(
-            *(part for mixin in layers.values() for part in (mixin.attn_norm, mixin.kv_proj))
+        if not all(
+            is_own(mixin, MixinLayer) and is_plain(mixin.attn_norm, mixin.kv_proj)
+            for mixin in layers.values()
         ):
             return False
         weights = [mixin.kv_proj.weight for mixin in layers.values()]
@@ -352,9 +359,9 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         return True
 
 
-def _count_tokens(x: Tensor, attention_mask: Any, past_key_values: Any) -> Tensor:
+def _count_tokens(x: Tensor, attention_mask: Any, cache: Any) -> Tensor:
     """[B] tokens so far, padding not counted."""
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         return attention_mask.sum(1)
-    past = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past = 0 if cache is None else cache.get_seq_length()
     return torch.zeros(x.shape[0], device=x.device, dtype=torch.long) + (past + x.shape[1])

@@ -230,7 +230,7 @@ def _show_conversation(
         torch.no_grad(),
         count_calls([ops], "build_memory") as whole,
         count_calls(mixins, "build") as built,
-        count_calls([model.model], "get_image_features") as seen,
+        count_calls([model.model], "project_images") as seen,
     ):
         second = TokenClock(_answer_streamer(model, tokenizer))
         ask(turns, memory, second)

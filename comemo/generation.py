@@ -8,6 +8,7 @@ from torch import Tensor
 
 from comemo.cache import ROOM_FOR_ANSWER, RoomyCache
 from comemo.decode import DecodeLoop, why_not
+from comemo.outputs import CACHE, one_cache, take_cache
 from comemo.prefill import read_prompt
 from comemo_kernels import ImageMemory
 
@@ -104,14 +105,14 @@ class CoMemoGeneration:
 
     def _make_room(self, option: Callable[[str], Any], kwargs: dict[str, Any]) -> None:
         """Bring a cache that nothing is copied in, unless another kind is asked for."""
-        given = kwargs.get("past_key_values") is not None  # though it be empty, and so false
+        given = kwargs.get(CACHE) is not None  # though it be empty, and so false
         if given or option("cache_implementation") is not None:
             return
         if option("use_cache") is False or kwargs.get("position_ids") is None:
             return
         layers = self.config.text_config.num_hidden_layers
         answer = min(option("max_new_tokens") or 0, ROOM_FOR_ANSWER)
-        kwargs["past_key_values"] = RoomyCache(layers, kwargs["position_ids"].shape[1] + answer)
+        kwargs[CACHE] = RoomyCache(layers, kwargs["position_ids"].shape[1] + answer)
 
     def _check_loop(self, loop: Any, option: Callable[[str], Any]) -> None:
         reasons = why_not(self, option)
@@ -165,7 +166,7 @@ class CoMemoGeneration:
             return read
         chunk, memory = generation_config.prefill_chunk_size, model_kwargs.get("image_memory")
         ids, given = model_kwargs.get("position_ids"), model_kwargs.get("inputs_embeds")
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE)
         whole = given is not None or (ids is not None and input_ids.shape[1] == ids.shape[1])
         if chunk is None or cache is None or ids is None or not whole:
             return super()._prefill(  # type: ignore[misc]
@@ -205,16 +206,18 @@ class CoMemoGeneration:
         prompt_length: int | None = None,
         prompt_output: Any = None,
         decode_loop: Any = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        cache = one_cache("prepare_inputs_for_generation", cache, past_key_values)
         kwargs.pop("pixel_values", None)  # the memory was built before the loop
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
+            **{CACHE: cache},
             **kwargs,
         )
         inputs["image_memory"] = image_memory

@@ -37,8 +37,9 @@ class MixinLayer(nn.Module):
 
     folded = False  # whether the projections hold the norms' weights and the gates
 
-    def __init__(self, config: MixinConfig) -> None:
+    def __init__(self, config: MixinConfig, layer_idx: int) -> None:
         super().__init__()
+        self.layer_idx = layer_idx  # of the decoder layer that it stands before
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         width, inner = config.language_dim, config.num_heads * config.head_dim
         self.attn_norm = LlamaRMSNorm(width, eps=EPS)
@@ -63,13 +64,54 @@ class MixinLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
+        media: Tensor | None,
+        memory: ImageMemory,
+        rotation: QueryRotation,
+        table: Table | None = None,
+        keep: bool = False,
+    ) -> Tensor:
+        """x [B, N, d] -> [B, N, d]; prompts without any image pass unchanged.
+
+        Keys and values that the memory has not yet are built here and not ahead of the layers:
+        sharding and offloading hooks make a module's weights whole only while its forward runs.
+
+        Args:
+            x: [B, N, d].
+            media: [M, d] of the memory, by itself, for the sake of gradient checkpointing, which
+                follows no gradient into an object; None if the memory's own will do.
+            memory: what is read.
+            rotation: of the queries.
+            table: cos, sin [1, M, D/2] of the keys; None if they are built.
+            keep: whether the memory keeps what is built.
+
+        Raises:
+            ValueError: a memory with neither keys of this layer nor what they are built from.
+        """
+        scales = None
+        if self.layer_idx in memory.keys:
+            key, value = memory.keys[self.layer_idx], memory.values[self.layer_idx]
+            scales = memory.scales.get(self.layer_idx)
+        else:
+            media = memory.media if media is None else media
+            if media is None or table is None:
+                raise ValueError(
+                    f"CoMemo: the image memory has neither keys of mixin layer {self.layer_idx}"
+                    " nor the media to build them from"
+                )
+            key, value = self.build(media, table)
+            if keep:
+                memory.update(self.layer_idx, key, value)
+        return self._read(x, key, value, memory, rotation, scales)
+
+    def _read(
+        self,
+        x: Tensor,
         key: Tensor,
         value: Tensor,
         memory: ImageMemory,
         rotation: QueryRotation,
-        scales: MemoryScales | None = None,
+        scales: MemoryScales | None,
     ) -> Tensor:
-        """x [B, N, d] -> [B, N, d]; prompts without any image pass unchanged."""
         plain = is_plain(self.attn_norm, self.q_proj, self.o_proj, self.mlp_norm, self.mlp)
         norms: tuple[Any, Any] = (self.attn_norm.weight, self.mlp_norm.weight)
         gates: tuple[Any, Any] = (self.attn_gate, self.mlp_gate)

@@ -10,14 +10,12 @@ dimension, T tiles, d width of the language model.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 from transformers.utils.generic import can_return_tuple
 
@@ -28,15 +26,23 @@ from comemo.config import CoMemoConfig
 from comemo.decoder import CoMemoTextModel
 from comemo.folding import FoldsForInference
 from comemo.generation import CoMemoGeneration
+from comemo.loss import next_token_loss
+from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, CoMemoOutput, one_cache
+from comemo.packing import (
+    VARLEN,
+    find_begins,
+    find_bounds,
+    places_from_begins,
+    prompt_positions,
+    take_bounds,
+    within_samples,
+)
 from comemo.store import MemoryStore
+from comemo.vision import CoMemoVision
 from comemo_kernels import ImageMemory
 
-
-@dataclass
-class CoMemoOutput(CausalLMOutputWithPast):
-    """Adds `image_memory`: the memory that was read, to be handed to the next call."""
-
-    image_memory: ImageMemory | None = None
+# What a forward takes beside the arguments that it names.
+KEYWORDS = {"output_attentions", "output_hidden_states", *VARLEN}
 
 
 class CoMemoPreTrainedModel(PublishedCheckpoint, PreTrainedModel):
@@ -46,7 +52,7 @@ class CoMemoPreTrainedModel(PublishedCheckpoint, PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["CoMemoDecoderLayer", "InternVLVisionLayer"]
-    _skip_keys_device_placement = ["past_key_values", "image_memory"]
+    _skip_keys_device_placement = ["cache", OLD_NAME, "image_memory"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -54,7 +60,7 @@ class CoMemoPreTrainedModel(PublishedCheckpoint, PreTrainedModel):
     _can_compile_fullgraph = True
 
 
-class CoMemoModel(CoMemoPreTrainedModel):
+class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
     """Vision tower, projector and decoder."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
@@ -79,66 +85,6 @@ class CoMemoModel(CoMemoPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.embed_tokens = value
-
-    def get_image_features(
-        self, pixel_values: Tensor, embeds: Tensor | None = None, rows: Tensor | None = None
-    ) -> Tensor:
-        """Projected image tokens [T, tokens per tile, d] of tiles [T, 3, side, side].
-
-        Only the vision layers up to `select_layer` run, on `config.tiles_at_once` tiles at a time:
-        what lies between two layers is bounded by that, whatever T.
-
-        Args:
-            pixel_values: [T, 3, side, side].
-            embeds, rows: where to write the image tokens besides, as of `project_tiles`.
-
-        Raises:
-            ValueError: pixel values that are not square tiles of three colours; or as of
-                `project_tiles`.
-        """
-        config = self.config
-        if pixel_values.ndim != 4 or pixel_values.shape[2] != pixel_values.shape[3]:
-            raise ValueError(
-                "get_image_features: pixel_values must be [tiles, 3, side, side], got"
-                f" {tuple(pixel_values.shape)}"
-            )
-        norm, first, _, second = self.multi_modal_projector
-        weights = (norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias)
-        rounds = pixel_values.split(config.tiles_at_once)
-        into_one = len(rounds) > 1 and not (
-            torch.is_grad_enabled() or torch.is_autocast_enabled(pixel_values.device.type)
-        )
-        media, parts, end = None, [], 0
-        for tiles in rounds:
-            x = self._see(tiles)
-            per_tile = round((x.shape[1] - 1) * config.downsample_ratio**2)
-            start, end = end, end + len(tiles) * per_tile
-            if into_one and media is None:
-                media = x.new_empty(len(pixel_values) * per_tile, len(second.bias))
-            parts.append(
-                ops.project_tiles(
-                    x,
-                    *weights,
-                    ratio=config.downsample_ratio,
-                    version=config.ps_version,
-                    eps=norm.eps,
-                    media=None if media is None else media[start:end],
-                    embeds=embeds,
-                    rows=None if rows is None else rows[start:end],
-                )
-            )
-        if media is not None:
-            return media.view(len(pixel_values), -1, media.shape[1])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _see(self, tiles: Tensor) -> Tensor:
-        """The vision tower's tokens [T, 1 + tokens, C], class token first."""
-        vision = self.vision_tower
-        depth = self.config.select_layer % (len(vision.encoder.layer) + 1)
-        x = vision.embeddings(tiles)
-        for layer in vision.encoder.layer[:depth]:
-            x = layer(x)
-        return x
 
     def prompt_position_ids(
         self,
@@ -211,7 +157,7 @@ class CoMemoModel(CoMemoPreTrainedModel):
             return memory_store.image_memory(self, pixel_values, ids, lengths, sizes)
         rows = None if embeds is None else ops.image_rows(image_mask, wanted)
         pixel_values = pixel_values.to(self.device, self.dtype)
-        media = self.get_image_features(pixel_values, embeds, rows).flatten(0, 1)
+        media = self.project_images(pixel_values, embeds, rows).flatten(0, 1)
         absolute = config.memory_positions == "absolute"
         return ImageMemory.from_media(media, ids, lengths, sizes, absolute=absolute)
 
@@ -235,6 +181,16 @@ class CoMemoModel(CoMemoPreTrainedModel):
             ValueError: prompts with fewer image tokens than their memory, or spans per token.
         """
         embeds = self.get_input_embeddings()(input_ids[:, first:last])
+        return self._with_media(embeds, image_mask, memory, first, last)
+
+    def _with_media(
+        self,
+        embeds: Tensor,
+        image_mask: Tensor | None,
+        memory: ImageMemory | None,
+        first: int = 0,
+        last: int | None = None,
+    ) -> Tensor:
         if memory is None or memory.media is None or memory.spans is None or image_mask is None:
             return embeds
         # Token j of prompt b's images is media[start_b + j]: beams share their prompt's media.
@@ -252,6 +208,7 @@ class CoMemoModel(CoMemoPreTrainedModel):
             image_mask[..., None], memory.media[index[image_mask]].to(embeds.device, embeds.dtype)
         )
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -262,64 +219,129 @@ class CoMemoModel(CoMemoPreTrainedModel):
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         image_memory: ImageMemory | None = None,
+        use_cache: bool | None = None,
+        query_position_ids: Tensor | None = None,
+        token_counts: Tensor | None = None,
+        rope_lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
-    ) -> tuple[BaseModelOutputWithPast, ImageMemory | None]:
-        if (input_ids is None) == (inputs_embeds is None):
+    ) -> CoMemoModelOutput:
+        """The last hidden states [B, N, d]; arguments as of `CoMemoForConditionalGeneration`."""
+        _check_keywords(kwargs)
+        cache = one_cache("CoMemo", cache, past_key_values)
+        if input_ids is None and inputs_embeds is None:
             raise ValueError("CoMemo: give either input_ids or inputs_embeds")
-        if pixel_values is not None and (inputs_embeds is not None or image_memory is not None):
+        if pixel_values is None and input_ids is not None and inputs_embeds is not None:
+            raise ValueError("CoMemo: input_ids beside inputs_embeds need pixel_values to place")
+        if pixel_values is not None and (input_ids is None or image_memory is not None):
             raise ValueError("CoMemo: pixel_values need input_ids and exclude an image_memory")
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if inputs_embeds is None:
+        past = 0 if cache is None else cache.get_seq_length()
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
+        B, N = given.shape[:2]
+        image_mask = None
+        # Image tokens are looked for where images may stand: in a prompt, not while decoding.
+        if pixel_values is not None or (
+            image_memory is not None and inputs_embeds is None and N > 1 and past == 0
+        ):
             assert input_ids is not None
-            image_mask = None
-            # Image tokens are looked for where images may stand: in a prompt, not while decoding.
-            if pixel_values is not None or (
-                image_memory is not None and input_ids.shape[1] > 1 and past == 0
-            ):
-                image_mask = self.find_image_tokens(input_ids)
-                if position_ids is None:
-                    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-                    position_ids = self.prompt_position_ids(image_mask, mask, tile_grid)
-            if pixel_values is not None:
-                assert image_mask is not None
-                assert position_ids is not None
-                inputs_embeds, image_memory = self._embed_images(
-                    input_ids, pixel_values, image_mask, position_ids, tile_grid
-                )
+            image_mask = self.find_image_tokens(input_ids)
+        bounds = take_bounds(cu_seqlens, kwargs, B, N)
+        places = None
+        if (bounds, cache, attention_mask) == (None,) * 3 and position_ids is not None and N > 1:
+            seen = image_mask
+            if seen is None and input_ids is not None and self.config.image_token_id is not None:
+                seen = self.find_image_tokens(input_ids)
+            begins = find_begins(position_ids, seen)
+            if torch.compiler.is_compiling():  # which cannot ask how many samples there are
+                places = places_from_begins(begins)
             else:
-                inputs_embeds = self.embed(input_ids, image_mask, image_memory)
+                bounds = find_bounds(begins)
+        if bounds is not None:
+            attention_mask, use_cache = _check_pack(attention_mask, use_cache, cache)
+        if position_ids is None and bounds is not None:
+            mask = torch.zeros(B, N, dtype=torch.bool, device=given.device)
+            position_ids = prompt_positions(
+                *(self, mask if image_mask is None else image_mask, bounds, tile_grid),
+                lambda grid: ops.image_tokens(grid, self.config.side, self.config.use_thumbnail),
+            )
+        if position_ids is None and image_mask is not None:
+            mask = torch.ones(B, N, dtype=torch.long, device=given.device)
+            mask = mask if attention_mask is None else attention_mask
+            position_ids = self.prompt_position_ids(image_mask, mask, tile_grid)
+        if pixel_values is not None:
+            assert image_mask is not None
+            assert position_ids is not None
+            inputs_embeds, image_memory = self._embed_images(
+                input_ids, inputs_embeds, pixel_values, image_mask, position_ids, tile_grid
+            )
+            if bounds is not None:
+                image_memory = within_samples(image_memory, image_mask, bounds)
+        elif inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, image_mask, image_memory)
         if position_ids is None:
-            position_ids = past + torch.arange(
-                inputs_embeds.shape[1], device=inputs_embeds.device
-            ).expand(inputs_embeds.shape[:2])
+            position_ids = past + torch.arange(N, device=inputs_embeds.device).expand(B, N)
             if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
                 counted = attention_mask.long().cumsum(1) - 1
-                position_ids = counted.clamp(min=0)[:, -inputs_embeds.shape[1] :]
+                position_ids = counted.clamp(min=0)[:, -N:]
+        read = image_memory
+        if read is None and self.training and torch.is_grad_enabled() and past == 0:
+            read = self._unread_memory(B)
         output = self.language_model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            image_memory=image_memory,
+            image_memory=read,
+            use_cache=use_cache,
+            query_position_ids=query_position_ids,
+            token_counts=token_counts,
+            rope_lengths=rope_lengths,
+            cu_seqlens=bounds,
+            sample_places=places,
+            **{CACHE: cache},
             **kwargs,
         )
-        return output, image_memory
+        output.image_memory = image_memory
+        return output
+
+    def _unread_memory(self, rows: int) -> ImageMemory | None:
+        """A memory of one blank tile that nobody reads, for training in several processes.
+
+        There every process has to call the same modules and bring a gradient, though it be zero,
+        for every weight: with pictures in another process's batch and none in this one, sharded
+        weights would otherwise wait for ever and DDP refuse the next step.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return None
+        vision, device = self.config.vision_config, self.device
+        tile = torch.zeros(1, 3, *vision.image_size, device=device, dtype=self.dtype)
+        media = self.project_images(tile).flatten(0, 1)
+        ids = torch.arange(len(media), device=media.device)
+        memory = ImageMemory.from_media(
+            media, ids, [len(media)], absolute=self.config.memory_positions == "absolute"
+        )
+        spans = torch.zeros(rows, 1, 2, dtype=torch.int64, device=media.device)
+        return replace(memory, spans=spans, active=spans[..., :1] > 0)
 
     def _embed_images(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
+        embeds: Tensor | None,
         pixel_values: Tensor,
         image_mask: Tensor,
         position_ids: Tensor,
         tile_grid: Any,
     ) -> tuple[Tensor, ImageMemory]:
         """Embeddings and image memory of whole prompts, their image tokens written once."""
-        embeds = self.get_input_embeddings()(input_ids)
-        if embeds.device != self.multi_modal_projector[0].weight.device:
+        given = embeds is not None
+        embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
+        where = next(self.multi_modal_projector.parameters()).device
+        if embeds.device != where:
             memory = self.build_image_memory(pixel_values, image_mask, position_ids, tile_grid)
-            return self.embed(input_ids, image_mask, memory), memory
+            return self._with_media(embeds, image_mask, memory), memory
         # A hook of the embeddings may have made them a leaf, which cannot be written.
-        embeds = embeds.clone() if embeds.requires_grad else embeds.contiguous()
+        embeds = embeds.clone() if given or embeds.requires_grad else embeds.contiguous()
         memory = self.build_image_memory(
             pixel_values, image_mask, position_ids, tile_grid, embeds=embeds
         )
@@ -349,6 +371,10 @@ class CoMemoForConditionalGeneration(
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As of `CoMemoModel`."""
+        return self.model.get_image_features(*args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.model.get_input_embeddings()
 
@@ -374,6 +400,9 @@ class CoMemoForConditionalGeneration(
         token_counts: Tensor | None = None,
         rope_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CoMemoOutput:
         """One pass over prompts, packed samples or new tokens.
@@ -384,29 +413,38 @@ class CoMemoForConditionalGeneration(
             tile_grid: (cols, rows) of each image; None for original RoPE.
             attention_mask: [B, past + N], 0 at padding.
             position_ids: [B, N]; computed by `config.rope` if None.
-            past_key_values: cache of the self-attention alone.
-            inputs_embeds: [B, N, d] instead of `input_ids`.
+            past_key_values, cache: two names of the cache of the self-attention alone.
+            inputs_embeds: [B, N, d] instead of `input_ids`; beside them only with `pixel_values`,
+                whose places the ids tell.
             image_memory: of an earlier call, instead of `pixel_values`; filled on first use.
             labels: [B, N], -100 where nothing is to be learned; shifted here.
             loss_weights: [B, N], weight of each label: loss = sum(w * l) / sum(w).
+            shift_labels, num_items_in_batch: as of `next_token_loss`.
             use_cache: whether to keep past_key_values and the memory's keys and values.
             logits_to_keep: last positions, or indices, to compute logits for; 0 for all.
             query_position_ids: [B, N], where the mixin queries stand if not at `position_ids`.
             token_counts: [B], tokens so far; derived if None.
             rope_lengths: [B], what dynamic scaling goes by, where that is more than these tokens
                 and the cache tell; derived if None.
-            cu_seqlens: [samples + 1] bounds of packed samples in one row (B = 1).
+            cu_seqlens: [samples + 1] bounds of packed samples over all rows. As transformers packs,
+                `cu_seq_lens_q` and `cu_seq_lens_k` say the same, and so do, without a mask and a
+                cache, position_ids that begin anew.
+            kwargs: `output_attentions`, `output_hidden_states`, `return_dict`, and the arguments of
+                packing.
 
         Returns:
-            `CoMemoOutput` with loss, logits [B, N, vocabulary], past_key_values, image_memory.
+            `CoMemoOutput` with loss, logits [B, N, vocabulary], the cache by both its names,
+            image_memory.
+
+        Raises:
+            ValueError: arguments that exclude each other or do not fit, or an unknown one.
         """
-        output, image_memory = self.model(
+        output = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             tile_grid=tile_grid,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             image_memory=image_memory,
             use_cache=use_cache,
@@ -414,25 +452,39 @@ class CoMemoForConditionalGeneration(
             token_counts=token_counts,
             rope_lengths=rope_lengths,
             cu_seqlens=cu_seqlens,
+            **{CACHE: one_cache("CoMemo", cache, past_key_values)},
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
-        loss = None if labels is None else _loss(logits, labels, loss_weights)
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = next_token_loss(logits, labels, loss_weights, shift_labels, num_items_in_batch)
         return CoMemoOutput(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
-            image_memory=image_memory,
+            image_memory=output.image_memory,
+            **{CACHE: output.cache},
         )
 
 
-def _loss(logits: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    labels = labels[:, 1:].flatten()
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels, reduction="none")
-    if weights is None:
-        return losses.sum() / (labels != -100).sum()
-    weights = weights[:, 1:].flatten() * (labels != -100)
-    return (losses * weights).sum() / weights.sum()
+def _check_keywords(kwargs: dict[str, Any]) -> None:
+    if unknown := kwargs.keys() - KEYWORDS:
+        raise ValueError(
+            f"CoMemo: a forward takes the arguments that it names and {sorted(KEYWORDS)}, got"
+            f" {sorted(unknown)}"
+        )
+
+
+def _check_pack(attention_mask: Any, use_cache: bool | None, cache: Any) -> tuple[None, bool]:
+    """Of packed rows: no mask and no cache, which know of no samples."""
+    padded = attention_mask is not None and not bool((torch.as_tensor(attention_mask) == 1).all())
+    if padded or use_cache or cache is not None:
+        got = "padding in attention_mask" if padded else "use_cache=True or a cache"
+        raise ValueError(
+            "CoMemo: packed rows (cu_seqlens, cu_seq_lens_q or position_ids that begin anew) are"
+            f" read at once, without padding and without a cache, got {got}"
+        )
+    return None, False

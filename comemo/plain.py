@@ -7,7 +7,11 @@ from torch import nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-PLAIN = frozenset((nn.Linear, LlamaRMSNorm, LlamaMLP, SiLUActivation, nn.SiLU))
+PLAIN = frozenset(
+    (nn.Linear, LlamaRMSNorm, LlamaMLP, SiLUActivation, nn.SiLU)
+    + (nn.Sequential, nn.LayerNorm, nn.GELU)  # of the projector
+)
+_has_hooks_everywhere = nn.modules.module._has_any_global_hook
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -30,6 +34,19 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
+def is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is exactly of its own class and untouched.
+
+    Then what it holds may be called without calling it. Adapters put another class in its place,
+    hooks of offloading bring the weights of all that it holds.
+
+    Args:
+        module: looked at alone, without what it holds.
+        kind: the class that the model was made with.
+    """
+    return type(module) is kind and is_untouched(module) and not _has_hooks_everywhere()
+
+
 def is_plain(*modules: nn.Module, biased: bool = False) -> bool:
     """Whether modules are what they were made as, and may be computed from their weights.
 
@@ -44,6 +61,8 @@ def is_plain(*modules: nn.Module, biased: bool = False) -> bool:
     Returns:
         True if all of them are.
     """
+    if _has_hooks_everywhere():
+        return False
     for part in modules:
         if type(part) not in PLAIN or not is_untouched(part):
             return False

@@ -57,7 +57,7 @@ def read_prompt(
             inputs_embeds=embed(first, last),
             position_ids=position_ids[:, first:last],
             attention_mask=None if attention_mask is None else attention_mask[:, :last],
-            past_key_values=cache,
+            cache=cache,
             image_memory=memory(first, last),
             rope_lengths=lengths,
             use_cache=True,

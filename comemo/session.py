@@ -18,6 +18,7 @@ from comemo import prompts
 from comemo.cache import ROOM_FOR_ANSWER, RoomyCache
 from comemo.chat import check_tokenizer
 from comemo.conversation import Conversation, load_pictures, scaled_length
+from comemo.outputs import CACHE
 from comemo.prefill import read_prompt
 from comemo.progress import PieceStreamer, TokenClock
 from comemo.transcript import Transcript
@@ -379,12 +380,13 @@ class ChatSession:
         if rows > 1:  # beams go their own ways, the session stays at the prompt
             cache = cache.fork()
             cache.batch_repeat_interleave(rows)
-            output.logits, output.past_key_values = output.logits.repeat_interleave(rows, 0), cache
+            output.logits = output.logits.repeat_interleave(rows, 0)
+            setattr(output, CACHE, cache)
         sequences = self.model.generate(
             torch.tensor([[self.tokenizer.bos_token_id]], device=device),
             attention_mask=torch.ones(1, N, dtype=torch.long, device=device),
             position_ids=wanted.positions[None].to(device),
-            past_key_values=cache,
+            **{CACHE: cache},
             image_memory=self._reading(memory, wanted.visible[-1:]),
             prompt_output=output,
             stopping_criteria=StoppingCriteriaList(criteria),

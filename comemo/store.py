@@ -309,7 +309,7 @@ class MemoryStore:
 
 def _build(model: Any, pixels: list[Tensor], places: list[Tensor]) -> list[ImageMemory]:
     """Memories of pictures, by one pass of the vision tower and one of the projections."""
-    media = model.get_image_features(torch.cat(pixels).to(model.device)).flatten(0, 1)
+    media = model.project_images(torch.cat(pixels).to(model.device)).flatten(0, 1)
     sizes = [len(ids) for ids in places]
     memory = ImageMemory.from_media(media, torch.cat(places), [sum(sizes)], sizes)
     if not model.language_model.build_memory(memory):

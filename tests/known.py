@@ -97,16 +97,16 @@ def work_on(core: Any) -> Iterator[Callable[[], tuple[list[int], int]]]:
 
     def features(pixel_values):
         seen.append(len(pixel_values))
-        return type(core).get_image_features(core, pixel_values)
+        return type(core).project_images(core, pixel_values)
 
-    vars(core)["get_image_features"] = features
+    vars(core)["project_images"] = features
     try:
         with ExitStack() as stack:
             whole = stack.enter_context(count_calls([ops], "build_memory"))
             layers = stack.enter_context(count_calls(mixins, "build"))
             yield lambda: (list(seen), whole[0] + layers[0])
     finally:
-        del vars(core)["get_image_features"]
+        del vars(core)["project_images"]
 
 
 def counts(store: Any, *names: str) -> tuple[int, ...]:

@@ -375,7 +375,7 @@ def test_flops_of_the_vision_tower(model):
     vision_config, width = config.vision_config, config.text_config.hidden_size
     whole = sdpa_kernel(SDPBackend.MATH)  # a fused attention is not counted on a CPU
     with torch.no_grad(), whole, FlopCounterMode(display=False) as counter:
-        model.model.get_image_features(tiles)
+        model.model.project_images(tiles)
     found = vision.flops_of_tile(vision_config, width, config.tokens_per_tile)
     assert found == pytest.approx(counter.get_total_flops(), rel=1e-6)
 

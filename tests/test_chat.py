@@ -154,7 +154,7 @@ def test_wrong_sizes_are_refused_before_anything_is_computed(model, tokenizer, t
     def never(*_):
         raise AssertionError("the vision tower ran")
 
-    monkeypatch.setattr(model.model, "get_image_features", never)
+    monkeypatch.setattr(model.model, "project_images", never)
     model.config.mixin_config.max_position_embeddings = 100
     try:
         with pytest.raises(ValueError, match=r"position ids up to \d+, the model has 100"):

@@ -209,7 +209,7 @@ def test_vision_tower(golden, inputs, model):
         for depth in range(3):
             assert_relative(x, tensors[f"hidden_states/{depth}"], f"hidden state {depth}")
             x = tower.encoder.layer[depth](x) if depth < 2 else x
-        features = model.model.get_image_features(pixel_values)
+        features = model.model.project_images(pixel_values)
     assert_relative(features, tensors["extract_feature"])
 
 
@@ -222,13 +222,13 @@ def test_vision_tower_of_other_sizes(golden, inputs, model, name, seed, size):
     with torch.no_grad():
         assert_relative(model.model.vision_tower.embeddings(pixel_values), tensors["embeddings"])
         if "extract_feature" in tensors:
-            features = model.model.get_image_features(pixel_values)
+            features = model.model.project_images(pixel_values)
             assert_relative(features, tensors["extract_feature"])
         else:
             with pytest.raises(
                 ValueError, match=r"\[tiles, 3, side, side\], got \(1, 3, 224, 336\)"
             ):
-                model.model.get_image_features(pixel_values)
+                model.model.project_images(pixel_values)
 
 
 def test_select_layer_runs_no_layer_too_many(golden, inputs, model):
@@ -239,7 +239,7 @@ def test_select_layer_runs_no_layer_too_many(golden, inputs, model):
         with torch.no_grad():
             x = norm(fold(tensors[f"hidden_states/{depth}"]))
             wanted = second(torch.nn.functional.gelu(first(x)))
-            found = model.model.get_image_features(place(inputs.tiles(3, 1)))
+            found = model.model.project_images(place(inputs.tiles(3, 1)))
         assert_relative(found, wanted, str(select_layer))
 
 

@@ -230,10 +230,10 @@ def test_rounds_of_tiles_change_nothing(model):
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     try:
         with torch.no_grad():
-            whole = model.model.get_image_features(tiles)
+            whole = model.model.project_images(tiles)
             model.config.tiles_at_once = 2
-            found = model.model.get_image_features(tiles)
-            assert len(model.model.get_image_features(tiles[:0])) == 0
+            found = model.model.project_images(tiles)
+            assert len(model.model.project_images(tiles[:0])) == 0
     finally:
         handle.remove()
     assert seen == [5, 2, 2, 1, 0]
@@ -246,18 +246,18 @@ def test_rounds_of_tiles_change_nothing(model):
 def test_rounds_write_one_buffer_and_the_sequence(model):
     """Each round's image tokens go straight to their rows of both."""
     tiles = place(torch.randn(3, 3, 448, 448))
-    whole = model.model.get_image_features(tiles)
+    whole = model.model.project_images(tiles)
     model.config.tiles_at_once = 2
     embeds = place(torch.zeros(1, 800, whole.shape[2]))
     rows = place(torch.arange(3 * 256) + 20)
-    found = model.model.get_image_features(tiles, embeds, rows)
+    found = model.model.project_images(tiles, embeds, rows)
     assert found.untyped_storage().nbytes() == whole.nbytes, "no copy of a round"
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
     assert torch.equal(embeds[0, 20:788], found.flatten(0, 1))
     assert not embeds[0, :20].any()
     assert not embeds[0, 788:].any()
     with torch.autocast(DEVICE, torch.bfloat16):
-        assert model.model.get_image_features(tiles).dtype == torch.bfloat16
+        assert model.model.project_images(tiles).dtype == torch.bfloat16
 
 
 @torch.no_grad()
@@ -280,7 +280,7 @@ def test_the_tower_attends_by_sdpa_and_hands_on_what_it_wrote(model, monkeypatch
     monkeypatch.setattr(ops, "project_tiles", handed)
     last = core.vision_tower.encoder.layer[-1]
     last.register_forward_hook(lambda _, __, out: written.append(out.data_ptr()))
-    core.get_image_features(place(torch.randn(1, 3, 448, 448, dtype=torch.bfloat16)))
+    core.project_images(place(torch.randn(1, 3, 448, 448, dtype=torch.bfloat16)))
     half = torch.bfloat16
     assert attended == [(half, half, half, None)] * len(core.vision_tower.encoder.layer)
     assert projected == [(half, 1025, written[0])]

@@ -28,7 +28,7 @@ def load(golden, case):
 def forward(model, inputs, batch, seq_imgs, weighted, absolute=False):
     """The published batch: every sample's tiles are its memory, dummies included."""
     tokens = model.config.tokens_per_tile
-    media = model.model.get_image_features(
+    media = model.model.project_images(
         inputs.normalise(batch["pixel_u8"].cpu().numpy()).to(model.device)
     )
     tiles = torch.tensor([0, *seq_imgs], device=model.device).cumsum(0)

@@ -59,7 +59,7 @@ def test_bar_knows_of_rounds(loaded, capsys):
     try:
         with progress.reading_bar(model, 5) as bar, torch.no_grad():
             assert bar.state() == ("seeing the pictures", 0, 6)
-            model.model.get_image_features(tiles)
+            model.model.project_images(tiles)
             assert bar.calls["vision"] == 6
             assert bar.state()[0] == "reading the prompt"
     finally:

@@ -148,7 +148,7 @@ def test_a_question_reads_its_own_tokens(model, processor, pictures, positions, 
     assert first.read_tokens == first.prompt_tokens > 768
     mixins = [x.mixin for x in model.model.language_model.layers if x.mixin is not None]
     with (
-        count_calls([model.model], "get_image_features") as seen,
+        count_calls([model.model], "project_images") as seen,
         count_calls([ops], "build_memory") as built,
         count_calls(mixins, "build") as built_alone,
     ):
@@ -234,7 +234,7 @@ def test_pictures_may_stay_when_words_are_forgotten(session, pictures):
     session.ask("hello")
     wanted = session.ask("what is this?", pictures[1]), session.ask("and?", pictures[3])
     session.reset(keep_pictures=True)
-    with count_calls([session.model.model], "get_image_features") as seen:
+    with count_calls([session.model.model], "project_images") as seen:
         with pytest.raises(ValueError, match="its 2 images, or none, got 1"):
             session.ask("<image>")
         both = session.ask("here is <image> and there <image>")

@@ -55,7 +55,7 @@ def test_chat_keeps_pictures_and_knows_them(
     def never(*_):
         raise AssertionError("the tower ran")
 
-    monkeypatch.setattr(comemo.CoMemoModel, "get_image_features", never)
+    monkeypatch.setattr(comemo.CoMemoModel, "project_images", never)
     assert run(capsys, *argv, "--store-budget", "1") == (0, wanted, "")
 
 
@@ -83,13 +83,13 @@ def test_chat_bounds_the_directory(capsys, demo_checkpoint, picture_file, tmp_pa
 def test_every_turn_of_a_conversation_knows_the_picture(
     capsys, demo_checkpoint, picture_file, tmp_path, monkeypatch
 ):
-    seen, features = [], comemo.CoMemoModel.get_image_features
+    seen, features = [], comemo.CoMemoModel.project_images
 
     def counted(self, pixel_values):
         seen.append(len(pixel_values))
         return features(self, pixel_values)
 
-    monkeypatch.setattr(comemo.CoMemoModel, "get_image_features", counted)
+    monkeypatch.setattr(comemo.CoMemoModel, "project_images", counted)
     argv = ["chat", demo_checkpoint, "--image", picture_file, *QUICK, "--store", tmp_path]
     asked = run(capsys, *argv, stdin="What?\nAnd now?\n", monkeypatch=monkeypatch)
     assert asked[0] == 0

@@ -1,0 +1,74 @@
+"""What the models return, and the two names of the self-attention's cache.
+
+transformers 5.24 renamed `past_key_values` to `cache`, in arguments and in outputs. Here both names
+are taken and given; what transformers' own code reads and writes goes by `CACHE`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from comemo_kernels import ImageMemory
+
+OLD_NAME = "past_key_values"
+RENAMED = "cache" in BaseModelOutputWithPast.__dataclass_fields__
+CACHE = "cache" if RENAMED else OLD_NAME
+
+
+def one_cache(verb: str, cache: Any, past_key_values: Any) -> Any:
+    """The cache that was given, by whichever of its names.
+
+    Args:
+        verb: the function to name.
+        cache, past_key_values: of which at most one is no None, unless they are the same object.
+
+    Raises:
+        ValueError: two different caches.
+    """
+    if cache is None or past_key_values is None or cache is past_key_values:
+        return past_key_values if cache is None else cache
+    raise ValueError(
+        f"{verb}: cache and past_key_values are two names of one argument: give one, got"
+        f" {type(cache).__name__} and {type(past_key_values).__name__}"
+    )
+
+
+def take_cache(verb: str, kwargs: dict[str, Any]) -> Any:
+    """Leave the cache among keyword arguments under the name of this transformers, and return it.
+
+    Raises:
+        ValueError: two different caches.
+    """
+    given = "cache" in kwargs or OLD_NAME in kwargs
+    cache = one_cache(verb, kwargs.pop("cache", None), kwargs.pop(OLD_NAME, None))
+    if given:
+        kwargs[CACHE] = cache
+    return cache
+
+
+class BothNames:
+    """Gives the field `past_key_values` of an output the name `cache` too; since 5.24 both are."""
+
+    if not RENAMED:
+
+        @property
+        def cache(self) -> Any:
+            return getattr(self, OLD_NAME)
+
+        def __getitem__(self, key: Any) -> Any:
+            return super().__getitem__(OLD_NAME if key == "cache" else key)  # type: ignore[misc]
+
+
+@dataclass
+class CoMemoModelOutput(BothNames, BaseModelOutputWithPast):
+    """Adds `image_memory`: the memory that was read, to be handed to the next call."""
+
+    image_memory: ImageMemory | None = None
+
+
+@dataclass
+class CoMemoOutput(BothNames, CausalLMOutputWithPast):
+    """Adds `image_memory`: the memory that was read, to be handed to the next call."""
+
+    image_memory: ImageMemory | None = None
