@@ -9,6 +9,7 @@ plain composition, by the bytes of their weights. A decode step also within a CU
 import argparse
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -132,7 +133,7 @@ class Mixing:
         torch.set_default_dtype(self.dtype)
         try:
             with torch.device(self.device):
-                layer = MixinLayer(config)
+                layer = MixinLayer(config, 0)
         finally:
             torch.set_default_dtype(before)
         for weight in layer.parameters():
@@ -156,9 +157,12 @@ class Mixing:
         return Work(2 * rows * weights + attention, moved)
 
     def ways(self, compiled: bool) -> Ways:
+        memories = [
+            replace(self.memory, keys={0: s.key}, values={0: s.value}) for s in self.sets
+        ]
+
         def ours(i: int) -> Tensor:
-            s = self.sets[i]
-            return s.layer(self.x, s.key, s.value, self.memory, self.rotation)
+            return self.sets[i].layer(self.x, None, memories[i], self.rotation)
 
         def as_published(i: int) -> Tensor:
             block = self.sets[i].block

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from transformers import GenerationConfig
 
 import comemo_kernels as ops
 from comemo import prompts
+from comemo.options import text_options
 
 History = list[tuple[str, str]]
 
@@ -49,7 +49,8 @@ class CoMemoChat:
             question: text; `<image>` marks where a picture goes. Without any mark in the
                 conversation a line with one is put before its first question. Names of control
                 tokens in it stay text.
-            generation_config: what `generate` takes, as a dictionary or a GenerationConfig.
+            generation_config: what `generate` takes, as a dictionary or a GenerationConfig, as far
+                as it gives one text; not changed.
             history: earlier (question, answer) pairs; not changed.
             return_history: whether to return the history with this turn added.
             num_patches_list: tiles of each picture; None for one picture.
@@ -64,9 +65,14 @@ class CoMemoChat:
             The answer, or (answer, new history).
 
         Raises:
-            ValueError: pictures, marks, tiles and grids that disagree, or a prompt beyond the
-                position range; nothing was computed then.
+            ValueError: pictures, marks, tiles and grids that disagree, a prompt beyond the position
+                range, or an option that does not give one text (drafts, `use_cache=False`, outputs
+                beside the text); nothing was computed then.
         """
+        options: dict[str, Any] = {"generation_config": generation_config}
+        if not isinstance(generation_config, GenerationConfig):
+            options = {"pad_token_id": tokenizer.pad_token_id} | dict(generation_config or {})
+        options = text_options("chat", options, self, tokenizer)
         turns = [*(history or []), (question, None)]
         if pixel_values is not None and not any(prompts.IMAGE_MARK in q for q, _ in turns):
             turns[0] = (prompts.with_image_mark(turns[0][0]), turns[0][1])
@@ -76,9 +82,6 @@ class CoMemoChat:
             memory_store=memory_store,
         )
         stop = prompts.stop_text(self.config.template)
-        options: dict[str, Any] = {"generation_config": deepcopy(generation_config)}
-        if not isinstance(generation_config, GenerationConfig):
-            options = {"pad_token_id": tokenizer.pad_token_id} | dict(generation_config or {})
         options["eos_token_id"] = tokenizer.convert_tokens_to_ids(stop)
         output = self.generate(**inputs, **options, streamer=streamer)
         text = tokenizer.decode(output[0, 1:], skip_special_tokens=True)

@@ -6,6 +6,8 @@ low-memory loading work; `save_pretrained` runs the same table backwards.
 
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from transformers.utils import cached_file
 from comemo.config import CoMemoConfig
 from comemo.plain import refuse_folded
 
+PUBLISHED = re.compile(r"vision_model\.|mlp1\.|language_model\.(model|output|lm_head)\.")
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 # Regular expression of the published name -> name here. Order matters when saving: the table is
@@ -131,26 +134,49 @@ def _group(config: Any) -> tuple[int, int]:
     return text.num_attention_heads // text.num_key_value_heads, text.head_dim
 
 
-def conversions(*architectures: str) -> list[WeightRenaming | WeightConverter]:
-    """The table for checkpoints of these language models; both together are unambiguous."""
+def _tables(
+    *architectures: str,
+) -> tuple[list[tuple[str, str]], list[tuple[str, list[str], ConversionOps]]]:
+    """Renamings, and fused weights: (part of the published name, of those here, operation)."""
     llm = [rule for architecture in architectures for rule in LLM[architecture]]
-    renamings = [WeightRenaming(old, new) for old, new in VISION + DECODER + llm + MIXIN]
-    converters = [
-        WeightConverter(
-            [r".attn.qkv."],
-            [f".attention.{name}_proj." for name in "qkv"],
-            operations=[Chunk(dim=0)],
-        )
+    fused: list[tuple[str, list[str], ConversionOps]] = [
+        (".attn.qkv.", [f".attention.{name}_proj." for name in "qkv"], Chunk(dim=0))
     ]
     if "InternLM2ForCausalLM" in architectures:
-        converters.append(
-            WeightConverter(
-                [r".decoder_layer.attention.wqkv."],
-                [f".self_attn.{name}_proj." for name in "qkv"],
-                operations=[SplitGroupedQKV()],
-            )
-        )
-    return renamings + converters
+        names = [f".self_attn.{name}_proj." for name in "qkv"]
+        fused.append((".decoder_layer.attention.wqkv.", names, SplitGroupedQKV()))
+    return VISION + DECODER + llm + MIXIN, fused
+
+
+def conversions(*architectures: str) -> list[WeightRenaming | WeightConverter]:
+    """The table for checkpoints of these language models; both together are unambiguous."""
+    renamings, fused = _tables(*architectures)
+    return [
+        *(WeightRenaming(old, new) for old, new in renamings),
+        *(WeightConverter([old], new, operations=[operation]) for old, new, operation in fused),
+    ]
+
+
+def from_published(weights: Mapping[str, Any], config: CoMemoConfig) -> dict[str, Any]:
+    """Weights under the names used here.
+
+    Args:
+        weights: published name -> weight, all of a checkpoint's or some.
+        config: of the model.
+    """
+    renamings, fused = _tables(config.llm_architecture)
+    found: dict[str, Any] = {}
+    for name, weight in weights.items():
+        parts = {name: weight}
+        for old, new, operation in fused:
+            if old in name:
+                targets = [name.replace(old, part) for part in new]
+                parts = operation.convert({name: weight}, [name], targets, config=config)
+        for part, value in parts.items():
+            for pattern, ours in renamings:
+                part = re.sub(pattern, ours, part, count=1)
+            found[part] = value
+    return found
 
 
 register_checkpoint_conversion_mapping(CoMemoConfig.model_type, conversions(*LLM), overwrite=True)
@@ -194,21 +220,67 @@ class PublishedCheckpoint:
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write the published layout (`save_original_format=False`: the names used here).
 
+        A `CoMemoModel` writes the same names without those of the language modelling head.
+
         Raises:
             ValueError: the model is folded for inference.
         """
         refuse_folded("save_pretrained", self)
         self._weight_conversions = conversions(self.config.llm_architecture)
+        prefix = self._prefix_of_names()
+        if prefix and kwargs.get("save_original_format", True):
+            state = kwargs.get("state_dict") or self.state_dict()  # type: ignore[attr-defined]
+            kwargs["state_dict"] = {prefix + name: weight for name, weight in state.items()}
         super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """As a module's; refused while the model is folded for inference.
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As a module's, of weights under the names used here or under the published ones.
+
+        Trainers load what `save_pretrained` wrote in this way, whole or shard by shard.
+
+        Args:
+            state_dict: name -> weight.
+            strict: whether all weights must be there.
+            assign: as of a module's.
+
+        Returns:
+            The names that are missing, of which there are none if `strict`, and no unexpected ones.
 
         Raises:
-            ValueError: the model is folded: it would not look at the norms and gates it loads.
+            ValueError: weights that are unexpected, of another shape or, if `strict`, missing, all
+                listed; the model is folded: it would not look at the norms and gates it loads.
+                Nothing was loaded then.
         """
         refuse_folded("load_state_dict", self)
-        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+        own = self.state_dict()  # type: ignore[attr-defined]
+        prefix = self._prefix_of_names()
+        if any(PUBLISHED.match(name) for name in state_dict):
+            state_dict = from_published(state_dict, self.config)
+            if prefix:  # a head is none of this model's
+                state_dict = {
+                    name.removeprefix(prefix): weight
+                    for name, weight in state_dict.items()
+                    if name.startswith(prefix)
+                }
+        unexpected = sorted(state_dict.keys() - own.keys())
+        missing = sorted(own.keys() - state_dict.keys()) if strict else []
+        shapes = [
+            f"{name} {tuple(weight.shape)} for {tuple(own[name].shape)}"
+            for name, weight in state_dict.items()
+            if name in own and hasattr(weight, "shape") and weight.shape != own[name].shape
+        ]
+        faults = {"unexpected": unexpected, "missing": missing, "of another shape": shapes}
+        if any(faults.values()):
+            told = "; ".join(f"{kind}: {names}" for kind, names in faults.items() if names)
+            raise ValueError(f"{type(self).__name__}.load_state_dict: weights {told}")
+        return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
+
+    def _prefix_of_names(self) -> str:
+        """What a model without a head lacks in front of its names."""
+        has_base = hasattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
+        return "" if has_base else f"{self.base_model_prefix}."  # type: ignore[attr-defined]
 
 
 def _check_files(directory: Path, has_config: bool) -> None:

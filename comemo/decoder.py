@@ -212,7 +212,7 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         places = sample_places
         if cu_seqlens is not None:
             token_counts = self._longest_sample(cu_seqlens, position_ids)
-            places = places_in_samples(cu_seqlens, *x.shape[:2], x.device)
+            places = places_in_samples(cu_seqlens, x.shape[0], x.shape[1], x.device)
             lengths, longest = cu_seqlens.to(x.device, torch.int32), int(cu_seqlens.diff().max())
             kwargs.update(zip(VARLEN, (lengths, lengths, longest, longest), strict=True))
         if rope_lengths is None:

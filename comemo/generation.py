@@ -17,6 +17,7 @@ class CoMemoGeneration:
     """`generate` for prompts with images; everything it needs travels in its arguments."""
 
     config: Any
+    device: Any
     generation_config: Any
     model: Any
 
@@ -44,7 +45,8 @@ class CoMemoGeneration:
                 range; a memory of images of other grids; arguments that exclude each other or
                 that a decode loop cannot follow. Nothing was computed then.
         """
-        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        input_ids = self._take_inputs(inputs, kwargs)
+        take_cache("generate", kwargs)
         grid, store = kwargs.pop("tile_grid", None), kwargs.pop("memory_store", None)
         memory: ImageMemory | None = kwargs.get("image_memory")
         pixel_values = kwargs.get("pixel_values")
@@ -60,19 +62,72 @@ class CoMemoGeneration:
         if pixel_values is not None and memory is not None and assistant is None:
             raise ValueError("generate: give either pixel_values or image_memory, got both")
         if embeds is not None:
-            if pixel_values is not None or kwargs.get("position_ids") is None:
-                raise ValueError(
-                    "generate: inputs_embeds need position_ids, and an image_memory instead of"
-                    " pixel_values"
-                )
+            input_ids = self._prepare_embeds(input_ids, grid, kwargs, store, option)
         elif pixel_values is not None or kwargs.get("position_ids") is None:
             self._prepare_prompt(input_ids, grid, kwargs, store)
             if assistant is None:
                 kwargs.pop("pixel_values", None)  # an assistant builds a memory of its own
+        _refuse_right_padding(kwargs)
         if kwargs.get("position_ids") is not None:
             kwargs.setdefault("prompt_length", kwargs["position_ids"].shape[1])
         self._make_room(option, kwargs)
         return super().generate(input_ids, **kwargs)  # type: ignore[misc]
+
+    def _take_inputs(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """The ids that were given by either name; the start token alone where there is nothing."""
+        ids = kwargs.pop("input_ids", None)
+        if inputs is not None and ids is not None:
+            raise ValueError("generate: inputs and input_ids are two names of one argument")
+        ids = inputs if ids is None else ids
+        if ids is not None or kwargs.get("inputs_embeds") is not None:
+            return ids
+        chosen = kwargs.get("generation_config") or self.generation_config
+        start = kwargs.get("bos_token_id")
+        for config in (chosen, self.generation_config, self.config.text_config):
+            start = config.bos_token_id if start is None else start
+        if start is None:
+            raise ValueError("generate: give input_ids, inputs_embeds or a bos_token_id, got none")
+        return torch.tensor([[int(start)]], device=self.device)
+
+    def _prepare_embeds(
+        self,
+        input_ids: Tensor | None,
+        grid: Any,
+        kwargs: dict[str, Any],
+        store: Any,
+        option: Callable[[str], Any],
+    ) -> Tensor | None:
+        """Fill in what goes with embeddings; the ids that generated ones are put behind."""
+        embeds, pixel_values = kwargs["inputs_embeds"], kwargs.pop("pixel_values", None)
+        if option("use_cache") is False:
+            raise ValueError(
+                "generate: inputs_embeds need a cache, for the ids of later steps alone are known,"
+                " got use_cache=False"
+            )
+        if option("assistant_model") is not None or option("prompt_lookup_num_tokens"):
+            raise ValueError("generate: drafts are of ids: give input_ids alone, got inputs_embeds")
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            kwargs["attention_mask"] = mask
+        if pixel_values is not None:
+            if input_ids is None or input_ids.shape != embeds.shape[:2]:
+                got = None if input_ids is None else tuple(input_ids.shape)
+                raise ValueError(
+                    "generate: pixel_values beside inputs_embeds need input_ids"
+                    f" {tuple(embeds.shape[:2])}, which tell where images stand, got {got}"
+                )
+            held = kwargs | {"pixel_values": pixel_values}
+            self._prepare_prompt(input_ids, grid, held, store)
+            kwargs |= {name: held[name] for name in ("position_ids", "image_memory")}
+            image_mask = self.model.find_image_tokens(input_ids)
+            kwargs["inputs_embeds"] = self.model._with_media(
+                embeds, image_mask, kwargs["image_memory"]
+            )
+        elif kwargs.get("position_ids") is None:
+            counted = mask.long().cumsum(1) - 1
+            kwargs["position_ids"] = counted.clamp(min=0)[:, -embeds.shape[1] :]
+        return input_ids
 
     def _prepare_prompt(
         self, input_ids: Tensor, grid: Any, kwargs: dict[str, Any], store: Any
@@ -288,6 +343,17 @@ class CoMemoGeneration:
                 f" next one at position {tokens}, the model has {limit}: set"
                 " config.decode_positions = 'compressed'"
             )
+
+
+def _refuse_right_padding(kwargs: dict[str, Any]) -> None:
+    """What is generated stands behind the last column, and that must be a token."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] and not mask[:, -1].all():
+        rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
+        raise ValueError(
+            "generate: prompts must be padded on the left (tokenizer.padding_side = 'left'), got an"
+            f" attention_mask that ends with padding in rows {rows}"
+        )
 
 
 def _place(memory: ImageMemory, image_mask: Tensor, position_ids: Tensor) -> ImageMemory:

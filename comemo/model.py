@@ -274,7 +274,7 @@ class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
             assert image_mask is not None
             assert position_ids is not None
             inputs_embeds, image_memory = self._embed_images(
-                input_ids, inputs_embeds, pixel_values, image_mask, position_ids, tile_grid
+                input_ids, pixel_values, image_mask, position_ids, tile_grid, inputs_embeds
             )
             if bounds is not None:
                 image_memory = within_samples(image_memory, image_mask, bounds)
@@ -327,11 +327,11 @@ class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
     def _embed_images(
         self,
         input_ids: Tensor | None,
-        embeds: Tensor | None,
         pixel_values: Tensor,
         image_mask: Tensor,
         position_ids: Tensor,
         tile_grid: Any,
+        embeds: Tensor | None = None,
     ) -> tuple[Tensor, ImageMemory]:
         """Embeddings and image memory of whole prompts, their image tokens written once."""
         given = embeds is not None

@@ -3,6 +3,7 @@
 Letters: B rows, N tokens of a row, S samples of all rows.
 """
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -121,7 +122,7 @@ def prompt_positions(
     flat, ids = image_mask.flatten(), []
     grids = [] if tile_grid is None else [tuple(map(int, grid)) for grid in tile_grid]
     edges = bounds.tolist()
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         mask = flat[None, start:end]
         wanted, own = int(mask.sum()), []
         while grids and wanted > 0:

@@ -8,8 +8,10 @@ from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 PLAIN = frozenset(
-    (nn.Linear, LlamaRMSNorm, LlamaMLP, SiLUActivation, nn.SiLU)
-    + (nn.Sequential, nn.LayerNorm, nn.GELU)  # of the projector
+    (
+        *(nn.Linear, LlamaRMSNorm, LlamaMLP, SiLUActivation, nn.SiLU),
+        *(nn.Sequential, nn.LayerNorm, nn.GELU),  # of the projector
+    )
 )
 _has_hooks_everywhere = nn.modules.module._has_any_global_hook
 

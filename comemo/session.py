@@ -18,6 +18,7 @@ from comemo import prompts
 from comemo.cache import ROOM_FOR_ANSWER, RoomyCache
 from comemo.chat import check_tokenizer
 from comemo.conversation import Conversation, load_pictures, scaled_length
+from comemo.options import text_options
 from comemo.outputs import CACHE
 from comemo.prefill import read_prompt
 from comemo.progress import PieceStreamer, TokenClock
@@ -87,6 +88,7 @@ class ChatSession:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.prefill_chunk_size, self.memory_store = prefill_chunk_size, memory_store
         self.options = options
+        text_options("ChatSession", options, model, self.tokenizer)
         self.report: TurnReport | None = None
         self._stop = prompts.stop_text(model.config.template)
         check_tokenizer(self.tokenizer, self._stop)
@@ -126,13 +128,15 @@ class ChatSession:
             images: pictures that come with it, one or a list: PIL image, path, bytes, file, uint8
                 array, or (pixel_values, grid) as of `load_image`.
             streamer: receives tokens as they come.
-            options: what `generate` takes, beside and before those of the session.
+            options: what `generate` takes, beside and before those of the session, as far as it
+                gives one text.
 
         Returns:
             The answer, or as much of it as there was when `stop` was called.
 
         Raises:
-            ValueError: pictures and marks that disagree, a prompt beyond the position range.
+            ValueError: pictures and marks that disagree, a prompt beyond the position range, an
+                option that does not give one text.
             RuntimeError: another thread is at work on this session. Whatever is raised, here or
                 while the answer is made, the session is as it was before the question.
         """
@@ -185,9 +189,11 @@ class ChatSession:
             RuntimeError: as of `ask`. The earlier answer stands then.
         """
         with self._alone("regenerate"):
+            verb = "ChatSession.regenerate"
+            options = text_options(verb, self.options | options, self.model, self.tokenizer)
             clock = TokenClock(streamer)
             if not self._said.turns:
-                raise ValueError("ChatSession.regenerate: nothing was asked yet")
+                raise ValueError(f"{verb}: nothing was asked yet")
             *turns, (question, _) = self._said.turns
             said = replace(self._said, turns=tuple(turns))
             return self._answer(said, question, clock, options)
@@ -254,6 +260,9 @@ class ChatSession:
     def _ask(
         self, question: str, images: Any, streamer: BaseStreamer | None, options: dict[str, Any]
     ) -> str:
+        options = text_options(
+            "ChatSession.ask", self.options | options, self.model, self.tokenizer
+        )
         clock = TokenClock(streamer)
         said, config = self._said, self.model.config
         new = load_pictures(
@@ -289,7 +298,7 @@ class ChatSession:
         # At least the last token is read: its logits begin the answer.
         kept = min(self._held.common(wanted), len(wanted) - 1)
         self._cache.crop_to(kept)
-        longest = (self.options | options).get("max_new_tokens") or 0
+        longest = options.get("max_new_tokens") or 0
         self._cache.reserve(len(wanted) + min(longest, ROOM_FOR_ANSWER))
         self._held = wanted.first(kept)
         core, shown = self.model.model, wanted.visible.new_tensor([len(said.pictures)])
@@ -368,14 +377,12 @@ class ChatSession:
     ) -> Tensor:
         """Go on from the prompt's last logits; what the cache then holds is noted."""
         N, device = len(wanted), self.model.device
-        options = {"pad_token_id": self.tokenizer.pad_token_id} | self.options | options
+        options = {"pad_token_id": self.tokenizer.pad_token_id} | options
         chosen = options.get("generation_config") or self.model.generation_config
         stop = self.tokenizer.convert_tokens_to_ids(self._stop)
         criteria = [*options.pop("stopping_criteria", ()), _Stopped(self._stopped)]
-        rows = max(
-            value if (value := options.get(name)) is not None else getattr(chosen, name) or 1
-            for name in ("num_beams", "num_return_sequences")
-        )
+        beams = options.get("num_beams")
+        rows = (getattr(chosen, "num_beams", None) if beams is None else beams) or 1
         cache = self._cache
         if rows > 1:  # beams go their own ways, the session stays at the prompt
             cache = cache.fork()

@@ -146,8 +146,7 @@ class CoMemoVision:
         """The projector as it stands, adapters, hooks and all, on the tower's tokens."""
         found = []
         for x in parts:
-            T, tokens, _ = x.shape
-            side = round((tokens - 1) ** 0.5)
+            side = round((x.shape[1] - 1) ** 0.5)
             x = x[:, 1:].unflatten(1, (side, -1))
             x = ops.fold_tiles(x, self.config.downsample_ratio, self.config.ps_version)
             found.append(self.multi_modal_projector(x.flatten(1, 2)))

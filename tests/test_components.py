@@ -116,8 +116,8 @@ def test_gated_block(golden, model, mixin, case):
         tensors |= {f"cu_seqlens_{name}": bound for name, bound in bounds.items()}
     text_ids, media_ids = positions(golden, N, M)
     key, value = mixin.build(media[0], table(model, media_ids))
-    memory = ImageMemory(spans_of(tensors, B, N, M))
-    out = mixin(x, key, value, memory, rotation(model, text_ids))
+    memory = ImageMemory(spans_of(tensors, B, N, M), keys={1: key}, values={1: value})
+    out = mixin(x, None, memory, rotation(model, text_ids))
     params = dict(mixin.named_parameters())
     grads = {f"grad_param/{theirs}": params[ours] for theirs, ours in MIXIN.items()}
     check(tensors, out, {"grad_in/x": x, "grad_in/media": media} | grads)
@@ -131,12 +131,11 @@ def test_gated_block_decodes_from_built_memory(golden, model, mixin):
     text_ids, media_ids = positions(golden, N, M)
     with torch.no_grad():
         memory.update(1, *mixin.build(plain["in/media"][0], table(model, media_ids)))
-        key, value = memory.keys[1], memory.values[1]
-        prefill = mixin(plain["in/x"], key, value, memory, rotation(model, text_ids))
+        prefill = mixin(plain["in/x"], None, memory, rotation(model, text_ids))
         assert_relative(prefill, steps["prefill_out"])
         for i, (x, wanted) in enumerate(zip(steps["step_x"], steps["step_out"], strict=True)):
             count = place(torch.tensor([[N + i]]))  # raw
-            assert_relative(mixin(x, key, value, memory, rotation(model, count)), wanted, str(i))
+            assert_relative(mixin(x, None, memory, rotation(model, count)), wanted, str(i))
 
 
 def test_projector(golden, model):

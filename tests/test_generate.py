@@ -320,7 +320,7 @@ def test_arguments_that_exclude_each_other(model, prompts_of):
     with pytest.raises(ValueError, match="exclude an image_memory"):
         model(**batch, image_memory=memory)
     embeds = model.get_input_embeddings()(batch["input_ids"])
-    with pytest.raises(ValueError, match="inputs_embeds need position_ids"):
+    with pytest.raises(ValueError, match=r"need input_ids \(1, 865\), which tell where"):
         model.generate(inputs_embeds=embeds, pixel_values=batch["pixel_values"])
     with pytest.raises(ValueError, match="pixel_values need input_ids"):
         model(inputs_embeds=embeds, pixel_values=batch["pixel_values"])

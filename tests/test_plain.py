@@ -135,7 +135,7 @@ def test_a_bias_is_plain_only_where_it_may_be():
     mlp = make_model(mlp_bias=True).model.language_model.layers[0].mlp
     assert not is_plain(mlp)
     assert is_plain(mlp, biased=True)
-    assert not is_plain(nn.Sequential(linear), biased=True)
+    assert not is_plain(nn.ModuleList([linear]), biased=True)
 
 
 def test_joined_weights_are_told_from_torn_ones():
