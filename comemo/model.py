@@ -400,7 +400,6 @@ class CoMemoForConditionalGeneration(
         token_counts: Tensor | None = None,
         rope_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         cache: Any = None,
         **kwargs: Any,
@@ -419,7 +418,7 @@ class CoMemoForConditionalGeneration(
             image_memory: of an earlier call, instead of `pixel_values`; filled on first use.
             labels: [B, N], -100 where nothing is to be learned; shifted here.
             loss_weights: [B, N], weight of each label: loss = sum(w * l) / sum(w).
-            shift_labels, num_items_in_batch: as of `next_token_loss`.
+            num_items_in_batch, shift_labels: as of `next_token_loss`.
             use_cache: whether to keep past_key_values and the memory's keys and values.
             logits_to_keep: last positions, or indices, to compute logits for; 0 for all.
             query_position_ids: [B, N], where the mixin queries stand if not at `position_ids`.
@@ -429,8 +428,8 @@ class CoMemoForConditionalGeneration(
             cu_seqlens: [samples + 1] bounds of packed samples over all rows. As transformers packs,
                 `cu_seq_lens_q` and `cu_seq_lens_k` say the same, and so do, without a mask and a
                 cache, position_ids that begin anew.
-            kwargs: `output_attentions`, `output_hidden_states`, `return_dict`, and the arguments of
-                packing.
+            kwargs: `shift_labels`, `output_attentions`, `output_hidden_states`, `return_dict`, and
+                the arguments of packing.
 
         Returns:
             `CoMemoOutput` with loss, logits [B, N, vocabulary], the cache by both its names,
@@ -439,6 +438,8 @@ class CoMemoForConditionalGeneration(
         Raises:
             ValueError: arguments that exclude each other or do not fit, or an unknown one.
         """
+        # By itself: Trainer takes every argument with "label" in its name for one that must be there.
+        shift_labels = kwargs.pop("shift_labels", None)
         output = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
