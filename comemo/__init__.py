@@ -11,9 +11,11 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 
 from comemo.config import CoMemoConfig, MixinConfig
+from comemo.core import CoMemoModel
 from comemo.decode import DecodeLoop
 from comemo.images import load_image
-from comemo.model import CoMemoForConditionalGeneration, CoMemoModel, CoMemoOutput
+from comemo.model import CoMemoForConditionalGeneration
+from comemo.outputs import CoMemoModelOutput, CoMemoOutput
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
 from comemo.session import ChatSession
 from comemo.store import MemoryStore, MemoryStoreWarning
@@ -26,6 +28,7 @@ __all__ = [
     "CoMemoForConditionalGeneration",
     "CoMemoImageProcessor",
     "CoMemoModel",
+    "CoMemoModelOutput",
     "CoMemoOutput",
     "CoMemoProcessor",
     "DecodeLoop",

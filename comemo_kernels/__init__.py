@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-from comemo_kernels import reference
+from comemo_kernels import reference, trees
 from comemo_kernels.graphs import HostFlag, capture, runs_ahead
 from comemo_kernels.grids import TEXT, ImageGrids
 from comemo_kernels.memory import (
@@ -76,4 +76,5 @@ __all__ = [
     "spans_from_cu_seqlens",
     "spans_from_images",
     "split_images",
+    "trees",
 ]
