@@ -137,16 +137,21 @@ class CoMemoConfig(PreTrainedConfig):
         for name, part in parts.items():
             if not isinstance(part, (dict, PreTrainedConfig, type(None))):
                 raise ValueError(f"CoMemoConfig: {name} must be a dictionary, got {part!r}")
+        if isinstance(self.text_config, dict):
+            self.text_config = LlamaConfig(**deepcopy(self.text_config))
         if llm_config is not None:
             architecture = (llm_config.get("architectures") or [self.llm_architecture])[0]
             self.llm_architecture = architecture
+            published = _text_from_published(llm_config, architecture)
+            if self.text_config is None:
+                self.text_config = published
+            else:  # what `to_dict` writes holds both
+                _check_agreement(llm_config, published, self.text_config)
             self.rope_scaling = deepcopy(llm_config.get("rope_scaling"))
-            self.text_config = _text_from_published(llm_config, architecture)
         elif self.text_config is None:
             self.text_config = _text_from_published({}, self.llm_architecture)
             self.rope_scaling = self.rope_scaling or {"type": "dynamic", "factor": 2.0}
-        elif isinstance(self.text_config, dict):
-            self.text_config = LlamaConfig(**self.text_config)
+        self._take_scaling()
         if not isinstance(self.vision_config, InternVLVisionConfig):
             self.vision_config = _vision_from_published(
                 self.vision_config or {}, self.force_image_size
@@ -157,9 +162,33 @@ class CoMemoConfig(PreTrainedConfig):
             given = self.mixin_config or {}
             self.mixin_config = MixinConfig(**{k: v for k, v in given.items() if k in known})
         super().__post_init__(**kwargs)
-        self._check()
+        self.check()
 
-    def _check(self) -> None:
+    def _take_scaling(self) -> None:
+        """Rotary scaling in one place and one form, also where it came as Llama's own."""
+        theirs = dict(self.text_config.rope_parameters or {})
+        theta = theirs.pop("rope_theta", 10000.0)
+        self.rope_scaling = _scaling_of(self.rope_scaling)
+        scaling = _scaling_of(theirs)
+        if scaling is None:
+            return
+        if self.rope_scaling not in (None, scaling):
+            raise ValueError(
+                f"CoMemoConfig: rope_scaling {self.rope_scaling} and the text's rope_parameters"
+                f" {scaling} must not differ"
+            )
+        self.rope_scaling = scaling
+        self.text_config = deepcopy(self.text_config)
+        # The scaling stays here: Llama's own would follow other rules and be sticky.
+        self.text_config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+
+    def check(self) -> None:
+        """Refuse what no model can be made of, also where it was set after construction.
+
+        Raises:
+            ValueError: a value outside its choices, dimensions that do not fit together, a scaling
+                of rotary angles that the model does not do.
+        """
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"CoMemoConfig: {name} must be one of {allowed}, got {value!r}")
@@ -170,10 +199,11 @@ class CoMemoConfig(PreTrainedConfig):
                 "CoMemoConfig: language_dim and vision_dim of mixin_config must equal the language"
                 f" model's hidden_size {width}, got {dims}"
             )
-        kind = (self.rope_scaling or {"type": "dynamic"}).get("type")
-        if kind not in ("dynamic", "linear"):
+        _scaling_of(self.rope_scaling)
+        if _scaling_of(self.text_config.rope_parameters) is not None:
             raise ValueError(
-                f"CoMemoConfig: rope_scaling type must be 'dynamic' or 'linear', got {kind!r}"
+                "CoMemoConfig: rotary scaling is told by rope_scaling, got the text's"
+                f" rope_parameters {self.text_config.rope_parameters}"
             )
         if self.tiles_at_once < 1:
             raise ValueError(
@@ -212,9 +242,10 @@ class CoMemoConfig(PreTrainedConfig):
         return super().from_dict({**PUBLISHED_BEHAVIOUR, **config_dict}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """The published layout, and beside it the choices that the published code hard-codes."""
+        """The published layout, and beside it what transformers reads and the published code
+        hard-codes: `text_config`, and the parts' values under transformers' names too."""
         output = super().to_dict()
-        text, rope_scaling = output.pop("text_config"), output.pop("rope_scaling")
+        text, rope_scaling = output["text_config"], output.pop("rope_scaling")
         output["llm_config"] = {key: text[key] for key in LLM_KEYS} | {
             "architectures": [self.llm_architecture],
             "model_type": LLM_MODEL_TYPES[self.llm_architecture],
@@ -224,16 +255,8 @@ class CoMemoConfig(PreTrainedConfig):
         }
         del output["llm_architecture"]
         vision = output["vision_config"]
-        output["vision_config"] = (
-            {key: vision[key] for key in VISION_KEYS}
-            | {published: vision[ours] for published, ours in VISION_RENAMED.items()}
-            | {
-                "architectures": ["InternVisionModel"],
-                "model_type": "intern_vit_6b",
-                "image_size": vision["image_size"][0],
-                "patch_size": vision["patch_size"][0],
-            }
-        )
+        vision |= {published: vision[ours] for published, ours in VISION_RENAMED.items()}
+        vision["architectures"] = ["InternVisionModel"]
         output["mixin_config"] = {
             key: output["mixin_config"][key] for key in MixinConfig.__annotations__
         }
@@ -241,7 +264,11 @@ class CoMemoConfig(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         output = self.to_dict()  # the published code has other defaults: leave none out
-        del output["_name_or_path"]  # where it was read is nobody's business
+        output.pop("_name_or_path", None)  # where it was read is nobody's business
+        vision = output["vision_config"]  # in the file as the published code reads it
+        vision["model_type"] = "intern_vit_6b"
+        for key in ("image_size", "patch_size"):
+            vision[key] = vision[key][0]
         return output
 
 
@@ -272,8 +299,39 @@ def _text_from_published(llm: dict[str, Any], architecture: str) -> LlamaConfig:
     )
 
 
+def _check_agreement(llm: dict[str, Any], published: LlamaConfig, text: LlamaConfig) -> None:
+    """The language model told in both vocabularies must be one."""
+    names = [key for key in (*LLM_KEYS, "attention_bias") if key in llm or key == "attention_bias"]
+    differ = [key for key in names if getattr(published, key) != getattr(text, key)]
+    if float(llm.get("rope_theta") or 10000.0) != float(text.rope_parameters["rope_theta"]):
+        differ.append("rope_theta")
+    if differ:
+        raise ValueError(
+            "CoMemoConfig: llm_config and text_config tell of the same language model and must"
+            f" agree, they differ in {differ}: give one of them"
+        )
+
+
+def _scaling_of(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Rotary scaling as the model does it, {"type": ..., "factor": ...}; None for none."""
+    known = {key: value for key, value in (given or {}).items() if value is not None}
+    known.pop("rope_theta", None)
+    kinds = {known.pop(key) for key in ("type", "rope_type") if key in known}
+    factor = known.pop("factor", None)
+    if (kinds or {"default"}) == {"default"} and factor is None and not known:
+        return None
+    valid = isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor > 0
+    if len(kinds) != 1 or not kinds <= {"dynamic", "linear"} or known or not valid:
+        raise ValueError(
+            "CoMemoConfig: rope_scaling type must be 'dynamic' or 'linear', with a positive factor"
+            f" and nothing else, got {given}"
+        )
+    return {"type": kinds.pop(), "factor": factor}
+
+
 def _vision_from_published(vision: dict[str, Any], image_size: int | None) -> InternVLVisionConfig:
-    known = {key: vision[key] for key in VISION_KEYS if key in vision}
+    # Both vocabularies: the published word where there is one.
+    known = {key: vision[key] for key in (*VISION_KEYS, *VISION_RENAMED.values()) if key in vision}
     renamed = {ours: vision[key] for key, ours in VISION_RENAMED.items() if key in vision}
     return InternVLVisionConfig(
         **({"attention_bias": True} | known | renamed),

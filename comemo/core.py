@@ -58,6 +58,7 @@ class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: CoMemoConfig) -> None:
+        config.check()
         super().__init__(config)
         channels = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
         width = config.text_config.hidden_size
