@@ -34,7 +34,7 @@ def draw_model(
     size: str, dtype: torch.dtype, layers: int | None = None
 ) -> CoMemoForConditionalGeneration:
     """A model with open gates, on a GPU if there is one; `layers` instead of the size's own."""
-    base = CoMemoConfig().to_dict()
+    base = CoMemoConfig().to_dict() | {"text_config": None}  # told by llm_config alone
     parts = {part: base[part] | sizes for part, sizes in SIZES[size].items()}
     if layers:
         parts["llm_config"]["num_hidden_layers"] = layers

@@ -85,6 +85,22 @@ LLM = {
     ],
 }
 DECODER = [(r"^language_model\.model\.", "model.language_model.")]
+# To read, both language models at once: each rule finds something in a checkpoint of either.
+READING = [
+    (r"\.decoder_layer\.(?:attention\.wo|self_attn\.o_proj)\.", ".self_attn.o_proj."),
+    (r"\.decoder_layer\.(?:attention\.(?=wqkv)|self_attn\.(?=[qkv]_proj))", ".self_attn."),
+    (r"\.decoder_layer\.(?:feed_forward\.w1|mlp\.gate_proj)\.", ".mlp.gate_proj."),
+    (r"\.decoder_layer\.(?:feed_forward\.w3|mlp\.up_proj)\.", ".mlp.up_proj."),
+    (r"\.decoder_layer\.(?:feed_forward\.w2|mlp\.down_proj)\.", ".mlp.down_proj."),
+    (r"\.decoder_layer\.(?:attention_norm|input_layernorm)\.", ".input_layernorm."),
+    (r"\.decoder_layer\.(?:ffn_norm|post_attention_layernorm)\.", ".post_attention_layernorm."),
+    (
+        r"^language_model\.model\.(?:tok_embeddings|embed_tokens)\.",
+        "model.language_model.embed_tokens.",
+    ),
+    (r"^language_model\.model\.(?=layers|norm)", "model.language_model."),
+    (r"^language_model\.(?:output|lm_head)\.", "lm_head."),
+]
 
 
 class SplitGroupedQKV(ConversionOps):
@@ -134,27 +150,34 @@ def _group(config: Any) -> tuple[int, int]:
     return text.num_attention_heads // text.num_key_value_heads, text.head_dim
 
 
-def _tables(
-    *architectures: str,
-) -> tuple[list[tuple[str, str]], list[tuple[str, list[str], ConversionOps]]]:
-    """Renamings, and fused weights: (part of the published name, of those here, operation)."""
-    llm = [rule for architecture in architectures for rule in LLM[architecture]]
-    fused: list[tuple[str, list[str], ConversionOps]] = [
-        (".attn.qkv.", [f".attention.{name}_proj." for name in "qkv"], Chunk(dim=0))
-    ]
-    if "InternLM2ForCausalLM" in architectures:
-        names = [f".self_attn.{name}_proj." for name in "qkv"]
-        fused.append((".decoder_layer.attention.wqkv.", names, SplitGroupedQKV()))
-    return VISION + DECODER + llm + MIXIN, fused
+Fused = tuple[str, list[str], ConversionOps]  # part of the published name, of those here
 
 
-def conversions(*architectures: str) -> list[WeightRenaming | WeightConverter]:
-    """The table for checkpoints of these language models; both together are unambiguous."""
-    renamings, fused = _tables(*architectures)
+def _vision_qkv() -> Fused:
+    return ".attn.qkv.", [f".attention.{name}_proj." for name in "qkv"], Chunk(dim=0)
+
+
+def _rules(
+    renamings: list[tuple[str, str]], fused: list[Fused]
+) -> list[WeightRenaming | WeightConverter]:
     return [
         *(WeightRenaming(old, new) for old, new in renamings),
         *(WeightConverter([old], new, operations=[operation]) for old, new, operation in fused),
     ]
+
+
+def conversions(architecture: str) -> list[WeightRenaming | WeightConverter]:
+    """The table that `save_pretrained` runs backwards, of a language model."""
+    fused = [_vision_qkv()]
+    if architecture == "InternLM2ForCausalLM":
+        names = [f".self_attn.{name}_proj." for name in "qkv"]
+        fused.append((".decoder_layer.attention.wqkv.", names, SplitGroupedQKV()))
+    return _rules(VISION + DECODER + LLM[architecture] + MIXIN, fused)
+
+
+def _reading() -> tuple[list[tuple[str, str]], list[Fused]]:
+    names = [f".{name}_proj." for name in "qkv"]
+    return VISION + READING + MIXIN, [_vision_qkv(), (".wqkv.", names, SplitGroupedQKV())]
 
 
 def from_published(weights: Mapping[str, Any], config: CoMemoConfig) -> dict[str, Any]:
@@ -164,22 +187,21 @@ def from_published(weights: Mapping[str, Any], config: CoMemoConfig) -> dict[str
         weights: published name -> weight, all of a checkpoint's or some.
         config: of the model.
     """
-    renamings, fused = _tables(config.llm_architecture)
+    renamings, fused = _reading()
     found: dict[str, Any] = {}
     for name, weight in weights.items():
+        for pattern, ours in renamings:
+            name = re.sub(pattern, ours, name, count=1)
         parts = {name: weight}
         for old, new, operation in fused:
             if old in name:
                 targets = [name.replace(old, part) for part in new]
                 parts = operation.convert({name: weight}, [name], targets, config=config)
-        for part, value in parts.items():
-            for pattern, ours in renamings:
-                part = re.sub(pattern, ours, part, count=1)
-            found[part] = value
+        found |= parts
     return found
 
 
-register_checkpoint_conversion_mapping(CoMemoConfig.model_type, conversions(*LLM), overwrite=True)
+register_checkpoint_conversion_mapping(CoMemoConfig.model_type, _rules(*_reading()), overwrite=True)
 
 
 class PublishedCheckpoint:

@@ -104,8 +104,11 @@ class CoMemoConfig(PreTrainedConfig):
     """
 
     model_type = "comemo_chat"
-    # Without mixin_config: these are the parts whose attention transformers may set.
-    sub_configs = {"text_config": LlamaConfig, "vision_config": InternVLVisionConfig}
+    sub_configs = {
+        "text_config": LlamaConfig,
+        "vision_config": InternVLVisionConfig,
+        "mixin_config": MixinConfig,
+    }
     keys_to_ignore_at_inference = ["cache", "past_key_values", "image_memory"]
 
     text_config: Any = None
@@ -151,7 +154,6 @@ class CoMemoConfig(PreTrainedConfig):
         elif self.text_config is None:
             self.text_config = _text_from_published({}, self.llm_architecture)
             self.rope_scaling = self.rope_scaling or {"type": "dynamic", "factor": 2.0}
-        self._take_scaling()
         if not isinstance(self.vision_config, InternVLVisionConfig):
             self.vision_config = _vision_from_published(
                 self.vision_config or {}, self.force_image_size
@@ -183,7 +185,7 @@ class CoMemoConfig(PreTrainedConfig):
         self.text_config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
 
     def check(self) -> None:
-        """Refuse what no model can be made of, also where it was set after construction.
+        """Refuse what no model can be made of, also what was set after construction.
 
         Raises:
             ValueError: a value outside its choices, dimensions that do not fit together, a scaling
@@ -199,12 +201,7 @@ class CoMemoConfig(PreTrainedConfig):
                 "CoMemoConfig: language_dim and vision_dim of mixin_config must equal the language"
                 f" model's hidden_size {width}, got {dims}"
             )
-        _scaling_of(self.rope_scaling)
-        if _scaling_of(self.text_config.rope_parameters) is not None:
-            raise ValueError(
-                "CoMemoConfig: rotary scaling is told by rope_scaling, got the text's"
-                f" rope_parameters {self.text_config.rope_parameters}"
-            )
+        self._take_scaling()
         if self.tiles_at_once < 1:
             raise ValueError(
                 f"CoMemoConfig: tiles_at_once must be positive, got {self.tiles_at_once}"
@@ -301,9 +298,15 @@ def _text_from_published(llm: dict[str, Any], architecture: str) -> LlamaConfig:
 
 def _check_agreement(llm: dict[str, Any], published: LlamaConfig, text: LlamaConfig) -> None:
     """The language model told in both vocabularies must be one."""
-    names = [key for key in (*LLM_KEYS, "attention_bias") if key in llm or key == "attention_bias"]
-    differ = [key for key in names if getattr(published, key) != getattr(text, key)]
-    if float(llm.get("rope_theta") or 10000.0) != float(text.rope_parameters["rope_theta"]):
+    differ = [
+        key
+        for key in LLM_KEYS
+        if llm.get(key) is not None and getattr(published, key) != getattr(text, key)
+    ]
+    if published.attention_bias != text.attention_bias:
+        differ.append("attention_bias")
+    theta = llm.get("rope_theta")
+    if theta is not None and float(theta) != float(text.rope_parameters["rope_theta"]):
         differ.append("rope_theta")
     if differ:
         raise ValueError(
@@ -318,7 +321,7 @@ def _scaling_of(given: dict[str, Any] | None) -> dict[str, Any] | None:
     known.pop("rope_theta", None)
     kinds = {known.pop(key) for key in ("type", "rope_type") if key in known}
     factor = known.pop("factor", None)
-    if (kinds or {"default"}) == {"default"} and factor is None and not known:
+    if kinds == {"default"} or not (kinds or factor or known):
         return None
     valid = isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor > 0
     if len(kinds) != 1 or not kinds <= {"dynamic", "linear"} or known or not valid:

@@ -58,7 +58,7 @@ def allocated(run):
 @pytest.mark.parametrize(("chunk", "tiles_at_once"), [(256, 4), (4096, 1)])
 def test_the_peak_is_predicted(chunk, tiles_at_once):
     """At widths where weights and activations count, and nothing else does."""
-    base = CoMemoConfig().to_dict()
+    base = CoMemoConfig().to_dict() | {"text_config": None}  # told by llm_config alone
     base["llm_config"] |= {"num_hidden_layers": 2, "hidden_size": 512, "intermediate_size": 2048}
     base["llm_config"] |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 700}
     base["vision_config"] |= {"num_hidden_layers": 2, "hidden_size": 512}
