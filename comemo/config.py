@@ -254,9 +254,6 @@ class CoMemoConfig(PreTrainedConfig):
         vision = output["vision_config"]
         vision |= {published: vision[ours] for published, ours in VISION_RENAMED.items()}
         vision["architectures"] = ["InternVisionModel"]
-        output["mixin_config"] = {
-            key: output["mixin_config"][key] for key in MixinConfig.__annotations__
-        }
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -266,6 +263,8 @@ class CoMemoConfig(PreTrainedConfig):
         vision["model_type"] = "intern_vit_6b"
         for key in ("image_size", "patch_size"):
             vision[key] = vision[key][0]
+        mixin = output["mixin_config"]
+        output["mixin_config"] = {key: mixin[key] for key in MixinConfig.__annotations__}
         return output
 
 
@@ -301,7 +300,9 @@ def _check_agreement(llm: dict[str, Any], published: LlamaConfig, text: LlamaCon
     differ = [
         key
         for key in LLM_KEYS
-        if llm.get(key) is not None and getattr(published, key) != getattr(text, key)
+        if not key.endswith("_token_id")
+        and llm.get(key) is not None
+        and getattr(published, key) != getattr(text, key)
     ]
     if published.attention_bias != text.attention_bias:
         differ.append("attention_bias")
@@ -318,7 +319,8 @@ def _check_agreement(llm: dict[str, Any], published: LlamaConfig, text: LlamaCon
 def _scaling_of(given: dict[str, Any] | None) -> dict[str, Any] | None:
     """Rotary scaling as the model does it, {"type": ..., "factor": ...}; None for none."""
     known = {key: value for key, value in (given or {}).items() if value is not None}
-    known.pop("rope_theta", None)
+    for key in ("rope_theta", "original_max_position_embeddings"):  # which Llama's do not read
+        known.pop(key, None)
     kinds = {known.pop(key) for key in ("type", "rope_type") if key in known}
     factor = known.pop("factor", None)
     if kinds == {"default"} or not (kinds or factor or known):

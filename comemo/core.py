@@ -93,6 +93,11 @@ class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
         if tile_grid is None or self.config.rope == "original":
             counted = attention_mask.long()
             return (counted.cumsum(1) - 1).clamp(min=0) * counted
+        if torch.compiler.is_compiling() and isinstance(tile_grid, Tensor):
+            raise ValueError(
+                "CoMemo: torch.compile and torch.export need tile_grid as a list of (cols, rows),"
+                " which they take for constants, got a tensor"
+            )
         return ops.rope_dhr_positions(
             image_mask,
             attention_mask,
