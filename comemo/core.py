@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 from transformers.utils.generic import can_return_tuple
 
@@ -18,7 +19,7 @@ import comemo_kernels as ops
 from comemo.checkpoint import PublishedCheckpoint
 from comemo.config import CoMemoConfig
 from comemo.decoder import CoMemoTextModel
-from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache
+from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache, told_of_old_name
 from comemo.packing import (
     VARLEN,
     find_begins,
@@ -215,6 +216,7 @@ class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
             image_mask[..., None], memory.media[index[image_mask]].to(embeds.device, embeds.dtype)
         )
 
+    @told_of_old_name
     @can_return_tuple
     def forward(
         self,
@@ -310,6 +312,9 @@ class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
             **kwargs,
         )
         output.image_memory = image_memory
+        if pixel_values is not None and image_memory is not None and image_memory.media is not None:
+            media = image_memory.media.unflatten(0, (len(pixel_values), -1))
+            output.image_outputs = BaseModelOutputWithPooling(pooler_output=media)
         return output
 
     def _unread_memory(self, rows: int) -> ImageMemory | None:

@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
-from comemo.mixin import EPS, MixinLayer, Table
+from comemo.mixin import MixinLayer, Table
 from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache
 from comemo.packing import VARLEN, places_in_samples
 from comemo.plain import are_joined, is_own, is_plain, is_untouched, join_weights
@@ -341,6 +341,8 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         devices = {t.device for t in (*parameters, *table)}
         if devices != {media.device} or {t.dtype for t in parameters} != {media.dtype}:
             return False
+        if len(eps := {mixin.attn_norm.variance_epsilon for mixin in layers.values()}) != 1:
+            return False
         mixin = self.comemo_config.mixin_config
         shape = (len(layers), len(media), mixin.num_heads, mixin.head_dim)
         keys, values = ops.memory_buffers(*shape, media.dtype, media.device).unbind(0)
@@ -352,7 +354,7 @@ class CoMemoTextModel(LlamaPreTrainedModel):
             ids,
             list(keys.unbind(0)),
             list(values.unbind(0)),
-            eps=EPS,
+            eps=eps.pop(),
         )
         for index, key, value in zip(layers, keys.unbind(0), values.unbind(0), strict=True):
             memory.update(index, key, value)

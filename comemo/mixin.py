@@ -119,7 +119,7 @@ class MixinLayer(nn.Module):
             norms = gates = (None, None)
         spans, rotation = on_device(x.device, memory.spans, rotation)
         if plain:
-            q = ops.norm_linear(x, norms[0], self.q_proj.weight, EPS)
+            q = ops.norm_linear(x, norms[0], self.q_proj.weight, self.attn_norm.variance_epsilon)
         else:
             q = self.q_proj(self.attn_norm(x))
         q = q.unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, H, D]
@@ -127,7 +127,8 @@ class MixinLayer(nn.Module):
         if plain:
             mlp = self.mlp
             y = ops.gated_residual(x, read, self.o_proj.weight, gates[0])
-            wide = ops.norm_swiglu(y, norms[1], mlp.gate_proj.weight, mlp.up_proj.weight, EPS)
+            eps = self.mlp_norm.variance_epsilon
+            wide = ops.norm_swiglu(y, norms[1], mlp.gate_proj.weight, mlp.up_proj.weight, eps)
             y = ops.gated_residual(y, wide, mlp.down_proj.weight, gates[1])
         else:
             y = x + self.attn_gate.tanh() * self.o_proj(read)

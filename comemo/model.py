@@ -21,7 +21,7 @@ from comemo.core import CoMemoModel, CoMemoPreTrainedModel
 from comemo.folding import FoldsForInference
 from comemo.generation import CoMemoGeneration
 from comemo.loss import next_token_loss
-from comemo.outputs import CACHE, CoMemoOutput, one_cache
+from comemo.outputs import CACHE, CoMemoOutput, one_cache, told_of_old_name
 from comemo_kernels import ImageMemory
 
 
@@ -49,6 +49,7 @@ class CoMemoForConditionalGeneration(
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
+    @told_of_old_name
     @can_return_tuple
     def forward(
         self,
@@ -135,5 +136,6 @@ class CoMemoForConditionalGeneration(
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             image_memory=output.image_memory,
+            image_outputs=output.image_outputs,
             **{CACHE: output.cache},
         )

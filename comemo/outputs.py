@@ -4,10 +4,16 @@ transformers 5.24 renamed `past_key_values` to `cache`, in arguments and in outp
 are taken and given; what transformers' own code reads and writes goes by `CACHE`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
+from transformers.utils.deprecation import deprecate_kwarg
 
 from comemo_kernels import ImageMemory
 
@@ -47,6 +53,13 @@ def take_cache(verb: str, kwargs: dict[str, Any]) -> Any:
     return cache
 
 
+def told_of_old_name(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that warns of the old name where transformers' own models do."""
+    if not RENAMED:
+        return forward
+    return deprecate_kwarg(OLD_NAME, "5.40.0", new_name="cache", raise_if_both_names=True)(forward)
+
+
 class BothNames:
     """Gives the field `past_key_values` of an output the name `cache` too; since 5.24 both are."""
 
@@ -62,13 +75,21 @@ class BothNames:
 
 @dataclass
 class CoMemoModelOutput(BothNames, BaseModelOutputWithPast):
-    """Adds `image_memory`: the memory that was read, to be handed to the next call."""
+    """What the model without its head returns.
+
+    Attributes:
+        image_memory: the memory that was read, to be handed to the next call.
+        image_outputs: with `pixel_values`, the image tokens [T, tokens per tile, d] as its
+            `pooler_output`.
+    """
 
     image_memory: ImageMemory | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
 class CoMemoOutput(BothNames, CausalLMOutputWithPast):
-    """Adds `image_memory`: the memory that was read, to be handed to the next call."""
+    """What the model returns; `image_memory` and `image_outputs` as of `CoMemoModelOutput`."""
 
     image_memory: ImageMemory | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None

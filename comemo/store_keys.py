@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.internvl import modeling_internvl as internvl
 
-from comemo.mixin import EPS
-from comemo.plain import PLAIN
+from comemo.mixin import MixinLayer
+from comemo.plain import PLAIN, is_own
 
 VERSION = 1  # of what keys are made of and of the files; raised when either changes
 CHUNK = 2**26  # bytes hashed at a time
@@ -68,6 +68,15 @@ def check_storable(model: Any) -> None:
 
 def _find_reason(model: Any) -> str | None:
     """Why the parts' weights do not say all about a memory; None if they do."""
+    vision = model.vision_tower
+    whole = {"vision_tower": (vision, internvl.InternVLVisionModel)}
+    whole["vision_tower.encoder"] = (vision.encoder, internvl.InternVLVisionEncoder)
+    for i in model.config.mixin_layers:
+        name = f"language_model.layers.{i}.mixin"
+        whole[name] = (model.language_model.layers[i].mixin, MixinLayer)
+    for name, (module, own) in whole.items():
+        if not is_own(module, own):
+            return f"{name} is a {type(module).__name__} (an adapter, or quantised), or has hooks"
     weights = set()
     for part, root in memory_parts(model).items():
         for inner, module in root.named_modules():
@@ -118,7 +127,10 @@ def describe_config(model: Any) -> str:
     facts["vision"] = {name: getattr(vision, name) for name in (*seen, "image_size", "patch_size")}
     read = ("num_heads", "head_dim", "rope_theta", "max_position_embeddings")
     facts["mixin"] = {name: getattr(mixin, name) for name in read}
-    facts["eps"] = {"mixin": EPS, "projector": model.multi_modal_projector[0].eps}
+    layers = model.language_model.layers
+    eps = {layers[i].mixin.attn_norm.variance_epsilon for i in config.mixin_layers}
+    own = eps.pop() if len(eps) == 1 else sorted(eps)
+    facts["eps"] = {"mixin": own, "projector": model.multi_modal_projector[0].eps}
     return json.dumps({"version": VERSION, **facts}, sort_keys=True)
 
 
