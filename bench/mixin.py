@@ -157,9 +157,7 @@ class Mixing:
         return Work(2 * rows * weights + attention, moved)
 
     def ways(self, compiled: bool) -> Ways:
-        memories = [
-            replace(self.memory, keys={0: s.key}, values={0: s.value}) for s in self.sets
-        ]
+        memories = [replace(self.memory, keys={0: s.key}, values={0: s.value}) for s in self.sets]
 
         def ours(i: int) -> Tensor:
             return self.sets[i].layer(self.x, None, memories[i], self.rotation)

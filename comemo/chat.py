@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 import comemo_kernels as ops
 from comemo import prompts
-from comemo.options import text_options
+from comemo.answer_options import text_options
 
 History = list[tuple[str, str]]
 

@@ -15,10 +15,10 @@ from transformers.generation.streamers import BaseStreamer
 
 import comemo_kernels as ops
 from comemo import prompts
+from comemo.answer_options import text_options
 from comemo.cache import ROOM_FOR_ANSWER, RoomyCache
 from comemo.chat import check_tokenizer
 from comemo.conversation import Conversation, load_pictures, scaled_length
-from comemo.options import text_options
 from comemo.outputs import CACHE
 from comemo.prefill import read_prompt
 from comemo.progress import PieceStreamer, TokenClock

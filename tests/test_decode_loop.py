@@ -496,7 +496,7 @@ def test_what_a_loop_cannot_take_over(model, loop):
     with pytest.raises(ValueError, match=r"decode_loop must be .* loop of another model"):
         model.generate(**batch, **options | {"decode_loop": DecodeLoop(make_model())})
     gaps = dict(batch, attention_mask=batch["attention_mask"].clone())
-    gaps["attention_mask"][1, 40] = 0
+    gaps["attention_mask"][1, 30] = 0
     with pytest.raises(ValueError, match=r"padded on the left, got .* with gaps"):
         model.generate(**gaps, **options)
     sliding = DynamicCache()

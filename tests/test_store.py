@@ -148,7 +148,7 @@ def test_what_is_kept_serves_gradients_too(core, fresh):
     held = (memory.media, memory.ids, memory.spans, *memory.keys.values(), *memory.values.values())
     assert not any(t.is_inference() or t.requires_grad for t in held)
     del batch["pixel_values"], batch["tile_grid"]
-    out, _ = fresh(**batch, image_memory=memory)
+    out = fresh(**batch, image_memory=memory)
     out.last_hidden_state.sum().backward()
     mixin = fresh.language_model.layers[1].mixin
     assert mixin.q_proj.weight.grad.abs().max() > 0
