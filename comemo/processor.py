@@ -1,65 +1,47 @@
 """Processor: pictures and messages to what `generate` takes, in transformers' terms."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 import comemo_kernels as ops
-from comemo import images as pictures
-from comemo import prompts
+from comemo import messages, prompts
 from comemo.checkpoint import HUB_OPTIONS
 from comemo.config import CoMemoConfig
+from comemo.image_processor import (
+    LOADING,
+    CoMemoImageProcessor,
+    CoMemoImageProcessorKwargs,
+    check_options,
+    flatten_images,
+    option_names,
+    settings_of,
+)
+from comemo.images import choose_grid
+
+__all__ = ["CoMemoImageProcessor", "CoMemoProcessor", "CoMemoProcessorKwargs"]
+
+# Options of the text that are honoured; of all others only None and False.
+TEXT_OPTIONS = (
+    *("add_special_tokens", "padding", "truncation", "max_length", "pad_to_multiple_of"),
+    *("padding_side", "return_attention_mask", "return_mm_token_type_ids", "return_tensors"),
+    "verbose",
+)
+MODALITIES = ("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs")
 
 
-class CoMemoImageProcessor(BaseImageProcessor):
-    """Pictures to normalised tiles and their grids.
+class CoMemoProcessorKwargs(ProcessingKwargs, total=False):
+    """Options of a call of `CoMemoProcessor`."""
 
-    Args:
-        input_size: side of a tile in pixels.
-        min_num, max_num: tiles of one picture, the thumbnail not counted.
-        use_thumbnail: whether a picture of more than one tile carries a thumbnail.
-        published: exactly the published pixels (EXIF orientation ignored).
-    """
-
-    model_input_names = ["pixel_values", "tile_grid"]
-
-    def __init__(
-        self,
-        input_size: int = 448,
-        min_num: int = 1,
-        max_num: int = 12,
-        use_thumbnail: bool = True,
-        published: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.input_size, self.min_num, self.max_num = input_size, min_num, max_num
-        self.use_thumbnail, self.published = use_thumbnail, published
-
-    def __call__(
-        self, images: Any, return_tensors: str | None = "pt", **options: Any
-    ) -> BatchFeature:
-        """Tiles [T, 3, side, side] of all pictures and `tile_grid` [pictures, 2] (cols, rows).
-
-        Args:
-            images: a picture or a (nested) list: PIL image, path, bytes, file or uint8 array.
-            options: `min_num`, `max_num`, `published` for this call.
-        """
-        settings = {
-            name: options.get(name, getattr(self, name))
-            for name in ("input_size", "min_num", "max_num", "use_thumbnail", "published")
-        }
-        loaded = [pictures.load_image(image, **settings) for image in flatten_images(images)]
-        data = {
-            "pixel_values": torch.cat([tiles for tiles, _ in loaded]),
-            "tile_grid": torch.tensor([grid for _, grid in loaded]),
-        }
-        return BatchFeature(data, tensor_type=return_tensors)
-
-    preprocess = __call__
+    images_kwargs: CoMemoImageProcessorKwargs
+    _defaults = {
+        "text_kwargs": {"padding": True, "return_tensors": "pt"},
+        "images_kwargs": {"return_tensors": "pt"},
+    }
 
 
 class CoMemoProcessor(ProcessorMixin):
@@ -69,8 +51,10 @@ class CoMemoProcessor(ProcessorMixin):
         image_processor: a `CoMemoImageProcessor`.
         tokenizer: of the checkpoint.
         chat_template: Jinja source; of the config's template if None.
-        tokens_per_tile: image tokens of one tile.
+        tokens_per_tile: image tokens of one tile of the image processor's `input_size`.
     """
+
+    valid_processor_kwargs = CoMemoProcessorKwargs
 
     def __init__(
         self,
@@ -83,7 +67,7 @@ class CoMemoProcessor(ProcessorMixin):
         self.tokens_per_tile = tokens_per_tile
         self.image_token = prompts.IMAGE_CONTEXT
         template = prompts.chat_template() if chat_template is None else chat_template
-        super().__init__(image_processor, tokenizer, chat_template=template)
+        super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
 
     def __call__(
         self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any
@@ -91,70 +75,211 @@ class CoMemoProcessor(ProcessorMixin):
         """Prompts with `<image>` marks, and pictures in reading order, to model inputs.
 
         Args:
-            images: a picture or a (nested) list of them, or None.
-            text: one prompt or several, as `apply_chat_template` writes them; several are padded
-                on the left.
-            kwargs: `return_tensors` and the image processor's options.
+            images: a picture or a (nested) list of them, as of `CoMemoImageProcessor`, or None.
+                A list of one list per prompt tells which prompt each belongs to.
+            text: one prompt or several, as `apply_chat_template` writes them. `<IMG_CONTEXT>`
+                alone is a mark too.
+            kwargs: options, each by its name or in `text_kwargs`, `images_kwargs` or
+                `common_kwargs`. Of text: `padding` (True), `padding_side`, `max_length`,
+                `pad_to_multiple_of`, `truncation` (never of image tokens), `add_special_tokens`,
+                `return_attention_mask`, `return_mm_token_type_ids`. Of pictures: those of the
+                image processor. Of both: `return_tensors` ("pt"; None for lists). Options of
+                videos and audio act on none.
 
         Returns:
             input_ids and attention_mask [B, N], and with pictures pixel_values, tile_grid.
 
         Raises:
-            ValueError: `<image>` marks and pictures that differ in number; a bad picture.
+            ValueError: marks and pictures that differ in number; a bad picture; an option that
+                there is not, that is given twice or cannot be honoured; image tokens that
+                truncation would cut.
         """
         if text is None:
             raise ValueError("CoMemoProcessor: text must be a string or a list of them, got None")
-        tensors = kwargs.pop("return_tensors", None) or "pt"
         texts = [text] if isinstance(text, str) else list(text)
-        data: dict[str, Any] = {}
-        counts: list[int] = []
-        options = {k: v for k, v in kwargs.items() if k in ("min_num", "max_num", "published")}
-        if images is not None and len(flatten_images(images)):
-            data = dict(self.image_processor(images, **options))
-            counts = [
-                ops.image_tokens(tuple(grid), 1, self.image_processor.use_thumbnail)
-                * self.tokens_per_tile
-                for grid in data["tile_grid"].tolist()
-            ]
+        if not texts or not all(isinstance(one, str) for one in texts):
+            raise ValueError("CoMemoProcessor: text must be a string or a list of strings")
+        texts = [one.replace(self.image_token, prompts.IMAGE_MARK) for one in texts]
+        options = self._options(kwargs)
+        data, counts = self._read_images(images, options["images_kwargs"])
         marks = [one.count(prompts.IMAGE_MARK) for one in texts]
-        if sum(marks) != len(counts):
-            raise ValueError(
-                f"CoMemoProcessor: {marks} {prompts.IMAGE_MARK} marks in the texts for"
-                f" {len(counts)} images"
+        _check_marks(marks, images, len(counts))
+        rest = iter(counts)
+        own = [[next(rest) for _ in range(number)] for number in marks]
+        return self._encode(texts, own, options["text_kwargs"], data)
+
+    def _options(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Options of text and of pictures: those given, before those of the parts and defaults."""
+        _check_given(kwargs)
+        try:
+            merged = self._merge_kwargs(
+                CoMemoProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
             )
-        rows, start = [], 0
-        for one, number in zip(texts, marks, strict=True):
-            own = counts[start : start + number]
-            rows.append(prompts.encode_with_images(self.tokenizer, one, own))
-            start += number
-        longest = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        data["input_ids"] = torch.tensor([[pad] * (longest - len(r)) + r for r in rows])
-        data["attention_mask"] = torch.tensor(
-            [[0] * (longest - len(r)) + [1] * len(r) for r in rows]
+        except StrictDataclassError as error:
+            raise ValueError(f"CoMemoProcessor: {error}") from error
+        text, images = merged["text_kwargs"], merged["images_kwargs"]
+        check_options("CoMemoProcessor", images)
+        # Newer releases have this one beside the text's.
+        name = "return_mm_token_type_ids"
+        text[name] = text.get(name, merged.get(name))
+        for option, value in text.items():
+            if option not in TEXT_OPTIONS and value not in (None, False):
+                raise ValueError(f"CoMemoProcessor: {option} is not supported, got {value!r:.80}")
+        images["return_tensors"] = text["return_tensors"]
+        given = [kwargs, *(kwargs.get(name) or {} for name in ("text_kwargs", "common_kwargs"))]
+        text["strict"] = any(part.get("max_length") is not None for part in given)
+        return {"text_kwargs": text, "images_kwargs": images}
+
+    def _read_images(
+        self, images: Any, options: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[int]]:
+        """What the image processor makes of pictures, and the image tokens of each."""
+        if not flatten_images(images):
+            return {}, []
+        data = dict(self.image_processor(images, **options))
+        chosen = self.image_processor.settings(options)
+        tokens = self._tokens_per_tile(chosen["input_size"])
+        grids = [tuple(int(n) for n in grid) for grid in data["tile_grid"]]
+        return data, [ops.image_tokens(grid, 1, chosen["use_thumbnail"]) * tokens for grid in grids]
+
+    def _tokens_per_tile(self, input_size: int) -> int:
+        """Image tokens of a tile of another size than the image processor's own."""
+        return scale_tokens(self.tokens_per_tile, self.image_processor.input_size, input_size)
+
+    def _encode(
+        self,
+        texts: list[str],
+        counts: list[list[int]],
+        options: dict[str, Any],
+        data: dict[str, Any],
+    ) -> BatchFeature:
+        """Ids of prompts whose pictures have so many tokens, cut and padded."""
+        padding, truncation, limit, _ = self.tokenizer._get_padding_truncation_strategies(
+            options["padding"],
+            options.get("truncation"),
+            options.get("max_length"),
+            options.get("pad_to_multiple_of"),
+            verbose=False,
         )
-        return BatchFeature(data, tensor_type=tensors)
-
-    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
-        """As of transformers; what users typed stays text, control tokens' names included."""
-        one = conversation and isinstance(conversation[0], dict)
-        safe = [
-            [{**message, "content": self._escape(message["content"])} for message in messages]
-            for messages in ([conversation] if one else conversation)
+        if options["padding"] == "max_length" and limit is None:
+            raise ValueError("CoMemoProcessor: padding='max_length' needs max_length, got None")
+        special = options.get("add_special_tokens")
+        special = True if special is None else special
+        rows = [
+            prompts.encode_with_images(self.tokenizer, one, own, special)
+            for one, own in zip(texts, counts, strict=True)
         ]
-        return super().apply_chat_template(safe[0] if one else safe, *args, **kwargs)
+        longest = max(map(len, rows))
+        if limit is not None and longest > limit:
+            if truncation != "do_not_truncate":
+                rows = [self._cut(row, limit, truncation, special) for row in rows]
+            elif options["strict"]:
+                raise ValueError(
+                    f"CoMemoProcessor: a prompt has {longest} tokens, more than max_length {limit}:"
+                    " pass truncation=True to cut it"
+                )
+        encoded = self.tokenizer.pad(
+            {"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]},
+            padding=padding,
+            max_length=limit,
+            pad_to_multiple_of=options.get("pad_to_multiple_of"),
+            padding_side=options.get("padding_side"),
+        )
+        data = data | {"input_ids": encoded["input_ids"]}
+        if options.get("return_attention_mask") is not False:
+            data["attention_mask"] = encoded["attention_mask"]
+        if options["return_mm_token_type_ids"]:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(encoded["input_ids"])
+        return BatchFeature(data, tensor_type=options["return_tensors"])
 
-    def _escape(self, content: Any) -> Any:
-        if isinstance(content, str):
-            return prompts.escape(content, self.tokenizer)
-        # Pictures are items of their own here: a typed mark is text.
-        mark, inert = prompts.IMAGE_MARK, prompts.IMAGE_MARK.replace("<", "<" + prompts.MARKER)
-        return [
-            {**item, "text": prompts.escape(item["text"], self.tokenizer).replace(mark, inert)}
-            if item.get("type") == "text"
-            else item
-            for item in content
-        ]
+    def _cut(self, row: list[int], limit: int, truncation: str, special: bool) -> list[int]:
+        """A prompt without what is too much of its text, at the tokenizer's side for that."""
+        if truncation == "only_second":
+            raise ValueError("CoMemoProcessor: truncation 'only_second' needs pairs of texts")
+        if len(row) <= limit:
+            return row
+        before, after = prompts.ids_around(self.tokenizer, "a") if special else ([], [])
+        start, end, room = len(before), len(row) - len(after), limit - len(before) - len(after)
+        if room < 0:
+            raise ValueError(f"CoMemoProcessor: max_length {limit} has no room for special tokens")
+        left = self.tokenizer.truncation_side == "left"
+        kept = slice(end - room, end) if left else slice(start, start + room)
+        lost = row[start : kept.start] if left else row[kept.stop : end]
+        names = (prompts.IMAGE_START, prompts.IMAGE_CONTEXT, prompts.IMAGE_END)
+        if not set(self.tokenizer.convert_tokens_to_ids(list(names))).isdisjoint(lost):
+            raise ValueError(
+                f"CoMemoProcessor: truncation of {len(row)} tokens to max_length {limit} would cut"
+                " image tokens: shorten the text, or pass a smaller max_num"
+            )
+        return before + row[kept] + after
+
+    def apply_chat_template(
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        *,
+        tools: Any = None,
+        documents: Any = None,
+        processor_kwargs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As of transformers; what users typed stays text, control tokens' names included.
+
+        Args:
+            conversation: messages, or a list of several conversations, in the forms that
+                `comemo.messages` reads.
+            chat_template: instead of the processor's own.
+            tools, documents: for a template that knows them; the published ones do not.
+            processor_kwargs: options as of a call. They may stand among `kwargs` too.
+            kwargs: as of transformers: `add_generation_prompt`, `continue_final_message`,
+                `tokenize`, `return_dict`, variables of the template.
+
+        Raises:
+            ValueError: as of `read_conversations` and of a call; tools or documents for a
+                published template.
+        """
+        template = self.chat_template if chat_template is None else chat_template
+        published = template in _PUBLISHED
+        for name, value in (("tools", tools), ("documents", documents)):
+            if value and published:
+                raise ValueError(
+                    f"apply_chat_template: the published chat templates know no {name}, got"
+                    f" {len(value)}: pass a chat_template that does"
+                )
+        kwargs.pop("sanitize_control_tokens", None)  # what is read below is safe already
+        safe, several = messages.read_conversations(conversation, self._escape, published)
+        options = dict(processor_kwargs or {})
+        for name in [name for name in kwargs if name in _names_of_options()]:
+            if name in options:
+                raise ValueError(f"CoMemoProcessor: {name} was passed two times")
+            options[name] = kwargs.pop(name)
+        return super().apply_chat_template(
+            safe if several else safe[0],
+            chat_template,
+            tools=messages.escape_texts(tools, self._escape),
+            documents=messages.escape_texts(documents, self._escape),
+            processor_kwargs=options,
+            **kwargs,
+        )
+
+    def _escape(self, text: str) -> str:
+        return prompts.escape(text, self.tokenizer)
+
+    @property
+    def image_token_id(self) -> int:
+        """Id of `<IMG_CONTEXT>`."""
+        return self.tokenizer.convert_tokens_to_ids(self.image_token)
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """As of transformers: image tokens and tiles of pictures of (height, width) pixels."""
+        chosen = self.image_processor.settings(kwargs)
+        limits = (chosen["min_num"], chosen["max_num"], chosen["input_size"])
+        grids = [choose_grid(width, height, *limits) for height, width in image_sizes or ()]
+        tiles = [ops.image_tokens(grid, 1, chosen["use_thumbnail"]) for grid in grids]
+        tokens = self._tokens_per_tile(chosen["input_size"])
+        return MultiModalData(
+            num_image_tokens=[number * tokens for number in tiles], num_image_patches=tiles
+        )
 
     @property
     def model_input_names(self) -> list[str]:
@@ -165,24 +290,93 @@ class CoMemoProcessor(ProcessorMixin):
         cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
     ) -> list[Any]:
         """Published checkpoints hold no processor files: the config says it all."""
+        path = pretrained_model_name_or_path
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        config = CoMemoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
-        settings = {
-            "input_size": config.force_image_size,
-            "min_num": config.min_dynamic_patch,
-            "max_num": config.max_dynamic_patch,
-            "use_thumbnail": config.use_thumbnail,
-        }
-        if processor_dict is not None:
-            processor_dict.setdefault("chat_template", prompts.chat_template(config.template))
-            processor_dict.setdefault("tokens_per_tile", config.tokens_per_tile)
-            settings |= processor_dict.pop("image_processor", None) or {}
-        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **hub)
-        return [CoMemoImageProcessor(**settings), tokenizer]
+        config = CoMemoConfig.from_pretrained(path, **hub)
+        known = processor_dict if processor_dict is not None else {}
+        for name in ("chat_template", "tokens_per_tile", "image_processor", "tokenizer"):
+            kwargs.pop(name, None)  # of the class itself
+        shown = {n: kwargs.pop(n) for n in list(kwargs) if n in _image_only()}
+        known.setdefault("chat_template", prompts.chat_template(config.template))
+        settings = settings_of(config) | (known.pop("image_processor", None) or {})
+        side = settings["input_size"]
+        images = CoMemoImageProcessor.from_dict(settings, **shown)
+        known.setdefault("tokens_per_tile", config.tokens_per_tile)
+        known["tokens_per_tile"] = scale_tokens(known["tokens_per_tile"], side, images.input_size)
+        rest = {n: value for n, value in kwargs.items() if n not in LOADING or n in hub}
+        return [images, AutoTokenizer.from_pretrained(path, **rest)]
 
 
-def flatten_images(images: Any) -> list[Any]:
-    """All pictures of a picture or of a nested list of them."""
-    if isinstance(images, (list, tuple)):
-        return [image for part in images for image in flatten_images(part)]
-    return [] if images is None else [images]
+_PUBLISHED = {prompts.chat_template(name) for name in prompts.TEMPLATES}
+
+
+def scale_tokens(tokens: int, size: int, other: int) -> int:
+    """Image tokens of a tile of another size.
+
+    Args:
+        tokens: of a tile of `size` pixels.
+        size, other: sides of tiles in pixels.
+
+    Raises:
+        ValueError: the other tile holds no whole number of tokens along a side.
+    """
+    if size == other:
+        return tokens
+    side, rest = divmod(math.isqrt(tokens) * other, size)
+    if rest or not side:
+        step = size // math.gcd(math.isqrt(tokens), size)
+        raise ValueError(
+            f"CoMemoProcessor: input_size must be a multiple of {step}, got {other}: a tile of"
+            f" {size} pixels has {math.isqrt(tokens)} tokens along its side"
+        )
+    return side**2
+
+
+def _check_marks(marks: list[int], images: Any, number: int) -> None:
+    rows = isinstance(images, (list, tuple)) and len(images) == len(marks)
+    rows = rows and all(isinstance(row, (list, tuple)) for row in images)
+    shown = [len(flatten_images(row)) for row in images] if rows else None
+    if sum(marks) != number or (shown is not None and shown != marks):
+        found = f"{number} images" if shown is None or len(shown) == 1 else f"{shown} images"
+        raise ValueError(
+            f"CoMemoProcessor: {marks} {prompts.IMAGE_MARK} marks in the texts for {found}"
+        )
+
+
+def _check_given(kwargs: Mapping[str, Any]) -> None:
+    """Refuse names of no option, and options given twice."""
+    names = {
+        "text_kwargs": _text_names(),
+        "images_kwargs": option_names(),
+        "common_kwargs": _text_names() | option_names(),
+    }
+    for group, part in kwargs.items():
+        if group not in MODALITIES:
+            if group not in _names_of_options():
+                raise ValueError(f"CoMemoProcessor: there is no option {group}")
+            continue
+        if not isinstance(part, Mapping):
+            got = type(part).__name__
+            raise ValueError(f"CoMemoProcessor: {group} must be a dictionary, got {got}")
+        known = names.get(group) or _names_of_options()
+        for name in part:
+            if name not in known:
+                raise ValueError(f"CoMemoProcessor: there is no option {name} in {group}")
+            if name in kwargs and group != "common_kwargs":
+                raise ValueError(f"CoMemoProcessor: {name} was passed two times, once in {group}")
+
+
+def _text_names() -> set[str]:
+    return set(CoMemoProcessorKwargs.__annotations__["text_kwargs"].__annotations__)
+
+
+def _names_of_options() -> set[str]:
+    """All names that a call takes; those of videos and audio as any processor does."""
+    groups = {name: CoMemoProcessorKwargs.__annotations__[name] for name in MODALITIES[:-1]}
+    names = {option for group in groups.values() for option in group.__annotations__}
+    beside = set(CoMemoProcessorKwargs.__annotations__)
+    return names | option_names() | set(MODALITIES) | beside
+
+
+def _image_only() -> set[str]:
+    return option_names() - _text_names()

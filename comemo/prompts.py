@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from comemo.tokenizer import MARKER, InternLM2Tokenizer
+from comemo.tokenizer import MARKER, InternLM2Tokenizer, check_unicode
 
 IMAGE_MARK = "<image>"
 IMAGE_START = "<img>"
@@ -196,12 +196,15 @@ def expand_images(prompt: str, token_counts: Sequence[int]) -> str:
 
 
 def encode_with_images(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, token_counts: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    token_counts: Sequence[int],
+    add_special_tokens: bool = True,
 ) -> list[int]:
     """Turn a prompt with `<image>` marks into ids.
 
     Args:
-        tokenizer: as of `encode_prompt`.
+        tokenizer, add_special_tokens: as of `encode_prompt`.
         prompt: what `build_prompt` returned.
         token_counts: as of `expand_images`.
 
@@ -215,7 +218,7 @@ def encode_with_images(
     text = expand_images(prompt, [min(count, 1) for count in token_counts])
     context, counts = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT), iter(token_counts)
     ids: list[int] = []
-    for index in encode_prompt(tokenizer, text):
+    for index in encode_prompt(tokenizer, text, add_special_tokens):
         ids += [index] * (next(counts) if index == context else 1)
     return ids
 
@@ -265,8 +268,10 @@ def escape(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
         ones included, and no other `MARKER`. Text without such names comes back as it is.
 
     Raises:
-        ValueError: the text holds a control token of one character, which no marker can split.
+        ValueError: the text holds a control token of one character, which no marker can split, or
+            half a surrogate pair.
     """
+    check_unicode("escape", text)
     text = text.replace(MARKER, "")
     literals = _control_literals(tokenizer)
     for literal in literals:
@@ -279,23 +284,29 @@ def escape(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return re.sub(rf"(?={_any_of(literals)})(?s:.)", rf"\g<0>{MARKER}", text)
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, add_special_tokens: bool = True
+) -> list[int]:
     """Turn a prompt with escaped user text into ids.
 
     Args:
         tokenizer: `InternLM2Tokenizer`, or any other: for one that knows no `MARKER`, a prompt
             that holds markers is split at the control tokens here, each part encoded alone.
         prompt: what `expand_images` returned.
+        add_special_tokens: whether to put around the ids what the tokenizer puts around every
+            text.
 
     Returns:
-        The ids, with those that the tokenizer puts around every text.
+        The ids.
 
     Raises:
-        ValueError: the tokenizer turns text into a control token and cannot be kept from it, or
-            a text's ids are not the same with and without special tokens around it.
+        ValueError: the tokenizer turns text into a control token and cannot be kept from it, a
+            text's ids are not the same with and without special tokens around it, or the prompt
+            holds half a surrogate pair.
     """
+    check_unicode("encode_prompt", prompt)
     if isinstance(tokenizer, InternLM2Tokenizer) or MARKER not in prompt:
-        return tokenizer(prompt)["input_ids"]
+        return tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"]
     literals = _control_literals(tokenizer)
     control = {tokenizer.convert_tokens_to_ids(literal): literal for literal in literals}
     control.pop(tokenizer.unk_token_id, None)
@@ -305,7 +316,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
             ids.append(tokenizer.convert_tokens_to_ids(part))
         elif part:
             ids += _encode_text(tokenizer, part.replace(MARKER, ""), control)
-    before, after = _ids_around(tokenizer, prompt)
+    before, after = ids_around(tokenizer, prompt) if add_special_tokens else ([], [])
     return before + ids + after
 
 
@@ -321,8 +332,16 @@ def _encode_text(tokenizer, text: str, control: dict[int, str]) -> list[int]:
     return encoded["input_ids"]
 
 
-def _ids_around(tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after the ids of `text`."""
+def ids_around(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """What a tokenizer puts before and after the ids of a text.
+
+    Args:
+        tokenizer: any.
+        text: any with ids of its own.
+
+    Raises:
+        ValueError: the text's ids are not the same with and without it.
+    """
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
     full = tokenizer(text)["input_ids"]
     for start in range(len(full) - len(bare) + 1):

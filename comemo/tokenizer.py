@@ -7,16 +7,35 @@ of the name can then match, and the marker's own pieces are dropped. `comemo.pro
 the markers. A string without a marker gives the published ids.
 """
 
+import inspect
+import os
+import re
 from itertools import groupby
 from typing import Any
 
+from transformers import AddedToken
+from transformers.processing_utils import TextKwargs
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 MARKER = "\ufdd0"  # a Unicode noncharacter: no valid text holds one
 MARKER_PIECES = [f"<0x{byte:02X}>" for byte in MARKER.encode()]
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 # Keywords that steer the loading, and the pointer to code inside a checkpoint: not to be saved.
 LOADING_KEYS = ("auto_map", "trust_remote_code", "use_fast")
+
+# What transformers takes beside those of the class and of a call: to find files, to set up.
+KEYWORDS = (
+    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"),
+    *("token", "code_revision", "config", "from_slow", "gguf_file", "tokenizer_file"),
+    *("tokenizer_type", "user_agent", "added_tokens_decoder", "additional_special_tokens"),
+    *("extra_special_tokens", "model_specific_special_tokens", "sep_token", "cls_token"),
+    *("mask_token", "backend", "chat_template", "files_loaded", "legacy", "model_input_names"),
+    *("model_max_length", "max_len", "name_or_path", "padding_side", "processor_class"),
+    *("response_schema", "response_template", "sp_model_kwargs", "split_special_tokens"),
+    *("spaces_between_special_tokens", "tokenizer_class", "truncation_side", "do_lower_case"),
+)
 
 
 class InternLM2Tokenizer(SentencePieceBackend):
@@ -28,13 +47,16 @@ class InternLM2Tokenizer(SentencePieceBackend):
         add_bos_token: put `bos_token` before every text.
         add_eos_token: put `eos_token` after every text.
         clean_up_tokenization_spaces: clean up the joined text too; the parts always are.
-        **kwargs: as of any transformers tokenizer.
+        **kwargs: as of any transformers tokenizer. Padding is on the left unless `padding_side`
+            says "right": an answer follows the last token of its prompt.
 
     Raises:
-        ValueError: there is no `vocab_file`, or it is no sentencepiece model.
+        ValueError: there is no `vocab_file`, or it is no sentencepiece model. Later: text that
+            holds half a surrogate pair, which no UTF-8 can.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"
 
     def __init__(
         self,
@@ -57,6 +79,8 @@ class InternLM2Tokenizer(SentencePieceBackend):
                 bos_token=bos_token,
                 eos_token=eos_token,
                 pad_token=pad_token,
+                add_bos_token=add_bos_token,  # what is handed on is saved
+                add_eos_token=add_eos_token,
                 clean_up_tokenization_spaces=clean_up_tokenization_spaces,
                 **{key: value for key, value in kwargs.items() if key not in LOADING_KEYS},
             )
@@ -67,6 +91,33 @@ class InternLM2Tokenizer(SentencePieceBackend):
         self.add_bos_token = add_bos_token
         self.add_eos_token = add_eos_token
         self.special_tokens_pattern = "prefix_suffix"
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As of transformers. Padding is on the left unless `padding_side` is given here.
+
+        What the files of a checkpoint say of the side is how it was trained, where the side does
+        not matter: a prompt padded on the right is answered wrongly.
+
+        Raises:
+            ValueError: a keyword that no tokenizer has, or as of the class.
+        """
+        check_keywords(f"{cls.__name__}.from_pretrained", kwargs)
+        side = kwargs.pop("padding_side", None) or "left"
+        return super().from_pretrained(
+            pretrained_model_name_or_path, *args, padding_side=side, **kwargs
+        )
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        """As of transformers.
+
+        Raises:
+            ValueError: the text holds half a surrogate pair.
+        """
+        check_unicode("InternLM2Tokenizer", text)
+        return super().tokenize(text, **kwargs)
 
     @property
     def prefix_tokens(self) -> list[int]:
@@ -152,3 +203,45 @@ def _drop_markers(pieces: list[str], unk_token: str) -> list[str]:
         if kept[-len(MARKER_PIECES) :] == MARKER_PIECES:
             del kept[-len(MARKER_PIECES) :]
     return kept
+
+
+def check_unicode(function: str, text: str) -> None:
+    """Refuse text that no UTF-8 holds, such as half of a picture character cut in two.
+
+    Args:
+        function: whose name the error begins with.
+        text: any.
+
+    Raises:
+        ValueError: the text holds half a surrogate pair.
+    """
+    if found := _SURROGATE.search(text):
+        raise ValueError(
+            f"{function}: wanted text of whole characters, got half a surrogate pair"
+            f" {found[0]!r} at {found.start()}"
+        )
+
+
+def check_keywords(function: str, keywords: dict[str, Any]) -> None:
+    """Refuse keywords of `from_pretrained` that no tokenizer has.
+
+    Args:
+        function: whose name the error begins with.
+        keywords: as given.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, value in keywords.items():
+        # A name of a method is refused by transformers, in its own words.
+        known = (
+            name in _keyword_names() or name.startswith("_") or hasattr(InternLM2Tokenizer, name)
+        )
+        # Any name may be a token's.
+        if not known and not (name.endswith("_token") and isinstance(value, (str, AddedToken))):
+            raise ValueError(f"{function}: wanted a keyword of tokenizers, got {name}")
+
+
+def _keyword_names() -> set[str]:
+    own = set(inspect.signature(InternLM2Tokenizer.__init__).parameters) - {"self", "kwargs"}
+    return own | set(KEYWORDS) | set(LOADING_KEYS) | set(TextKwargs.__annotations__)
