@@ -13,10 +13,11 @@ from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLAS
 from comemo.config import CoMemoConfig, MixinConfig
 from comemo.core import CoMemoModel
 from comemo.decode import DecodeLoop
+from comemo.image_processor import CoMemoImageProcessor, knowing_published
 from comemo.images import load_image
 from comemo.model import CoMemoForConditionalGeneration
 from comemo.outputs import CoMemoModelOutput, CoMemoOutput
-from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
+from comemo.processor import CoMemoProcessor
 from comemo.session import ChatSession
 from comemo.store import MemoryStore, MemoryStoreWarning
 from comemo.tokenizer import InternLM2Tokenizer
@@ -48,4 +49,7 @@ REGISTERED_TOKENIZER_CLASSES[InternLM2Tokenizer.__name__] = InternLM2Tokenizer
 for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
     auto.register(CoMemoConfig, CoMemoForConditionalGeneration)
 AutoImageProcessor.register(CoMemoConfig, image_processor_classes={"pil": CoMemoImageProcessor})
+AutoImageProcessor.from_pretrained = staticmethod(
+    knowing_published(AutoImageProcessor.from_pretrained)
+)
 AutoProcessor.register(CoMemoConfig, CoMemoProcessor)

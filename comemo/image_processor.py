@@ -1,15 +1,16 @@
 """Image processor: pictures to normalised tiles and their grids, in transformers' terms."""
 
+import functools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import ChannelDimension
 from transformers.processing_utils import ImagesKwargs
@@ -28,6 +29,8 @@ FIXED = {"do_resize": True, "do_center_crop": False, "do_pad": False}
 FREE = ("return_tensors", "device", "data_format", "disable_grouping")
 # What loading takes beside settings.
 LOADING = (*HUB_OPTIONS, "force_download", "proxies", "image_processor_filename")
+OF_AUTO = ("config", "use_fast", "backend", "trust_remote_code")
+MODEL_TYPE = CoMemoConfig.model_type
 SERVICE = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map")
 
 
@@ -155,6 +158,8 @@ class CoMemoImageProcessor(BaseImageProcessor):
         try:
             return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
         except OSError:
+            if not is_published(pretrained_model_name_or_path, **hub):
+                raise
             config = CoMemoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
         own = {name: value for name, value in kwargs.items() if name not in LOADING}
         return settings_of(config), {n: v for n, v in own.items() if not n.startswith("_")}
@@ -186,6 +191,41 @@ class CoMemoImageProcessor(BaseImageProcessor):
     def from_json_file(cls, json_file: str | os.PathLike[str]) -> Any:
         """As of transformers."""
         return cls.from_dict(json.loads(Path(json_file).read_text(encoding="utf-8")))
+
+
+def knowing_published(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `AutoImageProcessor.from_pretrained` load published checkpoints too.
+
+    They hold no file of an image processor, so that it gives up before it asks for a class.
+
+    Args:
+        load: it.
+
+    Returns:
+        The same, but for directories that it finds no file in and whose config is CoMemo's.
+    """
+
+    @functools.wraps(load)
+    def from_pretrained(path: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return load(path, *args, **kwargs)
+        except OSError:
+            if not is_published(path, **{n: kwargs[n] for n in HUB_OPTIONS if n in kwargs}):
+                raise
+        own = {name: value for name, value in kwargs.items() if name not in OF_AUTO}
+        return CoMemoImageProcessor.from_pretrained(path, *args, **own)
+
+    return from_pretrained
+
+
+def is_published(path: Any, **hub: Any) -> bool:
+    """Whether a directory or repository has a config, and of CoMemo.
+
+    Args:
+        path: of the checkpoint.
+        hub: where to look, as of `from_pretrained`.
+    """
+    return PreTrainedConfig.get_config_dict(path, **hub)[0].get("model_type") == MODEL_TYPE
 
 
 def settings_of(config: CoMemoConfig) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Processor: pictures and messages to what `generate` takes, in transformers' terms."""
 
+import inspect
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import AutoTokenizer, BatchFeature, GenerationConfig, ProcessorMixin
 from transformers.processing_utils import MultiModalData, ProcessingKwargs
 
 import comemo_kernels as ops
@@ -13,7 +16,6 @@ from comemo import messages, prompts
 from comemo.checkpoint import HUB_OPTIONS
 from comemo.config import CoMemoConfig
 from comemo.image_processor import (
-    LOADING,
     CoMemoImageProcessor,
     CoMemoImageProcessorKwargs,
     check_options,
@@ -99,8 +101,11 @@ class CoMemoProcessor(ProcessorMixin):
         texts = [text] if isinstance(text, str) else list(text)
         if not texts or not all(isinstance(one, str) for one in texts):
             raise ValueError("CoMemoProcessor: text must be a string or a list of strings")
+        for name in ("videos", "audio"):
+            if kwargs.pop(name, None):
+                raise ValueError(f"CoMemoProcessor: the model knows pictures alone, got {name}")
         texts = [one.replace(self.image_token, prompts.IMAGE_MARK) for one in texts]
-        options = self._options(kwargs)
+        options = self._options(_without_generation(kwargs))
         data, counts = self._read_images(images, options["images_kwargs"])
         marks = [one.count(prompts.IMAGE_MARK) for one in texts]
         _check_marks(marks, images, len(counts))
@@ -110,24 +115,24 @@ class CoMemoProcessor(ProcessorMixin):
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Options of text and of pictures: those given, before those of the parts and defaults."""
-        _check_given(kwargs)
+        given = _sorted_options(kwargs)
+        types = CoMemoProcessorKwargs.__annotations__
+        # Newer releases want this one beside the text's options.
+        beside = {n: given["text_kwargs"].pop(n, False) for n in ("return_mm_token_type_ids",)}
         try:
+            validate_typed_dict(types["text_kwargs"], given["text_kwargs"] | beside)
             merged = self._merge_kwargs(
-                CoMemoProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+                CoMemoProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **given
             )
         except StrictDataclassError as error:
-            raise ValueError(f"CoMemoProcessor: {error}") from error
-        text, images = merged["text_kwargs"], merged["images_kwargs"]
+            raise ValueError("CoMemoProcessor: " + " ".join(str(error).split())) from error
+        text, images = merged["text_kwargs"] | beside, merged["images_kwargs"]
         check_options("CoMemoProcessor", images)
-        # Newer releases have this one beside the text's.
-        name = "return_mm_token_type_ids"
-        text[name] = text.get(name, merged.get(name))
-        for option, value in text.items():
-            if option not in TEXT_OPTIONS and value not in (None, False):
-                raise ValueError(f"CoMemoProcessor: {option} is not supported, got {value!r:.80}")
+        for name, value in text.items():
+            if name not in TEXT_OPTIONS and value not in (None, False):
+                raise ValueError(f"CoMemoProcessor: {name} is not supported, got {value!r:.80}")
         images["return_tensors"] = text["return_tensors"]
-        given = [kwargs, *(kwargs.get(name) or {} for name in ("text_kwargs", "common_kwargs"))]
-        text["strict"] = any(part.get("max_length") is not None for part in given)
+        text["strict"] = given["text_kwargs"].get("max_length") is not None
         return {"text_kwargs": text, "images_kwargs": images}
 
     def _read_images(
@@ -249,10 +254,14 @@ class CoMemoProcessor(ProcessorMixin):
         kwargs.pop("sanitize_control_tokens", None)  # what is read below is safe already
         safe, several = messages.read_conversations(conversation, self._escape, published)
         options = dict(processor_kwargs or {})
-        for name in [name for name in kwargs if name in _names_of_options()]:
+        of_call = _names_of_options() | _GENERATION
+        for name in [name for name in kwargs if name in of_call]:
             if name in options:
                 raise ValueError(f"CoMemoProcessor: {name} was passed two times")
             options[name] = kwargs.pop(name)
+        for name in kwargs:
+            if published and name not in _TEMPLATE_OPTIONS:
+                raise ValueError(f"apply_chat_template: there is no option {name}")
         return super().apply_chat_template(
             safe if several else safe[0],
             chat_template,
@@ -303,10 +312,12 @@ class CoMemoProcessor(ProcessorMixin):
         images = CoMemoImageProcessor.from_dict(settings, **shown)
         known.setdefault("tokens_per_tile", config.tokens_per_tile)
         known["tokens_per_tile"] = scale_tokens(known["tokens_per_tile"], side, images.input_size)
-        rest = {n: value for n, value in kwargs.items() if n not in LOADING or n in hub}
+        rest = {n: value for n, value in kwargs.items() if n != "image_processor_filename"}
         return [images, AutoTokenizer.from_pretrained(path, **rest)]
 
 
+_TEMPLATE_OPTIONS = set(inspect.signature(ProcessorMixin.apply_chat_template).parameters)
+_GENERATION = set(GenerationConfig().to_dict())
 _PUBLISHED = {prompts.chat_template(name) for name in prompts.TEMPLATES}
 
 
@@ -332,6 +343,18 @@ def scale_tokens(tokens: int, size: int, other: int) -> int:
     return side**2
 
 
+def _without_generation(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Options but those of `generate`, which a pipeline hands to the processor alone."""
+    lost = sorted(name for name in kwargs if name in _GENERATION - _names_of_options())
+    if lost:
+        warnings.warn(
+            f"CoMemoProcessor: {', '.join(lost)} change nothing here, they are for generate: give"
+            " them to a pipeline as generate_kwargs={...}",
+            stacklevel=3,
+        )
+    return {name: value for name, value in kwargs.items() if name not in lost}
+
+
 def _check_marks(marks: list[int], images: Any, number: int) -> None:
     rows = isinstance(images, (list, tuple)) and len(images) == len(marks)
     rows = rows and all(isinstance(row, (list, tuple)) for row in images)
@@ -343,27 +366,30 @@ def _check_marks(marks: list[int], images: Any, number: int) -> None:
         )
 
 
-def _check_given(kwargs: Mapping[str, Any]) -> None:
-    """Refuse names of no option, and options given twice."""
-    names = {
-        "text_kwargs": _text_names(),
-        "images_kwargs": option_names(),
-        "common_kwargs": _text_names() | option_names(),
-    }
-    for group, part in kwargs.items():
-        if group not in MODALITIES:
-            if group not in _names_of_options():
-                raise ValueError(f"CoMemoProcessor: there is no option {group}")
-            continue
+def _sorted_options(kwargs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Options of text and of pictures, however they were given; none twice, none unknown.
+
+    transformers drops some that it does not know, and some releases those beside a dictionary.
+    """
+    groups = {name: kwargs.get(name, {}) for name in MODALITIES}
+    flat = {name: value for name, value in kwargs.items() if name not in groups}
+    names = {"text_kwargs": _text_names(), "images_kwargs": option_names()}
+    for group, part in groups.items():
         if not isinstance(part, Mapping):
             got = type(part).__name__
             raise ValueError(f"CoMemoProcessor: {group} must be a dictionary, got {got}")
-        known = names.get(group) or _names_of_options()
         for name in part:
-            if name not in known:
+            if name not in names.get(group, _names_of_options()):
                 raise ValueError(f"CoMemoProcessor: there is no option {name} in {group}")
-            if name in kwargs and group != "common_kwargs":
+            if name in flat and group != "common_kwargs":
                 raise ValueError(f"CoMemoProcessor: {name} was passed two times, once in {group}")
+    if unknown := sorted(set(flat) - _names_of_options()):
+        raise ValueError(f"CoMemoProcessor: there is no option {unknown[0]}")
+    beside = {**groups["common_kwargs"], **flat}
+    return {
+        group: {name: beside[name] for name in own if name in beside} | dict(groups[group])
+        for group, own in names.items()
+    }
 
 
 def _text_names() -> set[str]:
@@ -372,10 +398,9 @@ def _text_names() -> set[str]:
 
 def _names_of_options() -> set[str]:
     """All names that a call takes; those of videos and audio as any processor does."""
-    groups = {name: CoMemoProcessorKwargs.__annotations__[name] for name in MODALITIES[:-1]}
-    names = {option for group in groups.values() for option in group.__annotations__}
-    beside = set(CoMemoProcessorKwargs.__annotations__)
-    return names | option_names() | set(MODALITIES) | beside
+    groups = [CoMemoProcessorKwargs.__annotations__[name] for name in MODALITIES[:-1]]
+    names = {option for group in groups for option in group.__annotations__}
+    return names | option_names() | set(MODALITIES)
 
 
 def _image_only() -> set[str]:

@@ -104,7 +104,8 @@ class InternLM2Tokenizer(SentencePieceBackend):
         Raises:
             ValueError: a keyword that no tokenizer has, or as of the class.
         """
-        check_keywords(f"{cls.__name__}.from_pretrained", kwargs)
+        if "_from_pipeline" not in kwargs:  # which hands on what is for the model
+            check_keywords(f"{cls.__name__}.from_pretrained", kwargs)
         side = kwargs.pop("padding_side", None) or "left"
         return super().from_pretrained(
             pretrained_model_name_or_path, *args, padding_side=side, **kwargs
