@@ -26,7 +26,7 @@ SETTINGS = (*TILING, *PIXELS, "do_convert_rgb")
 # What the tiling does anyway: nothing else can be had.
 FIXED = {"do_resize": True, "do_center_crop": False, "do_pad": False}
 # What only a call takes, and what changes no value.
-FREE = ("return_tensors", "device", "data_format", "disable_grouping")
+FREE = ("return_tensors", "device", "data_format", "input_data_format", "disable_grouping")
 # What loading takes beside settings.
 LOADING = (*HUB_OPTIONS, "force_download", "proxies", "image_processor_filename")
 OF_AUTO = ("config", "use_fast", "backend", "trust_remote_code")
@@ -106,8 +106,9 @@ class CoMemoImageProcessor(BaseImageProcessor):
             images: a picture or a (nested) list: PIL image, path, bytes, file, uint8 array or
                 tensor (with four axes: several), `data:` URL or base64.
             return_tensors: "pt", "np", or None for lists (of arrays, the tiles).
-            options: those of the class for this call; `data_format` of the tiles, "channels_first"
-                or "channels_last"; `device` of tensors.
+            options: those of the class for this call; `data_format` of the tiles and
+                `input_data_format` of arrays and tensors, "channels_first" or "channels_last";
+                `device` of what is returned.
 
         Raises:
             ValueError: an option that there is not or that cannot be honoured; no picture, or one
@@ -115,7 +116,9 @@ class CoMemoImageProcessor(BaseImageProcessor):
         """
         check_options("CoMemoImageProcessor", options)
         chosen = self.settings(options)
-        loaded = [_load(image, chosen) for image in flatten_images(images)]
+        order = options.get("input_data_format")
+        found = [_channels_last(image, order) for image in flatten_images(images)]
+        loaded = [_load(image, chosen) for image in found]
         if not loaded:
             raise ValueError("CoMemoImageProcessor: wanted at least one picture, got none")
         tiles = torch.cat([tiles for tiles, _ in loaded])
@@ -282,6 +285,16 @@ def flatten_images(images: Any) -> list[Any]:
     if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
         return list(images)
     return [] if images is None else [images]
+
+
+def _channels_last(image: Any, order: str | ChannelDimension | None) -> Any:
+    """An array or tensor of a known order as an array that is read so; else what it is."""
+    if order is None or not isinstance(image, (np.ndarray, Tensor)) or image.ndim != 3:
+        return image
+    pixels = image.cpu().numpy() if isinstance(image, Tensor) else image
+    return (
+        pixels.transpose(1, 2, 0) if ChannelDimension(order) == ChannelDimension.FIRST else pixels
+    )
 
 
 def _load(image: Any, chosen: Mapping[str, Any]) -> tuple[Tensor, tuple[int, int]]:

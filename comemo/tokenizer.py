@@ -131,6 +131,11 @@ class InternLM2Tokenizer(SentencePieceBackend):
         return [self.eos_token_id] if self.add_eos_token else []
 
     @property
+    def add_prefix_space(self) -> bool:
+        """Whether the model puts a blank before every text, so before words that are alone too."""
+        return self.sp_model.encode("a", out_type=str)[0].startswith("▁")
+
+    @property
     def control_literals(self) -> set[str]:
         """What would become a control token if typed: their names and those they replaced."""
         ids = set(self.all_special_ids)
