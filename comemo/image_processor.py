@@ -34,7 +34,7 @@ MODEL_TYPE = CoMemoConfig.model_type
 SERVICE = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map")
 
 
-class CoMemoImageProcessorKwargs(ImagesKwargs, total=False):
+class CoMemoImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     """Options of a call, beside those of every image processor.
 
     Attributes:
@@ -49,6 +49,12 @@ class CoMemoImageProcessorKwargs(ImagesKwargs, total=False):
     max_num: Any
     use_thumbnail: bool | None
     published: bool | None
+
+
+# Of all options that image processors have, ours among them.
+IMAGE_NAMES = frozenset(ImagesKwargs.__annotations__) | frozenset(
+    CoMemoImageProcessorKwargs.__annotations__
+)
 
 
 class CoMemoImageProcessor(BaseImageProcessor):
@@ -181,10 +187,10 @@ class CoMemoImageProcessor(BaseImageProcessor):
         """
         given = {n: v for n, v in kwargs.items() if v is not None and not n.startswith("_")}
         wants_rest = given.pop("return_unused_kwargs", False)
-        rest = {n: given.pop(n) for n in list(given) if wants_rest and n not in option_names()}
+        rest = {n: given.pop(n) for n in list(given) if wants_rest and n not in IMAGE_NAMES}
         check_options(f"{cls.__name__}.from_pretrained", given, free=())
         file = {n: value for n, value in image_processor_dict.items() if n not in SERVICE}
-        extra = {name: file.pop(name) for name in list(file) if name not in option_names()}
+        extra = {name: file.pop(name) for name in list(file) if name not in IMAGE_NAMES}
         processor = cls(**file | given)
         for name, value in extra.items():
             setattr(processor, name, value)
@@ -245,11 +251,6 @@ def settings_of(config: CoMemoConfig) -> dict[str, Any]:
     }
 
 
-def option_names() -> set[str]:
-    """The names of all options that image processors have, ours among them."""
-    return set(ImagesKwargs.__annotations__) | set(CoMemoImageProcessorKwargs.__annotations__)
-
-
 def check_options(caller: str, options: Mapping[str, Any], free: Iterable[str] = FREE) -> None:
     """Refuse what would change nothing.
 
@@ -261,7 +262,7 @@ def check_options(caller: str, options: Mapping[str, Any], free: Iterable[str] =
     Raises:
         ValueError: an unknown name, or a value that is not honoured.
     """
-    unknown = sorted(set(options) - option_names())
+    unknown = sorted(set(options) - IMAGE_NAMES)
     if unknown:
         raise ValueError(f"{caller}: wanted an option of {sorted(SETTINGS)}, got {unknown[0]}")
     for name, value in options.items():

@@ -35,8 +35,9 @@ def read_conversations(
 
     Returns:
         Conversations of dictionaries without None, and whether there were several. `content` is
-        text or a list of parts {"type": "text", "text": ...} and {"type": "image", ...}, the
-        latter with at most one source: `image` (anything but text in it), `url` or `path`.
+        text, which is empty where a published template is given none, or a list of parts
+        {"type": "text", "text": ...} and {"type": "image", ...}. A picture has one source at most,
+        `image` (base64 is decoded), `url` or `path`: nothing is opened here.
 
     Raises:
         ValueError: no message, a message or part of no known form, two sources in one picture;
@@ -96,6 +97,8 @@ def _read_message(message: Any, escape: Callable[[str], str], published: bool) -
     if published:
         _refuse_tools(role, fields)
     content = fields.pop("content", None)
+    if content is None and not published:
+        return {"role": role} | escape_texts(fields, escape)
     if content is None or isinstance(content, str):
         content = escape(content or "")
     else:

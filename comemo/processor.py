@@ -1,49 +1,38 @@
 """Processor: pictures and messages to what `generate` takes, in transformers' terms."""
 
-import inspect
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, BatchFeature, GenerationConfig, ProcessorMixin
-from transformers.processing_utils import MultiModalData, ProcessingKwargs
+from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers.processing_utils import MultiModalData
 
 import comemo_kernels as ops
 from comemo import messages, prompts
 from comemo.checkpoint import HUB_OPTIONS
 from comemo.config import CoMemoConfig
 from comemo.image_processor import (
+    IMAGE_NAMES,
     CoMemoImageProcessor,
-    CoMemoImageProcessorKwargs,
     check_options,
     flatten_images,
-    option_names,
     settings_of,
 )
 from comemo.images import choose_grid
+from comemo.options import (
+    CALL_NAMES,
+    GENERATION_NAMES,
+    TEMPLATE_NAMES,
+    TEXT_NAMES,
+    TEXT_OPTIONS,
+    CoMemoProcessorKwargs,
+    sort_options,
+    without_generation,
+)
 
 __all__ = ["CoMemoImageProcessor", "CoMemoProcessor", "CoMemoProcessorKwargs"]
-
-# Options of the text that are honoured; of all others only None and False.
-TEXT_OPTIONS = (
-    *("add_special_tokens", "padding", "truncation", "max_length", "pad_to_multiple_of"),
-    *("padding_side", "return_attention_mask", "return_mm_token_type_ids", "return_tensors"),
-    "verbose",
-)
-MODALITIES = ("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs")
-
-
-class CoMemoProcessorKwargs(ProcessingKwargs, total=False):
-    """Options of a call of `CoMemoProcessor`."""
-
-    images_kwargs: CoMemoImageProcessorKwargs
-    _defaults = {
-        "text_kwargs": {"padding": True, "return_tensors": "pt"},
-        "images_kwargs": {"return_tensors": "pt"},
-    }
 
 
 class CoMemoProcessor(ProcessorMixin):
@@ -105,7 +94,7 @@ class CoMemoProcessor(ProcessorMixin):
             if kwargs.pop(name, None):
                 raise ValueError(f"CoMemoProcessor: the model knows pictures alone, got {name}")
         texts = [one.replace(self.image_token, prompts.IMAGE_MARK) for one in texts]
-        options = self._options(_without_generation(kwargs))
+        options = self._options(without_generation(kwargs))
         data, counts = self._read_images(images, options["images_kwargs"])
         marks = [one.count(prompts.IMAGE_MARK) for one in texts]
         _check_marks(marks, images, len(counts))
@@ -115,7 +104,7 @@ class CoMemoProcessor(ProcessorMixin):
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Options of text and of pictures: those given, before those of the parts and defaults."""
-        given = _sorted_options(kwargs)
+        given = sort_options(kwargs)
         types = CoMemoProcessorKwargs.__annotations__
         # Newer releases want this one beside the text's options.
         beside = {n: given["text_kwargs"].pop(n, False) for n in ("return_mm_token_type_ids",)}
@@ -144,7 +133,7 @@ class CoMemoProcessor(ProcessorMixin):
         data = dict(self.image_processor(images, **options))
         chosen = self.image_processor.settings(options)
         tokens = self._tokens_per_tile(chosen["input_size"])
-        grids = [tuple(int(n) for n in grid) for grid in data["tile_grid"]]
+        grids = [(int(cols), int(rows)) for cols, rows in data["tile_grid"]]
         return data, [ops.image_tokens(grid, 1, chosen["use_thumbnail"]) * tokens for grid in grids]
 
     def _tokens_per_tile(self, input_size: int) -> int:
@@ -222,9 +211,9 @@ class CoMemoProcessor(ProcessorMixin):
         self,
         conversation: Any,
         chat_template: str | None = None,
-        *,
         tools: Any = None,
         documents: Any = None,
+        *,
         processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -243,8 +232,7 @@ class CoMemoProcessor(ProcessorMixin):
             ValueError: as of `read_conversations` and of a call; tools or documents for a
                 published template.
         """
-        template = self.chat_template if chat_template is None else chat_template
-        published = template in _PUBLISHED
+        published = self._template(chat_template) in _PUBLISHED
         for name, value in (("tools", tools), ("documents", documents)):
             if value and published:
                 raise ValueError(
@@ -254,13 +242,13 @@ class CoMemoProcessor(ProcessorMixin):
         kwargs.pop("sanitize_control_tokens", None)  # what is read below is safe already
         safe, several = messages.read_conversations(conversation, self._escape, published)
         options = dict(processor_kwargs or {})
-        of_call = _names_of_options() | _GENERATION
+        of_call = CALL_NAMES | GENERATION_NAMES
         for name in [name for name in kwargs if name in of_call]:
             if name in options:
                 raise ValueError(f"CoMemoProcessor: {name} was passed two times")
             options[name] = kwargs.pop(name)
         for name in kwargs:
-            if published and name not in _TEMPLATE_OPTIONS:
+            if published and name not in TEMPLATE_NAMES:
                 raise ValueError(f"apply_chat_template: there is no option {name}")
         return super().apply_chat_template(
             safe if several else safe[0],
@@ -270,6 +258,13 @@ class CoMemoProcessor(ProcessorMixin):
             processor_kwargs=options,
             **kwargs,
         )
+
+    def _template(self, chosen: str | None) -> str | None:
+        """The source of a template that is chosen by its name, its source, or not at all."""
+        own = self.chat_template
+        if isinstance(own, dict):
+            return own.get("default" if chosen is None else chosen, chosen)
+        return own if chosen is None else chosen
 
     def _escape(self, text: str) -> str:
         return prompts.escape(text, self.tokenizer)
@@ -305,7 +300,7 @@ class CoMemoProcessor(ProcessorMixin):
         known = processor_dict if processor_dict is not None else {}
         for name in ("chat_template", "tokens_per_tile", "image_processor", "tokenizer"):
             kwargs.pop(name, None)  # of the class itself
-        shown = {n: kwargs.pop(n) for n in list(kwargs) if n in _image_only()}
+        shown = {n: kwargs.pop(n) for n in list(kwargs) if n in IMAGE_NAMES - TEXT_NAMES}
         known.setdefault("chat_template", prompts.chat_template(config.template))
         settings = settings_of(config) | (known.pop("image_processor", None) or {})
         side = settings["input_size"]
@@ -316,8 +311,6 @@ class CoMemoProcessor(ProcessorMixin):
         return [images, AutoTokenizer.from_pretrained(path, **rest)]
 
 
-_TEMPLATE_OPTIONS = set(inspect.signature(ProcessorMixin.apply_chat_template).parameters)
-_GENERATION = set(GenerationConfig().to_dict())
 _PUBLISHED = {prompts.chat_template(name) for name in prompts.TEMPLATES}
 
 
@@ -343,18 +336,6 @@ def scale_tokens(tokens: int, size: int, other: int) -> int:
     return side**2
 
 
-def _without_generation(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Options but those of `generate`, which a pipeline hands to the processor alone."""
-    lost = sorted(name for name in kwargs if name in _GENERATION - _names_of_options())
-    if lost:
-        warnings.warn(
-            f"CoMemoProcessor: {', '.join(lost)} change nothing here, they are for generate: give"
-            " them to a pipeline as generate_kwargs={...}",
-            stacklevel=3,
-        )
-    return {name: value for name, value in kwargs.items() if name not in lost}
-
-
 def _check_marks(marks: list[int], images: Any, number: int) -> None:
     rows = isinstance(images, (list, tuple)) and len(images) == len(marks)
     rows = rows and all(isinstance(row, (list, tuple)) for row in images)
@@ -364,44 +345,3 @@ def _check_marks(marks: list[int], images: Any, number: int) -> None:
         raise ValueError(
             f"CoMemoProcessor: {marks} {prompts.IMAGE_MARK} marks in the texts for {found}"
         )
-
-
-def _sorted_options(kwargs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Options of text and of pictures, however they were given; none twice, none unknown.
-
-    transformers drops some that it does not know, and some releases those beside a dictionary.
-    """
-    groups = {name: kwargs.get(name, {}) for name in MODALITIES}
-    flat = {name: value for name, value in kwargs.items() if name not in groups}
-    names = {"text_kwargs": _text_names(), "images_kwargs": option_names()}
-    for group, part in groups.items():
-        if not isinstance(part, Mapping):
-            got = type(part).__name__
-            raise ValueError(f"CoMemoProcessor: {group} must be a dictionary, got {got}")
-        for name in part:
-            if name not in names.get(group, _names_of_options()):
-                raise ValueError(f"CoMemoProcessor: there is no option {name} in {group}")
-            if name in flat and group != "common_kwargs":
-                raise ValueError(f"CoMemoProcessor: {name} was passed two times, once in {group}")
-    if unknown := sorted(set(flat) - _names_of_options()):
-        raise ValueError(f"CoMemoProcessor: there is no option {unknown[0]}")
-    beside = {**groups["common_kwargs"], **flat}
-    return {
-        group: {name: beside[name] for name in own if name in beside} | dict(groups[group])
-        for group, own in names.items()
-    }
-
-
-def _text_names() -> set[str]:
-    return set(CoMemoProcessorKwargs.__annotations__["text_kwargs"].__annotations__)
-
-
-def _names_of_options() -> set[str]:
-    """All names that a call takes; those of videos and audio as any processor does."""
-    groups = [CoMemoProcessorKwargs.__annotations__[name] for name in MODALITIES[:-1]]
-    names = {option for group in groups for option in group.__annotations__}
-    return names | option_names() | set(MODALITIES)
-
-
-def _image_only() -> set[str]:
-    return option_names() - _text_names()
