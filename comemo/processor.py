@@ -148,13 +148,13 @@ class CoMemoProcessor(ProcessorMixin):
         data: dict[str, Any],
     ) -> BatchFeature:
         """Ids of prompts whose pictures have so many tokens, cut and padded."""
-        padding, truncation, limit, _ = self.tokenizer._get_padding_truncation_strategies(
-            options["padding"],
-            options.get("truncation"),
-            options.get("max_length"),
-            options.get("pad_to_multiple_of"),
-            verbose=False,
-        )
+        named = ("padding", "truncation", "max_length", "pad_to_multiple_of")
+        try:
+            padding, truncation, limit, _ = self.tokenizer._get_padding_truncation_strategies(
+                **{name: options.get(name) for name in named}, verbose=False
+            )
+        except ValueError as error:  # which names neither the option nor us
+            raise ValueError(f"CoMemoProcessor: padding or truncation: {error}") from error
         if options["padding"] == "max_length" and limit is None:
             raise ValueError("CoMemoProcessor: padding='max_length' needs max_length, got None")
         special = options.get("add_special_tokens")

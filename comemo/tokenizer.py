@@ -8,9 +8,11 @@ the markers. A string without a marker gives the published ids.
 """
 
 import inspect
+import json
 import os
 import re
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken
@@ -79,7 +81,7 @@ class InternLM2Tokenizer(SentencePieceBackend):
                 bos_token=bos_token,
                 eos_token=eos_token,
                 pad_token=pad_token,
-                add_bos_token=add_bos_token,  # what is handed on is saved
+                add_bos_token=add_bos_token,
                 add_eos_token=add_eos_token,
                 clean_up_tokenization_spaces=clean_up_tokenization_spaces,
                 **{key: value for key, value in kwargs.items() if key not in LOADING_KEYS},
@@ -110,6 +112,17 @@ class InternLM2Tokenizer(SentencePieceBackend):
         return super().from_pretrained(
             pretrained_model_name_or_path, *args, padding_side=side, **kwargs
         )
+
+    def _save_pretrained(
+        self, save_directory: Any, file_names: tuple[str, ...], *args: Any, **kwargs: Any
+    ) -> tuple[str, ...]:
+        """Write down too what goes around a text: transformers leaves it out of what it wrote."""
+        path = Path(file_names[0])
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config |= {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
+        return super()._save_pretrained(save_directory, file_names, *args, **kwargs)
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
         """As of transformers.
