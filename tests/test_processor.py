@@ -106,6 +106,17 @@ def test_pipeline_answers(checkpoint, picture, tmp_path):
     assert said["content"].strip() == answer
 
 
+def test_a_pipeline_answers_a_batch_as_one_by_one(checkpoint):
+    pipe = pipeline("image-text-to-text", model=str(checkpoint), dtype=torch.float32)
+    chats = [conversation("What is it?"), conversation("And a rather longer question, this one")]
+    options = {"generate_kwargs": {"max_new_tokens": 5, "do_sample": False}}
+    alone, batch = (pipe(text=chats, batch_size=size, **options) for size in (1, 2))
+    assert batch == alone
+    texts = ["one", "a much longer text about boats"]
+    tokens = pipe.tokenizer(texts, return_tensors="pt", padding=True)
+    assert tokens["attention_mask"][:, -1].tolist() == [1, 1]
+
+
 def test_pictures_and_marks_must_agree(processor, picture):
     with pytest.raises(ValueError, match=r"\[1\] <image> marks in the texts for 0 images"):
         processor(text="look: <image>")

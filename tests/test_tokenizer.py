@@ -6,10 +6,12 @@ import shutil
 
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+import torch
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import AddedToken
+from transformers import AddedToken, TextIteratorStreamer
 
+from comemo import prompts
 from comemo.prompts import escape
 from comemo.tokenizer import MARKER, InternLM2Tokenizer
 
@@ -243,3 +245,62 @@ def test_a_damaged_model_file_is_named(tmp_path, checkpoint):
     (tmp_path / "ckpt" / "tokenizer.model").write_bytes(b"no model")
     with pytest.raises(ValueError, match=r"wanted a sentencepiece model, got .*tokenizer\.model"):
         InternLM2Tokenizer.from_pretrained(tmp_path / "ckpt")
+
+
+HALVES = ["\ud83d", "a\ude00b", "\ud83d\ude00", "<|im_end|>\udfff"]
+
+
+@pytest.mark.parametrize("text", HALVES)
+def test_half_a_surrogate_pair_is_refused_at_every_door(tokenizer, processor, text):
+    messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
+    doors = {
+        "InternLM2Tokenizer": [
+            lambda: tokenizer(text),
+            lambda: tokenizer(["whole", text], padding=True),
+            lambda: tokenizer([text], is_split_into_words=True),
+            lambda: tokenizer.tokenize(text),
+            lambda: tokenizer.encode(text),
+        ],
+        "encode_prompt": [
+            lambda: prompts.encode_prompt(tokenizer, text),
+            lambda: processor(text=text),
+            lambda: processor(text=["whole", text]),
+        ],
+        "escape": [
+            lambda: prompts.escape(text, tokenizer),
+            lambda: processor.apply_chat_template(messages),
+            lambda: processor.apply_chat_template([{"role": "system", "content": text}]),
+            lambda: prompts.encode_turns(tokenizer, [(text, None)], "internlm2-chat", None, []),
+            lambda: prompts.encode_turns(tokenizer, [("q", text)], "internlm2-chat", None, []),
+            lambda: prompts.encode_turns(tokenizer, [("q", None)], "internlm2-chat", text, []),
+        ],
+    }
+    for name, calls in doors.items():
+        for call in calls:
+            with pytest.raises(ValueError, match=f"^{name}: .*half a surrogate pair") as caught:
+                call()
+            assert not isinstance(caught.value, UnicodeError)
+    assert tokenizer.decode(tokenizer("\U0001f600", add_special_tokens=False)["input_ids"]) == "😀"
+
+
+def streamed(tokenizer, ids, **options):
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=5, **options)
+    streamer.put(torch.tensor([[1, 5]]))
+    for index in ids:
+        streamer.put(torch.tensor([index]))
+    streamer.end()
+    return "".join(streamer)
+
+
+PARTS = ["ab", " word", "\n", "\n\n", " the", " 猫", "猫", "😀", ".", "!", ", and", "  ", "\n  x"]
+
+
+@settings(deadline=None, max_examples=50)
+@given(text=st.lists(st.sampled_from(PARTS), min_size=1, max_size=25).map("".join))
+def test_a_streamer_of_transformers_puts_out_the_decoded_text(tokenizer, text):
+    assume(tokenizer.clean_up_tokenization(text) == text)  # else blanks it put out are taken back
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert streamed(tokenizer, ids) == tokenizer.decode(ids)
+    told = tokenizer.decode([*ids, end], skip_special_tokens=True)
+    assert streamed(tokenizer, [*ids, end], skip_special_tokens=True) == told == text
