@@ -162,14 +162,19 @@ class CoMemoImageProcessor(BaseImageProcessor):
     def get_image_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As of transformers; where there is no file for it, the model's config says it all."""
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        """As of transformers; the model's config says it all where no file is for this class."""
+        path, hub = pretrained_model_name_or_path, _hub_options(kwargs)
         try:
-            return super().get_image_processor_dict(pretrained_model_name_or_path, **kwargs)
+            found, rest = super().get_image_processor_dict(path, **dict(kwargs))
+            of = found.get("image_processor_type") or found.get("feature_extractor_type")
+            if of in (None, cls.__name__):
+                return found, rest
+            if not is_published(path, **hub):
+                raise ValueError(f"{cls.__name__}: {path} holds another image processor, {of}")
         except OSError:
-            if not is_published(pretrained_model_name_or_path, **hub):
+            if not is_published(path, **hub):
                 raise
-            config = CoMemoConfig.from_pretrained(pretrained_model_name_or_path, **hub)
+        config = CoMemoConfig.from_pretrained(path, **hub)
         own = {name: value for name, value in kwargs.items() if name not in LOADING}
         return settings_of(config), {n: v for n, v in own.items() if not n.startswith("_")}
 
@@ -205,21 +210,28 @@ class CoMemoImageProcessor(BaseImageProcessor):
 def knowing_published(load: Callable[..., Any]) -> Callable[..., Any]:
     """Let `AutoImageProcessor.from_pretrained` load published checkpoints too.
 
-    They hold no file of an image processor, so that it gives up before it asks for a class.
+    They hold no file of an image processor, so that it gives up before it asks for a class, or
+    they hold one of the model that they began with.
 
     Args:
         load: it.
 
     Returns:
-        The same, but for directories that it finds no file in and whose config is CoMemo's.
+        The same for any other model.
     """
 
     @functools.wraps(load)
     def from_pretrained(path: Any, *args: Any, **kwargs: Any) -> Any:
+        hub = _hub_options(kwargs)
         try:
-            return load(path, *args, **kwargs)
+            found = load(path, *args, **kwargs)
+            # Who looks for another model on a hub is not made to wait for its config.
+            if isinstance(found, CoMemoImageProcessor) or not os.path.isdir(path):
+                return found
+            if not is_published(path, **hub):
+                return found
         except OSError:
-            if not is_published(path, **{n: kwargs[n] for n in HUB_OPTIONS if n in kwargs}):
+            if not is_published(path, **hub):
                 raise
         own = {name: value for name, value in kwargs.items() if name not in OF_AUTO}
         return CoMemoImageProcessor.from_pretrained(path, *args, **own)
@@ -286,6 +298,10 @@ def flatten_images(images: Any) -> list[Any]:
     if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
         return list(images)
     return [] if images is None else [images]
+
+
+def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
 
 
 def _channels_last(image: Any, order: str | ChannelDimension | None) -> Any:

@@ -18,7 +18,6 @@ from comemo.image_processor import (
     CoMemoImageProcessor,
     check_options,
     flatten_images,
-    settings_of,
 )
 from comemo.images import choose_grid
 from comemo.options import (
@@ -31,6 +30,7 @@ from comemo.options import (
     sort_options,
     without_generation,
 )
+from comemo.tokenizer import check_keywords
 
 __all__ = ["CoMemoImageProcessor", "CoMemoProcessor", "CoMemoProcessorKwargs"]
 
@@ -298,17 +298,21 @@ class CoMemoProcessor(ProcessorMixin):
         hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         config = CoMemoConfig.from_pretrained(path, **hub)
         known = processor_dict if processor_dict is not None else {}
+        known.setdefault("chat_template", prompts.chat_template(config.template))
+        known.setdefault("tokens_per_tile", config.tokens_per_tile)
+        settings = known.pop("image_processor", None)
+        if settings is None:
+            settings, _ = CoMemoImageProcessor.get_image_processor_dict(path, **hub)
         for name in ("chat_template", "tokens_per_tile", "image_processor", "tokenizer"):
             kwargs.pop(name, None)  # of the class itself
         shown = {n: kwargs.pop(n) for n in list(kwargs) if n in IMAGE_NAMES - TEXT_NAMES}
-        known.setdefault("chat_template", prompts.chat_template(config.template))
-        settings = settings_of(config) | (known.pop("image_processor", None) or {})
-        side = settings["input_size"]
         images = CoMemoImageProcessor.from_dict(settings, **shown)
-        known.setdefault("tokens_per_tile", config.tokens_per_tile)
-        known["tokens_per_tile"] = scale_tokens(known["tokens_per_tile"], side, images.input_size)
-        rest = {n: value for n, value in kwargs.items() if n != "image_processor_filename"}
-        return [images, AutoTokenizer.from_pretrained(path, **rest)]
+        known["tokens_per_tile"] = scale_tokens(
+            known["tokens_per_tile"], settings["input_size"], images.input_size
+        )
+        if "_from_pipeline" not in kwargs:  # which hands on what is for the model
+            check_keywords(f"{cls.__name__}.from_pretrained", kwargs)
+        return [images, AutoTokenizer.from_pretrained(path, **kwargs)]
 
 
 _PUBLISHED = {prompts.chat_template(name) for name in prompts.TEMPLATES}

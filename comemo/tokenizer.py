@@ -258,7 +258,7 @@ def check_keywords(function: str, keywords: dict[str, Any]) -> None:
         )
         # Any name may be a token's.
         if not known and not (name.endswith("_token") and isinstance(value, (str, AddedToken))):
-            raise ValueError(f"{function}: wanted a keyword of tokenizers, got {name}")
+            raise ValueError(f"{function}: there is no option {name}")
 
 
 def _keyword_names() -> set[str]:

@@ -271,10 +271,31 @@ def test_loading_refuses_what_is_none(checkpoint, doors, options):
             door.from_pretrained(checkpoint, **options)
 
 
+def test_a_file_of_another_image_processor_does_not_matter(checkpoint, tmp_path):
+    # Models of this family carry one of the tower that they began with.
+    shutil.copytree(checkpoint, directory := tmp_path / "with")
+    clip = {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 448, "size": 448}
+    (directory / "preprocessor_config.json").write_text(json.dumps(clip))
+    for door in (AutoImageProcessor, CoMemoImageProcessor):
+        images = door.from_pretrained(directory, max_num=3)
+        assert isinstance(images, CoMemoImageProcessor)
+        assert (images.max_num, images.input_size) == (3, 448)
+    assert AutoProcessor.from_pretrained(directory).image_processor.max_num == 12
+    images.save_pretrained(directory)
+    assert AutoProcessor.from_pretrained(directory).image_processor.max_num == 3
+    (directory / "config.json").unlink()
+    (directory / "preprocessor_config.json").write_text(json.dumps(clip))
+    assert not isinstance(AutoImageProcessor.from_pretrained(directory), CoMemoImageProcessor)
+    with pytest.raises(ValueError, match="holds another image processor, CLIPFeatureExtractor"):
+        CoMemoImageProcessor.from_pretrained(directory)
+
+
 def test_an_image_processor_needs_files_of_a_comemo_model(tmp_path):
     for door in (AutoImageProcessor, CoMemoImageProcessor):
         with pytest.raises(OSError, match=r"preprocessor_config\.json"):
             door.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"preprocessor_config\.json"):
+        CoMemoProcessor.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="got max_nmu"):
         CoMemoImageProcessor(max_nmu=2)
     with pytest.raises(ValueError, match="wanted at least one picture"):
