@@ -164,19 +164,23 @@ class CoMemoImageProcessor(BaseImageProcessor):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As of transformers; the model's config says it all where no file is for this class."""
         path, hub = pretrained_model_name_or_path, _hub_options(kwargs)
+        from_pipeline = "_from_pipeline" in kwargs  # which hands on what is for the model
+        found: dict[str, Any] | None = None
         try:
-            found, rest = super().get_image_processor_dict(path, **dict(kwargs))
+            found, _ = super().get_image_processor_dict(path, **dict(kwargs))
             of = found.get("image_processor_type") or found.get("feature_extractor_type")
-            if of in (None, cls.__name__):
-                return found, rest
-            if not is_published(path, **hub):
-                raise ValueError(f"{cls.__name__}: {path} holds another image processor, {of}")
         except OSError:
+            of = None
             if not is_published(path, **hub):
                 raise
-        config = CoMemoConfig.from_pretrained(path, **hub)
-        own = {name: value for name, value in kwargs.items() if name not in LOADING}
-        return settings_of(config), {n: v for n, v in own.items() if not n.startswith("_")}
+        own = {n: v for n, v in kwargs.items() if n not in LOADING and not n.startswith("_")}
+        own = {n: v for n, v in own.items() if not from_pipeline or n in IMAGE_NAMES}
+        if is_published(path, **hub):
+            told = settings_of(CoMemoConfig.from_pretrained(path, **hub))
+            return told | (found if found and of in (None, cls.__name__) else {}), own
+        if of not in (None, cls.__name__):
+            raise ValueError(f"{cls.__name__}: {path} holds another image processor, {of}")
+        return found or {}, own
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -283,6 +283,14 @@ def test_a_file_of_another_image_processor_does_not_matter(checkpoint, tmp_path)
     assert AutoProcessor.from_pretrained(directory).image_processor.max_num == 12
     images.save_pretrained(directory)
     assert AutoProcessor.from_pretrained(directory).image_processor.max_num == 3
+    (directory / "preprocessor_config.json").write_text('{"min_num": 2}')  # by hand
+    for images in (
+        AutoProcessor.from_pretrained(
+            directory, _from_pipeline="x", dtype=torch.float32
+        ).image_processor,
+        AutoImageProcessor.from_pretrained(directory, _from_pipeline="x", dtype=torch.float32),
+    ):
+        assert (images.min_num, images.max_num, images.input_size) == (2, 12, 448)
     (directory / "config.json").unlink()
     (directory / "preprocessor_config.json").write_text(json.dumps(clip))
     assert not isinstance(AutoImageProcessor.from_pretrained(directory), CoMemoImageProcessor)
