@@ -91,7 +91,7 @@ class CoMemoProcessor(ProcessorMixin):
         if not texts or not all(isinstance(one, str) for one in texts):
             raise ValueError("CoMemoProcessor: text must be a string or a list of strings")
         for name in ("videos", "audio"):
-            if kwargs.pop(name, None):
+            if kwargs.pop(name, None) is not None:
                 raise ValueError(f"CoMemoProcessor: the model knows pictures alone, got {name}")
         texts = [one.replace(self.image_token, prompts.IMAGE_MARK) for one in texts]
         options = self._options(without_generation(kwargs))
@@ -105,22 +105,24 @@ class CoMemoProcessor(ProcessorMixin):
     def _options(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Options of text and of pictures: those given, before those of the parts and defaults."""
         given = sort_options(kwargs)
-        types = CoMemoProcessorKwargs.__annotations__
-        # Newer releases want this one beside the text's options.
-        beside = {n: given["text_kwargs"].pop(n, False) for n in ("return_mm_token_type_ids",)}
+        # Some releases want this one among the text's options, newer ones beside them.
+        token_types = given["text_kwargs"].pop("return_mm_token_type_ids", None)
+        types = CoMemoProcessorKwargs.__annotations__["text_kwargs"]
         try:
-            validate_typed_dict(types["text_kwargs"], given["text_kwargs"] | beside)
+            validate_typed_dict(types, given["text_kwargs"])
             merged = self._merge_kwargs(
                 CoMemoProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **given
             )
         except StrictDataclassError as error:
             raise ValueError("CoMemoProcessor: " + " ".join(str(error).split())) from error
-        text, images = merged["text_kwargs"] | beside, merged["images_kwargs"]
+        text, images = merged["text_kwargs"], merged["images_kwargs"]
         check_options("CoMemoProcessor", images)
         for name, value in text.items():
             if name not in TEXT_OPTIONS and value not in (None, False):
                 raise ValueError(f"CoMemoProcessor: {name} is not supported, got {value!r:.80}")
         images["return_tensors"] = text["return_tensors"]
+        text["return_mm_token_type_ids"] = token_types
+        # A limit that only the tokenizer's files hold may have been meant for something else.
         text["strict"] = given["text_kwargs"].get("max_length") is not None
         return {"text_kwargs": text, "images_kwargs": images}
 

@@ -52,6 +52,10 @@ class InternLM2Tokenizer(SentencePieceBackend):
         **kwargs: as of any transformers tokenizer. Padding is on the left unless `padding_side`
             says "right": an answer follows the last token of its prompt.
 
+    Decoding puts a blank before the text that a special token follows, as published, so that text
+    can change when one comes. A streamer of transformers puts out what is decoded in the end if it
+    has `skip_special_tokens=True`, and punctuation follows no blank.
+
     Raises:
         ValueError: there is no `vocab_file`, or it is no sentencepiece model. Later: text that
             holds half a surrogate pair, which no UTF-8 can.
