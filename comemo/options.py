@@ -24,7 +24,7 @@ class CoMemoProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call
 
     images_kwargs: CoMemoImageProcessorKwargs
     _defaults = {
-        "text_kwargs": {"padding": True, "return_tensors": "pt"},
+        "text_kwargs": {"padding": True, "padding_side": "left", "return_tensors": "pt"},
         "images_kwargs": {"return_tensors": "pt"},
     }
 

@@ -314,6 +314,7 @@ class CoMemoProcessor(ProcessorMixin):
         )
         if "_from_pipeline" not in kwargs:  # which hands on what is for the model
             check_keywords(f"{cls.__name__}.from_pretrained", kwargs)
+        kwargs["padding_side"] = kwargs.get("padding_side") or "left"  # of any tokenizer
         return [images, AutoTokenizer.from_pretrained(path, **kwargs)]
 
 
