@@ -220,8 +220,7 @@ class PublishedCheckpoint:
         directory = pretrained_model_name_or_path
         if directory is not None and os.path.isdir(directory):
             _check_files(Path(directory), kwargs.get("config") is not None)
-            if kwargs.get("distributed_config") or kwargs.get("tp_plan"):
-                _refuse_sharding(Path(directory))
+            _refuse_tearing(Path(directory), kwargs)
         kwargs["use_safetensors"] = True
         kwargs["ignore_mismatched_sizes"] = True  # reported below, all at once
         wants_info = kwargs.pop("output_loading_info", False)
@@ -325,15 +324,21 @@ def _check_files(directory: Path, has_config: bool) -> None:
             raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
 
 
-def _refuse_sharding(directory: Path) -> None:
-    """The loader cuts a tensor into shards before it is converted: fused ones would be torn."""
+def _refuse_tearing(directory: Path, options: dict[str, Any]) -> None:
+    """The loader shards or quantises a tensor before it is converted: fused ones would be torn."""
+    asked = [
+        name
+        for name in ("distributed_config", "tp_plan", "quantization_config")
+        if options.get(name)
+    ]
+    if not asked:
+        return
     for file in directory.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
-            names = list(weights.keys())
-            if any(name.startswith(("language_model.", "vision_model.")) for name in names):
+            if any(PUBLISHED.match(name) for name in weights.keys()):  # noqa: SIM118
                 raise ValueError(
-                    f"from_pretrained({directory}): sharded loading needs our own layout, got the"
-                    " published one: load it whole and save_pretrained(...,"
+                    f"from_pretrained({directory}): {asked[0]} needs weights in our own layout, got"
+                    " the published one: load it without and save_pretrained(...,"
                     " save_original_format=False) first"
                 )
 

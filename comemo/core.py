@@ -29,6 +29,7 @@ from comemo.packing import (
     take_bounds,
     within_samples,
 )
+from comemo.plain import offloaded_to
 from comemo.store import MemoryStore
 from comemo.tracing import traced_memory, with_media
 from comemo.vision import CoMemoVision
@@ -51,6 +52,12 @@ class CoMemoPreTrainedModel(PublishedCheckpoint, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: of the first weight, or where offloaded weights are brought to."""
+        device = super().device
+        return device if device.type != "meta" else offloaded_to(self) or device
 
 
 class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):

@@ -57,6 +57,8 @@ def why_not(model: Any, option: Callable[[str], Any]) -> list[str]:
         reasons.append(f"cache_implementation={option('cache_implementation')!r}")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         reasons.append("layers on several devices")
+    if any(weight.is_meta for weight in model.parameters()):
+        reasons.append("offloaded weights")
     return reasons
 
 

@@ -82,6 +82,17 @@ def is_plain(*modules: nn.Module, biased: bool = False) -> bool:
     return True
 
 
+def offloaded_to(model: nn.Module) -> torch.device | None:
+    """The device that accelerate's hooks bring offloaded weights to; None if there are no hooks."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            device = getattr(part, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
+
+
 def refuse_folded(verb: str, model: Any) -> None:
     """Raise for what a folded model cannot do.
 

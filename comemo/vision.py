@@ -113,15 +113,12 @@ class CoMemoVision:
                 f"get_image_features: vision_feature_layer must be one of the {depth + 1} hidden"
                 f" states, got {layer!r}"
             )
-        asked = kwargs.pop("output_hidden_states", None)
-        asked = self.vision_tower.config.output_hidden_states if asked is None else asked
-        seen = self.vision_tower(
-            pixel_values.to(_dtype_of(self.vision_tower)), output_hidden_states=True, **kwargs
-        )
+        pixel_values = pixel_values.to(_dtype_of(self.vision_tower))
+        x, seen = _layer_of(self.vision_tower, pixel_values, layer % (depth + 1), **kwargs)
         return BaseModelOutputWithPooling(
             last_hidden_state=seen.last_hidden_state,
-            pooler_output=self._project_by_modules([seen.hidden_states[layer]], None, None),
-            hidden_states=seen.hidden_states if asked else None,
+            pooler_output=self._project_by_modules([x], None, None),
+            hidden_states=seen.hidden_states,
             attentions=seen.attentions,
         )
 
@@ -133,8 +130,9 @@ class CoMemoVision:
             is_own(vision, InternVLVisionModel)
             and is_own(vision.encoder, InternVLVisionEncoder)
             and is_own(vision.encoder.layer, nn.ModuleList)
+            and is_own(vision.layernorm, nn.Identity)
         ):
-            return vision(tiles, output_hidden_states=True).hidden_states[depth]
+            return _layer_of(vision, tiles, depth)[0]
         x = vision.embeddings(tiles)
         for layer in vision.encoder.layer[:depth]:
             x = layer(x)
@@ -155,6 +153,20 @@ class CoMemoVision:
             flat = media.flatten(0, -2)
             embeds.view(-1, embeds.shape[-1])[rows] = flat.to(embeds.device, embeds.dtype)
         return media
+
+
+def _layer_of(vision: Any, tiles: Tensor, depth: int, **kwargs: Any) -> tuple[Tensor, Any]:
+    """A hidden state of the vision tower, by calling it, and all that it returned."""
+    if depth == vision.config.num_hidden_layers:  # the tower ends with no norm
+        seen = vision(tiles, **kwargs)
+        return seen.last_hidden_state, seen
+    asked = kwargs.pop("output_hidden_states", None)
+    asked = vision.config.output_hidden_states if asked is None else asked
+    seen = vision(tiles, output_hidden_states=True, **kwargs)
+    x = seen.hidden_states[depth]
+    if not asked:
+        seen.hidden_states = None
+    return x, seen
 
 
 def _is_as_made(projector: nn.Module) -> bool:

@@ -278,7 +278,7 @@ def test_a_truncated_file_is_an_error(directory):
 
 
 def test_sharded_loading_of_the_published_layout_is_refused(directory):
-    with pytest.raises(ValueError, match="sharded loading needs our own layout"):
+    with pytest.raises(ValueError, match="distributed_config needs weights in our own layout"):
         AutoModel.from_pretrained(directory, tp_plan="auto")
 
 

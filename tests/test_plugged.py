@@ -1,0 +1,199 @@
+"""Whatever stands in the place of a module is called: hooks, adapters, quantised and offloaded ones.
+
+One model computes many modules from their weights, in fewer launches. Each test puts something in
+the place of one module after the other, the vision tower's included, and compares with what
+calling gives.
+"""
+
+import copy
+
+import pytest
+import torch
+from small import logits_of, make_model, make_prompts
+from torch import nn
+from torch.utils import _pytree as pytree
+
+accelerate_hooks = pytest.importorskip("accelerate.hooks")
+peft = pytest.importorskip("peft")
+
+TOLERANCE = 2e-4  # of logits of about 3, summed in another order
+# One layer of each kind stands for all: the second decoder layer has a mixin layer.
+LEFT_OUT = ("layers.0", "layers.2", "layers.3")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    return make_prompts(model)
+
+
+@pytest.fixture(scope="module")
+def called(model):
+    """The model in which every module is called."""
+    other = copy.deepcopy(model)
+    for module in other.modules():
+        module.register_forward_hook(lambda *_: None)
+    return other
+
+
+def names_of(model, *kinds):
+    """Modules that are called, one layer for all of its kind; of these kinds if some are given."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name
+        and not isinstance(module, nn.ModuleList)
+        and not any(part in name for part in LEFT_OUT)
+        and (not kinds or isinstance(module, kinds))
+    ]
+
+
+def put(model, name, module):
+    parent, _, last = name.rpartition(".")
+    setattr(model.get_submodule(parent), last, module)
+
+
+def distance(model, other, prompts):
+    return (logits_of(model, prompts) - logits_of(other, prompts)).abs().max().item()
+
+
+def weighted(model):
+    """Modules with weights of their own or of what they hold."""
+    return [n for n in names_of(model) if any(True for _ in model.get_submodule(n).parameters())]
+
+
+def test_there_is_something_to_replace(model, called, prompts):
+    names = names_of(model)
+    for part in ("vision_tower", "encoder.layer.0.attention.q_proj", "multi_modal_projector.1"):
+        assert any(name.endswith(part) for name in names), part
+    for part in ("mixin", "mixin.kv_proj", "mixin.mlp.act_fn", "self_attn.o_proj", "lm_head"):
+        assert any(name.endswith(part) for name in names), part
+    assert distance(model, called, prompts) < TOLERANCE
+
+
+def test_hooks_fire_and_what_they_return_counts(model, called, prompts):
+    fired = []
+
+    def hook(module, args, output):
+        fired.append(module)
+        return pytree.tree_map(
+            lambda t: t * 1.2 if isinstance(t, torch.Tensor) and t.is_floating_point() else t,
+            output,
+        )
+
+    before = logits_of(model, prompts)
+    for name in names_of(model):
+        handles = [m.get_submodule(name).register_forward_hook(hook) for m in (model, called)]
+        try:
+            fired.clear()
+            found = logits_of(model, prompts)
+            assert fired, name
+            assert (found - logits_of(called, prompts)).abs().max() < 10 * TOLERANCE, name
+            assert (found - before).abs().max() > 0, name
+        finally:
+            for handle in handles:
+                handle.remove()
+    assert torch.equal(logits_of(model, prompts), before)
+
+
+def test_a_hook_of_all_modules_sees_each(model, prompts):
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.add(m))
+    try:
+        logits_of(model, prompts)
+    finally:
+        handle.remove()
+    missed = [name for name in names_of(model) if model.get_submodule(name) not in seen]
+    assert not missed
+
+
+def test_lora_counts_as_its_merged_weights(model, prompts):
+    before = logits_of(model, prompts)
+    for name in names_of(model, nn.Linear, nn.Embedding, nn.Conv2d):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=[name], init_lora_weights=False)
+        adapted = peft.get_peft_model(copy.deepcopy(model), config).eval()
+        found = logits_of(adapted, prompts)
+        merged = logits_of(adapted.merge_and_unload(), prompts)
+        assert (found - merged).abs().max() < 10 * TOLERANCE, name
+        assert (found - before).abs().max() > 1e-3, name
+
+
+def test_modules_to_save_are_what_runs(model, prompts):
+    target = "model.language_model.layers.3.self_attn.q_proj"
+    for name in weighted(model):
+        if target.startswith(f"{name}."):  # of which peft cannot keep two copies
+            continue
+        config = peft.LoraConfig(r=2, target_modules=[target], modules_to_save=[name])
+        wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
+        wanted = copy.deepcopy(model)
+        with torch.no_grad():
+            for weight in wanted.get_submodule(name).parameters():
+                weight.mul_(1.3)
+            for part, weight in wrapped.named_parameters():
+                if ".modules_to_save." in part:
+                    weight.mul_(1.3)
+        assert distance(wrapped, wanted, prompts) < 10 * TOLERANCE, name
+        assert distance(wrapped, model, prompts) > 1e-4, name
+
+
+class Int8Linear(nn.Module):
+    """Weights as int8 with a factor a row, as quantisers put them in a layer's place."""
+
+    def __init__(self, linear):
+        super().__init__()
+        scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (linear.weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.bias = linear.bias
+
+    def dequantised(self):
+        return self.weight * self.scale
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.dequantised(), self.bias)
+
+
+def test_int8_layers_count_as_their_weights(model, prompts):
+    for name in names_of(model, nn.Linear):
+        quantised, wanted = copy.deepcopy(model), copy.deepcopy(model)
+        linear = wanted.get_submodule(name)
+        layer = Int8Linear(linear)
+        put(quantised, name, layer)
+        with torch.no_grad():
+            linear.weight.copy_(layer.dequantised())
+        assert distance(quantised, wanted, prompts) < TOLERANCE, name
+    everywhere = copy.deepcopy(model)
+    for name, module in list(everywhere.named_modules()):
+        if isinstance(module, nn.Linear):
+            put(everywhere, name, Int8Linear(module))
+    answer = everywhere.generate(**prompts, max_new_tokens=3, do_sample=False)
+    assert answer.shape[1] == prompts["input_ids"].shape[1] + 3
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["leaves", "whole"])
+def test_offloaded_modules_are_brought_back(model, prompts, whole):
+    """Leaf by leaf, or a module with all that it holds, as of `_no_split_modules`."""
+    before = logits_of(model, prompts)
+    for name in weighted(model):
+        if whole and "model.language_model.embed_tokens".startswith(f"{name}."):
+            continue  # embeddings are looked up outside of what holds them, as in transformers
+        offloaded = copy.deepcopy(model)
+        module = offloaded.get_submodule(name)
+        weights = {n: t.clone() for n, t in module.state_dict().items()}
+        if whole:
+            hook = accelerate_hooks.AlignDevicesHook(
+                execution_device=model.device, offload=True, weights_map=weights,
+                place_submodules=True,
+            )  # fmt: skip
+            accelerate_hooks.add_hook_to_module(module, hook)
+        else:
+            accelerate_hooks.attach_align_device_hook(
+                module, execution_device=model.device, offload=True, weights_map=weights
+            )
+        assert all(weight.is_meta for weight in module.parameters()), name
+        assert (logits_of(offloaded, prompts) - before).abs().max() < TOLERANCE, name
