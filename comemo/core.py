@@ -303,7 +303,7 @@ class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
                 position_ids = counted.clamp(min=0)[:, -N:]
         read = image_memory
         if read is None and self.training and torch.is_grad_enabled() and past == 0:
-            read = self._unread_memory(B)
+            read = self._blank_memory(B)
         output = self.language_model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,
@@ -324,8 +324,8 @@ class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
             output.image_outputs = BaseModelOutputWithPooling(pooler_output=media)
         return output
 
-    def _unread_memory(self, rows: int) -> ImageMemory | None:
-        """A memory of one blank tile that nobody reads, for training in several processes.
+    def _blank_memory(self, rows: int) -> ImageMemory | None:
+        """A memory of one blank tile of which nothing is kept, for training in several processes.
 
         There every process has to call the same modules and bring a gradient, though it be zero,
         for every weight: with pictures in another process's batch and none in this one, sharded
@@ -333,15 +333,17 @@ class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return None
-        vision, device = self.config.vision_config, self.device
-        tile = torch.zeros(1, 3, *vision.image_size, device=device, dtype=self.dtype)
+        side = self.config.vision_config.image_size
+        tile = torch.zeros(1, 3, *side, device=self.device, dtype=self.dtype)
         media = self.project_images(tile).flatten(0, 1)
-        ids = torch.arange(len(media), device=media.device)
         memory = ImageMemory.from_media(
-            media, ids, [len(media)], absolute=self.config.memory_positions == "absolute"
-        )
-        spans = torch.zeros(rows, 1, 2, dtype=torch.int64, device=media.device)
-        return replace(memory, spans=spans, active=spans[..., :1] > 0)
+            media,
+            torch.arange(len(media), device=media.device),
+            [len(media)],
+            absolute=self.config.memory_positions == "absolute",
+        ).repeat_interleave(rows)
+        nobody = torch.zeros(rows, 1, 1, dtype=torch.bool, device=media.device)
+        return replace(memory, active=nobody)  # what is read is not passed on
 
     def _embed_images(
         self,
