@@ -191,6 +191,7 @@ class CoMemoConfig(PreTrainedConfig):
             ValueError: a value outside its choices, dimensions that do not fit together, a scaling
                 of rotary angles that the model does not do.
         """
+        self._take_scaling()
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"CoMemoConfig: {name} must be one of {allowed}, got {value!r}")
@@ -201,7 +202,6 @@ class CoMemoConfig(PreTrainedConfig):
                 "CoMemoConfig: language_dim and vision_dim of mixin_config must equal the language"
                 f" model's hidden_size {width}, got {dims}"
             )
-        self._take_scaling()
         if self.tiles_at_once < 1:
             raise ValueError(
                 f"CoMemoConfig: tiles_at_once must be positive, got {self.tiles_at_once}"

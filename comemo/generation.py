@@ -12,6 +12,10 @@ from comemo.outputs import CACHE, one_cache, take_cache
 from comemo.prefill import read_prompt
 from comemo_kernels import ImageMemory
 
+# What transformers hands on to the model with all else: the memory was built before the loop, and
+# the rest is of the loop itself.
+NOT_THE_MODELS = ("pixel_values", "tokenizer", "assistant_tokenizer", "assistant_model", "streamer")
+
 
 class CoMemoGeneration:
     """`generate` for prompts with images; everything it needs travels in its arguments."""
@@ -265,7 +269,8 @@ class CoMemoGeneration:
         **kwargs: Any,
     ) -> dict[str, Any]:
         cache = one_cache("prepare_inputs_for_generation", cache, past_key_values)
-        kwargs.pop("pixel_values", None)  # the memory was built before the loop
+        for name in NOT_THE_MODELS:
+            kwargs.pop(name, None)
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
             next_sequence_length=next_sequence_length,

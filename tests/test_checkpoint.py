@@ -277,9 +277,10 @@ def test_a_truncated_file_is_an_error(directory):
         AutoModel.from_pretrained(directory)
 
 
-def test_sharded_loading_of_the_published_layout_is_refused(directory):
-    with pytest.raises(ValueError, match="distributed_config needs weights in our own layout"):
-        AutoModel.from_pretrained(directory, tp_plan="auto")
+@pytest.mark.parametrize("option", ["tp_plan", "distributed_config", "quantization_config"])
+def test_what_tears_fused_weights_needs_our_own_layout(directory, option):
+    with pytest.raises(ValueError, match=f"{option} needs weights in our own layout, got the pub"):
+        comemo.CoMemoForConditionalGeneration.from_pretrained(directory, **{option: "auto"})
 
 
 def test_a_config_of_another_model_is_refused(directory):

@@ -32,7 +32,9 @@ def test_is_the_loss_of_transformers(drawn):
 
 def test_weights_say_what_a_label_counts(drawn):
     logits, labels, weights = drawn
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    losses = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
+    )
     counted = weights[:, 1:].flatten() * (labels[:, 1:].flatten() != -100)
     wanted = (losses * counted).sum() / counted.sum()
     assert torch.allclose(next_token_loss(logits, labels, weights), wanted)

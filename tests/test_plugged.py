@@ -1,4 +1,4 @@
-"""Whatever stands in the place of a module is called: hooks, adapters, quantised and offloaded ones.
+"""Whatever stands in a module's place is called: hooks, adapters, quantised and offloaded ones.
 
 One model computes many modules from their weights, in fewer launches. Each test puts something in
 the place of one module after the other, the vision tower's included, and compares with what
