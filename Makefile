@@ -13,13 +13,20 @@ OUT ?= bench/results/gpu
 # A process for each processor.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-all lint kernels aot bench gpu-check gpu-bench clean
+# The newest release of transformers that can be installed, over everything else as it is pinned;
+# looked for again every week. NEWEST picks another: make newest NEWEST=transformers==5.10.4
+NEWEST ?= transformers
+NEWEST_TESTS := $(addprefix tests/test_, \
+	$(addsuffix .py, answer_options api chat processor session training))
+WEEK := $(shell date +%G-%V)
+
+.PHONY: demo test test-all lint kernels newest aot bench gpu-check gpu-bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/comemo demo
 
 # What every change is held against.
-test: $(VENV)/ready lint kernels
+test: $(VENV)/ready lint kernels newest
 	$(PYTEST)
 
 # And what takes too long for that: tests marked slow, more draws, every configuration compiled,
@@ -32,6 +39,15 @@ test-all: $(VENV)/ready lint aot
 # The kernels in Triton's interpreter, on any machine.
 kernels: $(VENV)/ready
 	TRITON_INTERPRET=1 $(PYTEST)
+
+# A short run on the newest transformers, for what it renames.
+newest: $(VENV)/newest/$(subst =,,$(NEWEST))-$(WEEK)
+	PYTHONPATH=$(VENV)/newest $(PYTEST) $(NEWEST_TESTS)
+
+$(VENV)/newest/%: $(VENV)/ready
+	rm -rf $(VENV)/newest
+	$(PIP) install --upgrade --target $(VENV)/newest '$(NEWEST)'
+	touch $@
 
 # What the compiler makes of every kernel, for every GPU that is claimed; none is needed.
 aot: $(VENV)/ready

@@ -24,7 +24,7 @@ setup(
     install_requires=[
         "torch>=2.6",
         "triton>=3.3; platform_system == 'Linux'",
-        "transformers>=5.10",
+        "transformers>=5.10,<5.25",  # the next minor release was never run
         "safetensors",
         "sentencepiece",
         "jinja2",
@@ -36,6 +36,7 @@ setup(
         "flash-attn": ["flash-attn"],  # for attn_implementation="flash_attention_2"
         "dev": [
             *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"),
+            *("accelerate", "peft"),  # whose users' ways are tested
             "matplotlib",
             *("scikit-learn", "scikit-image"),  # photographs for the tests
         ],

@@ -151,7 +151,13 @@ def load_pictures(
             pixel_values, (cols, rows) = image
         else:
             loaded = image_processor(image)
-            pixel_values, ((cols, rows),) = loaded["pixel_values"], loaded["tile_grid"].tolist()
+            pixel_values, grids = loaded["pixel_values"], loaded["tile_grid"].tolist()
+            if len(grids) != 1:
+                raise ValueError(
+                    f"ChatSession.ask: an item of images must be one picture, got {len(grids)}:"
+                    " pass a list of pictures"
+                )
+            ((cols, rows),) = grids
         grid = (int(cols), int(rows))
         tokens = ops.image_tokens(grid, config.side, config.use_thumbnail)
         if tokens != len(pixel_values) * config.tokens_per_tile:
