@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, TRACED
+from conftest import DEVICE, SLOW, TRACED
 from harness import CLEAR_MARGIN, LOGITS, assert_relative, recorded
 from PIL import Image
 from small import place
@@ -216,10 +216,10 @@ def answers(model, batch, **options):
     [
         {},
         {"cache_implementation": "static"},
-        {"num_beams": 3},
+        pytest.param({"num_beams": 3}, marks=SLOW),
         {"num_beams": 3, "num_return_sequences": 2},
         {"num_beams": 2, "cache_implementation": "static"},
-        {"use_cache": False},
+        {"use_cache": False, "max_new_tokens": 4},
     ],
     ids=str,
 )
@@ -233,7 +233,8 @@ def test_a_row_of_a_batch_is_the_row_alone(model, prompts_of, options, positions
 def test_caches_agree(model, prompts_of):
     greedy = answers(model, prompts_of(0, 1, 2))
     assert answers(model, prompts_of(0, 1, 2), cache_implementation="static") == greedy
-    assert answers(model, prompts_of(0, 1, 2), use_cache=False) == greedy
+    whole = answers(model, prompts_of(0, 1, 2), use_cache=False, max_new_tokens=4)
+    assert whole == [tokens[:4] for tokens in greedy]
 
 
 def test_a_generated_image_token_is_a_word(model, prompts_of):
