@@ -4,8 +4,6 @@ Letters: B prompts, N tokens of a prompt, M tokens of the image memory, T tiles,
 language model.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ import comemo_kernels as ops
 from comemo.checkpoint import PublishedCheckpoint
 from comemo.config import CoMemoConfig
 from comemo.decoder import CoMemoTextModel
+from comemo.image_inputs import CoMemoImages
 from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache, told_of_old_name
 from comemo.packing import (
     VARLEN,
@@ -29,9 +28,7 @@ from comemo.packing import (
     take_bounds,
     within_samples,
 )
-from comemo.plain import offloaded_to
-from comemo.store import MemoryStore
-from comemo.tracing import traced_memory, with_media
+from comemo.plain import in_step, offloaded_to
 from comemo.vision import CoMemoVision
 from comemo_kernels import ImageMemory
 
@@ -60,7 +57,7 @@ class CoMemoPreTrainedModel(PublishedCheckpoint, PreTrainedModel):
         return device if device.type != "meta" else offloaded_to(self) or device
 
 
-class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
+class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
     """Vision tower, projector and decoder."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
@@ -86,142 +83,6 @@ class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.embed_tokens = value
-
-    def prompt_position_ids(
-        self,
-        image_mask: Tensor,
-        attention_mask: Tensor,
-        tile_grid: Sequence[Sequence[int]] | Tensor | None = None,
-    ) -> Tensor:
-        """Position ids [B, N] of whole prompts by the rule that `config.rope` names.
-
-        Without `tile_grid` ((cols, rows) of each image) tokens are numbered 0..N-1, whatever the
-        rule: that is original RoPE.
-        """
-        if tile_grid is None or self.config.rope == "original":
-            counted = attention_mask.long()
-            return (counted.cumsum(1) - 1).clamp(min=0) * counted
-        if torch.compiler.is_compiling() and isinstance(tile_grid, Tensor):
-            raise ValueError(
-                "CoMemo: torch.compile and torch.export need tile_grid as a list of (cols, rows),"
-                " which they take for constants, got a tensor"
-            )
-        return ops.rope_dhr_positions(
-            image_mask,
-            attention_mask,
-            tile_grid,
-            self.config.side,
-            self.config.tile_order,
-            self.config.use_thumbnail,
-            validate=not torch.compiler.is_compiling(),
-        )
-
-    def build_image_memory(
-        self,
-        pixel_values: Tensor,
-        image_mask: Tensor,
-        position_ids: Tensor,
-        tile_grid: Sequence[Sequence[int]] | Tensor | None = None,
-        memory_store: MemoryStore | None = None,
-        embeds: Tensor | None = None,
-    ) -> ImageMemory:
-        """Memory of a batch of prompts: image features now, keys and values at first use.
-
-        Args:
-            pixel_values: [T, 3, side, side], all prompts' tiles in reading order.
-            image_mask: bool [B, N], True at image tokens.
-            position_ids: [B, N].
-            tile_grid: (cols, rows) of each image; None takes a prompt's images for one, which then
-                can only be reused together.
-            memory_store: where known pictures are looked up and new ones kept. Keys and values are
-                then built at once, and nothing of it carries gradients.
-            embeds: [B, N, d], contiguous: the image tokens are written at `image_mask`, together
-                with the memory's media. Excludes a store; `embed` does it afterwards.
-
-        Raises:
-            ValueError: tiles that do not match the image tokens, or a model whose memories cannot
-                be stored, before anything is computed.
-        """
-        if memory_store is not None and embeds is not None:
-            raise ValueError("build_image_memory: embeds exclude a memory_store")
-        config, sizes = self.config, None
-        absolute = config.memory_positions == "absolute"
-        if tile_grid is not None:
-            grids = tile_grid.tolist() if isinstance(tile_grid, Tensor) else tile_grid
-            sizes = [
-                ops.image_tokens((int(cols), int(rows)), config.side, config.use_thumbnail)
-                for cols, rows in grids
-            ]
-        if torch.compiler.is_compiling():
-            media = self.project_images(pixel_values.to(self.dtype)).flatten(0, 1)
-            return traced_memory(media, image_mask, position_ids, sizes, absolute)
-        lengths = image_mask.sum(1).tolist()
-        wanted = pixel_values.shape[0] * config.tokens_per_tile
-        if sum(lengths) != wanted:
-            raise ValueError(
-                f"build_image_memory: {pixel_values.shape[0]} tiles of"
-                f" {config.tokens_per_tile} tokens for prompts that hold {lengths} image tokens"
-            )
-        ids = position_ids[image_mask].to(self.device)
-        if memory_store is not None and len(pixel_values):
-            return memory_store.image_memory(self, pixel_values, ids, lengths, sizes)
-        rows = None if embeds is None else ops.image_rows(image_mask, wanted)
-        pixel_values = pixel_values.to(self.device, self.dtype)
-        media = self.project_images(pixel_values, embeds, rows).flatten(0, 1)
-        return ImageMemory.from_media(media, ids, lengths, sizes, absolute=absolute)
-
-    def embed(
-        self,
-        input_ids: Tensor,
-        image_mask: Tensor | None,
-        memory: ImageMemory | None,
-        first: int = 0,
-        last: int | None = None,
-    ) -> Tensor:
-        """Embeddings [B, n, d] of whole prompts, image tokens taken from the memory's media.
-
-        Args:
-            input_ids: [B, N].
-            image_mask: bool [B, N], True at image tokens.
-            memory: of the prompts.
-            first, last: embed the tokens from one index to another, of all N.
-
-        Raises:
-            ValueError: prompts with fewer image tokens than their memory, or spans per token.
-        """
-        embeds = self.get_input_embeddings()(input_ids[:, first:last])
-        return self._with_media(embeds, image_mask, memory, first, last)
-
-    def _with_media(
-        self,
-        embeds: Tensor,
-        image_mask: Tensor | None,
-        memory: ImageMemory | None,
-        first: int = 0,
-        last: int | None = None,
-    ) -> Tensor:
-        if memory is None or memory.media is None or memory.spans is None or image_mask is None:
-            return embeds
-        # Token j of prompt b's images is media[start_b + j]: beams share their prompt's media.
-        spans = memory.spans.to(embeds.device)
-        start, end = spans[:, 0].split(1, dim=-1)  # [B, 1]
-        torn = spans.shape[1] != 1
-        if not (torn or torch.compiler.is_compiling()):
-            torn = bool((image_mask.sum(1, keepdim=True) < end - start).any())
-        if torn:
-            raise ValueError(
-                f"embed: prompts with {image_mask.sum(1).tolist()} image tokens must hold the whole"
-                f" image memory, whose spans are {tuple(spans.shape)}: {spans[:, 0].tolist()}"
-            )
-        index = start + image_mask.long().cumsum(1) - 1
-        image_mask = image_mask & (index < end)  # an image token that was generated is a word
-        index, image_mask = index[:, first:last], image_mask[:, first:last]
-        if torch.compiler.is_compiling():  # which cannot ask how many there are
-            found = memory.media[index.clamp(0, len(memory.media) - 1)]
-            return torch.where(image_mask[..., None], found.to(embeds), embeds)
-        return embeds.masked_scatter(
-            image_mask[..., None], memory.media[index[image_mask]].to(embeds.device, embeds.dtype)
-        )
 
     @told_of_old_name
     @can_return_tuple
@@ -256,6 +117,8 @@ class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         assert given is not None
         B, N = given.shape[:2]
+        if position_ids is not None:
+            position_ids = position_ids.expand(B, N)
         image_mask = None
         # Image tokens are looked for where images may stand: in a prompt, not while decoding.
         if pixel_values is not None or (
@@ -263,46 +126,24 @@ class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
         ):
             assert input_ids is not None
             image_mask = self.find_image_tokens(input_ids)
-        bounds = take_bounds(cu_seqlens, kwargs, B, N)
-        places = None
+        bounds, places = take_bounds(cu_seqlens, kwargs, B, N), None
         if (bounds, cache, attention_mask) == (None,) * 3 and position_ids is not None and N > 1:
-            seen = image_mask
-            if seen is None and input_ids is not None and self.config.image_token_id is not None:
-                seen = self.find_image_tokens(input_ids)
-            begins = find_begins(position_ids, seen)
-            if torch.compiler.is_compiling():  # which cannot ask how many samples there are
-                places = places_from_begins(begins)
-            else:
-                bounds = find_bounds(begins)
+            bounds, places = self._find_samples(input_ids, image_mask, position_ids)
         if bounds is not None:
             attention_mask, use_cache = _check_pack(attention_mask, use_cache, cache)
-        if position_ids is None and bounds is not None:
-            mask = torch.zeros(B, N, dtype=torch.bool, device=given.device)
-            position_ids = prompt_positions(
-                *(self, mask if image_mask is None else image_mask, bounds, tile_grid),
-                lambda grid: ops.image_tokens(grid, self.config.side, self.config.use_thumbnail),
-            )
-        if position_ids is None and image_mask is not None:
-            mask = torch.ones(B, N, dtype=torch.long, device=given.device)
-            mask = mask if attention_mask is None else attention_mask
-            position_ids = self.prompt_position_ids(image_mask, mask, tile_grid)
+        if position_ids is None:
+            position_ids = self._number(given, image_mask, attention_mask, tile_grid, bounds, past)
         if pixel_values is not None:
             assert image_mask is not None
-            assert position_ids is not None
             inputs_embeds, image_memory = self._embed_images(
                 input_ids, pixel_values, image_mask, position_ids, tile_grid, inputs_embeds
             )
-            if bounds is not None:
-                image_memory = within_samples(image_memory, image_mask, bounds)
         elif inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, image_mask, image_memory)
-        if position_ids is None:
-            position_ids = past + torch.arange(N, device=inputs_embeds.device).expand(B, N)
-            if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-                counted = attention_mask.long().cumsum(1) - 1
-                position_ids = counted.clamp(min=0)[:, -N:]
+        if bounds is not None and image_memory is not None:
+            image_memory = within_samples(image_memory, image_mask, bounds, N)
         read = image_memory
-        if read is None and self.training and torch.is_grad_enabled() and past == 0:
+        if read is None and past == 0 and in_step(self):
             read = self._blank_memory(B)
         output = self.language_model(
             inputs_embeds=inputs_embeds,
@@ -319,67 +160,48 @@ class CoMemoModel(CoMemoVision, CoMemoPreTrainedModel):
             **kwargs,
         )
         output.image_memory = image_memory
-        if pixel_values is not None and image_memory is not None and image_memory.media is not None:
-            media = image_memory.media.unflatten(0, (len(pixel_values), -1))
+        if pixel_values is not None and len(pixel_values) and image_memory is not None:
+            media = image_memory.media
+            assert media is not None
+            media = media.unflatten(0, (len(pixel_values), -1))
             output.image_outputs = BaseModelOutputWithPooling(pooler_output=media)
         return output
 
-    def _blank_memory(self, rows: int) -> ImageMemory | None:
-        """A memory of one blank tile of which nothing is kept, for training in several processes.
+    def _find_samples(
+        self, input_ids: Tensor | None, image_mask: Tensor | None, position_ids: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Bounds of packed samples whose ids begin anew; while tracing, each token's place."""
+        if image_mask is None and input_ids is not None and self.config.image_token_id is not None:
+            image_mask = self.find_image_tokens(input_ids)
+        begins = find_begins(position_ids, image_mask)
+        if torch.compiler.is_compiling():  # which cannot ask how many samples there are
+            return None, places_from_begins(begins)
+        return find_bounds(begins), None
 
-        There every process has to call the same modules and bring a gradient, though it be zero,
-        for every weight: with pictures in another process's batch and none in this one, sharded
-        weights would otherwise wait for ever and DDP refuse the next step.
-        """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return None
-        side = self.config.vision_config.image_size
-        tile = torch.zeros(1, 3, *side, device=self.device, dtype=self.dtype)
-        media = self.project_images(tile).flatten(0, 1)
-        memory = ImageMemory.from_media(
-            media,
-            torch.arange(len(media), device=media.device),
-            [len(media)],
-            absolute=self.config.memory_positions == "absolute",
-        ).repeat_interleave(rows)
-        nobody = torch.zeros(rows, 1, 1, dtype=torch.bool, device=media.device)
-        return replace(memory, active=nobody)  # what is read is not passed on
-
-    def _embed_images(
+    def _number(
         self,
-        input_ids: Tensor | None,
-        pixel_values: Tensor,
-        image_mask: Tensor,
-        position_ids: Tensor,
+        given: Tensor,
+        image_mask: Tensor | None,
+        attention_mask: Any,
         tile_grid: Any,
-        embeds: Tensor | None = None,
-    ) -> tuple[Tensor, ImageMemory]:
-        """Embeddings and image memory of whole prompts, their image tokens written once."""
-        if torch.compiler.is_compiling():
-            embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
-            memory = self.build_image_memory(pixel_values, image_mask, position_ids, tile_grid)
-            return with_media(embeds, image_mask, memory), memory
-        given = embeds is not None
-        embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
-        where = next(self.multi_modal_projector.parameters()).device
-        if embeds.device != where:
-            memory = self.build_image_memory(pixel_values, image_mask, position_ids, tile_grid)
-            return self._with_media(embeds, image_mask, memory), memory
-        # A hook of the embeddings may have made them a leaf, which cannot be written.
-        embeds = embeds.clone() if given or embeds.requires_grad else embeds.contiguous()
-        memory = self.build_image_memory(
-            pixel_values, image_mask, position_ids, tile_grid, embeds=embeds
-        )
-        return embeds, memory
-
-    def find_image_tokens(self, input_ids: Tensor) -> Tensor:
-        """bool [B, N], True at `<IMG_CONTEXT>`."""
-        if self.config.image_token_id is None:
-            raise ValueError(
-                "CoMemo: config.image_token_id is not set: the checkpoint's tokenizer files name"
-                " no <IMG_CONTEXT>; set it to tokenizer.convert_tokens_to_ids('<IMG_CONTEXT>')"
+        bounds: Tensor | None,
+        past: int,
+    ) -> Tensor:
+        """Position ids [B, N] of ids or embeddings that came without."""
+        (B, N), device = given.shape[:2], given.device
+        if bounds is not None:
+            mask = torch.zeros(B, N, dtype=torch.bool, device=device)
+            return prompt_positions(
+                *(self, mask if image_mask is None else image_mask, bounds, tile_grid),
+                lambda grid: ops.image_tokens(grid, self.config.side, self.config.use_thumbnail),
             )
-        return input_ids == self.config.image_token_id
+        if image_mask is not None:
+            ones = torch.ones(B, N, dtype=torch.long, device=device)
+            mask = ones if attention_mask is None else attention_mask
+            return self.prompt_position_ids(image_mask, mask, tile_grid)
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -N:]
+        return past + torch.arange(N, device=device).expand(B, N)
 
 
 def _check_keywords(kwargs: dict[str, Any]) -> None:

@@ -133,14 +133,27 @@ def prompt_positions(
     return torch.cat(ids).view(image_mask.shape)
 
 
-def within_samples(memory: ImageMemory, image_mask: Tensor, bounds: Tensor) -> ImageMemory:
+def within_samples(
+    memory: ImageMemory, image_mask: Tensor | None, bounds: Tensor, tokens: int
+) -> ImageMemory:
     """A memory of whole rows, of which each token reads what belongs to its sample.
 
     Args:
-        memory: of all rows' images in reading order.
-        image_mask: bool [B, N].
+        memory: of all rows' images in reading order; one whose spans are each token's stays.
+        image_mask: bool [B, N]; None for rows that came as embeddings.
         bounds: [S + 1].
+        tokens: N.
+
+    Raises:
+        ValueError: spans of whole rows, and nothing that tells where images stand.
     """
+    if memory.spans is not None and memory.spans.shape[1] == tokens > 1:
+        return memory
+    if image_mask is None:
+        raise ValueError(
+            "CoMemo: packed embeddings need an image_memory whose spans say what each token reads,"
+            f" [B, {tokens}, 2], got {None if memory.spans is None else tuple(memory.spans.shape)}"
+        )
     device = image_mask.device
     counted = torch.cat([image_mask.new_zeros(1).long(), image_mask.flatten().long().cumsum(0)])
     bounds = bounds.to(device)

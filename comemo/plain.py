@@ -93,6 +93,19 @@ def offloaded_to(model: nn.Module) -> torch.device | None:
     return None
 
 
+def in_step(model: Any) -> bool:
+    """Whether other processes may be waiting for this one to call each module that they call.
+
+    True in training where `torch.distributed` is initialised, and wherever weights are sharded.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    if model.training and torch.is_grad_enabled():
+        return True
+    weight = next(model.multi_modal_projector.parameters())
+    return hasattr(weight, "full_tensor")  # a DTensor
+
+
 def refuse_folded(verb: str, model: Any) -> None:
     """Raise for what a folded model cannot do.
 

@@ -248,6 +248,25 @@ def test_pictures_of_a_pack_are_seen_by_their_own_sample():
             assert torch.allclose(found, torch.cat(logits), atol=5e-5), list(packed)
 
 
+def test_a_memory_of_packed_rows_goes_on_being_read_by_its_samples():
+    model = make_model()
+    prompts = make_prompts(model)
+    ids = prompts["input_ids"][1]
+    row = torch.cat([ids, place(torch.randint(10, 200, (5,)))])[None]
+    given = {"input_ids": row, "cu_seqlens": torch.tensor([0, len(ids), row.shape[1]])}
+    tiles, grids = prompts["pixel_values"][1:], prompts["tile_grid"][1:]
+    with torch.no_grad():
+        packed = model(**given, pixel_values=tiles, tile_grid=grids)
+        whole = model(input_ids=ids[None], pixel_values=tiles, tile_grid=grids, use_cache=True)
+        again = model(**given, image_memory=whole.image_memory, tile_grid=grids)
+        assert torch.allclose(again.logits, packed.logits, atol=2e-5)
+        embeds = {"inputs_embeds": model.get_input_embeddings()(row)}
+        bounds = {"cu_seqlens": given["cu_seqlens"]}
+        model(**embeds, **bounds, image_memory=packed.image_memory)
+        with pytest.raises(ValueError, match=r"spans say what each token reads, .*got \(1, 1, 2\)"):
+            model(**embeds, **bounds, image_memory=whole.image_memory)
+
+
 def test_two_rows_may_be_packed():
     model = make_model()
     samples = [torch.randint(10, 200, (n,)) for n in (4, 8, 6, 6)]
