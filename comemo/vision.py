@@ -45,6 +45,10 @@ class CoMemoVision:
         """
         config, projector = self.config, self.multi_modal_projector
         check_tiles("project_images", pixel_values)
+        if not len(pixel_values):  # for which newer towers have no shape
+            side = pixel_values.shape[2] // config.vision_config.patch_size[0]
+            tokens = round(side**2 * config.downsample_ratio**2)
+            return pixel_values.new_empty(0, tokens, config.text_config.hidden_size)
         rounds = pixel_values.split(config.tiles_at_once)
         if not _is_as_made(projector):
             return self._project_by_modules([self._see(tiles) for tiles in rounds], embeds, rows)
