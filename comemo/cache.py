@@ -99,7 +99,8 @@ class RoomyCache(DynamicCache):
             length: tokens, at most as many as every layer holds.
         """
         for layer in self.layers:
-            layer.crop(min(length - layer.get_seq_length(), 0))
+            if (beyond := layer.get_seq_length() - length) > 0:  # older layers crop all for 0
+                layer.crop(-beyond)
 
     def fork(self) -> "RoomyCache":
         """The same tokens in buffers of their own."""

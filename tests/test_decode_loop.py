@@ -500,7 +500,7 @@ def test_what_a_loop_cannot_take_over(model, loop):
     with pytest.raises(ValueError, match=r"padded on the left, got .* with gaps"):
         model.generate(**gaps, **options)
     sliding = DynamicCache()
-    sliding.layers = [DynamicSlidingWindowLayer(8) for _ in range(4)]
+    sliding.layers = [DynamicSlidingWindowLayer(sliding_window=8) for _ in range(4)]
     with pytest.raises(ValueError, match=r"got DynamicCache with layers .*SlidingWindow"):
         model.generate(**batch, **options, past_key_values=sliding)
     with torch.no_grad():
