@@ -8,6 +8,7 @@ from torch import Tensor
 
 from comemo.cache import ROOM_FOR_ANSWER, RoomyCache
 from comemo.decode import DecodeLoop, why_not
+from comemo.generation_inputs import PreparesInputs, refuse_right_padding
 from comemo.outputs import CACHE, one_cache, take_cache
 from comemo.prefill import read_prompt
 from comemo_kernels import ImageMemory
@@ -17,7 +18,7 @@ from comemo_kernels import ImageMemory
 NOT_THE_MODELS = ("pixel_values", "tokenizer", "assistant_tokenizer", "assistant_model", "streamer")
 
 
-class CoMemoGeneration:
+class CoMemoGeneration(PreparesInputs):
     """`generate` for prompts with images; everything it needs travels in its arguments."""
 
     config: Any
@@ -30,27 +31,31 @@ class CoMemoGeneration:
         """transformers' `generate`, plus `pixel_values`, `tile_grid` and `image_memory`.
 
         Args:
-            inputs: [B, N] token ids (or `input_ids`), padded on the left.
+            inputs: [B, N] token ids (or `input_ids`), padded on the left; without them and without
+                `inputs_embeds` the start token alone.
             pixel_values: [T, 3, side, side], all prompts' tiles in reading order.
             tile_grid: (cols, rows) of each image; None for original RoPE.
             image_memory: of an earlier call on the same images, wherever they stood.
             memory_store: a `MemoryStore`, where known pictures are looked up and new ones kept. An
                 assistant model builds its own memory without it.
-            prompt_output: what the model returned for a prompt that `past_key_values` holds whole;
-                its last logits begin. With it go `position_ids` and `attention_mask` of the whole
+            prompt_output: what the model returned for a prompt that the cache holds whole; its last
+                logits begin. With it go `position_ids` and `attention_mask` of the whole
                 prompt, and `inputs` may be as short as one token.
             decode_loop: a `DecodeLoop` of this model, for greedy decoding or sampling without
                 drafts. `cache_implementation="static"` makes one for the call, unless there is a
                 `compile_config`.
-            kwargs: everything that `generate` takes.
+            kwargs: everything that `generate` takes, the cache by either of its names.
+                `inputs_embeds` are numbered by their mask, if there are no `position_ids`; with
+                `pixel_values` the ids beside them tell where images stand.
 
         Raises:
             ValueError: tiles, grids and image tokens that disagree; a prompt beyond the position
-                range; a memory of images of other grids; arguments that exclude each other or
-                that a decode loop cannot follow. Nothing was computed then.
+                range or padded on the right; a memory of images of other grids; arguments that
+                exclude each other or that a decode loop cannot follow. Nothing was computed then.
         """
         input_ids = self._take_inputs(inputs, kwargs)
         take_cache("generate", kwargs)
+        refuse_right_padding(kwargs)
         grid, store = kwargs.pop("tile_grid", None), kwargs.pop("memory_store", None)
         memory: ImageMemory | None = kwargs.get("image_memory")
         pixel_values = kwargs.get("pixel_values")
@@ -71,96 +76,10 @@ class CoMemoGeneration:
             self._prepare_prompt(input_ids, grid, kwargs, store)
             if assistant is None:
                 kwargs.pop("pixel_values", None)  # an assistant builds a memory of its own
-        _refuse_right_padding(kwargs)
         if kwargs.get("position_ids") is not None:
             kwargs.setdefault("prompt_length", kwargs["position_ids"].shape[1])
         self._make_room(option, kwargs)
         return super().generate(input_ids, **kwargs)  # type: ignore[misc]
-
-    def _take_inputs(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
-        """The ids that were given by either name; the start token alone where there is nothing."""
-        ids = kwargs.pop("input_ids", None)
-        if inputs is not None and ids is not None:
-            raise ValueError("generate: inputs and input_ids are two names of one argument")
-        ids = inputs if ids is None else ids
-        if ids is not None or kwargs.get("inputs_embeds") is not None:
-            return ids
-        chosen = kwargs.get("generation_config") or self.generation_config
-        start = kwargs.get("bos_token_id")
-        for config in (chosen, self.generation_config, self.config.text_config):
-            start = config.bos_token_id if start is None else start
-        if start is None:
-            raise ValueError("generate: give input_ids, inputs_embeds or a bos_token_id, got none")
-        return torch.tensor([[int(start)]], device=self.device)
-
-    def _prepare_embeds(
-        self,
-        input_ids: Tensor | None,
-        grid: Any,
-        kwargs: dict[str, Any],
-        store: Any,
-        option: Callable[[str], Any],
-    ) -> Tensor | None:
-        """Fill in what goes with embeddings; the ids that generated ones are put behind."""
-        embeds, pixel_values = kwargs["inputs_embeds"], kwargs.pop("pixel_values", None)
-        if option("use_cache") is False:
-            raise ValueError(
-                "generate: inputs_embeds need a cache, for the ids of later steps alone are known,"
-                " got use_cache=False"
-            )
-        if option("assistant_model") is not None or option("prompt_lookup_num_tokens"):
-            raise ValueError("generate: drafts are of ids: give input_ids alone, got inputs_embeds")
-        mask = kwargs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-            kwargs["attention_mask"] = mask
-        if pixel_values is not None:
-            if input_ids is None or input_ids.shape != embeds.shape[:2]:
-                got = None if input_ids is None else tuple(input_ids.shape)
-                raise ValueError(
-                    "generate: pixel_values beside inputs_embeds need input_ids"
-                    f" {tuple(embeds.shape[:2])}, which tell where images stand, got {got}"
-                )
-            held = kwargs | {"pixel_values": pixel_values}
-            self._prepare_prompt(input_ids, grid, held, store)
-            kwargs |= {name: held[name] for name in ("position_ids", "image_memory")}
-            image_mask = self.model.find_image_tokens(input_ids)
-            kwargs["inputs_embeds"] = self.model._with_media(
-                embeds, image_mask, kwargs["image_memory"]
-            )
-        elif kwargs.get("position_ids") is None:
-            counted = mask.long().cumsum(1) - 1
-            kwargs["position_ids"] = counted.clamp(min=0)[:, -embeds.shape[1] :]
-        return input_ids
-
-    def _prepare_prompt(
-        self, input_ids: Tensor, grid: Any, kwargs: dict[str, Any], store: Any
-    ) -> None:
-        """Fill in mask, positions and memory of whole prompts, checked."""
-        model, memory = self.model, kwargs.get("image_memory")
-        pixel_values, mask = kwargs.get("pixel_values"), kwargs.get("attention_mask")
-        kwargs["attention_mask"] = mask = torch.ones_like(input_ids) if mask is None else mask
-        has_images = pixel_values is not None or memory is not None
-        if has_images or self.config.image_token_id is not None:
-            image_mask = model.find_image_tokens(input_ids)
-        else:
-            image_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-        if not has_images and image_mask.any():
-            raise ValueError(
-                f"generate: the prompts hold {image_mask.sum(1).tolist()} image tokens, got"
-                " neither pixel_values nor an image_memory"
-            )
-        ids = kwargs.get("position_ids")
-        if ids is None:
-            ids = model.prompt_position_ids(image_mask, mask, grid if has_images else None)
-            kwargs["position_ids"] = ids
-        self._check_range(ids, mask, has_images)
-        if memory is not None:
-            kwargs["image_memory"] = _place(memory, image_mask, ids)
-        elif pixel_values is not None:
-            kwargs["image_memory"] = model.build_image_memory(
-                pixel_values, image_mask, ids, grid, store
-            )
 
     def _make_room(self, option: Callable[[str], Any], kwargs: dict[str, Any]) -> None:
         """Bring a cache that nothing is copied in, unless another kind is asked for."""
@@ -325,78 +244,3 @@ class CoMemoGeneration:
         return super()._get_candidate_generator(  # type: ignore[misc]
             *args, model_kwargs=theirs, **kwargs
         )
-
-    def _check_range(self, position_ids: Tensor, attention_mask: Tensor, images: bool) -> None:
-        config = self.config
-        highest = int(position_ids.max()) if position_ids.numel() else 0
-        if images:
-            limit = config.mixin_config.max_position_embeddings
-        elif config.rope_scaling is None:
-            limit = config.text_config.max_position_embeddings
-        else:  # scaled angles reach past the trained range
-            return
-        if highest >= limit:
-            raise ValueError(
-                f"generate: the prompt needs position ids up to {highest}, the model has"
-                f" {limit}: use fewer or smaller images"
-                + (", or rope='dhr'" if images and config.rope == "original" else "")
-            )
-        tokens = int(attention_mask.sum(1).max())
-        if images and config.decode_positions == "raw" and tokens >= limit:
-            raise ValueError(
-                f"generate: the prompt has {tokens} tokens and decode_positions='raw' puts the"
-                f" next one at position {tokens}, the model has {limit}: set"
-                " config.decode_positions = 'compressed'"
-            )
-
-
-def _refuse_right_padding(kwargs: dict[str, Any]) -> None:
-    """What is generated stands behind the last column, and that must be a token."""
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] and not mask[:, -1].all():
-        rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
-        raise ValueError(
-            "generate: prompts must be padded on the left (tokenizer.padding_side = 'left'), got an"
-            f" attention_mask that ends with padding in rows {rows}"
-        )
-
-
-def _place(memory: ImageMemory, image_mask: Tensor, position_ids: Tensor) -> ImageMemory:
-    """The memory for prompts whose images may stand at other places than when it was built."""
-    if memory.media is None:
-        raise ValueError(
-            "generate: image_memory must have its media, for prompts embed them, got None"
-        )
-    lengths, spans = image_mask.sum(1).tolist(), memory.spans
-    if spans is None and len(lengths) == 1:  # what `append_images` made
-        spans = torch.tensor([[[0, len(memory)]]], device=image_mask.device)
-    held = (
-        [] if spans is None or spans.shape[1] != 1 else (spans[:, 0, 1] - spans[:, 0, 0]).tolist()
-    )
-    biases = None
-    if memory.ids is not None and spans is not None and held == lengths:
-        biases = _find_biases(memory, spans[:, 0].tolist(), image_mask, position_ids)
-    if biases is None or spans is None:
-        raise ValueError(
-            f"generate: image_memory holds {held} image tokens, whose images lie otherwise than the"
-            f" prompts' {lengths}: build it for images of the same grids, or pass pixel_values"
-        )
-    device = spans.device
-    return memory.reading(spans, None if memory.absolute else biases.to(device))
-
-
-def _find_biases(
-    memory: ImageMemory, spans: list[list[int]], image_mask: Tensor, position_ids: Tensor
-) -> Tensor | None:
-    """Where the memory's images stand in each prompt, [B, I]; None if they are not its images."""
-    assert memory.ids is not None
-    places = memory.ids.cpu().long()
-    sizes = memory.sizes if not memory.absolute else (len(places),)
-    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    biases = torch.zeros(len(spans), len(sizes), dtype=torch.int64)
-    for prompt, (start, end) in enumerate(spans):
-        found = position_ids[prompt][image_mask[prompt]].cpu() - places[start:end]
-        biases[prompt, owner[start:end]] = found  # one of each image's; all must be alike
-        if not torch.equal(biases[prompt, owner[start:end]], found):
-            return None
-    return None if memory.absolute and biases.any() else biases

@@ -1,0 +1,178 @@
+"""What `generate` is given, checked and made whole before anything is generated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from comemo_kernels import ImageMemory
+
+
+class PreparesInputs:
+    """Ids, positions, mask and memory of prompts, for a model with `model` and configs."""
+
+    config: Any
+    device: Any
+    generation_config: Any
+    model: Any
+
+    def _take_inputs(self, inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor | None:
+        """The ids that were given by either name; the start token alone where there is nothing."""
+        ids = kwargs.pop("input_ids", None)
+        if inputs is not None and ids is not None:
+            raise ValueError("generate: inputs and input_ids are two names of one argument")
+        ids = inputs if ids is None else ids
+        if ids is not None or kwargs.get("inputs_embeds") is not None:
+            return ids
+        chosen = kwargs.get("generation_config") or self.generation_config
+        start = kwargs.get("bos_token_id")
+        for config in (chosen, self.generation_config, self.config.text_config):
+            start = config.bos_token_id if start is None else start
+        if start is None:
+            raise ValueError("generate: give input_ids, inputs_embeds or a bos_token_id, got none")
+        return torch.tensor([[int(start)]], device=self.device)
+
+    def _prepare_embeds(
+        self,
+        input_ids: Tensor | None,
+        grid: Any,
+        kwargs: dict[str, Any],
+        store: Any,
+        option: Callable[[str], Any],
+    ) -> Tensor | None:
+        """Fill in what goes with embeddings; the ids that generated ones are put behind."""
+        embeds, pixel_values = kwargs["inputs_embeds"], kwargs.pop("pixel_values", None)
+        if option("use_cache") is False:
+            raise ValueError(
+                "generate: inputs_embeds need a cache, for the ids of later steps alone are known,"
+                " got use_cache=False"
+            )
+        if option("assistant_model") is not None or option("prompt_lookup_num_tokens"):
+            raise ValueError("generate: drafts are of ids: give input_ids alone, got inputs_embeds")
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            kwargs["attention_mask"] = mask
+        if pixel_values is not None:
+            if input_ids is None or input_ids.shape != embeds.shape[:2]:
+                got = None if input_ids is None else tuple(input_ids.shape)
+                raise ValueError(
+                    "generate: pixel_values beside inputs_embeds need input_ids"
+                    f" {tuple(embeds.shape[:2])}, which tell where images stand, got {got}"
+                )
+            held = kwargs | {"pixel_values": pixel_values}
+            self._prepare_prompt(input_ids, grid, held, store)
+            kwargs |= {name: held[name] for name in ("position_ids", "image_memory")}
+            image_mask = self.model.find_image_tokens(input_ids)
+            kwargs["inputs_embeds"] = self.model._with_media(
+                embeds, image_mask, kwargs["image_memory"]
+            )
+        elif kwargs.get("position_ids") is None:
+            counted = mask.long().cumsum(1) - 1
+            kwargs["position_ids"] = counted.clamp(min=0)[:, -embeds.shape[1] :]
+        return input_ids
+
+    def _prepare_prompt(
+        self, input_ids: Tensor, grid: Any, kwargs: dict[str, Any], store: Any
+    ) -> None:
+        """Fill in mask, positions and memory of whole prompts, checked."""
+        model, memory = self.model, kwargs.get("image_memory")
+        pixel_values, mask = kwargs.get("pixel_values"), kwargs.get("attention_mask")
+        kwargs["attention_mask"] = mask = torch.ones_like(input_ids) if mask is None else mask
+        has_images = pixel_values is not None or memory is not None
+        if has_images or self.config.image_token_id is not None:
+            image_mask = model.find_image_tokens(input_ids)
+        else:
+            image_mask = torch.zeros_like(input_ids, dtype=torch.bool)
+        if not has_images and image_mask.any():
+            raise ValueError(
+                f"generate: the prompts hold {image_mask.sum(1).tolist()} image tokens, got"
+                " neither pixel_values nor an image_memory"
+            )
+        ids = kwargs.get("position_ids")
+        if ids is None:
+            ids = model.prompt_position_ids(image_mask, mask, grid if has_images else None)
+            kwargs["position_ids"] = ids
+        self._check_range(ids, mask, has_images)
+        if memory is not None:
+            kwargs["image_memory"] = _place(memory, image_mask, ids)
+        elif pixel_values is not None:
+            kwargs["image_memory"] = model.build_image_memory(
+                pixel_values, image_mask, ids, grid, store
+            )
+
+    def _check_range(self, position_ids: Tensor, attention_mask: Tensor, images: bool) -> None:
+        config = self.config
+        highest = int(position_ids.max()) if position_ids.numel() else 0
+        if images:
+            limit = config.mixin_config.max_position_embeddings
+        elif config.rope_scaling is None:
+            limit = config.text_config.max_position_embeddings
+        else:  # scaled angles reach past the trained range
+            return
+        if highest >= limit:
+            raise ValueError(
+                f"generate: the prompt needs position ids up to {highest}, the model has"
+                f" {limit}: use fewer or smaller images"
+                + (", or rope='dhr'" if images and config.rope == "original" else "")
+            )
+        tokens = int(attention_mask.sum(1).max())
+        if images and config.decode_positions == "raw" and tokens >= limit:
+            raise ValueError(
+                f"generate: the prompt has {tokens} tokens and decode_positions='raw' puts the"
+                f" next one at position {tokens}, the model has {limit}: set"
+                " config.decode_positions = 'compressed'"
+            )
+
+
+def refuse_right_padding(kwargs: dict[str, Any]) -> None:
+    """What is generated stands behind the last column, and that must be a token."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] and not mask[:, -1].all():
+        rows = (mask[:, -1] == 0).nonzero().flatten().tolist()
+        raise ValueError(
+            "generate: prompts must be padded on the left (tokenizer.padding_side = 'left'), got an"
+            f" attention_mask that ends with padding in rows {rows}"
+        )
+
+
+def _place(memory: ImageMemory, image_mask: Tensor, position_ids: Tensor) -> ImageMemory:
+    """The memory for prompts whose images may stand at other places than when it was built."""
+    if memory.media is None:
+        raise ValueError(
+            "generate: image_memory must have its media, for prompts embed them, got None"
+        )
+    lengths, spans = image_mask.sum(1).tolist(), memory.spans
+    if spans is None and len(lengths) == 1:  # what `append_images` made
+        spans = torch.tensor([[[0, len(memory)]]], device=image_mask.device)
+    held = (
+        [] if spans is None or spans.shape[1] != 1 else (spans[:, 0, 1] - spans[:, 0, 0]).tolist()
+    )
+    biases = None
+    if memory.ids is not None and spans is not None and held == lengths:
+        biases = _find_biases(memory, spans[:, 0].tolist(), image_mask, position_ids)
+    if biases is None or spans is None:
+        raise ValueError(
+            f"generate: image_memory holds {held} image tokens, whose images lie otherwise than the"
+            f" prompts' {lengths}: build it for images of the same grids, or pass pixel_values"
+        )
+    device = spans.device
+    return memory.reading(spans, None if memory.absolute else biases.to(device))
+
+
+def _find_biases(
+    memory: ImageMemory, spans: list[list[int]], image_mask: Tensor, position_ids: Tensor
+) -> Tensor | None:
+    """Where the memory's images stand in each prompt, [B, I]; None if they are not its images."""
+    assert memory.ids is not None
+    places = memory.ids.cpu().long()
+    sizes = memory.sizes if not memory.absolute else (len(places),)
+    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    biases = torch.zeros(len(spans), len(sizes), dtype=torch.int64)
+    for prompt, (start, end) in enumerate(spans):
+        found = position_ids[prompt][image_mask[prompt]].cpu() - places[start:end]
+        biases[prompt, owner[start:end]] = found  # one of each image's; all must be alike
+        if not torch.equal(biases[prompt, owner[start:end]], found):
+            return None
+    return None if memory.absolute and biases.any() else biases
