@@ -13,6 +13,9 @@ from small import logits_of, make_model, make_prompts
 from torch import nn
 from torch.utils import _pytree as pytree
 
+import comemo
+
+accelerate = pytest.importorskip("accelerate")
 accelerate_hooks = pytest.importorskip("accelerate.hooks")
 peft = pytest.importorskip("peft")
 
@@ -197,3 +200,32 @@ def test_offloaded_modules_are_brought_back(model, prompts, whole):
             )
         assert all(weight.is_meta for weight in module.parameters()), name
         assert (logits_of(offloaded, prompts) - before).abs().max() < TOLERANCE, name
+
+
+@pytest.mark.parametrize("way", ["disk", "cpu_offload"])
+def test_a_model_that_is_offloaded_whole_answers(model, prompts, tmp_path, way):
+    wanted = model.generate(**prompts, max_new_tokens=4, do_sample=False)
+    if way == "disk":
+        model.save_pretrained(tmp_path / "model")
+        parts = [f"model.{name}" for name in ("vision_tower", "multi_modal_projector")]
+        parts += [f"model.language_model.{name}" for name in ("embed_tokens", "norm")]
+        parts += [f"model.language_model.layers.{i}" for i in range(4)]
+        places = dict.fromkeys(parts, "disk") | {"lm_head": model.device.type}
+        offloaded = (
+            type(model)
+            .from_pretrained(
+                tmp_path / "model", device_map=places, offload_folder=tmp_path / "weights"
+            )
+            .eval()
+        )
+    else:
+        offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device=model.device)
+    assert offloaded.device.type == model.device.type
+    assert sum(weight.is_meta for weight in offloaded.parameters()) > 40
+    assert torch.equal(offloaded.generate(**prompts, max_new_tokens=4, do_sample=False), wanted)
+    with torch.no_grad():
+        tiles = prompts["pixel_values"]
+        found = offloaded.get_image_features(tiles).pooler_output
+        assert torch.equal(found, model.get_image_features(tiles).pooler_output)
+    with pytest.raises(ValueError, match="offloaded weights"):
+        offloaded.generate(**prompts, decode_loop=comemo.DecodeLoop(offloaded))
