@@ -17,7 +17,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 # looked for again every week. NEWEST picks another: make newest NEWEST=transformers==5.10.4
 NEWEST ?= transformers
 NEWEST_TESTS := $(addprefix tests/test_, \
-	$(addsuffix .py, answer_options api chat processor session training))
+	$(addsuffix .py, answer_options api chat processor training))
 WEEK := $(shell date +%G-%V)
 
 .PHONY: demo test test-all lint kernels newest aot bench gpu-check gpu-bench clean
@@ -46,7 +46,7 @@ newest: $(VENV)/newest/$(subst =,,$(NEWEST))-$(WEEK)
 
 $(VENV)/newest/%: $(VENV)/ready
 	rm -rf $(VENV)/newest
-	$(PIP) install --upgrade --target $(VENV)/newest '$(NEWEST)'
+	$(PIP) install --no-compile --target $(VENV)/newest '$(NEWEST)'
 	touch $@
 
 # What the compiler makes of every kernel, for every GPU that is claimed; none is needed.

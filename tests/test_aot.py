@@ -9,7 +9,7 @@ import pkgutil
 
 import pytest
 import torch
-from conftest import INTERPRET
+from conftest import INTERPRET, SLOW
 
 if INTERPRET:
     pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
@@ -41,9 +41,17 @@ LAUNCHES = [
 ]
 
 
+def is_slow(case, chip):
+    """AMD, and float32 beside other dtypes: with `--all`, and in `make aot`."""
+    return chip == "gfx942" or (case is not FIRST[case.kernel] and "fp32" in case.name)
+
+
 @pytest.mark.parametrize(
     ("case", "chip"),
-    LAUNCHES,
+    [
+        pytest.param(case, chip, marks=SLOW if is_slow(case, chip) else ())
+        for case, chip in LAUNCHES
+    ],
     ids=[f"{case.kernel.function.__name__} {case.name} {chip}" for case, chip in LAUNCHES],
 )
 def test_compiles_within_the_limits(case, chip):

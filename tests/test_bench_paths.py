@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import virtual_gpu
-from conftest import GPU
+from conftest import GPU, SLOW
 from test_bench import options_of
 
 from bench import attend, chat, decode, measure, memory, mixin, positions, project, rotary, vision
@@ -72,7 +72,12 @@ def test_every_way_is_timed(gpu, bench, capsys):
     assert all(any(name in line for name in ABSENT) for line in left), left
 
 
-@pytest.mark.parametrize("bench", OF_MODELS, ids=lambda bench: bench.__name__)
+@pytest.mark.parametrize(
+    "bench",
+    # What `bench.chat` tells of a CPU is tested in every run.
+    [pytest.param(b, marks=SLOW if b is chat else ()) for b in OF_MODELS],
+    ids=lambda bench: bench.__name__,
+)
 def test_models_run_to_the_end(gpu, bench, loaded, monkeypatch):
     model = copy.deepcopy(loaded[0]).to("cuda")
     monkeypatch.setattr(bench, "draw_model", lambda *_, **__: model)

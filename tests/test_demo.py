@@ -144,6 +144,7 @@ def test_demo_with_a_picture_of_one_tile_and_one_token(tmp_path, capsys):
     assert "the same 1 tokens: yes" in out
 
 
+@pytest.mark.slow
 def test_demo_as_a_new_user_runs_it():
     ended = subprocess.run(
         [sys.executable, "-m", "comemo", "demo", "--tokens", "4"],

@@ -399,6 +399,7 @@ def test_two_threads_get_what_they_get_alone(golden, inputs, model, tokenizer):
 
 
 @TRACED
+@pytest.mark.slow  # on kernels and folded, too
 def test_decode_step_compiles_whole(model, processor, inputs):
     """Few graphs, none broken, and in the end no new one for new pictures."""
     model.config.decode_positions = "raw"
