@@ -53,6 +53,11 @@ settings.register_profile("all", PROFILE, max_examples=100)
 
 
 SLOW = () if GPU else pytest.mark.slow  # what a GPU does in no time
+# For tests that draw shapes: bfloat16 and float32 are drawn in every run.
+WITHOUT_HALF = [
+    pytest.param(dtype, marks=SLOW if dtype == torch.float16 and len(DTYPES) > 2 else ())
+    for dtype in DTYPES
+]
 
 
 def every_two(*axes):

@@ -109,6 +109,7 @@ def test_a_worker_that_has_lost_its_gpu_fails_no_other_test(check, tmp_path):
     assert sum(line["outcome"] == "passed" for line in lines) == 8
 
 
+@pytest.mark.slow
 def test_tests_that_had_no_time_are_counted(check, monkeypatch):
     slow = "import pytest, time\n@pytest.mark.parametrize('i', range(5))\ndef test_a(i): "
     monkeypatch.setattr(gpu_check, "SECONDS", {"suite": 1.0})
@@ -147,6 +148,7 @@ def test_a_check_that_finds_nothing(check):
     assert "failures" not in table
 
 
+@pytest.mark.slow
 def test_a_suite_that_cannot_be_read_is_told(check):
     code, table = check("import nothing_of_that_name", names=("suite",))
     assert code == 1

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from conftest import every_two
 from harness import LOGITS, assert_relative, recorded
 from small import place
 from transformers.core_model_loading import revert_weight_conversion
@@ -55,9 +56,10 @@ def forward(model, inputs, batch, seq_imgs, weighted, absolute=False):
     )
 
 
-@pytest.mark.parametrize("case", ["packed3", "single1"])
-@pytest.mark.parametrize("loss", ["weighted", "plain"])
-@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize(
+    ("case", "loss", "absolute"),
+    every_two(["packed3", "single1"], ["weighted", "plain"], [False, True]),
+)
 def test_recorded_pack(golden, inputs, model, case, loss, absolute):
     batch, seq_imgs, notes = load(golden, case)
     out = forward(model, inputs, batch, seq_imgs, loss == "weighted", absolute)

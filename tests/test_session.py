@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from conftest import SLOW
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -98,8 +99,11 @@ def same_cache(session, cache, tokens):
             torch.testing.assert_close(a[:, :, :tokens], b[:, :, :tokens], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("rope", ["dhr", "original"])
-@pytest.mark.parametrize("visibility", ["causal", "all"])
+@pytest.mark.parametrize(
+    ("rope", "visibility"),
+    [("dhr", "causal"), ("original", "all")]
+    + [pytest.param(*two, marks=SLOW) for two in (("dhr", "all"), ("original", "causal"))],
+)
 def test_every_turn_is_the_whole_prompt(
     model, processor, tokenizer, pictures, positions, visibility, rope
 ):
