@@ -2,7 +2,7 @@
 
 from typing import Any
 
-DRAFTS = (
+NEED_IDS = (
     *("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp"),
     "custom_generate",
 )
@@ -43,11 +43,11 @@ def text_options(verb: str, options: dict[str, Any], model: Any, tokenizer: Any)
         value = given(name)
         return getattr(model.generation_config, name, None) if value is None else value
 
-    reasons = [f"{name} (of its own making)" for name in INPUTS if name in options]
+    reasons = [f"{name} (a chat makes it)" for name in INPUTS if name in options]
     reasons += [f"{name} (the answer is text)" for name in OUTPUTS if given(name)]
     reasons += [
-        f"{name} (drafts need the prompt as ids)"
-        for name in DRAFTS
+        f"{name} (it needs the prompt as ids)"
+        for name in NEED_IDS
         if option(name) is not None and option(name) is not False
     ]
     if option("use_cache") is False:

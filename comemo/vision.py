@@ -128,8 +128,8 @@ class CoMemoVision:
 
     def _see(self, tiles: Tensor) -> Tensor:
         """The vision tower's tokens [T, 1 + tokens, C], class token first."""
-        vision, layer = self.vision_tower, self.config.select_layer
-        depth = layer % (self.config.vision_config.num_hidden_layers + 1)
+        vision, config = self.vision_tower, self.config
+        depth = config.select_layer % (config.vision_config.num_hidden_layers + 1)
         if not (
             is_own(vision, InternVLVisionModel)
             and is_own(vision.encoder, InternVLVisionEncoder)
