@@ -3,6 +3,7 @@
 Letters: T tiles, C channels of the tower, d width of the language model.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class CoMemoVision:
             return pixel_values.new_empty(0, tokens, config.text_config.hidden_size)
         rounds = pixel_values.split(config.tiles_at_once)
         if not _is_as_made(projector):
-            return self._project_by_modules([self._see(tiles) for tiles in rounds], embeds, rows)
+            return self._project_by_modules(map(self._see, rounds), embeds, rows)
         norm, first, _, second = projector
         weights = (norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias)
         into_one = len(rounds) > 1 and not (
@@ -143,9 +144,9 @@ class CoMemoVision:
         return x
 
     def _project_by_modules(
-        self, parts: list[Tensor], embeds: Tensor | None, rows: Tensor | None
+        self, parts: Iterable[Tensor], embeds: Tensor | None, rows: Tensor | None
     ) -> Tensor:
-        """The projector as it stands, adapters, hooks and all, on the tower's tokens."""
+        """The projector as it stands, adapters, hooks and all, on one round's tokens at a time."""
         found = []
         for x in parts:
             side = round((x.shape[1] - 1) ** 0.5)

@@ -2,7 +2,8 @@
 
 from importlib.util import find_spec
 
-from comemo_kernels import reference, trees
+import comemo_kernels.trees  # noqa: F401, for torch.export
+from comemo_kernels import reference
 from comemo_kernels.graphs import HostFlag, capture, runs_ahead
 from comemo_kernels.grids import TEXT, ImageGrids
 from comemo_kernels.memory import (
@@ -76,5 +77,4 @@ __all__ = [
     "spans_from_cu_seqlens",
     "spans_from_images",
     "split_images",
-    "trees",
 ]

@@ -103,6 +103,17 @@ def test_hooks_fire_and_what_they_return_counts(model, called, prompts):
     assert torch.equal(logits_of(model, prompts), before)
 
 
+def test_a_projector_that_is_called_takes_one_round_of_tiles_at_a_time(model, prompts):
+    tiles, core, order = prompts["pixel_values"], copy.deepcopy(model.model), []
+    wanted = core.project_images(tiles)
+    core.config = copy.deepcopy(core.config)
+    core.config.tiles_at_once = 1
+    core.multi_modal_projector.register_forward_hook(lambda *_: order.append("projector"))
+    core.vision_tower.embeddings.register_forward_hook(lambda *_: order.append("tower"))
+    assert torch.allclose(core.project_images(tiles), wanted, atol=1e-5)
+    assert order == ["tower", "projector"] * 3
+
+
 def test_a_hook_of_all_modules_sees_each(model, prompts):
     seen = set()
     handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.add(m))

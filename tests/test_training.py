@@ -297,7 +297,7 @@ def test_a_compiled_forward_packs_too(real_device):
     assert torch.allclose(found, torch.cat(wanted), atol=2e-5)
 
 
-def test_what_a_pack_cannot_be(golden):
+def test_what_a_pack_cannot_be():
     model = make_model(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=8)
     row, bounds = place(torch.randint(10, 200, (1, 14))), torch.tensor([0, 5, 14])
     with pytest.raises(ValueError, match=r"trained range of 8.*got one of 9: pass it alone"):
