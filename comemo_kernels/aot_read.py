@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import inspect
 import os
 import re
 import subprocess
@@ -36,9 +37,12 @@ def read_accesses(kernel: Any) -> list[Access]:
     """Every access of an NVIDIA kernel in the order of its PTX, but those by tensor descriptors.
 
     The compiler notes the source line of an instruction, and that line names the pointer.
+    Triton's cache goes by the text of a kernel, not by its place: the noted file may be that of
+    another copy of these sources, gone since. What counts is the file of that name here.
     """
     code = _ASSEMBLY.sub(_place_once, kernel.asm["ptx"])
-    files: dict[str, str] = dict(_FILE.findall(code))
+    beside = Path(inspect.getfile(kernel.src.fn.fn)).parent
+    files = {number: _find_source(Path(file).name, beside) for number, file in _FILE.findall(code)}
     tensor, found = "", []
     for line in code.splitlines():
         if place := _PLACE.match(line):
@@ -55,23 +59,30 @@ def read_accesses(kernel: Any) -> list[Access]:
     return found
 
 
+def _find_source(name: str, beside: Path) -> Path | None:
+    """The source file of a kernel or of what it calls; None of Triton's own."""
+    paths = (folder / name for folder in (beside, Path(__file__).parent))
+    return next((path for path in paths if path.is_file()), None)
+
+
 def _place_once(assembly: re.Match[str]) -> str:
     """Inline assembly without the places of all but its first line: they count source lines on."""
     first, *rest = assembly[0].splitlines(keepends=True)[1:]
     return first + "".join(line for line in rest if not _PLACE.match(line))
 
 
-def _name_pointer(file: str, row: int, column: int) -> str:
+def _name_pointer(file: Path | None, row: int, column: int) -> str:
     """The pointer that the access at, or around, a place of a source file goes through."""
-    around = [name for start, end, name in _accesses_of(file) if start <= (row, column) <= end]
+    found = _accesses_of(file) if file else []
+    around = [name for start, end, name in found if start <= (row, column) <= end]
     return around[-1] if around else ""
 
 
 @functools.cache
-def _accesses_of(file: str) -> list[tuple[tuple[int, int], tuple[int, int], str]]:
+def _accesses_of(file: Path) -> list[tuple[tuple[int, int], tuple[int, int], str]]:
     """Start, end and pointer of every `tl.load` and `tl.store` of a file, the outer ones first."""
     found = []
-    for node in ast.walk(ast.parse(Path(file).read_text() if Path(file).is_file() else "")):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("tl.load", "tl.store"):
             end = (node.end_lineno or node.lineno, node.end_col_offset or 0)
             pointer = node.args[0]

@@ -6,6 +6,8 @@ and each kernel once for the other chips. `make aot` compiles all.
 
 import importlib
 import pkgutil
+import runpy
+import shutil
 
 import pytest
 import torch
@@ -242,12 +244,33 @@ def _naming_kernel(y_ptr, first_ptr, second_ptr, n, BLOCK: tl.constexpr):
     tl.store(y_ptr + offs, first + second)
 
 
-def test_accesses_have_the_names_of_their_pointers():
-    kernel = Kernel(_naming_kernel, [{"num_warps": 1}])
+def compile_naming(function):
+    kernel = Kernel(function, [{"num_warps": 1}])
     x = torch.empty(9999, device="meta")
     with aot.offline(aot.CHIPS["sm_90"].target) as compiled:
         kernel.launch(1, x, x, x, 3, 128)
-    found = aot_read.read_accesses(compiled[0])
+    return compiled[0]
+
+
+def test_names_come_from_the_sources_that_are_here(tmp_path, monkeypatch):
+    """Triton's cache knows no places: another copy of the same text may have been compiled."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    head, made = "import triton\nimport triton.language as tl\n\n\n", 'do_not_specialize=["n"]'
+    text = f"{head}{_naming_kernel.src}\n\nkernel = triton.jit(_naming_kernel, {made})\n"
+    compiled = {}
+    for copy in ("gone", "here"):
+        path = tmp_path / copy / "naming.py"
+        path.parent.mkdir()
+        path.write_text(text)
+        compiled[copy] = compile_naming(runpy.run_path(str(path))["kernel"])
+    assert compiled["here"].asm["ptx"] == compiled["gone"].asm["ptx"]
+    shutil.rmtree(tmp_path / "gone")
+    names = {access.tensor for access in aot_read.read_accesses(compiled["here"])}
+    assert names == {"rows", "second_ptr", "y_ptr"}
+
+
+def test_accesses_have_the_names_of_their_pointers():
+    found = aot_read.read_accesses(compile_naming(_naming_kernel))
     assert set(found) == {("rows", 16), ("second_ptr", 4), ("y_ptr", 16)}
     assert sum(access.bytes for access in found if access.tensor == "second_ptr") == 16
 
