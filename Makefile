@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= $(shell grep '^torch==' constraints.txt)
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Bytecode is made of what is imported, when it is: of whole packages it takes 20 s.
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
 
 # On a machine with a GPU and its own packages nothing is installed.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
@@ -46,7 +47,7 @@ newest: $(VENV)/newest/$(subst =,,$(NEWEST))-$(WEEK)
 
 $(VENV)/newest/%: $(VENV)/ready
 	rm -rf $(VENV)/newest
-	$(PIP) install --no-compile --target $(VENV)/newest '$(NEWEST)'
+	$(INSTALL) --target $(VENV)/newest '$(NEWEST)'
 	touch $@
 
 # What the compiler makes of every kernel, for every GPU that is claimed; none is needed.
@@ -69,10 +70,10 @@ gpu-check gpu-bench:
 # Torch first: where there is no GPU its CPU build, if an index or folder that pip knows has one.
 $(VENV)/ready: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	nvidia-smi -L >/dev/null 2>&1 || $(PIP) install '$(TORCH)+cpu' 2>/dev/null || true
-	$(PIP) install '$(TORCH)'
+	nvidia-smi -L >/dev/null 2>&1 || $(INSTALL) '$(TORCH)+cpu' 2>/dev/null || true
+	$(INSTALL) '$(TORCH)'
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
-	$(PIP) install --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	$(INSTALL) --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:
