@@ -109,7 +109,8 @@ class CoMemoConfig(PreTrainedConfig):
         "vision_config": InternVLVisionConfig,
         "mixin_config": MixinConfig,
     }
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_memory"]
+    # What Trainer keeps of no batch: its predictions are the logits, with pictures and without.
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_memory", "image_outputs"]
 
     text_config: Any = None
     vision_config: Any = None

@@ -417,3 +417,21 @@ def test_a_checkpoint_of_a_trainer_tells_its_config(tmp_path):
     told = json.loads((tmp_path / "out" / "config.json").read_text())
     assert told["model_type"] == comemo.CoMemoConfig.model_type
     assert {"llm_config", "text_config", "vision_config", "mixin_config"} <= told.keys()
+
+
+@ON_CPU
+def test_predictions_are_the_logits_with_pictures_and_without(tmp_path):
+    """A step of an evaluation may hold pictures, the next none; what they give is joined."""
+    model = make_model()
+    pictured = make_prompts(model)
+    ids = pictured["input_ids"].masked_fill(pictured["input_ids"] == 299, 5)
+    steps = [pictured, {"input_ids": ids, "attention_mask": pictured["attention_mask"]}]
+    options = {"use_cpu": here() == "cpu", "report_to": [], "disable_tqdm": True}
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), per_device_eval_batch_size=1, **options),
+        data_collator=lambda rows: {**rows[0], "labels": rows[0]["input_ids"]},
+    )
+    found = trainer.predict(steps).predictions
+    wanted = torch.cat([model(**step).logits for step in steps])
+    torch.testing.assert_close(torch.from_numpy(found), wanted)
