@@ -14,7 +14,7 @@ RELATIVE = 1e-4  # to the largest element: components and gradients
 CLEAR_MARGIN = 1e-3  # between the two best logits: above it the greedy token must be equal
 SLACK = 2.0  # times the error that PyTorch itself makes in the tested dtype
 SLACK_GRADIENT = 3.0
-FEW = 64  # elements, of which PyTorch may happen to get all right
+FEW = 512  # elements: PyTorch may happen to be right in all, and those of a row err together
 
 Inputs = dict[str, object]
 
