@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= $(shell grep '^torch==' constraints.txt)
-# Bytecode is made of what is imported, when it is: of whole packages it takes 20 s.
+# Bytecode is made of what is imported, when it is, and kept: of whole packages it takes 20 s.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 # On a machine with a GPU and its own packages nothing is installed.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
