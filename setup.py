@@ -38,7 +38,7 @@ setup(
             *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"),
             *("accelerate", "peft"),  # whose users' ways are tested
             "matplotlib",
-            *("scikit-learn", "scikit-image"),  # photographs for the tests
+            "scikit-image",  # photographs for the tests
         ],
     },
 )

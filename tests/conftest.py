@@ -218,9 +218,9 @@ def seed():
 
 @pytest.fixture(scope="session")
 def photograph():
-    from pictures import CHINA  # here: it skips where no photographs are installed
+    from pictures import COFFEE  # here: it skips where no photographs are installed
 
-    return Image.open(CHINA).convert("RGB").crop((100, 50, 400, 250)).copy()
+    return Image.open(COFFEE).convert("RGB").crop((100, 50, 400, 250)).copy()
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,18 @@
 """Photographs and files of pictures that several test files use."""
 
+import importlib.util
 import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn ships the photographs")
-skimage = pytest.importorskip("skimage", reason="scikit-image ships the photographs")
+SKIMAGE = importlib.util.find_spec("skimage")
+if SKIMAGE is None or SKIMAGE.origin is None:
+    pytest.skip("scikit-image ships the photographs", allow_module_level=True)
 
-CHINA, FLOWER = (
-    Path(datasets.__path__[0]) / "images" / name for name in ("china.jpg", "flower.jpg")
-)
-SKIMAGE = Path(skimage.__file__).parent / "data"
+PHOTOGRAPHS = Path(SKIMAGE.origin).parent / "data"
+COFFEE, ROCKET, CAT = (PHOTOGRAPHS / n for n in ("coffee.png", "rocket.jpg", "chelsea.png"))
 
 
 def encode(image, kind, **options):

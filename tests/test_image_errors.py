@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import CHINA, FLOWER, encode
+from pictures import COFFEE, ROCKET, encode
 from PIL import Image
 
 from comemo.images import (
@@ -55,7 +55,7 @@ def png(width, height):
         (Path(os.curdir), "wanted the path of a picture file"),
         (None, "must be a path, bytes, .* got NoneType"),
         (3, "got int"),
-        ([CHINA], "got list"),
+        ([COFFEE], "got list"),
         (torch.zeros(3, 4, 4), r"the tensor must be uint8 .* got float32 \[3, 4, 4\]"),
         (torch.zeros(4, 4, 4, dtype=torch.uint8), r"got uint8 \[4, 4, 4\]"),
         (io.StringIO("text"), "got StringIO"),
@@ -215,11 +215,11 @@ def test_numpy_integers_are_integers():
 
 
 def test_threads_see_what_one_sees():
-    alone = [load_image(path, 56)[0] for path in (CHINA, FLOWER)]
+    alone = [load_image(path, 56)[0] for path in (COFFEE, ROCKET)]
     found = {}
 
     def work(n):
-        found[n] = load_image((CHINA, FLOWER)[n % 2], 56)[0]
+        found[n] = load_image((COFFEE, ROCKET)[n % 2], 56)[0]
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
     for thread in threads:

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import CHINA
+from pictures import COFFEE
 from PIL import Image
 
 import comemo.image_map as image_map
@@ -123,10 +123,10 @@ def test_the_picture_shows_through(painted):
 
 
 def test_same_arguments_same_map():
-    maps = [draw_map(CHINA, input_size=112, tile_order="column", bias=9) for _ in range(2)]
+    maps = [draw_map(COFFEE, input_size=112, tile_order="column", bias=9) for _ in range(2)]
     assert maps[0].mode == "RGB"
     assert maps[0].tobytes() == maps[1].tobytes()
-    assert maps[0].tobytes() != draw_map(CHINA, input_size=112, bias=9).tobytes()
+    assert maps[0].tobytes() != draw_map(COFFEE, input_size=112, bias=9).tobytes()
 
 
 def test_large_ids_get_larger_cells(painted):
@@ -136,13 +136,13 @@ def test_large_ids_get_larger_cells(painted):
 
 
 def test_map_at_full_size(tmp_path):
-    path = save_map(CHINA, tmp_path / "map.png")
+    path = save_map(COFFEE, tmp_path / "map.png")
     with Image.open(path) as drawing:
         assert drawing.format == "PNG"
         # 3 x 2 tiles of 16 x 16 tokens, each at least 28 pixels wide
         assert drawing.width > 3 * 16 * 28
         assert drawing.height > 2 * 16 * 28
-        assert drawing.tobytes() == draw_map(CHINA).tobytes()
+        assert drawing.tobytes() == draw_map(COFFEE).tobytes()
     assert os.listdir(tmp_path) == ["map.png"]
 
 
@@ -164,13 +164,13 @@ def test_an_old_map_is_replaced_whole(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", fail)
         with pytest.raises(OSError, match="No space left"):
-            save_map(CHINA, path, input_size=56)
+            save_map(COFFEE, path, input_size=56)
     assert path.read_bytes() == b"old"
     with pytest.raises(ValueError, match="tile_order"):
-        save_map(CHINA, path, tile_order="spiral")
+        save_map(COFFEE, path, tile_order="spiral")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["map.png"]
-    assert save_map(CHINA, str(path), input_size=56) == path
+    assert save_map(COFFEE, str(path), input_size=56) == path
     with Image.open(path) as drawing:
         drawing.load()
     assert os.listdir(tmp_path) == ["map.png"]
@@ -178,14 +178,14 @@ def test_an_old_map_is_replaced_whole(tmp_path, monkeypatch):
 
 def test_says_what_is_wrong_with_a_path(tmp_path):
     with pytest.raises(ValueError, match=r"save_map: wanted an existing folder, got .*missing"):
-        save_map(CHINA, tmp_path / "missing" / "map.png")
+        save_map(COFFEE, tmp_path / "missing" / "map.png")
     with pytest.raises(ValueError, match=r"save_map: path must be a file ending in \.png"):
-        save_map(CHINA, tmp_path / "map.jpg")
+        save_map(COFFEE, tmp_path / "map.jpg")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(ValueError, match=r"save_map: path must be a file ending in \.png"):
-        save_map(CHINA, tmp_path / "folder.png")
+        save_map(COFFEE, tmp_path / "folder.png")
     with pytest.raises(ValueError, match="save_map: path must be a path, got int"):
-        save_map(CHINA, 3)
+        save_map(COFFEE, 3)
     picture = tmp_path / "picture.png"
     Image.new("RGB", (5, 5)).save(picture)
     before = picture.read_bytes()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from pictures import CHINA, FLOWER, SKIMAGE, encode, pixels
+from pictures import CAT, COFFEE, ROCKET, encode, pixels
 from PIL import ExifTags, Image
 from safetensors.torch import load_file
 
@@ -175,7 +175,7 @@ def test_broken_metadata_does_not_hide_a_picture(photograph, exif):
     np.testing.assert_array_equal(np.asarray(image), pixels(open_image(encode(photograph, "JPEG"))))
 
 
-@pytest.mark.parametrize("path", [CHINA, FLOWER, SKIMAGE / "rocket.jpg", SKIMAGE / "coffee.png"])
+@pytest.mark.parametrize("path", [COFFEE, ROCKET, CAT])
 def test_photographs_as_they_are(path):
     with Image.open(path) as image:
         want = np.asarray(image.convert("RGB"))
