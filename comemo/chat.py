@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 import comemo_kernels as ops
 from comemo import prompts
 from comemo.answer_options import text_options
+from comemo.vision import check_tiles
 
 History = list[tuple[str, str]]
 
@@ -191,10 +192,7 @@ def check_pictures(
                 " pixel_values, got None"
             )
         return [], None
-    if pixel_values.ndim != 4:
-        raise ValueError(
-            f"chat: pixel_values must be [tiles, 3, side, side], got {tuple(pixel_values.shape)}"
-        )
+    check_tiles("chat", pixel_values)
     total = pixel_values.shape[0]
     tiles = [total] if num_patches_list is None else [int(count) for count in num_patches_list]
     if sum(tiles) != total or min(tiles, default=0) < 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 import comemo_kernels as ops
 from comemo import prompts
 from comemo.transcript import NOBODY, Transcript
+from comemo.vision import check_tiles
 
 CHOICES = {"visibility": ("causal", "all"), "rope": ("dhr", "original")}
 
@@ -158,6 +159,7 @@ def load_pictures(
                     " pass a list of pictures"
                 )
             ((cols, rows),) = grids
+        check_tiles("ChatSession.ask", pixel_values, config.vision_config.image_size[0])
         grid = (int(cols), int(rows))
         tokens = ops.image_tokens(grid, config.side, config.use_thumbnail)
         if tokens != len(pixel_values) * config.tokens_per_tile:

@@ -14,6 +14,7 @@ from torch import Tensor
 import comemo_kernels as ops
 from comemo.store import MemoryStore
 from comemo.tracing import traced_memory, with_media
+from comemo.vision import check_tiles
 from comemo_kernels import ImageMemory
 
 
@@ -79,12 +80,13 @@ class CoMemoImages:
                 with the memory's media. Excludes a store; `embed` does it afterwards.
 
         Raises:
-            ValueError: tiles that do not match the image tokens, or a model whose memories cannot
-                be stored, before anything is computed.
+            ValueError: no tiles, or others than the image tokens ask for, or a model whose
+                memories cannot be stored, before anything is computed.
         """
         if memory_store is not None and embeds is not None:
             raise ValueError("build_image_memory: embeds exclude a memory_store")
         config, sizes = self.config, None
+        check_tiles("build_image_memory", pixel_values, config.vision_config.image_size[0])
         absolute = config.memory_positions == "absolute"
         if tile_grid is not None:
             grids = tile_grid.tolist() if isinstance(tile_grid, Tensor) else tile_grid

@@ -186,19 +186,24 @@ def _is_as_made(projector: nn.Module) -> bool:
     )
 
 
-def check_tiles(verb: str, pixel_values: Tensor) -> None:
-    """Refuse what is no batch of square tiles.
+def check_tiles(verb: str, pixel_values: Any, side: int | None = None) -> None:
+    """Refuse what is no batch of square tiles of three colours.
 
     Args:
         verb: the function to name.
         pixel_values: to be [T, 3, side, side].
+        side: in pixels; None for any.
 
     Raises:
-        ValueError: another shape.
+        ValueError: another shape, or no tensor.
     """
-    if pixel_values.ndim != 4 or pixel_values.shape[2] != pixel_values.shape[3]:
+    is_tensor = isinstance(pixel_values, Tensor)
+    shape = tuple(pixel_values.shape) if is_tensor else ()
+    if len(shape) != 4 or shape[1:] != (3, *[side or shape[3]] * 2):
+        got = shape if is_tensor else type(pixel_values).__name__
+        size = side or "side"
         raise ValueError(
-            f"{verb}: pixel_values must be [tiles, 3, side, side], got {tuple(pixel_values.shape)}"
+            f"{verb}: pixel_values must be a tensor [tiles, 3, {size}, {size}], got {got}"
         )
 
 

@@ -119,8 +119,26 @@ def test_image_features_are_those_of_internvl(model, prompts):
         names = {"layer": "vision_feature_layer", "strategy": "vision_feature_select_strategy"}
         with pytest.raises(ValueError, match=told):
             model.get_image_features(tiles, **{names[k]: v for k, v in options.items()})
-    with pytest.raises(ValueError, match=r"must be \[tiles, 3, side, side\]"):
+    with pytest.raises(ValueError, match=r"must be a tensor \[tiles, 3, side, side\]"):
         model.get_image_features(tiles[0])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "got"),
+    [
+        (lambda tiles: tiles.cpu().numpy(), "ndarray"),
+        (lambda tiles: tiles[0], r"\(3, 112, 112\)"),
+        (lambda tiles: tiles[:, :1], r"\(3, 1, 112, 112\)"),
+        (lambda tiles: tiles[..., ::2], r"\(3, 3, 112, 56\)"),
+        (lambda tiles: tiles[..., ::2, ::2], r"\(3, 3, 56, 56\)"),
+    ],
+)
+def test_tiles_of_another_form_are_refused(model, prompts, spoil, got):
+    prompts["pixel_values"] = spoil(prompts["pixel_values"])
+    told = rf"pixel_values must be a tensor \[tiles, 3, 112, 112\], got {got}"
+    for verb in (model, model.model, model.generate):
+        with pytest.raises(ValueError, match=told):
+            verb(**prompts)
 
 
 # --- inputs ---

@@ -146,7 +146,9 @@ def test_text_alone_needs_no_pictures(chat, tiles):
         chat(None, "what is <image>?")
     with pytest.raises(ValueError, match="need pixel_values, got None"):
         chat(None, "what?", target_aspect_ratio=[(2, 1)])
-    with pytest.raises(ValueError, match=r"must be \[tiles, 3, side, side\], got \(3, 448, 448\)"):
+    with pytest.raises(
+        ValueError, match=r"must be a tensor \[tiles, 3, side, side\], got \(3, 448, 448\)"
+    ):
         chat(tiles[0], "what?")
 
 

@@ -451,6 +451,8 @@ def test_says_what_is_wrong(session, model, processor, pictures):
         session.ask("<image> <image>", (tiles, grid))
     with pytest.raises(ValueError, match=r"grid \(2, 2\) must have 5 tiles, got 3"):
         session.ask("what?", (tiles, (2, 2)))
+    with pytest.raises(ValueError, match=r"ask: pixel_values must be a tensor .*, got \(3, 448"):
+        session.ask("what?", (tiles[0], (1, 1)))
     with pytest.raises(ValueError, match="visibility must be one of"):
         ChatSession(model, processor, visibility="none")
     with pytest.raises(ValueError, match="rope must be one of"):
