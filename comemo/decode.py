@@ -129,11 +129,11 @@ class DecodeLoop:
                 that are no numbers.
             RuntimeError: another call is at work on this loop.
         """
-        if not self._lock.acquire(blocking=False):
+        if self._lock.locked():
             raise RuntimeError(
                 "DecodeLoop: another call is at work on this loop: wait for it, or make a second"
             )
-        try:
+        with self._lock:  # which no interrupt can part from its release
             self._forget_what_changed()
             prompt = _Prompt(self.model, model_kwargs)
             output = self.model._prefill(input_ids, generation_config, model_kwargs)
@@ -144,8 +144,6 @@ class DecodeLoop:
                 if streamer is not None:
                     streamer.end()
             return answer.result(prompt.cache)
-        finally:
-            self._lock.release()
 
     def _speak(self, run: "_Run", answer: Answer, streamer: Any) -> None:
         """Token after token until every answer has ended.

@@ -172,7 +172,8 @@ class ImageMemory:
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Keep the rotated keys and the values [C, G, D] of a mixin layer."""
-        self.keys[layer], self.values[layer] = key, value
+        self.values[layer] = value  # before the key, by which a layer is known to be built
+        self.keys[layer] = key
 
     def key_table(self) -> Table:
         """cos, sin [M, D/2] of the angles by which keys are rotated.
