@@ -82,15 +82,14 @@ def find_places(call):
 
 def interrupt_at(call, place):
     """Do a call, with `Injected` raised when it first comes to a place; whether it got there."""
-    code, instruction, wanted, _ = place
+    code, _, wanted, _ = place
 
     def watch(frame, event, arg):
         if event == wanted:  # and not the whole question at once: there are many moments
             caller = frame.f_back
-            near = frame.f_lasti == instruction or (caller and caller.f_lasti == instruction)
-            if near and (frame.f_code is code or (caller and caller.f_code is code)):
-                if _place_of(frame, event, arg) == place:
-                    raise Injected
+            near = frame.f_code is code or (caller is not None and caller.f_code is code)
+            if near and _place_of(frame, event, arg) == place:
+                raise Injected
 
     return _interrupted(call, watch)
 

@@ -429,6 +429,8 @@ def test_beams_and_several_sequences(model, processor, pictures):
         processor.tokenizer, tiles, "what is this?", options, target_aspect_ratio=[grid]
     )
     assert answer == wanted
+    assert session.regenerate(num_beams=3) == wanted
+    assert session.report.read_tokens == 1
     twin = ChatSession(model, processor, **GREEDY)
     twin.ask("what is this?", (tiles, grid))
     twin._state = session._state

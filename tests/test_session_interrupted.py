@@ -6,16 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import SLOW
-from hypothesis import Phase, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 from interrupting import Injected, find_places, interrupt_after, interrupt_at
 from small import make_model, place
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from comemo import ChatSession, DecodeLoop, MemoryStore
+from comemo.cache import RoomyCache
 from comemo.session import _State
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
@@ -42,9 +48,7 @@ def start(chatty, **options):
 
 def afresh(session, shown):
     """A session of the same conversation that holds nothing yet; `shown` is pixels by number."""
-    fresh = ChatSession(
-        session.model, session.processor, prefill_chunk_size=None, **session.options
-    )
+    fresh = ChatSession(session.model, session.processor, prefill_chunk_size=None, **GREEDY)
     said = session._state.said
     pictures = tuple(replace(p, pixel_values=place(shown[p.number])) for p in said.pictures)
     fresh._state = _State(replace(said, pictures=pictures))
@@ -73,19 +77,30 @@ def shown_in(session, *pictures):
     return dict(zip(numbers, (tiles for tiles, _ in pictures), strict=True))
 
 
-class Raising(BaseStreamer):
-    """Raises at its n-th token."""
+def throw(*_):
+    raise Injected
 
-    def __init__(self, at):
-        self.left = at
+
+class At(BaseStreamer):
+    """Does something at its n-th token."""
+
+    def __init__(self, at, do=throw):
+        self.left, self.do = at, do
 
     def put(self, value):
         if self.left == 0:
-            raise Injected
+            self.do()
         self.left -= 1
 
     def end(self):
         pass
+
+
+class Criterion(StoppingCriteria):
+    """Raises behind the first token."""
+
+    def __call__(self, *args, **kwargs):
+        raise Injected
 
 
 @pytest.mark.parametrize("visibility", ["causal", "all"])
@@ -95,7 +110,7 @@ def test_a_withdrawn_picture_is_seen_by_no_token(chatty, visibility):
     session = start(chatty, visibility=visibility)
     session.ask("what is this?", first)
     with pytest.raises(Injected):
-        session.ask("now compare with <image> this", withdrawn, streamer=Raising(1))
+        session.ask("now compare with <image> this", withdrawn, streamer=At(1))
     fresh = afresh(session, shown_in(session, first))
     for either in (session, fresh):
         either.ask("now compare with <image> this", second)
@@ -109,7 +124,7 @@ def test_pictures_that_stay_stand_elsewhere(chatty):
     session.ask("<image> and <image>", list(pictures))
     session.reset(keep_pictures=True)
     with pytest.raises(Injected):
-        session.ask("see <image> and there <image>", streamer=Raising(1))
+        session.ask("see <image> and there <image>", streamer=At(1))
     fresh = afresh(session, shown_in(session, *pictures))
     for either in (session, fresh):
         either.ask("see <image> <image> both")
@@ -121,11 +136,7 @@ def test_a_fork_of_what_was_interrupted_copies_what_is_known(chatty):
     session, picture = start(chatty), make_picture(1)
     session.ask("what is this?", picture)
     layer = chatty[0].model.language_model.layers[2]
-
-    def interrupt(*_):
-        raise Injected
-
-    handle = layer.register_forward_pre_hook(interrupt)
+    handle = layer.register_forward_pre_hook(throw)
     with pytest.raises(Injected):
         session.ask("and then some more words")
     handle.remove()
@@ -135,6 +146,41 @@ def test_a_fork_of_what_was_interrupted_copies_what_is_known(chatty):
         each.ask("other words")
     check_same(fork, fresh)
     check_same(session, fresh)
+
+
+def test_a_cache_is_right_wherever_it_was_interrupted():
+    """Tokens that all layers held before are gone on from, whatever else is there."""
+    tokens = torch.arange(1.0, 801).reshape(1, 1, -1, 1)
+
+    def grow(cache, start, end):
+        for layer in range(len(cache.layers)):
+            cache.update(tokens[:, :, start:end], -tokens[:, :, start:end], layer)
+
+    def work(cache, start):
+        cache.crop_to(start)
+        for end in (start + 4, start + 600):  # in the room that there is, and beyond
+            grow(cache, start, end)
+            start = end
+        cache.crop_to(start - 500)
+
+    def begin(held):
+        cache = RoomyCache(2)
+        if held:
+            grow(cache, 0, held)
+        return cache
+
+    for held, kept in ((0, 0), (5, 3), (5, 5)):
+        places = find_places(lambda: work(begin(held), kept))  # noqa: B023
+        assert len(places) > 30
+        for at in places:
+            cache = begin(held)
+            interrupt_at(lambda: work(cache, kept), at)  # noqa: B023
+            interrupt_at(lambda: work(cache, kept), at)  # noqa: B023
+            cache.crop_to(kept)
+            grow(cache, kept, 700)
+            for layer in cache.layers:
+                assert torch.equal(layer.keys, tokens[:, :, :700]), at
+                assert torch.equal(layer.values, -tokens[:, :, :700]), at
 
 
 CALLS = {
@@ -170,7 +216,7 @@ def interrupt_everywhere(chatty, name, choose):
         call(begin())
     session = begin()
     places = choose(find_places(lambda: call(session)))
-    assert len(places) > 8
+    assert len(places) >= 8
     afterwards = {}
     for at in places:
         session = begin()
@@ -192,12 +238,17 @@ def interrupt_everywhere(chatty, name, choose):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_wherever_it_is_interrupted(chatty, name, request):
-    """At every place where a session's state is touched; without --all at some of them."""
+    """At every place where a session's state is touched; without --all at some of most of them."""
     every = request.config.getoption("--all")
 
     def choose(places):
         places = [at for at in places if at.file in STATE]
-        return places if every else places[:: max(1, len(places) // 10)]
+        few = places[:: max(1, len(places) // 8)]
+        if name == "ask":
+            few += [
+                at for at in places if at.file == "transcript.py" or at.code.co_name == "crop_to"
+            ]
+        return places if every else few
 
     interrupt_everywhere(chatty, name, choose)
 
@@ -206,3 +257,150 @@ def test_wherever_it_is_interrupted(chatty, name, request):
 @pytest.mark.parametrize("part", range(4))
 def test_at_every_place_of_a_question(chatty, part):
     interrupt_everywhere(chatty, "ask", lambda places: places[part::4])
+
+
+WORDS = ("what is this?", "and <image> more", "<image> beside <image>", "a b c d e f g h")
+WHERE = {
+    "streamer": lambda: {"streamer": At(1)},
+    "processor": lambda: {"logits_processor": [throw]},
+    "criterion": lambda: {"stopping_criteria": [Criterion()]},
+    "option": lambda: {"no_such_option": 1},
+    "output": lambda: {"return_dict_in_generate": True},
+}
+HOW = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "temperature": 3.0},
+    "beams": {"num_beams": 2},
+    "longer": {"max_new_tokens": 6},
+}
+
+
+class Talk(RuleBasedStateMachine):
+    """Conversations in which much goes wrong, each answer beside that of a fresh session."""
+
+    chatty = None
+    two = st.integers(0, 1)
+    words, seeds = st.sampled_from(WORDS), st.integers(1, 6)
+
+    @initialize(
+        visibility=st.sampled_from(["causal", "all"]),
+        positions=st.sampled_from(["raw", "compressed"]),
+        chunk=st.sampled_from([None, 20]),
+        looped=st.booleans(),
+        stored=st.booleans(),
+    )
+    def begin(self, visibility, positions, chunk, looped, stored):
+        model, _ = self.chatty
+        model.config.decode_positions = positions
+        options = {"decode_loop": DecodeLoop(model)} if looped else {}
+        options |= {"memory_store": MemoryStore()} if stored else {}
+        session = start(self.chatty, visibility=visibility, prefill_chunk_size=chunk, **options)
+        self.sessions, self.shown, self.looped = [session], {}, looped
+
+    def session(self, which):
+        return self.sessions[which % len(self.sessions)]
+
+    def pictures_for(self, session, words, seed):
+        """What the marks of a question want, beyond pictures that were kept."""
+        said = session._state.said
+        waiting = len(said.pictures) - sum(text.count("<image>") for text, _ in said.turns)
+        more = max(words.count("<image>") - waiting, 0)
+        words = words if words.count("<image>") >= waiting else words.replace("<image>", "")
+        grids = (1, 1), (2, 1)
+        return words, [make_picture(seed + i, grids[(seed + i) % 2]) for i in range(more)]
+
+    def note(self, session, before, pictures):
+        """Remember the pixels of pictures that a session has learnt to know."""
+        known = {p.number for p in before}
+        new = [p.number for p in session._state.said.pictures if p.number not in known]
+        tiles = [tiles for tiles, _ in pictures]
+        self.shown.setdefault(session, {}).update(zip(new, tiles, strict=False))
+
+    @rule(which=two, words=words, seed=seeds, how=st.sampled_from(list(HOW)), stop=st.booleans())
+    def ask(self, which, words, seed, how, stop):
+        session = self.session(which)
+        words, pictures = self.pictures_for(session, words, seed)
+        before, options = session._state.said.pictures, dict(HOW[how])
+        fresh = afresh(session, self.shown.get(session, {}))
+        for either in (session, fresh):
+            if stop and how != "beams":
+                options["streamer"] = At(1, either.stop)
+            torch.manual_seed(seed)
+            either.ask(words, list(pictures), **options)
+        self.note(session, before, pictures)
+        check_same(session, fresh)
+
+    @rule(which=two, words=words, seed=seeds, leave=st.integers(0, 2))
+    def stream(self, which, words, seed, leave):
+        session = self.session(which)
+        words, pictures = self.pictures_for(session, words, seed)
+        before = session._state.said.pictures
+        for pieces, _ in enumerate(session.stream(words, list(pictures))):
+            if pieces == leave:
+                break
+        self.note(session, before, pictures)
+
+    @rule(which=two, words=words, seed=seeds, where=st.sampled_from(list(WHERE)))
+    def fail(self, which, words, seed, where):
+        session = self.session(which)
+        words, pictures = self.pictures_for(session, words, seed)
+        state = session._state
+        with pytest.raises((Injected, ValueError)):
+            session.ask(words, list(pictures), **WHERE[where]())
+        assert session._state is state
+        if state.said.turns and where != "streamer":
+            with pytest.raises((Injected, ValueError)):
+                session.regenerate(**WHERE[where]())
+            assert session._state is state
+
+    @rule(which=two, words=words, seed=seeds, moments=st.integers(0, 6000), again=st.booleans())
+    def interrupt(self, which, words, seed, moments, again):
+        session = self.session(which)
+        words, pictures = self.pictures_for(session, words, seed)
+        before = session._state.said.pictures
+        if again and session.history:
+            interrupt_after(session.regenerate, moments)
+        else:
+            interrupt_after(lambda: session.ask(words, list(pictures)), moments)
+        self.note(session, before, pictures)
+
+    @rule(which=two)
+    def regenerate(self, which):
+        session = self.session(which)
+        if not session.history:
+            with pytest.raises(ValueError, match="nothing was asked yet"):
+                session.regenerate()
+            return
+        fresh = afresh(session, self.shown.get(session, {}))
+        said = fresh._state.said
+        fresh._state = _State(replace(said, turns=said.turns[:-1]))
+        session.regenerate()
+        fresh.ask(said.turns[-1][0])
+        check_same(session, fresh)
+
+    @rule(which=two)
+    def fork(self, which):
+        session = self.session(which)
+        other = session.fork()
+        self.sessions = [session, other]
+        self.shown[other] = dict(self.shown.get(session, {}))
+
+    @rule(which=two, keep=st.booleans())
+    def reset(self, which, keep):
+        self.session(which).reset(keep_pictures=keep)
+
+    @invariant()
+    def nothing_is_claimed_that_is_not_there(self):
+        for session in getattr(self, "sessions", ()):
+            assert not session._lock.locked()
+            claimed = len(session._held.transcript)
+            held = [layer.get_seq_length() for layer in session._held.cache.layers]
+            assert min(held) >= claimed
+
+
+def test_whatever_goes_wrong(chatty, monkeypatch):
+    """Also together, in any order."""
+    monkeypatch.setattr(Talk, "chatty", chatty)
+    monkeypatch.setattr(chatty[0].config, "decode_positions", "raw")
+    few = max(4, settings.default.max_examples // 6)
+    run_state_machine_as_test(Talk, settings=settings(max_examples=few, stateful_step_count=12))
