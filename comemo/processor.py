@@ -1,18 +1,19 @@
 """Processor: pictures and messages to what `generate` takes, in transformers' terms."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 import comemo_kernels as ops
 from comemo import messages, prompts
-from comemo.checkpoint import HUB_OPTIONS
 from comemo.config import CoMemoConfig
+from comemo.files import check_class, find_file, hub_options, read_json
 from comemo.image_processor import (
     IMAGE_NAMES,
     CoMemoImageProcessor,
@@ -30,7 +31,7 @@ from comemo.options import (
     sort_options,
     without_generation,
 )
-from comemo.tokenizer import check_keywords
+from comemo.tokenizer import InternLM2Tokenizer, check_keywords
 
 __all__ = ["CoMemoImageProcessor", "CoMemoProcessor", "CoMemoProcessorKwargs"]
 
@@ -292,12 +293,41 @@ class CoMemoProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values", "tile_grid"]
 
     @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As of transformers, but that no other class is loaded, and no other chat template used.
+
+        A template is a program: one that is none of the published is left out with a warning,
+        unless there is a `chat_template` to use instead.
+
+        Raises:
+            ValueError: files of another processor, or of one that hears.
+        """
+        path, hub = pretrained_model_name_or_path, hub_options(kwargs)
+        function = f"{cls.__name__}.from_pretrained"
+        told = read_json(path, "processor_config.json", **hub)
+        check_class(function, path, told.get("processor_class"), CoMemoProcessor.__name__)
+        if "audio_tokenizer" in told or find_file(path, "audio_tokenizer_config.json", **hub):
+            raise ValueError(f"{function}: the model knows pictures alone, got an audio_tokenizer")
+        found, rest = super().get_processor_dict(path, **kwargs)
+        template = found.pop("chat_template", None)
+        if isinstance(template, str) and template in _PUBLISHED:
+            found["chat_template"] = template
+        elif template is not None and kwargs.get("chat_template") is None:
+            warnings.warn(
+                f"{function}: the chat template in {str(path)!r} is none of the published ones and"
+                " not used: pass it as chat_template if you trust it",
+                stacklevel=3,
+            )
+        return found, rest
+
+    @classmethod
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
     ) -> list[Any]:
         """Published checkpoints hold no processor files: the config says it all."""
-        path = pretrained_model_name_or_path
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        path, hub = pretrained_model_name_or_path, hub_options(kwargs)
         config = CoMemoConfig.from_pretrained(path, **hub)
         known = processor_dict if processor_dict is not None else {}
         known.setdefault("chat_template", prompts.chat_template(config.template))
@@ -314,8 +344,7 @@ class CoMemoProcessor(ProcessorMixin):
         )
         if "_from_pipeline" not in kwargs:  # which hands on what is for the model
             check_keywords(f"{cls.__name__}.from_pretrained", kwargs)
-        kwargs["padding_side"] = kwargs.get("padding_side") or "left"  # of any tokenizer
-        return [images, AutoTokenizer.from_pretrained(path, **kwargs)]
+        return [images, InternLM2Tokenizer.from_pretrained(path, **kwargs)]
 
 
 _PUBLISHED = {prompts.chat_template(name) for name in prompts.TEMPLATES}
