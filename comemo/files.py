@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,22 +82,22 @@ def is_published(path: Any, **hub: Any) -> bool:
         return False
 
 
-def check_class(function: str, path: Any, name: Any, wanted: str) -> None:
+def check_class(function: str, path: Any, name: Any, known: Sequence[str]) -> None:
     """Refuse a file that names another class than the one that is to read it.
 
     Args:
         function: whose name the error begins with.
         path: of the checkpoint.
         name: of the class in the file; None if it names none.
-        wanted: the name that there should be.
+        known: the names that there may be, that of ours last.
 
     Raises:
         ValueError: another name.
     """
-    if name not in (None, wanted):
+    if name is not None and name not in known:
         raise ValueError(
-            f"{function}: {str(path)!r} must name {wanted} or no class, got {name!r}; a class of a"
-            " checkpoint is not looked for, and its code not run"
+            f"{function}: {str(path)!r} must name {known[-1]} or no class, got {name!r}: a class"
+            " that a checkpoint names is not looked for, and its code is not run"
         )
 
 

@@ -26,9 +26,11 @@ SETTINGS = (*TILING, *PIXELS, "do_convert_rgb")
 FIXED = {"do_resize": True, "do_center_crop": False, "do_pad": False}
 # What only a call takes, and what changes no value.
 FREE = ("return_tensors", "device", "data_format", "input_data_format", "disable_grouping")
-# What loading takes beside settings; the last are those of AutoImageProcessor.
-LOADING = (*HUB_OPTIONS, "force_download", "proxies", "image_processor_filename")
-LOADING += ("config", "code_revision", "use_fast", "backend", "trust_remote_code")
+# What loading takes beside settings; the last line is AutoImageProcessor's.
+LOADING = (
+    *(*HUB_OPTIONS, "force_download", "proxies", "image_processor_filename"),
+    *("config", "code_revision", "use_fast", "backend", "trust_remote_code"),
+)
 SERVICE = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map")
 
 

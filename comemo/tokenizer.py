@@ -123,8 +123,8 @@ class InternLM2Tokenizer(SentencePieceBackend):
         for name in OF_AUTO:
             kwargs.pop(name, None)
         told = read_json(path, "tokenizer_config.json", **hub_options(kwargs))
-        named = str(told.get("tokenizer_class") or InternLM2Tokenizer.__name__)
-        check_class(function, path, named.removesuffix("Fast"), InternLM2Tokenizer.__name__)
+        known = (cls.__name__, "InternLM2TokenizerFast", "InternLM2Tokenizer")
+        check_class(function, path, told.get("tokenizer_class"), known)
         side = kwargs.pop("padding_side", None) or "left"
         return super().from_pretrained(path, *args, padding_side=side, **kwargs)
 

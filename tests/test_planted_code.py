@@ -152,6 +152,10 @@ def chat(directory):
         raise ValueError
 
 
+def info(directory):
+    assert cli.main(["info", str(directory)]) == 0
+
+
 def generate(directory, **trust):
     model = CoMemoForConditionalGeneration.from_pretrained(directory, **trust)
     ids = torch.ones(1, 1, dtype=torch.long)
@@ -180,6 +184,7 @@ DOORS = {own.__name__: (own.from_pretrained, own) for own in OURS + MODELS} | {
     "AutoVideoProcessor": (AutoVideoProcessor.from_pretrained, None),
     "AutoFeatureExtractor": (AutoFeatureExtractor.from_pretrained, None),
     "chat": (chat, type(None)),
+    "info": (info, type(None)),
     "generate": (generate, CoMemoForConditionalGeneration),
     "pipeline": (pipe, CoMemoProcessor),
 }
@@ -236,7 +241,7 @@ def asked(monkeypatch):
 )
 def test_no_code_is_run_and_nobody_asked(plant, asked, place, door):
     directory, (load, own) = plant(place), DOORS[door]
-    for trust in TRUST[:1] if door == "chat" else TRUST:
+    for trust in TRUST[:1] if door in ("chat", "info") else TRUST:
         (directory / "canary").unlink(missing_ok=True)
         found = error = None
         try:
@@ -248,6 +253,28 @@ def test_no_code_is_run_and_nobody_asked(plant, asked, place, door):
         assert (error is not None) == is_refused(place, door), error
         assert error or type(found) is own
         assert "trust_remote_code" not in str(error)
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "processor", "everywhere", "pictures"])
+def test_nor_of_a_repository(plant, asked, place, tmp_path):
+    """As a hub's files lie in the cache."""
+    repository, commit = tmp_path / "models--some--model", "0" * 40
+    shutil.copytree(plant(place), directory := repository / "snapshots" / commit)
+    (directory / "canary").unlink(missing_ok=True)
+    (directory / "planted.py").write_text(CODE.format(canary=str(directory / "canary")))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    model = "CoMemoForConditionalGeneration"  # AutoModel looks beyond the cache for adapters
+    for door in (model, "AutoConfig", "AutoTokenizer", "AutoImageProcessor", "AutoProcessor"):
+        load, own = DOORS[door]
+        where = {"cache_dir": tmp_path, "local_files_only": True}
+        if is_refused(place, door):
+            with pytest.raises(ValueError, match=r"must name .* or no class"):
+                load("some/model", trust_remote_code=True, **where)
+        else:
+            assert type(load("some/model", trust_remote_code=True, **where)) is own
+    assert not (directory / "canary").exists()
+    assert not asked
 
 
 @pytest.fixture
@@ -304,7 +331,9 @@ def test_a_checkpoint_names_no_kernel(own_copy):
 
 def test_generate_takes_a_function(loaded):
     ids = torch.ones(1, 2, dtype=torch.long, device=loaded[0].device)
-    found = loaded[0].generate(ids, custom_generate=lambda _, input_ids, **rest: input_ids + 1)
+    found = loaded[0].generate(
+        ids, max_new_tokens=1, custom_generate=lambda _, ids, **rest: ids + 1
+    )
     assert found.tolist() == [[2, 2]]
 
 
@@ -332,9 +361,8 @@ def test_no_template_of_a_checkpoint_is_used(own_copy, file):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         processor = CoMemoProcessor.from_pretrained(own_copy)
-        told = [str(warning.message) for warning in told if "template" in str(warning.message)]
-        assert len(told) == (file != "tokenizer_config.json")  # which is the tokenizer's alone
-        assert all("is none of the published ones and not used" in text for text in told)
+    ours = [str(warning.message) for warning in told if "is none of the published" in str(warning)]
+    assert len(ours) == (file != "tokenizer_config.json")  # which is the tokenizer's alone
     asked = [{"role": "user", "content": "who?"}]
     assert processor.apply_chat_template(asked).endswith("<|im_start|>user\nwho?<|im_end|>")
     assert processor.chat_template == prompts.chat_template()
