@@ -30,6 +30,7 @@ from comemo.tokenizer import InternLM2Tokenizer
 
 # What reads a checkpoint of this model in the place of each; None for what it has no use for.
 OWN: dict[Any, Any] = {
+    AutoConfig: CoMemoConfig,
     AutoTokenizer: InternLM2Tokenizer,
     AutoImageProcessor: CoMemoImageProcessor,
     AutoProcessor: CoMemoProcessor,

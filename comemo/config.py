@@ -237,6 +237,16 @@ class CoMemoConfig(PreTrainedConfig):
         return tuple(range(n - 1, self.text_config.num_hidden_layers, n))
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> "CoMemoConfig":
+        """As of transformers; `trust_remote_code` changes nothing, for no code is looked for."""
+        for name in ("code_revision", "trust_remote_code"):
+            kwargs.pop(name, None)
+        kwargs["name_or_path"] = pretrained_model_name_or_path
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CoMemoConfig":
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(

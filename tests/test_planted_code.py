@@ -79,6 +79,12 @@ def in_every_file(directory):
         edit(directory, file, auto_map=auto_map())
 
 
+def in_another_config(directory):
+    """The file that transformers reads instead of config.json, for a model of another type."""
+    edit(directory, "config", configuration_files=["config.0.1.json"])
+    edit(directory, "config.0.1", model_type="planted", auto_map=auto_map())
+
+
 def naming(file, code="planted.Planted", **classes):
     """A file names a class, nobody's or of transformers, and code for all of them."""
     return lambda directory: edit(directory, file, auto_map=auto_map(code), **classes)
@@ -127,6 +133,7 @@ PROCESSOR = {
     "audio": in_audio("processor_config"),
     "audio-file": in_audio("audio_tokenizer_config"),
 }
+CONFIG = {"config": in_another_config}
 OF_MODEL = {"everywhere": in_every_file, "generate": in_generate, "pipelines": in_pipelines}
 PASSED_OVER = {
     "tokenizers": in_a_list,
@@ -137,7 +144,7 @@ PASSED_OVER = {
     "features": naming("preprocessor_config", feature_extractor_type="Planted"),
     "videos": naming("video_preprocessor_config", video_processor_type="Planted"),
 }
-PLACES = TOKENIZER | PROCESSOR | OF_MODEL | PASSED_OVER
+PLACES = TOKENIZER | PROCESSOR | CONFIG | OF_MODEL | PASSED_OVER
 
 
 # --- doors ---
@@ -146,14 +153,25 @@ PLACES = TOKENIZER | PROCESSOR | OF_MODEL | PASSED_OVER
 def chat(directory):
     """What a user types first is a question, and no consent to anything."""
     sys.stdin = io.StringIO("y\n")
-    status = cli.main(["chat", str(directory), "--max-new-tokens", "1", "--dtype", "float32"])
+    words = [
+        "chat",
+        str(directory),
+        "--max-new-tokens",
+        "1",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
+    status = cli.main(words)
     assert sys.stdin.read() == ("y\n" if status else "")
     if status:
         raise ValueError
 
 
 def info(directory):
-    assert cli.main(["info", str(directory)]) == 0
+    if cli.main(["info", str(directory)]):
+        raise ValueError
 
 
 def generate(directory, **trust):
@@ -195,13 +213,15 @@ TRUST = [{}, {"trust_remote_code": False}, {"trust_remote_code": True}]
 
 
 def is_refused(place, door):
+    if place in CONFIG:
+        return door not in ("InternLM2Tokenizer", "AutoTokenizer")
     tokenizer = place in TOKENIZER and door in READ_TOKENIZER
     return tokenizer or (place in PROCESSOR and door in READ_PROCESSOR) or DOORS[door][1] is None
 
 
 def is_slow(place, door):
     """Loads weights only to show what another place shows."""
-    early = door == "chat" and is_refused(place, door)
+    early = is_refused(place, door) and (door == "chat" or place in CONFIG)
     return door in READ_WEIGHTS and place not in OF_MODEL and not early
 
 
@@ -241,7 +261,10 @@ def asked(monkeypatch):
 )
 def test_no_code_is_run_and_nobody_asked(plant, asked, place, door):
     directory, (load, own) = plant(place), DOORS[door]
-    for trust in TRUST[:1] if door in ("chat", "info") else TRUST:
+    trusts = TRUST[:1] if door in ("chat", "info") else TRUST
+    if own in MODELS and door != "AutoModel":
+        trusts = TRUST[-1:]  # dropped at once, and weights take their time
+    for trust in trusts:
         (directory / "canary").unlink(missing_ok=True)
         found = error = None
         try:
