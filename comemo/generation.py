@@ -44,10 +44,10 @@ class CoMemoGeneration(PreparesInputs):
             decode_loop: a `DecodeLoop` of this model, for greedy decoding or sampling without
                 drafts. `cache_implementation="static"` makes one for the call, unless there is a
                 `compile_config`.
-            kwargs: everything that `generate` takes, the cache by either of its names, but no
-                repository as `custom_generate`, which may be a function.
-                `inputs_embeds` are numbered by their mask, if there are no `position_ids`; with
-                `pixel_values` the ids beside them tell where images stand.
+            kwargs: everything that `generate` takes, the cache by either of its names;
+                `custom_generate` as a function, never as a repository. `inputs_embeds` are numbered
+                by their mask, if there are no `position_ids`; with `pixel_values` the ids beside
+                them tell where images stand.
 
         Raises:
             ValueError: tiles, grids and image tokens that disagree; a prompt beyond the position
@@ -85,7 +85,7 @@ class CoMemoGeneration(PreparesInputs):
         return super().generate(input_ids, **kwargs)  # type: ignore[misc]
 
     def load_custom_generate(self, pretrained_model_name_or_path: Any = None, **_: Any) -> Any:
-        """No repository's: code that a checkpoint brings is not run.
+        """Refused: the code of a repository is not run.
 
         Raises:
             ValueError: always.

@@ -27,7 +27,7 @@ class LoadsProcessor:
         unless there is a `chat_template` to use instead.
 
         Raises:
-            ValueError: files of another processor, or of one that hears.
+            ValueError: files of another processor, or with an audio tokenizer.
         """
         path, hub = pretrained_model_name_or_path, hub_options(kwargs)
         function = f"{cls.__name__}.from_pretrained"

@@ -1,6 +1,7 @@
 """Code that a checkpoint holds or names is not run, and nobody is asked whether to run it."""
 
 import builtins
+import contextlib
 import io
 import json
 import os
@@ -276,6 +277,20 @@ def test_no_code_is_run_and_nobody_asked(plant, asked, place, door):
         assert (error is not None) == is_refused(place, door), error
         assert error or type(found) is own
         assert "trust_remote_code" not in str(error)
+
+
+@pytest.mark.parametrize("own", OURS + MODELS)
+def test_our_classes_run_none_of_another_model(plant, asked, tmp_path, own):
+    shutil.copytree(plant("everywhere"), directory := tmp_path / "copy")
+    edit(directory, "config", model_type="planted")
+    (directory / "planted.py").write_text(CODE.format(canary=str(directory / "canary")))
+    (directory / "canary").unlink(missing_ok=True)
+    without_config = own in (InternLM2Tokenizer, CoMemoImageProcessor)  # and files name no class
+    refusal = pytest.raises(ValueError, match="model_type must be 'comemo_chat', got 'planted'")
+    with contextlib.nullcontext() if without_config else refusal:
+        own.from_pretrained(directory, trust_remote_code=True)
+    assert not (directory / "canary").exists()
+    assert not asked
 
 
 @pytest.mark.parametrize("place", ["tokenizer", "processor", "everywhere", "pictures"])
