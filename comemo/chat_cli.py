@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
 
 from comemo import images, info, prompts, store_cli
 from comemo.chat import check_tokenizer
 from comemo.config import CoMemoConfig
 from comemo.device import parse_device, parse_dtype
+from comemo.model import CoMemoForConditionalGeneration
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
 from comemo.progress import AnswerStreamer, reading_bar
 from comemo.session import ChatSession
+from comemo.tokenizer import InternLM2Tokenizer
 
 HELP = (
     "Ask. An empty line or Ctrl-D ends, Ctrl-C stops an answer, /image PATH shows a picture with"
@@ -44,16 +45,17 @@ class Talk:
         held = set(os.listdir(args.model))
         if "tokenizer_config.json" not in held:
             raise ValueError(f"{args.model!r} has no tokenizer_config.json")
-        if not held & {"tokenizer.model", "tokenizer.json"}:
-            raise ValueError(f"{args.model!r} has neither tokenizer.model nor tokenizer.json")
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        if "tokenizer.model" not in held:
+            raise ValueError(f"{args.model!r} has no tokenizer.model")
+        tokenizer = InternLM2Tokenizer.from_pretrained(args.model)
         check_tokenizer(tokenizer, self.stop)  # before minutes of loading weights
         store = store_cli.open_store(args)
         self.shown = [self._load(path, config) for path in args.image]  # with the next question
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         dtype = parse_dtype(args.dtype, device := parse_device(args.device))
-        self.model = AutoModel.from_pretrained(args.model, dtype=dtype).to(device)
+        model = CoMemoForConditionalGeneration.from_pretrained(args.model, dtype=dtype)
+        self.model = model.to(device)
         self._note(f"{args.model}: on {device} in {str(dtype).removeprefix('torch.')}")
         self.session = ChatSession(
             self.model,

@@ -39,6 +39,12 @@ VISION_KEYS = (  # the same in both vocabularies
     *("hidden_act", "norm_type", "layer_norm_eps", "attention_dropout", "initializer_range"),
     "num_channels",
 )
+# What names code, or kernels to fetch, whichever part of a file it stands in: not taken over.
+NAMES_OF_CODE = (
+    *("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation"),
+    *("_attn_implementation", "_experts_implementation"),
+    *("_attn_implementation_internal", "_experts_implementation_internal"),
+)
 VISION_RENAMED = {  # published -> transformers
     "qkv_bias": "attention_bias",
     "qk_normalization": "use_qk_norm",
@@ -231,13 +237,28 @@ class CoMemoConfig(PreTrainedConfig):
         return tuple(range(n - 1, self.text_config.num_hidden_layers, n))
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> "CoMemoConfig":
+        """As of transformers; `trust_remote_code` changes nothing, for no code is looked for."""
+        for name in ("code_revision", "trust_remote_code"):
+            kwargs.pop(name, None)
+        kwargs["name_or_path"] = pretrained_model_name_or_path
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CoMemoConfig":
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
                 f"CoMemoConfig: model_type must be {cls.model_type!r}, got"
                 f" {config_dict['model_type']!r}: this is a checkpoint of another model"
             )
-        return super().from_dict({**PUBLISHED_BEHAVIOUR, **config_dict}, **kwargs)
+        told = _without_code({**PUBLISHED_BEHAVIOUR, **config_dict})
+        return super().from_dict(told, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> "CoMemoConfig":
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def to_dict(self) -> dict[str, Any]:
         """The published layout, and beside it what transformers reads and the published code
@@ -267,6 +288,14 @@ class CoMemoConfig(PreTrainedConfig):
         mixin = output["mixin_config"]
         output["mixin_config"] = {key: mixin[key] for key in MixinConfig.__annotations__}
         return output
+
+
+def _without_code(content: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_code(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if key not in NAMES_OF_CODE
+    }
 
 
 def _bias_key(architecture: str) -> str:

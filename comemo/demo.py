@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
 
 import comemo_kernels as ops
 from comemo import images, prompts
 from comemo.device import default_device
+from comemo.model import CoMemoForConditionalGeneration
 from comemo.progress import AnswerStreamer, TokenClock, count_calls
 from comemo.tiny import ADDED_TOKENS, RENAMED_TOKENS, make_checkpoint
+from comemo.tokenizer import InternLM2Tokenizer
 from comemo_kernels import ImageMemory
 
 QUESTIONS = ("What is in this picture?", "Who is on the boat?")
@@ -114,8 +115,9 @@ def run(
         directory = Path(temporary if keep is None else keep)
         start = time.perf_counter()
         make_checkpoint(directory, seed)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = AutoModel.from_pretrained(directory, dtype=torch.float32).to(default_device())
+        tokenizer = InternLM2Tokenizer.from_pretrained(directory)
+        model = CoMemoForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+        model = model.to(default_device())
         seconds = time.perf_counter() - start
     print(
         f"   {model.num_parameters() / 1e6:.1f} million parameters in the published layout, made"

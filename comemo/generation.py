@@ -44,15 +44,18 @@ class CoMemoGeneration(PreparesInputs):
             decode_loop: a `DecodeLoop` of this model, for greedy decoding or sampling without
                 drafts. `cache_implementation="static"` makes one for the call, unless there is a
                 `compile_config`.
-            kwargs: everything that `generate` takes, the cache by either of its names.
-                `inputs_embeds` are numbered by their mask, if there are no `position_ids`; with
-                `pixel_values` the ids beside them tell where images stand.
+            kwargs: everything that `generate` takes, the cache by either of its names;
+                `custom_generate` as a function, never as a repository. `inputs_embeds` are numbered
+                by their mask, if there are no `position_ids`; with `pixel_values` the ids beside
+                them tell where images stand.
 
         Raises:
             ValueError: tiles, grids and image tokens that disagree; a prompt beyond the position
                 range or padded on the right; a memory of images of other grids; arguments that
                 exclude each other or that a decode loop cannot follow. Nothing was computed then.
         """
+        if isinstance(custom := kwargs.get("custom_generate"), str):
+            self.load_custom_generate(custom)
         input_ids = self._take_inputs(inputs, kwargs)
         take_cache("generate", kwargs)
         refuse_right_padding(kwargs)
@@ -80,6 +83,17 @@ class CoMemoGeneration(PreparesInputs):
             kwargs.setdefault("prompt_length", kwargs["position_ids"].shape[1])
         self._make_room(option, kwargs)
         return super().generate(input_ids, **kwargs)  # type: ignore[misc]
+
+    def load_custom_generate(self, pretrained_model_name_or_path: Any = None, **_: Any) -> Any:
+        """Refused: the code of a repository is not run.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "generate: custom_generate must be a function, got the repository"
+            f" {str(pretrained_model_name_or_path)!r}, whose code is not run"
+        )
 
     def _make_room(self, option: Callable[[str], Any], kwargs: dict[str, Any]) -> None:
         """Bring a cache that nothing is copied in, unless another kind is asked for."""
