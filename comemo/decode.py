@@ -218,6 +218,24 @@ class DecodeLoop:
             self._state = state
 
 
+def check_loop(verb: str, model: Any, loop: Any, option: Callable[[str], Any]) -> None:
+    """Raise for a loop that cannot do a call of this model's.
+
+    Args:
+        verb: the function to name.
+        model, option: as of `why_not`.
+        loop: what was handed over as one.
+    """
+    reasons = why_not(model, option)
+    if not isinstance(loop, DecodeLoop) or loop.model is not model:
+        reasons.append("a loop of another model")
+    if reasons:
+        raise ValueError(
+            f"{verb}: decode_loop must be a DecodeLoop of this model, for greedy decoding or"
+            f" sampling that nothing else takes part in, got {', '.join(reasons)}"
+        )
+
+
 class _Run:
     """Where an answer is: its step, tokens in the buffers, and those of them that are kept."""
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from comemo.cache import ROOM_FOR_ANSWER, RoomyCache
-from comemo.decode import DecodeLoop, why_not
-from comemo.generation_inputs import PreparesInputs, refuse_right_padding
+from comemo.decode import DecodeLoop, check_loop, why_not
+from comemo.generation_inputs import PreparesInputs, refuse_beside_drafts, refuse_right_padding
 from comemo.outputs import CACHE, one_cache, take_cache
 from comemo.prefill import read_prompt
 from comemo_kernels import ImageMemory
@@ -70,7 +70,9 @@ class CoMemoGeneration(PreparesInputs):
             return getattr(chosen, name, None) if value is None else value
 
         if kwargs.get("decode_loop") is not None:
-            self._check_loop(kwargs["decode_loop"], option)
+            check_loop("generate", self, kwargs["decode_loop"], option)
+        rows: Any = input_ids if embeds is None else embeds
+        refuse_beside_drafts(option, len(rows))
         if pixel_values is not None and memory is not None and assistant is None:
             raise ValueError("generate: give either pixel_values or image_memory, got both")
         if embeds is not None:
@@ -106,16 +108,6 @@ class CoMemoGeneration(PreparesInputs):
         answer = min(option("max_new_tokens") or 0, ROOM_FOR_ANSWER)
         kwargs[CACHE] = RoomyCache(layers, kwargs["position_ids"].shape[1] + answer)
 
-    def _check_loop(self, loop: Any, option: Callable[[str], Any]) -> None:
-        reasons = why_not(self, option)
-        if not isinstance(loop, DecodeLoop) or loop.model is not self:
-            reasons.append("a loop of another model")
-        if reasons:
-            raise ValueError(
-                "generate: decode_loop must be a DecodeLoop of this model, for greedy decoding or"
-                f" sampling that nothing else takes part in, got {', '.join(reasons)}"
-            )
-
     def _sample(
         self,
         input_ids: Tensor,
@@ -133,7 +125,7 @@ class CoMemoGeneration(PreparesInputs):
 
         loop = model_kwargs.pop("decode_loop", None)
         if loop is not None:
-            self._check_loop(loop, option)
+            check_loop("generate", self, loop, option)
         elif option("cache_implementation") == "static" and not why_not(self, option):
             loop = DecodeLoop(self)
         if loop is None:

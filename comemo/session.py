@@ -102,7 +102,7 @@ class ChatSession:
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.prefill_chunk_size, self.memory_store = prefill_chunk_size, memory_store
         self.options = options
-        text_options("ChatSession", options, model, self.tokenizer)
+        self._options_for("ChatSession", {})
         self._stop = prompts.stop_text(model.config.template)
         check_tokenizer(self.tokenizer, self._stop)
         self._numbers = itertools.count()
@@ -208,7 +208,7 @@ class ChatSession:
         with self._alone("regenerate"):
             self._stopped.clear()
             verb = "ChatSession.regenerate"
-            options = text_options(verb, self.options | options, self.model, self.tokenizer)
+            options = self._options_for(verb, options)
             clock = TokenClock(streamer)
             said = self._state.said
             if not said.turns:
@@ -275,12 +275,22 @@ class ChatSession:
             )
         return self._lock
 
+    def _options_for(self, verb: str, options: dict[str, Any]) -> dict[str, Any]:
+        """What `generate` is called with, checked before any work."""
+        options = text_options(verb, self.options | options, self.model, self.tokenizer)
+        chosen = options.get("generation_config") or self.model.generation_config
+        kept = options.get("cache_implementation") or chosen.cache_implementation
+        if kept is not None:
+            raise ValueError(
+                f"{verb}: the session keeps the cache, got cache_implementation={kept!r}: hand it"
+                " a DecodeLoop as decode_loop for one that stays where it is"
+            )
+        return options
+
     def _ask(
         self, question: str, images: Any, streamer: BaseStreamer | None, options: dict[str, Any]
     ) -> str:
-        options = text_options(
-            "ChatSession.ask", self.options | options, self.model, self.tokenizer
-        )
+        options = self._options_for("ChatSession.ask", options)
         clock = TokenClock(streamer)
         said, config = self._state.said, self.model.config
         new = load_pictures(
