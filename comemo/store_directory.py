@@ -124,20 +124,19 @@ def remove_beyond(directory: Path, budget: float) -> None:
         budget: in bytes.
 
     Raises:
-        OSError: more are left, for files cannot be removed; all others were.
+        OSError: files that cannot be removed; nothing else made room for them.
     """
-    files = list_files(directory)
-    total, failed = sum(status.st_size for _, status in files), None
+    files, failed = list_files(directory), None
+    total = sum(status.st_size for _, status in files)
     for path, status in sorted(files, key=lambda item: item[1].st_size <= budget):
         if total <= budget:
-            return
+            break
         try:
             remove(path)
         except OSError as error:
             failed = error
-        else:
-            total -= status.st_size
-    if failed is not None and total > budget:
+        total -= status.st_size
+    if failed is not None:
         raise failed
 
 

@@ -315,9 +315,26 @@ def test_a_file_that_shrinks_while_it_is_read(core, stored, monkeypatch):
 
 def test_a_directory_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(NotADirectoryError):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "link"):
+        with pytest.raises(NotADirectoryError, match="MemoryStore: directory must be a directory"):
             comemo.MemoryStore(directory=path)
+
+
+def test_directory_and_files_are_private(core, tmp_path):
+    """Whatever the umask says; what was there before stays as it is."""
+    batch, before = batch_of(core, [2, "square", 3]), os.umask(0)
+    try:
+        tmp_path.chmod(0o755)
+        for directory in (tmp_path / "new", tmp_path):
+            memory_of(core, batch, comemo.MemoryStore(directory=directory))
+    finally:
+        os.umask(before)
+    for path in (tmp_path, tmp_path / "new"):
+        (file,) = files_of(path)
+        assert file.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
 
 
 def test_a_full_disk_costs_no_answer(core, tmp_path, monkeypatch):
