@@ -149,7 +149,7 @@ def read_image(path: Path, wanted: dict[str, str], tensors: Layout) -> ImageMemo
         digest = hashlib.sha256(_SIGNATURE.sub(_UNSIGNED.encode(), header.raw, 1))
         read = {}
         for name, (dtype, shape) in header.tensors.items():
-            read[name] = tensor = torch.empty(shape, dtype=dtype)
+            read[name] = tensor = torch.empty(shape, dtype=dtype, device="cpu")
             for chunk in chunks_of(tensor):  # views: what is read into them lies in the tensor
                 if file.readinto(chunk) != len(chunk):
                     raise BadFileError("it became shorter while it was read")
@@ -160,8 +160,8 @@ def read_image(path: Path, wanted: dict[str, str], tensors: Layout) -> ImageMemo
         media=read.pop("media"),
         ids=read.pop("ids"),
         sizes=(header.tokens,),
-        starts=torch.zeros(1, dtype=torch.int32),
-        biases=torch.zeros(1, 1, dtype=torch.int32),
+        starts=torch.zeros(1, dtype=torch.int32, device="cpu"),
+        biases=torch.zeros(1, 1, dtype=torch.int32, device="cpu"),
     )
     for name, tensor in read.items():
         kind, _, layer = name.partition(".")

@@ -64,6 +64,16 @@ def test_a_file_is_a_safetensors_file(stored):
     assert header.size == path.stat().st_size
 
 
+def test_a_file_is_read_on_the_cpu_whatever_the_default(stored):
+    """Elsewhere the bytes would be read into a copy."""
+    path = stored[2]
+    header = store_files.read_header(path)
+    with torch.device("meta"):
+        memory = store_files.read_image(path, {}, header.tensors)
+    assert torch.equal(memory.keys[3], load_file(path)["keys.3"])
+    assert memory.starts.device == memory.biases.device == memory.media.device
+
+
 def rewrite(path, **changes):
     """The same tensors under a header that tells other facts, its checksum right."""
     header, tensors = store_files.read_header(path), load_file(path)
