@@ -110,7 +110,6 @@ class MemoryStore:
         self.directory = None if directory is None else Path(directory)
         self._lock = threading.Lock()  # never held while anything is computed, hashed or read
         self._held: OrderedDict[str, ImageMemory] = OrderedDict()
-        self._bytes = 0
         self._counts: Counter[str] = Counter()
         self._identities: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
         if self.directory is not None:
@@ -243,12 +242,12 @@ class MemoryStore:
             return image
         image = own(image)
         with self._lock:
-            if key in self._held:  # computed twice at once
-                self._bytes -= count_bytes(self._held.pop(key))
             self._held[key] = image
-            self._bytes += count_bytes(image)
-            while self._bytes > self.budget:
-                self._bytes -= count_bytes(self._held.popitem(last=False)[1])
+            self._held.move_to_end(key)
+            # Counted and not kept beside them: an interrupt would part the two.
+            beyond = sum(map(count_bytes, self._held.values())) - self.budget
+            while beyond > 0:
+                beyond -= count_bytes(self._held.popitem(last=False)[1])
                 self._counts["evictions"] += 1
         return image
 
@@ -307,7 +306,10 @@ class MemoryStore:
         names = ("hits", "disk_hits", "misses", "evictions", "too_large", "refused")
         with self._lock:
             counts = {name: self._counts[name] for name in names}
-            held = {"entries": len(self._held), "bytes": self._bytes}
+            held = {
+                "entries": len(self._held),
+                "bytes": sum(map(count_bytes, self._held.values())),
+            }
         return StoreStatistics(**counts, **held, disk_entries=len(sizes), disk_bytes=sum(sizes))
 
     def __iter__(self) -> Iterator[str]:
@@ -338,7 +340,6 @@ class MemoryStore:
         """
         with self._lock:
             self._held.clear()
-            self._bytes = 0
         if disk and self.directory is not None:
             store_directory.remove_beyond(self.directory, 0)
 

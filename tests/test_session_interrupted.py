@@ -27,6 +27,7 @@ from comemo.session import _State
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 pytestmark = pytest.mark.usefixtures("one_thread")
 STATE = {"session.py", "conversation.py", "transcript.py", "cache.py", "prefill.py", "decode.py"}
+STATE |= {"store.py"}
 
 
 def make_picture(seed, grid=(1, 1)):
@@ -191,6 +192,7 @@ CALLS = {
     "keep": lambda session: session.reset(keep_pictures=True),
     "loop": lambda session: session.ask("more"),
     "first loop": lambda session: session.ask("more"),
+    "stored": lambda session: session.ask("and <image> more", make_picture(5)),
     "beams": lambda session: session.ask("more", num_beams=2),
     "stream": lambda session: list(session.stream("more")),
 }
@@ -208,6 +210,8 @@ def interrupt_everywhere(chatty, name, choose):
         session = base.fork()
         if name == "first loop":
             session.options["decode_loop"] = DecodeLoop(session.model)
+        if name == "stored":
+            session.memory_store = MemoryStore(budget=20_000)  # one of the pictures
         return session
 
     if name == "loop":
@@ -235,6 +239,9 @@ def interrupt_everywhere(chatty, name, choose):
         for wanted, pictures in zip(afterwards[state], (None, second), strict=True):
             session.ask("and this" if pictures else "now this", pictures)
             check_same(session, wanted)
+        if name == "stored":
+            assert session.memory_store.stats.entries == 1
+            assert session.memory_store.stats.bytes <= 20_000
     assert len(afterwards) < 4  # before, after, and for a stream what had come so far
 
 
@@ -257,6 +264,45 @@ def test_wherever_it_is_interrupted(chatty, name, request):
 @pytest.mark.parametrize("part", range(4))
 def test_at_every_place_of_a_question(chatty, part):
     interrupt_everywhere(chatty, "ask", lambda places: places[part::4])
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_memory_that_was_being_built_serves_the_next_call(chatty, called, request):
+    """Built at once, or by each layer that something hooks."""
+    model, ids = chatty[0], torch.arange(40, 64)[None]
+    ids[:, 2:18] = model.config.image_token_id
+    ids, (tiles, grid) = place(ids), make_picture(1)
+    mask = ids == model.config.image_token_id
+    places = model.model.prompt_position_ids(mask, torch.ones_like(ids), [grid])
+    layers = [at.mixin for at in model.model.language_model.layers if at.mixin is not None]
+    handles = [at.kv_proj.register_forward_hook(lambda *_: None) for at in layers if called]
+
+    def begin():
+        return model.model.build_image_memory(place(tiles), mask, places, [grid])
+
+    def answer(memory):
+        return model.generate(
+            ids, image_memory=memory, position_ids=places, **GREEDY | {"max_new_tokens": 1}
+        )
+
+    memory = begin()
+    wanted, found = answer(memory), begin()
+    moments = find_places(lambda: answer(found))
+    building = ("mixin.py", "memory.py", "decoder.py")
+    moments = [at for at in moments if at.file in building and at.code.co_name != "__init__"]
+    if not request.config.getoption("--all"):
+        moments = moments[:: len(moments) // 12]
+    try:
+        for at in moments:
+            found = begin()
+            assert interrupt_at(lambda: answer(found), at), at  # noqa: B023
+            assert torch.equal(answer(found), wanted)
+            for layer in memory.keys:
+                torch.testing.assert_close(found.keys[layer], memory.keys[layer])
+                torch.testing.assert_close(found.values[layer], memory.values[layer])
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 WORDS = ("what is this?", "and <image> more", "<image> beside <image>", "a b c d e f g h")
