@@ -1,106 +1,24 @@
 """Sessions that something goes wrong in: all of their parts agree, and the next answer is right."""
 
-import itertools
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    rule,
-    run_state_machine_as_test,
-)
-from interrupting import Injected, find_places, interrupt_after, interrupt_at
-from small import make_model, place
-from transformers import StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+from interrupting import Injected, find_places, interrupt_at
+from small import place
+from talks import GREEDY, At, afresh, check_same, make_chatty, make_picture, shown_in, start, throw
 
-from comemo import ChatSession, DecodeLoop, MemoryStore
+from comemo import DecodeLoop, MemoryStore
 from comemo.cache import RoomyCache
-from comemo.session import _State
 
-GREEDY = {"max_new_tokens": 3, "do_sample": False}
 pytestmark = pytest.mark.usefixtures("one_thread")
 STATE = {"session.py", "conversation.py", "transcript.py", "cache.py", "prefill.py", "decode.py"}
 STATE |= {"store.py"}
 
 
-def make_picture(seed, grid=(1, 1)):
-    tiles = grid[0] * grid[1] + (grid != (1, 1))
-    return torch.randn(tiles, 3, 112, 112, generator=torch.Generator().manual_seed(seed)), grid
-
-
 @pytest.fixture(scope="module")
 def chatty(processor):
-    """A small model, and a processor whose tokenizer is its."""
-    model = make_model(vocab_size=600)
-    model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    return model, processor
-
-
-def start(chatty, **options):
-    return ChatSession(*chatty, **GREEDY, **options)
-
-
-def afresh(session, shown):
-    """A session of the same conversation that holds nothing yet; `shown` is pixels by number."""
-    fresh = ChatSession(session.model, session.processor, prefill_chunk_size=None, **GREEDY)
-    said = session._state.said
-    pictures = tuple(replace(p, pixel_values=place(shown[p.number])) for p in said.pictures)
-    fresh._state = _State(replace(said, pictures=pictures))
-    fresh._numbers = itertools.count(1000)
-    return fresh
-
-
-def check_same(session, fresh):
-    """Answers, tokens, keys and values of the last question are those of a fresh session."""
-    assert session.history == fresh.history
-    held, wanted = session._held, fresh._held
-    tokens = session.report.prompt_tokens
-    ours, theirs = held.transcript.columns, wanted.transcript.columns
-    assert torch.equal(ours[1:], theirs[1:])
-    text = ours[0].clamp(min=-1) == theirs[0].clamp(min=-1)  # pictures have other numbers
-    assert bool(text.all())
-    for mine, other in zip(held.cache.layers, wanted.cache.layers, strict=True):
-        for a, b in ((mine.keys, other.keys), (mine.values, other.values)):
-            torch.testing.assert_close(a[:, :, :tokens], b[:, :, :tokens], rtol=1e-3, atol=1e-4)
-
-
-def shown_in(session, *pictures):
-    """Pixels by number, of the pictures of a conversation in order."""
-    numbers = [picture.number for picture in session._state.said.pictures]
-    return dict(zip(numbers, (tiles for tiles, _ in pictures), strict=True))
-
-
-def throw(*_):
-    raise Injected
-
-
-class At(BaseStreamer):
-    """Does something at its n-th token."""
-
-    def __init__(self, at, do=throw):
-        self.left, self.do = at, do
-
-    def put(self, value):
-        if self.left == 0:
-            self.do()
-        self.left -= 1
-
-    def end(self):
-        pass
-
-
-class Criterion(StoppingCriteria):
-    """Raises behind the first token."""
-
-    def __call__(self, *args, **kwargs):
-        raise Injected
+    return make_chatty(processor)
 
 
 @pytest.mark.parametrize("visibility", ["causal", "all"])
@@ -280,10 +198,10 @@ def test_a_memory_that_was_being_built_serves_the_next_call(chatty, called, requ
     def begin():
         return model.model.build_image_memory(place(tiles), mask, places, [grid])
 
+    one_token = GREEDY | {"max_new_tokens": 1}
+
     def answer(memory):
-        return model.generate(
-            ids, image_memory=memory, position_ids=places, **GREEDY | {"max_new_tokens": 1}
-        )
+        return model.generate(ids, image_memory=memory, position_ids=places, **one_token)
 
     memory = begin()
     wanted, found = answer(memory), begin()
@@ -303,150 +221,3 @@ def test_a_memory_that_was_being_built_serves_the_next_call(chatty, called, requ
     finally:
         for handle in handles:
             handle.remove()
-
-
-WORDS = ("what is this?", "and <image> more", "<image> beside <image>", "a b c d e f g h")
-WHERE = {
-    "streamer": lambda: {"streamer": At(1)},
-    "processor": lambda: {"logits_processor": [throw]},
-    "criterion": lambda: {"stopping_criteria": [Criterion()]},
-    "option": lambda: {"no_such_option": 1},
-    "output": lambda: {"return_dict_in_generate": True},
-}
-HOW = {
-    "greedy": {},
-    "sampled": {"do_sample": True, "temperature": 3.0},
-    "beams": {"num_beams": 2},
-    "longer": {"max_new_tokens": 6},
-}
-
-
-class Talk(RuleBasedStateMachine):
-    """Conversations in which much goes wrong, each answer beside that of a fresh session."""
-
-    chatty = None
-    two = st.integers(0, 1)
-    words, seeds = st.sampled_from(WORDS), st.integers(1, 6)
-
-    @initialize(
-        visibility=st.sampled_from(["causal", "all"]),
-        positions=st.sampled_from(["raw", "compressed"]),
-        chunk=st.sampled_from([None, 20]),
-        looped=st.booleans(),
-        stored=st.booleans(),
-    )
-    def begin(self, visibility, positions, chunk, looped, stored):
-        model, _ = self.chatty
-        model.config.decode_positions = positions
-        options = {"decode_loop": DecodeLoop(model)} if looped else {}
-        options |= {"memory_store": MemoryStore()} if stored else {}
-        session = start(self.chatty, visibility=visibility, prefill_chunk_size=chunk, **options)
-        self.sessions, self.shown, self.looped = [session], {}, looped
-
-    def session(self, which):
-        return self.sessions[which % len(self.sessions)]
-
-    def pictures_for(self, session, words, seed):
-        """What the marks of a question want, beyond pictures that were kept."""
-        said = session._state.said
-        waiting = len(said.pictures) - sum(text.count("<image>") for text, _ in said.turns)
-        more = max(words.count("<image>") - waiting, 0)
-        words = words if words.count("<image>") >= waiting else words.replace("<image>", "")
-        grids = (1, 1), (2, 1)
-        return words, [make_picture(seed + i, grids[(seed + i) % 2]) for i in range(more)]
-
-    def note(self, session, before, pictures):
-        """Remember the pixels of pictures that a session has learnt to know."""
-        known = {p.number for p in before}
-        new = [p.number for p in session._state.said.pictures if p.number not in known]
-        tiles = [tiles for tiles, _ in pictures]
-        self.shown.setdefault(session, {}).update(zip(new, tiles, strict=False))
-
-    @rule(which=two, words=words, seed=seeds, how=st.sampled_from(list(HOW)), stop=st.booleans())
-    def ask(self, which, words, seed, how, stop):
-        session = self.session(which)
-        words, pictures = self.pictures_for(session, words, seed)
-        before, options = session._state.said.pictures, dict(HOW[how])
-        fresh = afresh(session, self.shown.get(session, {}))
-        for either in (session, fresh):
-            if stop and how != "beams":
-                options["streamer"] = At(1, either.stop)
-            torch.manual_seed(seed)
-            either.ask(words, list(pictures), **options)
-        self.note(session, before, pictures)
-        check_same(session, fresh)
-
-    @rule(which=two, words=words, seed=seeds, leave=st.integers(0, 2))
-    def stream(self, which, words, seed, leave):
-        session = self.session(which)
-        words, pictures = self.pictures_for(session, words, seed)
-        before = session._state.said.pictures
-        for pieces, _ in enumerate(session.stream(words, list(pictures))):
-            if pieces == leave:
-                break
-        self.note(session, before, pictures)
-
-    @rule(which=two, words=words, seed=seeds, where=st.sampled_from(list(WHERE)))
-    def fail(self, which, words, seed, where):
-        session = self.session(which)
-        words, pictures = self.pictures_for(session, words, seed)
-        state = session._state
-        with pytest.raises((Injected, ValueError)):
-            session.ask(words, list(pictures), **WHERE[where]())
-        assert session._state is state
-        if state.said.turns and where != "streamer":
-            with pytest.raises((Injected, ValueError)):
-                session.regenerate(**WHERE[where]())
-            assert session._state is state
-
-    @rule(which=two, words=words, seed=seeds, moments=st.integers(0, 6000), again=st.booleans())
-    def interrupt(self, which, words, seed, moments, again):
-        session = self.session(which)
-        words, pictures = self.pictures_for(session, words, seed)
-        before = session._state.said.pictures
-        if again and session.history:
-            interrupt_after(session.regenerate, moments)
-        else:
-            interrupt_after(lambda: session.ask(words, list(pictures)), moments)
-        self.note(session, before, pictures)
-
-    @rule(which=two)
-    def regenerate(self, which):
-        session = self.session(which)
-        if not session.history:
-            with pytest.raises(ValueError, match="nothing was asked yet"):
-                session.regenerate()
-            return
-        fresh = afresh(session, self.shown.get(session, {}))
-        said = fresh._state.said
-        fresh._state = _State(replace(said, turns=said.turns[:-1]))
-        session.regenerate()
-        fresh.ask(said.turns[-1][0])
-        check_same(session, fresh)
-
-    @rule(which=two)
-    def fork(self, which):
-        session = self.session(which)
-        other = session.fork()
-        self.sessions = [session, other]
-        self.shown[other] = dict(self.shown.get(session, {}))
-
-    @rule(which=two, keep=st.booleans())
-    def reset(self, which, keep):
-        self.session(which).reset(keep_pictures=keep)
-
-    @invariant()
-    def nothing_is_claimed_that_is_not_there(self):
-        for session in getattr(self, "sessions", ()):
-            assert not session._lock.locked()
-            claimed = len(session._held.transcript)
-            held = [layer.get_seq_length() for layer in session._held.cache.layers]
-            assert min(held) >= claimed
-
-
-def test_whatever_goes_wrong(chatty, monkeypatch):
-    """Also together, in any order."""
-    monkeypatch.setattr(Talk, "chatty", chatty)
-    monkeypatch.setattr(chatty[0].config, "decode_positions", "raw")
-    few = max(4, settings.default.max_examples // 8)
-    run_state_machine_as_test(Talk, settings=settings(max_examples=few, stateful_step_count=12))
