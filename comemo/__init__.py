@@ -1,5 +1,7 @@
 """CoMemo on current transformers: `import comemo`, then the Auto classes know the model."""
 
+import comemo.starting  # isort: skip  # noqa: F401  (Ctrl-C while the others are imported)
+
 from comemo import auto
 from comemo.config import CoMemoConfig, MixinConfig
 from comemo.core import CoMemoModel

@@ -1,6 +1,5 @@
 """The small files of a checkpoint, read as data: no class that one names is looked up here."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers.utils import cached_file
 
+from comemo import regular
 from comemo.config import CoMemoConfig
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
@@ -54,15 +54,12 @@ def read_json(path: Any, name: str, **hub: Any) -> dict[str, Any]:
 
     Raises:
         OSError: as of `find_file`.
-        ValueError: the file holds no JSON object.
+        ValueError: the file holds no JSON object, or is no file.
     """
     file = find_file(path, name, **hub)
     if file is None:
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
+    content = regular.read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{str(file)!r} must hold a JSON object, got {type(content).__name__}")
     return content

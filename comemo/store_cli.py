@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 import math
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from comemo import store_directory
 from comemo.store import MemoryStore, MemoryStoreWarning
 from comemo.store_directory import BadFileError
 from comemo.store_files import read_header
+from comemo.terminal import note, plain, tell
 
 SHOWN = 12  # characters of a key or a model's digest in a table
 DAY = 86400.0
@@ -69,7 +69,7 @@ def told_warnings() -> Iterator[None]:
     for warning in told:
         if issubclass(warning.category, MemoryStoreWarning):
             text = str(warning.message).removeprefix("MemoryStore: ")
-            print(f"comemo: warning: {text}", file=sys.stderr)
+            note(f"comemo: warning: {plain(text)}")
         else:
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
@@ -151,15 +151,15 @@ def describe(directory: str | Path) -> list[dict[str, Any]]:
 def _ls(args: argparse.Namespace) -> int:
     rows = describe(args.directory)
     if args.json:
-        print(json.dumps([row | {"used": _date(row["used"])} for row in rows], indent=2))
+        tell(json.dumps([row | {"used": _date(row["used"])} for row in rows], indent=2))
         return 0
     if rows:
-        print(f"{'key':14}{'tokens':>8}{'bytes':>16}  {'dtype':10}{'model':14}last use")
+        tell(f"{'key':14}{'tokens':>8}{'bytes':>16}  {'dtype':10}{'model':14}last use")
     for row in rows:
-        about = f"broken: {row.get('broken')}"
+        about = f"broken: {plain(row.get('broken'))}"
         if "broken" not in row:
             about = f"{row['dtype']:10}{row['model'][:SHOWN]:14}{_date(row['used'])}"
-        print(f"{row['key'][:SHOWN]:14}{row.get('tokens', '-'):>8}{row['bytes']:>16,}  {about}")
+        tell(f"{row['key'][:SHOWN]:14}{row.get('tokens', '-'):>8}{row['bytes']:>16,}  {about}")
     return 0
 
 
@@ -178,9 +178,9 @@ def _rm(args: argparse.Namespace) -> int:
     store_directory.sweep(Path(args.directory))
     size = sum(row["bytes"] for row in chosen)
     if args.json:
-        print(json.dumps({"removed": [row["key"] for row in chosen], "bytes": size}, indent=2))
+        tell(json.dumps({"removed": [row["key"] for row in chosen], "bytes": size}, indent=2))
     else:
-        print(f"removed {_count(len(chosen), 'picture')}, {size:,} bytes")
+        tell(f"removed {_count(len(chosen), 'picture')}, {size:,} bytes")
     return 0
 
 
@@ -211,16 +211,16 @@ def _stats(args: argparse.Namespace) -> int:
         "models": models,
     }
     if args.json:
-        print(json.dumps(facts, indent=2))
+        tell(json.dumps(facts, indent=2))
         return 0
-    print(
-        f"{args.directory}\n  {_count(len(good), 'picture')},"
+    tell(
+        f"{plain(args.directory)}\n  {_count(len(good), 'picture')},"
         f" {_count(len(rows) - len(good), 'broken file')}, {facts['bytes']:,} bytes"
     )
     if rows:
-        print(f"  last used {facts['first_use']} to {facts['last_use']}")
+        tell(f"  last used {facts['first_use']} to {facts['last_use']}")
     for model, about in models.items():
-        print(
+        tell(
             f"  model {model[:SHOWN]}: {_count(about['pictures'], 'picture')},"
             f" {about['bytes']:,} bytes"
         )
