@@ -358,13 +358,14 @@ class ChatSession:
     ) -> ImageMemory | None:
         """The memory of all pictures; what is known of it is not computed again."""
         new = [picture for picture in said.pictures if picture.pixel_values is not None]
+        tiles = [picture.pixel_values for picture in new if picture.pixel_values is not None]
         memory = self._state.memory
         if not new:
             return memory
         known = sum(picture.tokens for picture in said.pictures[: -len(new)])
         later = image_mask & (image_mask.long().cumsum(1) > known)
         core = self.model.model
-        pixel_values = torch.cat([p.pixel_values for p in new if p.pixel_values is not None])
+        pixel_values = torch.cat([t.to(tiles[0].device) for t in tiles])
         found = core.build_image_memory(
             pixel_values, later, position_ids, [p.grid for p in new], self.memory_store
         )

@@ -95,14 +95,14 @@ def test_forks_and_uneven_layers():
     new = torch.randn(1, 2, 9, 4)
     for layer in range(2):
         cache.update(new, new, layer)
-    fork = cache.fork()
+    fork = cache.fork(9)
     cache.update(new, new, 0)  # as if the second layer had failed
     cache.crop_to(7)
     assert [layer.get_seq_length() for layer in cache.layers] == [7, 7]
     cache.update(-new, -new, 0)
     assert torch.equal(fork.layers[0].keys, new)
     assert torch.equal(fork.layers[1].values, new)
-    assert RoomyCache(2).fork().get_seq_length() == 0
+    assert RoomyCache(2).fork(0).get_seq_length() == 0
 
 
 # --- prompts in pieces ---

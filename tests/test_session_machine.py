@@ -92,6 +92,10 @@ class Talk(RuleBasedStateMachine):
         session = self.session(which)
         words, pictures = self.pictures_for(session, words, seed)
         before, options = session._state.said.pictures, dict(HOW[how])
+        if self.looped and how == "beams":
+            with pytest.raises(ValueError, match="num_beams"):
+                session.ask(words, list(pictures), **options)
+            return
         fresh = afresh(session, self.shown.get(session, {}))
         for either in (session, fresh):
             if stop and how != "beams":
