@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comemo_kernels._arguments import public
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HIP = torch.version.hip is not None  # there Triton looks at the sizes of tensors, too
 
@@ -196,10 +198,10 @@ class Kernel:
 
 
 def documented(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate a public function with the docstring of its reference: it is written once."""
+    """Decorate a public function with the docstring of its reference, which is written once."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__doc__ = reference.__doc__
-        return function
+        return public(function)
 
     return decorate

@@ -8,14 +8,17 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from comemo_kernels._arguments import public
 from comemo_kernels._op import check
 
 
+@public
 def runs_ahead(device: torch.device | str) -> bool:
     """Whether work on `device` is queued: the host goes on before it is done."""
     return torch.device(device).type == "cuda"
 
 
+@public
 def capture(
     function: Callable[[], object], device: torch.device | str, warmups: int = 2
 ) -> Callable[[], object]:
@@ -165,6 +168,7 @@ class HostFlag:
         self._host = torch.empty(like.shape, dtype=like.dtype, pin_memory=queued)
         self._event = torch.cuda.Event() if queued else None
 
+    @public
     def post(self, value: Tensor) -> None:
         """Ask for `value` as it is at this point of the device's queue; the host goes on."""
         self._host.copy_(value, non_blocking=True)

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from comemo_kernels._arguments import public
 from comemo_kernels._op import check, to_device
 
 Grid = tuple[int, int]  # (cols, rows) of tiles
 TEXT = (-1, -1)  # in the place of a grid: no image, text counts on from here
 
 
+@public
 def image_tokens(grid: Grid, side: int = 16, thumbnail: bool = True) -> int:
     """Tokens of one image: S*S per tile, and S*S for the thumbnail where there is one.
 
@@ -110,6 +112,7 @@ class ImageGrids:
     end: int = 0
 
     @classmethod
+    @public
     def pack(
         cls,
         grids: Sequence[Grid],
@@ -158,6 +161,7 @@ class ImageGrids:
         table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
         return cls(to_device(table, device), side, tile_order, thumbnail, end)
 
+    @public
     def position_ids(self, tokens: int) -> Tensor:
         """Ids of the sequence's first `tokens` tokens.
 

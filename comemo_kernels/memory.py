@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from comemo_kernels._arguments import public
 from comemo_kernels._checks import FLOAT8
 from comemo_kernels._op import INTERPRET, check, to_device
 from comemo_kernels.reading import MemoryScales, QueryRotation
@@ -66,6 +67,7 @@ class ImageMemory:
     keeps: ClassVar[bool] = True  # whether `update` keeps what it is given
 
     @classmethod
+    @public
     def from_media(
         cls,
         media: Tensor,
@@ -125,6 +127,7 @@ class ImageMemory:
         )
 
     @classmethod
+    @public
     def allocate(
         cls,
         capacity: int,
@@ -170,10 +173,12 @@ class ImageMemory:
             }
         return memory
 
+    @public
     def update(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Keep the rotated keys and the values [C, G, D] of a mixin layer."""
         self.keys[layer], self.values[layer] = key, value
 
+    @public
     def key_table(self) -> Table:
         """cos, sin [M, D/2] of the angles by which keys are rotated.
 
@@ -188,6 +193,7 @@ class ImageMemory:
         turned = sin[row] * self.ids.sign()[:, None].to(sin.dtype)
         return cos[row].masked_fill(beyond, float("nan")), turned.masked_fill(beyond, float("nan"))
 
+    @public
     def reading(self, spans: Tensor, biases: Tensor | None = None) -> "ImageMemory":
         """The same memory, keys and values shared, for other readers.
 
@@ -211,6 +217,7 @@ class ImageMemory:
             biases = biases.to(self.starts.device)
         return replace(self, spans=spans, biases=biases)
 
+    @public
     def rotation(self, positions: Tensor) -> QueryRotation:
         """How `attend_images` rotates queries at `positions` [B, N] for this memory.
 
@@ -234,6 +241,7 @@ class ImageMemory:
         found = (self.ids + biases).long()
         return found[0] if len(found) == 1 else found
 
+    @public
     def repeat_interleave(self, times: int) -> "ImageMemory":
         """The memory of every prompt `times` over (beams); keys and values are shared."""
         spans, active, biases = (
@@ -259,6 +267,7 @@ class ImageMemory:
         return sum(t.nbytes for t in held)
 
 
+@public
 def memory_buffers(
     layers: int, capacity: int, heads: int, head_dim: int, dtype: torch.dtype, device: Any
 ) -> Tensor:
@@ -279,6 +288,7 @@ def memory_buffers(
     return torch.empty(2, layers, capacity, heads, head_dim, dtype=dtype, device=device)
 
 
+@public
 def append_images(
     memory: ImageMemory,
     media: Tensor,
@@ -373,6 +383,7 @@ def append_images(
     return row, row + m
 
 
+@public
 def spans_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, tokens: int) -> Tensor:
     """Spans of a packed row in which sample i holds tokens [q_i, q_i+1) and memory [k_i, k_i+1).
 
@@ -398,6 +409,7 @@ def spans_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, tokens: in
     return torch.stack([bounds[sample - 1], bounds[sample]], dim=-1)[None]
 
 
+@public
 def spans_from_images(
     last_tokens: Tensor, sizes: Sequence[int], tokens: int, latest: bool = False
 ) -> Tensor:
@@ -429,6 +441,7 @@ def spans_from_images(
     return torch.stack([start, end], dim=-1)[None]
 
 
+@public
 def distance_table(head_dim: int, theta: float, length: int, device: torch.device) -> Table:
     """cos, sin float32 [`length`, D/2] by distance of ids, for `ImageMemory`.
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from comemo_kernels._arguments import public
 from comemo_kernels._op import check, to_device
 from comemo_kernels.memory import ImageMemory, memory_buffers
 from comemo_kernels.reading import MemoryScales
 
 
+@public
 def split_images(memory: ImageMemory) -> list[ImageMemory]:
     """One memory for each image, over the same storage: nothing is copied.
 
@@ -62,6 +64,7 @@ def split_images(memory: ImageMemory) -> list[ImageMemory]:
     return images
 
 
+@public
 def join_images(
     images: Sequence[ImageMemory], spans: Tensor | None = None, biases: Tensor | None = None
 ) -> ImageMemory:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from comemo_kernels._arguments import public
 from comemo_kernels._checks import check_attention, check_read, check_workspace
 from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
 from comemo_kernels.reference.rotary import rotate_halves
@@ -13,6 +14,7 @@ from comemo_kernels.reference.rotary import rotate_halves
 ROWS = 256  # queries whose scores are held at once where SDPA cannot be used
 
 
+@public
 def attend_images(
     q: Tensor,
     k: Tensor,
@@ -78,6 +80,7 @@ def attend_images(
     return (out, lse) if lse is not None else out
 
 
+@public
 def attention_workspace(q: Tensor, k: Tensor, splits: int | None = None) -> AttentionWorkspace:
     """What `attend_images` needs to allocate nothing for queries like `q` and keys like `k`.
 

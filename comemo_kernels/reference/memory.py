@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from comemo_kernels._arguments import public
 from comemo_kernels._checks import FLOAT8, check_build
 from comemo_kernels.reading import MemoryScales
 from comemo_kernels.reference.attention import turn
@@ -15,6 +16,7 @@ FLOAT8_MAX = 448.0  # of float8_e4m3fn
 
 
 @torch.no_grad()
+@public
 def build_memory(
     media: Tensor,
     kv_weights: Sequence[Tensor],

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from comemo_kernels._arguments import public
 from comemo_kernels._checks import check_prompt_grids, pack_prompt_grids
 from comemo_kernels._op import check
 from comemo_kernels.grids import (
@@ -17,6 +18,7 @@ from comemo_kernels.grids import (
 )
 
 
+@public
 def image_position_ids(
     grid: Grid,
     side: int = 16,
@@ -52,6 +54,7 @@ def image_position_ids(
     return bias + thumbnail_cells(torch.arange(tokens), cols, rows, side, tile_order)
 
 
+@public
 def rope_dhr_positions(
     image_mask: Tensor,
     attention_mask: Tensor,
@@ -110,6 +113,7 @@ def rope_dhr_positions(
     return torch.where(text | image_mask, ids, 0)
 
 
+@public
 def rotary_table(
     position_ids: Tensor,
     dim: int,

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comemo_kernels._arguments import public
 from comemo_kernels._checks import check_rotary
 from comemo_kernels.grids import ImageGrids
 
 
+@public
 def apply_rotary(
     q: Tensor,
     k: Tensor | None,

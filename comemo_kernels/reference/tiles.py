@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from comemo_kernels._arguments import public
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -20,6 +22,7 @@ class Fold(NamedTuple):
         return self.side * self.side
 
 
+@public
 def fold_tiles(tokens: Tensor, ratio: float = 0.5, version: str = "v2") -> Tensor:
     """Fold each square neighbourhood of a token raster into channels ("pixel shuffle").
 
@@ -44,6 +47,7 @@ def fold_tiles(tokens: Tensor, ratio: float = 0.5, version: str = "v2") -> Tenso
     return x.transpose(1, 2) if version == "v1" else x
 
 
+@public
 def image_rows(image_mask: Tensor, count: int) -> Tensor:
     """Rows of a batch's flattened tokens at which its image tokens stand, in reading order.
 
@@ -74,6 +78,7 @@ def image_rows(image_mask: Tensor, count: int) -> Tensor:
     return rows
 
 
+@public
 def project_tiles(
     tokens: Tensor,
     norm_weight: Tensor,
