@@ -7,6 +7,7 @@ import collections.abc
 import functools
 import inspect
 import operator
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -51,7 +52,8 @@ def _tell_misfit(error: Exception, function: Callable[..., Any], values: tuple[A
     if torch.compiler.is_compiling():
         return
     name = function.__qualname__.removesuffix(".__init__")
-    if isinstance(error, ValueError) and str(error).startswith(f"{name}: "):
+    told = str(error) if isinstance(error, ValueError) else ""
+    if told.startswith(f"{name}: "):
         return
     hints = typing.get_type_hints(function)
     given = zip(inspect.signature(function).parameters, values, strict=True)
@@ -60,6 +62,8 @@ def _tell_misfit(error: Exception, function: Callable[..., Any], values: tuple[A
         raise ValueError(
             f"{name}: {found.name} must be {_describe(found.wanted)}, got {_tell(found.got)}"
         ) from error
+    if re.match(r"[\w.]+: ", told):  # in the name of what it calls
+        raise ValueError(f"{name}: {told}") from error
 
 
 class _Misfit(NamedTuple):
@@ -108,9 +112,9 @@ def _is_a(value: Any, kind: Any, inner: tuple[Any, ...]) -> bool:
     if kind is Any:
         return True
     if kind is Tensor:
-        return isinstance(value, Tensor) and value.layout == torch.strided
+        return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
     if kind is bool:
-        return isinstance(value, (bool, int))
+        return isinstance(value, (bool, int)) and value in (0, 1)
     if kind in (int, float):
         return _is_number(value, kind)
     if kind is torch.device:
@@ -130,7 +134,9 @@ def _is_number(value: Any, kind: type) -> bool:
     if isinstance(value, (str, bytes)):
         return False
     try:
-        return abs(operator.index(value)) < 2**63 if kind is int else float(value) is not None
+        if kind is int or hasattr(value, "__index__"):
+            return abs(operator.index(value)) < 2**63
+        return float(value) is not None
     except Exception:  # whatever a stranger's method raises
         return False
 
@@ -154,10 +160,10 @@ def _describe(hint: Any) -> str:
         return f"({', '.join(_describe(part) for part in inner)})"
     if origin in (tuple, collections.abc.Sequence):
         return f"a sequence, each part {_describe(inner[0])}"
-    words = {
-        Tensor: "a dense tensor",
+    words: dict[Any, str] = {
+        Tensor: "a dense tensor with values",
         int: "an integer of 64 bits",
-        float: "a number",
+        float: "a number of 64 bits",
         bool: "True or False",
         str: "a string",
         type(None): "None",
@@ -166,11 +172,11 @@ def _describe(hint: Any) -> str:
         collections.abc.Callable: "a function",
         dict: "a dictionary",
     }
-    return words.get(origin or hint) or getattr(hint, "__name__", str(hint))
+    return words.get(origin or hint, getattr(hint, "__name__", str(hint)))
 
 
 def _tell(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype} {tuple(value.shape)}, {value.layout}"
+        return f"{value.dtype} {tuple(value.shape)} on {value.device}, {value.layout}"
     told = repr(value) if isinstance(value, (str, bytes, int, float, type(None))) else ""
     return told if 0 < len(told) <= 60 else f"{type(value).__name__}"

@@ -38,7 +38,8 @@ def load_rotated(
     x1 = tl.load(x_ptrs, mask=mask, other=0.0, volatile=True).to(tl.float32)
     x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0, volatile=True).to(tl.float32)
     row = tl.abs(delta)
-    known = mask & (row < num_positions)[:, None]
+    # The least integer has no absolute value.
+    known = mask & ((row >= 0) & (row < num_positions))[:, None]
     offs = offset_of(row, table_stride, ALIGNED)[:, None] + offs_d[None, :]
     cos = tl.load(cos_ptr + offs, mask=known, other=float("nan")).to(tl.float32)
     sin = tl.load(sin_ptr + offs, mask=known, other=float("nan")).to(tl.float32)

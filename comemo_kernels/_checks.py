@@ -6,8 +6,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from comemo_kernels._op import check
-from comemo_kernels.grids import Grid, ImageGrids, check_grid
+from comemo_kernels._op import check, check_count
+from comemo_kernels._writes import check_writable
+from comemo_kernels.grids import Grid, ImageGrids, check_grid, check_tile_order
 from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -35,7 +36,7 @@ def check_rotary(
         )
     tokens, D, half = shape[:-2], shape[-1], table[-1] if table else 0
     if k is not None and (
-        k.shape != (*tokens, k.shape[-2], D) or k.dtype != q.dtype or k.device != device
+        k.shape != (*tokens, *k.shape[-2:-1], D) or k.dtype != q.dtype or k.device != device
     ):
         raise ValueError(
             "apply_rotary: k must be as q [B, N, H, D] but for the number of heads, got"
@@ -59,16 +60,9 @@ def check_rotary(
             f" of a head of q {tuple(shape)}, got {2 * half}: of a table that repeats its halves"
             " give the first, cos[..., : D // 2]"
         )
-    if inplace and any(
-        stride == 0 and size > 1
-        for x in (q, k)
-        if x is not None
-        for size, stride in zip(x.shape, x.stride(), strict=True)
-    ):
-        raise ValueError(
-            "apply_rotary: what is written in place must not be expanded, got strides"
-            f" {q.stride()} of q" + ("" if k is None else f", {k.stride()} of k")
-        )
+    if inplace:
+        learns = q.requires_grad or cos.requires_grad or sin.requires_grad
+        check_writable("apply_rotary", {"q": q, "k": k}, learns)
     if positions is None:
         if table[:-1] != tokens and (len(shape) == 3 or table[:-1] != (1, shape[1])):
             raise ValueError(
@@ -76,9 +70,9 @@ def check_rotary(
                 f" token of q, got {list(table)}"
             )
         return
-    if len(table) != 2:
+    if len(table) != 2 or not table[0]:
         raise ValueError(
-            "apply_rotary: with positions cos must be [P, R/2], a row for each id, got"
+            "apply_rotary: with positions cos must be [P, R/2], a row for each id, P not 0, got"
             f" {tuple(table)}"
         )
     if isinstance(positions, ImageGrids):
@@ -134,6 +128,7 @@ def pack_prompt_grids(
             f" device, the first of bool, got {image_mask.dtype} {tuple(image_mask.shape)} on"
             f" {image_mask.device} and {tuple(attention_mask.shape)} on {attention_mask.device}"
         )
+    check_tile_order("rope_dhr_positions", tile_order)
     listed = grids.tolist() if isinstance(grids, Tensor) else grids
     for grid in listed:
         check_grid("rope_dhr_positions", grid, side)
@@ -169,10 +164,10 @@ def check_attention(
     workspace: AttentionWorkspace | None,
 ) -> None:
     """Raise the errors of `attend_images` that do not depend on where it runs."""
-    if q.ndim != 4 or q.dtype not in DTYPES:
+    if q.ndim != 4 or q.dtype not in DTYPES or not q.shape[3]:
         raise ValueError(
-            "attend_images: q must be [B, N, H, D] of float16, bfloat16, float32 or float64, got"
-            f" {q.dtype} {tuple(q.shape)}"
+            "attend_images: q must be [B, N, H, D], D not 0, of float16, bfloat16, float32 or"
+            f" float64, got {q.dtype} {tuple(q.shape)}"
         )
     B, N, H, D = q.shape
     device = q.device
@@ -207,7 +202,8 @@ def check_attention(
         )
     M, G = k.shape[:2]
     if scales is not None:
-        tiles = -(-M // scales.tile) if scales.tile > 0 else -1
+        check_count("attend_images", "scales.tile", scales.tile, 1)
+        tiles = -(-M // scales.tile)
         for name, scale in (("keys", scales.keys), ("values", scales.values)):
             if scale.shape != (tiles, G) or scale.dtype != torch.float32 or scale.device != device:
                 raise ValueError(
@@ -219,11 +215,12 @@ def check_attention(
         _check_rotation(rotation, q)
     if workspace is not None:
         out, lse, parts, part_lse, counts = workspace
-        rows, splits = (G, B * N * H // G), parts.shape[0]
+        rows, splits = (G, B * N * H // G), parts.shape[0] if parts.ndim else 0
         needed = math.prod(rows) if splits > 1 else 0
         if (
             (out.shape, out.dtype) != (q.shape, q.dtype)
             or lse.shape != q.shape[:3]
+            or splits == 0
             or parts.shape[1:] != (*rows, D)
             or part_lse.numel() < splits * needed
             or counts.numel() < needed
@@ -244,8 +241,8 @@ def check_workspace(q: Tensor, k: Tensor, splits: int | None) -> None:
             "attention_workspace: q must be [B, N, H, D] and k [M, G, D] with G dividing H, got"
             f" {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    if splits is not None and splits < 1:
-        raise ValueError(f"attention_workspace: splits must be at least 1, got {splits}")
+    if splits is not None:
+        check_count("attention_workspace", "splits", splits, 1, 2**16)
 
 
 def _check_rotation(rotation: QueryRotation, q: Tensor) -> None:
@@ -258,6 +255,7 @@ def _check_rotation(rotation: QueryRotation, q: Tensor) -> None:
         or cos.dtype not in DTYPES
         or cos.device != q.device
         or sin.device != q.device
+        or not cos.shape[0]
         or not 0 < 2 * cos.shape[1] <= D
     ):
         raise ValueError(
@@ -349,12 +347,16 @@ def check_build(
     if (
         cos.ndim != 2
         or cos.shape != sin.shape
+        or not cos.shape[0]
         or 2 * cos.shape[1] != D
         or {cos.device, sin.device} != {media.device}
+        or cos.dtype != sin.dtype
+        or cos.dtype not in DTYPES
     ):
         raise ValueError(
-            f"build_memory: cos and sin must be [P, {D}/2] on {media.device}, got"
-            f" {tuple(cos.shape)} on {cos.device} and {tuple(sin.shape)} on {sin.device}"
+            f"build_memory: cos and sin must be [P, {D}/2] of one floating dtype on {media.device},"
+            f" got {cos.dtype} {tuple(cos.shape)} on {cos.device} and {sin.dtype}"
+            f" {tuple(sin.shape)} on {sin.device}"
         )
     if ids.shape != (M,) or ids.dtype != torch.int32 or ids.device != media.device:
         raise ValueError(
@@ -365,7 +367,14 @@ def check_build(
         raise ValueError(
             f"build_memory: {M} rows from row {row} on must lie in the capacity {C} of the memory"
         )
+    held = [] if scales is None else [t for scale in scales for t in scale[:2]]
+    named = {"keys": keys, "values": values, "scales": held}
+    check_writable(
+        "build_memory",
+        {f"{name}[{i}]": t for name, held in named.items() for i, t in enumerate(held)},
+    )
     for scale in scales or ():
+        check_count("build_memory", "the tile of scales", scale.tile, 1)
         wanted = (-(-C // scale.tile), G)
         if (
             scale.tile != (scales or ())[0].tile

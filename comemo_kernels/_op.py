@@ -26,6 +26,16 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_count(verb: str, name: str, value: int, low: int = 0, high: int = 2**31 - 1) -> None:
+    """Raise ValueError in the name of function `verb` for what is no integer within limits."""
+    try:
+        count = value if isinstance(value, int) else operator.index(value)
+    except TypeError:
+        count = low - 1
+    if not low <= count <= high:
+        raise ValueError(f"{verb}: {name} must be an integer from {low} to {high}, got {value!r}")
+
+
 def on_triton(x: Tensor) -> bool:
     """Whether `x` goes to a kernel: on a GPU, or anywhere under Triton's interpreter."""
     return x.is_cuda or INTERPRET

@@ -154,7 +154,7 @@ def _attend_kernel(
     total = tl.full([BLOCK_M], 0.0, tl.float32)
     if ROTATE != "no":
         ids_ptrs = ids_ptr + batch * ids_stride_b + place * ids_stride_n
-        ids = tl.load(ids_ptrs, mask=mask_m, other=0).to(tl.int32)
+        ids = tl.load(ids_ptrs, mask=mask_m, other=0).to(tl.int64)
         bias_ptrs = biases_ptr + batch * biases_stride_b
     if ROTATE == "several":
         first, last = -1, -1
@@ -471,7 +471,7 @@ def attention_workspace(q: Tensor, k: Tensor, splits: int | None = None) -> Atte
     if not on_triton(q):
         return reference.attention_workspace(q, k, splits)
     check_workspace(q, k, splits)
-    return _allocate(q, k, _choose_splits(q, k) if splits is None else splits, lasting=True)
+    return _allocate(q, k, _choose_splits(q, k) if splits is None else int(splits), lasting=True)
 
 
 def _check_kernel(

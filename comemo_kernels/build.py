@@ -175,7 +175,8 @@ def _project_kernel(
     if kind == 0:
         distance = tl.load(ids_ptr + row, mask=mask_m, other=0)
         at = tl.abs(distance)
-        known = mask_m[:, None] & (at < num_positions)[:, None] & (element < HALF)[None, :]
+        known = mask_m & (at >= 0) & (at < num_positions)  # the least integer has no abs
+        known = known[:, None] & (element < HALF)[None, :]
         offs = offset_of(at, table_stride, ALIGNED)[:, None] + element[None, :]
         cos = tl.load(cos_ptr + offs, mask=known, other=float("nan")).to(tl.float32)
         sin = tl.load(sin_ptr + offs, mask=known, other=float("nan")).to(tl.float32)

@@ -40,6 +40,7 @@ def capture(
             cannot be recorded. What else the function raises comes as it is. Whatever is raised,
             stream, memory and random numbers are as behind the warm-ups.
     """
+    check(callable(function), f"capture: function must be a function, got {function!r}")
     check(warmups >= 1, f"capture: warmups must be at least 1, got {warmups}")
     device = torch.device(device)
     if not runs_ahead(device):
@@ -163,6 +164,7 @@ class HostFlag:
         like: a tensor of the shape, dtype and device of those to come.
     """
 
+    @public
     def __init__(self, like: Tensor) -> None:
         queued = runs_ahead(like.device)
         self._host = torch.empty(like.shape, dtype=like.dtype, pin_memory=queued)
@@ -170,7 +172,15 @@ class HostFlag:
 
     @public
     def post(self, value: Tensor) -> None:
-        """Ask for `value` as it is at this point of the device's queue; the host goes on."""
+        """Ask for `value` as it is at this point of the device's queue; the host goes on.
+
+        Raises:
+            ValueError: a value of another shape.
+        """
+        if value.shape != self._host.shape:
+            raise ValueError(
+                f"HostFlag.post: value must be {tuple(self._host.shape)}, got {tuple(value.shape)}"
+            )
         self._host.copy_(value, non_blocking=True)
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(value.device))

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from comemo_kernels._arguments import public
-from comemo_kernels._op import check, to_device
+from comemo_kernels._checks_memory import check_biases, check_sizes, check_spans
+from comemo_kernels._op import check, check_count, to_device
 from comemo_kernels.memory import ImageMemory, memory_buffers
 from comemo_kernels.reading import MemoryScales
 
@@ -34,6 +35,7 @@ def split_images(memory: ImageMemory) -> list[ImageMemory]:
     )
     assert memory.ids is not None
     device = memory.ids.device
+    _check_held("split_images", memory)
     starts = torch.tensor((0, *memory.sizes)).cumsum(0)[:-1].tolist()
     tile = next((scale.tile for scale in memory.scales.values()), 1)
     check(
@@ -86,6 +88,7 @@ def join_images(
             factor.
     """
     check(len(images) > 0, "join_images: images must be at least one memory, got none")
+    check_spans("join_images", spans)
     _check_alike(images)
     if len(images) == 1:
         joined = replace(images[0], spans=spans, active=None)
@@ -95,12 +98,7 @@ def join_images(
         joined = _concatenate(images)
         joined.spans = spans
     if biases is not None:
-        joined.biases = biases.reshape(-1, biases.shape[-1]).int()
-        check(
-            joined.biases.shape[1] == len(joined.sizes),
-            f"join_images: biases must be for the {len(joined.sizes)} images, got"
-            f" {tuple(biases.shape)}",
-        )
+        joined.biases = check_biases("join_images", biases, len(joined.sizes))
     return joined
 
 
@@ -108,10 +106,9 @@ def _check_alike(images: Sequence[ImageMemory]) -> None:
     """Raise for memories that no single one can hold."""
     first = images[0]
     for image in images:
+        _check_held("join_images", image)
         check(
-            image.ids is not None
-            and len(image.ids) == len(image)
-            and image.absolute == first.absolute,
+            image.ids is not None and image.absolute == first.absolute,
             "join_images: each memory must have an id for each of its tokens, absolute ones all or"
             f" none, got absolute={image.absolute} after {first.absolute} and ids"
             f" {None if image.ids is None else tuple(image.ids.shape)} for sizes {image.sizes}",
@@ -146,6 +143,40 @@ def _check_alike(images: Sequence[ImageMemory]) -> None:
             all(a is b or torch.equal(a, b) for a, b in zip(table, tables[0], strict=True)),
             "join_images: all memories must have one table of angles, got different ones",
         )
+
+
+def _check_held(verb: str, memory: ImageMemory) -> None:
+    """Raise for a memory whose tensors are not of the images that it names."""
+    check_sizes(verb, "the sizes of a memory", memory.sizes, 0)
+    M, images = sum(memory.sizes), len(memory.sizes)
+    check(
+        memory.ids is None or memory.ids.shape == (M,),
+        f"{verb}: a memory must have an id for each of its tokens, got ids"
+        f" {None if memory.ids is None else tuple(memory.ids.shape)} for sizes {memory.sizes}",
+    )
+    check(
+        memory.biases is None or (memory.biases.ndim == 2 and memory.biases.shape[1] == images),
+        f"{verb}: a memory must have biases [B, I] of its {images} images, got"
+        f" {None if memory.biases is None else tuple(memory.biases.shape)}",
+    )
+    media = {} if memory.media is None else {"media": memory.media}
+    for kind, held, ndim in (
+        *(("media", media, 2), ("keys", memory.keys, 3), ("values", memory.values, 3)),
+    ):
+        for t in held.values():
+            check(
+                t.ndim == ndim and t.shape[0] >= M,
+                f"{verb}: {kind} of a memory must have {ndim} dimensions and a row for each of"
+                f" {M} tokens, got {tuple(t.shape)}",
+            )
+    for scale in memory.scales.values():
+        check_count(verb, "the tile of a memory", scale.tile, 1)
+        for t in scale[:2]:
+            check(
+                t.ndim == 2 and t.shape[0] * scale.tile >= M,
+                f"{verb}: scales of a memory must be [T, G], T tiles of {scale.tile} for {M}"
+                f" tokens, got {tuple(t.shape)}",
+            )
 
 
 def _kinds(image: ImageMemory) -> list[tuple[tuple[int, ...], torch.dtype, torch.device]]:
