@@ -12,6 +12,7 @@ from comemo_kernels.grids import Grid, ImageGrids, check_grid, check_tile_order
 from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+MASKS = DTYPES | {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 FLOAT8 = torch.float8_e4m3fn
 
 
@@ -120,6 +121,7 @@ def pack_prompt_grids(
     if (
         image_mask.ndim != 2
         or image_mask.dtype != torch.bool
+        or attention_mask.dtype not in MASKS
         or image_mask.shape != attention_mask.shape
         or image_mask.device != attention_mask.device
     ):

@@ -22,12 +22,12 @@ def check_sizes(verb: str, name: str, sizes: Sequence[int], low: int) -> None:
         check_count(verb, f"{name}[{i}]", size, low)
 
 
-def check_narrow(verb: str, name: str, ids: Tensor) -> None:
-    """Raise for ids that are to become int32 and do not fit, as far as they are at hand."""
-    listed = at_hand(ids) if ids.dtype == torch.int64 else []
+def check_narrow(verb: str, name: str, ids: Tensor, low: int = -(2**31)) -> None:
+    """Raise for ids that do not lie in [low, 2^31) of int32, as far as they are at hand."""
+    listed = at_hand(ids)
     check(
-        not listed or (min(listed) >= -(2**31) and max(listed) < 2**31),
-        f"{verb}: {name} must fit 32 bits, got {min(listed, default=0)} to"
+        not listed or (min(listed) >= low and max(listed) < 2**31),
+        f"{verb}: {name} must lie in [{low}, 2^31), got {min(listed, default=0)} to"
         f" {max(listed, default=0)}",
     )
 
@@ -50,5 +50,5 @@ def check_biases(verb: str, biases: Tensor, images: int) -> Tensor:
         f"{verb}: biases must be for the {images} images, int32 or int64 [I] or [B, I], got"
         f" {biases.dtype} {tuple(biases.shape)}",
     )
-    check_narrow(verb, "biases", biases.flatten())
+    check_narrow(verb, "biases", biases.flatten(), 0)
     return biases.reshape(-1, images).int()

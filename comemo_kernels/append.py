@@ -87,7 +87,7 @@ def append_images(
         f"append_images: biases must be one for each of {len(sizes)} images, got {biases}",
     )
     for i, bias in enumerate(biases):
-        check_count("append_images", f"biases[{i}]", bias, -(2**31))
+        check_count("append_images", f"biases[{i}]", bias)
     tile = next((scale.tile for scale in memory.scales.values()), 1)
     check_count("append_images", "the tile of the memory", tile, 1)
     check(

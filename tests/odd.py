@@ -2,6 +2,7 @@
 
 import functools
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
@@ -357,18 +358,17 @@ def odd_tensors(right: Tensor) -> Iterator[Tensor]:
         yield from (torch.full_like(plain, value) for value in values)
 
 
-def odd_things(right: Any, depth: int = 2) -> Iterator[Any]:
-    """In the place of a right value: anything, a tensor like it, itself with an odd part."""
-    yield from ODD
-    if isinstance(right, Tensor):
-        yield from odd_tensors(right)
+def odd_thing(draw: random.Random, right: Any, depth: int = 3) -> Any:
+    """In the place of a right value: anything, a tensor like it, or itself with an odd part."""
     found = parts_of(right)
-    if found is not None and depth:
-        for name in found.names:
-            for odd in odd_things(part(right, name), depth - 1):
-                yield found.make(name, odd)
-        if isinstance(right, list):
-            yield from (right[:-1], [*right, *right], tuple(right))
+    if found is not None and found.names and depth and draw.random() < 0.7:
+        name = draw.choice(found.names)
+        return found.make(name, odd_thing(draw, part(right, name), depth - 1))
+    if isinstance(right, list) and draw.random() < 0.2:
+        return draw.choice([right[:-1], [*right, *right], tuple(right)])
+    if isinstance(right, Tensor) and draw.random() < 0.7:
+        return draw.choice(list(odd_tensors(right)))
+    return draw.choice(ODD)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

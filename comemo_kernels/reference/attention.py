@@ -253,7 +253,7 @@ def _attend_masked(
                 return torch.cat(outs), torch.cat(lses) if return_lse else None
             k = turn(k, biases[0], rotation.cos, rotation.sin)
     seen = (place >= spans[..., :1]) & (place < spans[..., 1:])  # [B, N or 1, M]
-    seen = seen.expand(B, N, -1).reshape(B * N, -1)
+    seen = seen.expand(B, N, -1).reshape(B * N, k.shape[0])
     # An empty span attends to everything and is then zeroed: softmax over nothing is NaN.
     some = seen.any(-1, keepdim=True)
     # Rows that nobody reads may not have been written: NaN times nothing is NaN.

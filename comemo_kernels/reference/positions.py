@@ -185,9 +185,13 @@ def _check_angles(
     if length is None:
         raise ValueError("rotary_table: factor needs the length of each prompt, got None")
     prompts = len(position_ids)
-    if length.shape not in ((prompts,), (1,)) or length.is_complex():
+    if (
+        length.shape not in ((prompts,), (1,))
+        or length.is_complex()
+        or length.device != position_ids.device
+    ):
         raise ValueError(
-            f"rotary_table: length must be [{prompts}], one for each prompt, got {length.dtype}"
-            f" {tuple(length.shape)}"
+            f"rotary_table: length must be [{prompts}], one for each prompt, on"
+            f" {position_ids.device}, got {length.dtype} {tuple(length.shape)} on {length.device}"
         )
     check_count("rotary_table", "max_length, which factor needs,", max_length, 1)
