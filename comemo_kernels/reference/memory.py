@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from comemo_kernels._arguments import public
-from comemo_kernels._checks import FLOAT8, check_build
+from comemo_kernels._checks import FLOAT8
+from comemo_kernels._checks_memory import check_build
 from comemo_kernels.reading import MemoryScales
 from comemo_kernels.reference.attention import turn
 from comemo_kernels.reference.glue import rms_norm
