@@ -197,7 +197,8 @@ def load_image(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: as `open_image` and `normalise`; or a limit is no integer or out of range.
+        ValueError: as `open_image`, `split_tiles` and `normalise`; or a limit is no integer or out
+            of range.
     """
     # checked here too, so that a wrong limit costs no decoding
     size = _check_count("load_image", "input_size", input_size)
@@ -241,7 +242,7 @@ def _check_count(function: str, name: str, value: int) -> int:
 
 def _check_pixels(function: str, tiles: int, size: int) -> None:
     if tiles * size**2 > MAX_PIXELS:
-        wanted = f"input_size must leave {tiles} tiles at most {MAX_PIXELS} pixels"
+        wanted = f"input_size must make {tiles} tiles of at most {MAX_PIXELS} pixels in all"
         raise ValueError(f"{function}: {wanted}, got {size}")
 
 

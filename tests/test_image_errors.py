@@ -189,8 +189,8 @@ def test_no_file_stays_open(tmp_path, photograph, monkeypatch):
         ({"input_size": -448}, "input_size must be an integer of at least 1, got -448"),
         ({"input_size": "448"}, "input_size must be an integer of at least 1, got '448'"),
         ({"input_size": None}, "got None"),
-        ({"input_size": 10**7}, "load_image: input_size must leave 1 tiles at most 205520896 pix"),
-        ({"input_size": 10**4, "min_num": 3}, "load_image: input_size must leave 3 tiles at most"),
+        ({"input_size": 10**7}, "load_image: input_size must make 1 tiles of at most 205520896"),
+        ({"input_size": 10**4, "min_num": 3}, "load_image: input_size must make 3 tiles of at most"),
         ({"input_size": 2**64}, "input_size must be an integer of at least 1 and below"),
     ],
 )
@@ -211,9 +211,9 @@ def test_says_what_is_wrong_with_parts(photograph):
     for tiles in ([], [photograph], [square, square.resize((5, 5))], [square.convert("L")], [3]):
         with pytest.raises(ValueError, match="normalise: tiles must be square RGB"):
             normalise(tiles)
-    with pytest.raises(ValueError, match="split_tiles: input_size must leave 6 tiles at most"):
+    with pytest.raises(ValueError, match="split_tiles: input_size must make 6 tiles of at most"):
         split_tiles(photograph, 7000, min_num=6)
-    with pytest.raises(ValueError, match="choose_grid: width must be .* below 2"):
+    with pytest.raises(ValueError, match=r"choose_grid: width must be .* below 2"):
         choose_grid(10**400, 5)
 
 
