@@ -37,7 +37,7 @@ def check_rotary(
         )
     tokens, D, half = shape[:-2], shape[-1], table[-1] if table else 0
     if k is not None and (
-        k.shape != (*tokens, *k.shape[-2:-1], D) or k.dtype != q.dtype or k.device != device
+        k.shape[:-2] != tokens or k.shape[-1] != D or k.dtype != q.dtype or k.device != device
     ):
         raise ValueError(
             "apply_rotary: k must be as q [B, N, H, D] but for the number of heads, got"

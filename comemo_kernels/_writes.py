@@ -17,25 +17,26 @@ def check_writable(verb: str, written: Mapping[str, Tensor | None], learns: bool
     """
     if torch.compiler.is_compiling():  # then all is written or nothing
         return
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    grad = torch.is_grad_enabled()
     addresses: dict[int, str] = {}
     for name, x in written.items():
         if x is None:
             continue
-        reason = _why_not(x, grad and (learns or x.requires_grad), inference)
-        if reason is None and x.numel() and not x.is_meta:
-            other = addresses.setdefault(x.data_ptr(), name)
-            reason = None if other == name else f"one that begins where {other} does"
+        reason = _why_not(x, grad and (learns or x.requires_grad))
+        other = addresses.setdefault(x.data_ptr(), name)
+        if other != name and x.numel() and not x.is_meta:
+            reason = f"one that begins where {other} does"
         if reason is not None:
             raise ValueError(f"{verb}: {name}, which is written, must not be {reason}")
 
 
-def _why_not(x: Tensor, grad: bool, inference: bool) -> str | None:
-    if x.layout != torch.strided:
-        return f"sparse, got {x.layout}"
-    if any(stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)):
+def _why_not(x: Tensor, grad: bool) -> str | None:
+    """What PyTorch has against writing into a tensor that is there; that of sparse ones it says."""
+    if not x.is_contiguous() and any(
+        stride == 0 and size > 1 for size, stride in zip(x.shape, x.stride(), strict=True)
+    ):
         return f"expanded, got strides {x.stride()} of {tuple(x.shape)}"
-    if x.is_inference() and not inference:
+    if x.is_inference() and not torch.is_inference_mode_enabled():
         return "an inference tensor outside of torch.inference_mode"
     if not grad:
         return None

@@ -175,13 +175,17 @@ class HostFlag:
         """Ask for `value` as it is at this point of the device's queue; the host goes on.
 
         Raises:
-            ValueError: a value of another shape.
+            ValueError: a value of a shape that does not fit.
         """
-        if value.shape != self._host.shape:
+        try:
+            self._host.copy_(value, non_blocking=True)
+        except RuntimeError as error:
+            shape = tuple(self._host.shape)
+            if tuple(value.shape) == shape:
+                raise
             raise ValueError(
-                f"HostFlag.post: value must be {tuple(self._host.shape)}, got {tuple(value.shape)}"
-            )
-        self._host.copy_(value, non_blocking=True)
+                f"HostFlag.post: value must be {shape}, got {tuple(value.shape)}"
+            ) from error
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(value.device))
 

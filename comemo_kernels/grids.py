@@ -53,19 +53,17 @@ def check_grid(name: str, grid: Grid, side: int) -> int:
             or more tokens than 32 bits count.
     """
     try:
-        counts = [operator.index(count) for count in grid] if isinstance(grid, Sequence) else []
-    except TypeError:
-        counts = []
-    check(
-        len(counts) == 2 and min(counts) >= 0,
-        f"{name}: grid must be (cols, rows), integers of at least 0, got {grid}",
-    )
+        cols, rows = map(operator.index, grid) if isinstance(grid, Sequence) else (-1, -1)
+    except (TypeError, ValueError):  # no integers, or not two
+        cols = rows = -1
+    if cols < 0 or rows < 0:
+        raise ValueError(f"{name}: grid must be (cols, rows), integers of at least 0, got {grid}")
     check_count(name, "side", side, 1)
-    tiles = counts[0] * counts[1]
-    check(
-        side * side * (tiles + 1) < 2**31,
-        f"{name}: an image must have fewer than 2^31 tokens, got grid {grid} of side {side}",
-    )
+    tiles = cols * rows
+    if side * side * (tiles + 1) >= 2**31:
+        raise ValueError(
+            f"{name}: an image must have fewer than 2^31 tokens, got grid {grid} of side {side}"
+        )
     return tiles
 
 

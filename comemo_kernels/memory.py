@@ -352,13 +352,13 @@ def distance_table(head_dim: int, theta: float, length: int, device: torch.devic
     Raises:
         ValueError: a head_dim that is odd or below 2, a theta that is not positive, no length.
     """
-    check_count("distance_table", "length", length, 1)
     if torch.compiler.is_compiling():
         return _distance_table(head_dim, theta, length, device)
     return _known_table(head_dim, theta, length, torch.device(device))
 
 
 def _distance_table(head_dim: int, theta: float, length: int, device: torch.device) -> Table:
+    check_count("distance_table", "length", length, 1)
     cos, sin = rotary_table(torch.arange(length, device=device)[None], head_dim, theta)
     return cos[0], sin[0]
 

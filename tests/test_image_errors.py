@@ -190,7 +190,10 @@ def test_no_file_stays_open(tmp_path, photograph, monkeypatch):
         ({"input_size": "448"}, "input_size must be an integer of at least 1, got '448'"),
         ({"input_size": None}, "got None"),
         ({"input_size": 10**7}, "load_image: input_size must make 1 tiles of at most 205520896"),
-        ({"input_size": 10**4, "min_num": 3}, "load_image: input_size must make 3 tiles of at most"),
+        (
+            {"input_size": 10**4, "min_num": 3},
+            "load_image: input_size must make 3 tiles of at most",
+        ),
         ({"input_size": 2**64}, "input_size must be an integer of at least 1 and below"),
     ],
 )
