@@ -213,10 +213,10 @@ def _concatenate(images: Sequence[ImageMemory]) -> ImageMemory:
             joined[layer] = memory_buffers(
                 1, sum(sizes), G, D, of_layer[0].dtype, of_layer[0].device
             )[0, 0]
-            for target, rows in zip(
-                joined[layer].split([len(i) for i in images]), of_layer, strict=True
-            ):
-                target.copy_(rows)
+            start = 0
+            for rows in of_layer:  # slices, not split: autograd writes into no several views
+                joined[layer][start : start + len(rows)].copy_(rows)
+                start += len(rows)
         return joined
 
     return ImageMemory(

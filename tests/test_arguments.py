@@ -36,7 +36,7 @@ def bits(x: Tensor) -> Tensor | None:
 def state(*values) -> list:
     """The tensors of values, their bits, and the sizes of a memory."""
     found = [t for value in values for t in odd.tensors(value)]
-    told = [str(v.sizes) for v in values if isinstance(v, ImageMemory)]
+    told = [(0, str(v.sizes)) for v in values if isinstance(v, ImageMemory)]
     return [*told, *[(id(t), bits(t)) for t in found]]
 
 

@@ -170,6 +170,18 @@ def test_what_cannot_be_joined(second, said):
         join_images([grown(3), second()])
 
 
+def test_gradients_pass_through_a_joined_memory():
+    images = [grown(3), grown(2)]
+    for image in images:
+        image.keys = {layer: key.clone().requires_grad_() for layer, key in image.keys.items()}
+    joined = join_images(images)
+    (2 * joined.keys[LAYERS[0]]).sum().backward()
+    for image in images:
+        grad = image.keys[LAYERS[0]].grad
+        assert (grad[: len(image)] == 2).all()
+        assert (grad[len(image) :] == 0).all()
+
+
 def test_joining_nothing_or_for_other_pictures():
     with pytest.raises(ValueError, match="at least one memory, got none"):
         join_images([])
