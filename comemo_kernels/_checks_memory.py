@@ -87,7 +87,7 @@ def check_build(
     held = FLOAT8 if scales is not None else media.dtype
     for wanted, dtype, name, tensors in (
         ((2 * G * D, d), media.dtype, "kv_weights", kv_weights),
-        ((d,), media.dtype, "norm_weights", norm_weights or ()),
+        ((d,), media.dtype, "norm_weights", () if norm_weights is None else norm_weights),
         ((C, G, D), held, "keys", keys),
         ((C, G, D), held, "values", values),
     ):

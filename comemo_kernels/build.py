@@ -377,11 +377,15 @@ def build_memory(
     _check_kernel(media, kv_weights, norm_weights, cos, sin, keys, values, scales)
     scales = scales or ()
     _build(
-        *(media, list(kv_weights), list(norm_weights or ()), cos, sin, ids.contiguous()),
+        *(media, list(kv_weights), _listed(norm_weights), cos, sin, ids.contiguous()),
         *(list(keys), list(values), [s.keys for s in scales], [s.values for s in scales]),
         *(scales[0].tile if scales else 1, row, eps),
     )
     return None
+
+
+def _listed(tensors: Sequence[Tensor] | None) -> list[Tensor]:
+    return [] if tensors is None else list(tensors)
 
 
 def _check_kernel(
@@ -396,7 +400,7 @@ def _check_kernel(
 ) -> None:
     """Raise for what the reference can do and the kernels cannot, with every reason."""
     reasons = []
-    weights = [*kv_weights, *(norm_weights or ())]
+    weights = [*kv_weights, *_listed(norm_weights)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (media, *weights)):
         reasons.append("no gradients are computed")
     if media.dtype == torch.float64:

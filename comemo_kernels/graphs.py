@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from comemo_kernels._arguments import public
-from comemo_kernels._op import check
+from comemo_kernels._op import check, check_count
 
 
 @public
@@ -18,7 +18,6 @@ def runs_ahead(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-@public
 def capture(
     function: Callable[[], object], device: torch.device | str, warmups: int = 2
 ) -> Callable[[], object]:
@@ -36,13 +35,16 @@ def capture(
         `function` itself, which was not called.
 
     Raises:
-        ValueError: no warm-up, a current stream that is being recorded already, or a function that
-            cannot be recorded. What else the function raises comes as it is. Whatever is raised,
-            stream, memory and random numbers are as behind the warm-ups.
+        ValueError: no function, warm-up or device, a current stream that is being recorded already,
+            or a function that cannot be recorded. What else the function raises comes as it is.
+            Whatever is raised, stream, memory and random numbers are as behind the warm-ups.
     """
     check(callable(function), f"capture: function must be a function, got {function!r}")
-    check(warmups >= 1, f"capture: warmups must be at least 1, got {warmups}")
-    device = torch.device(device)
+    check_count("capture", "warmups", warmups, 1)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"capture: device must be a device, got {device!r}") from error
     if not runs_ahead(device):
         return function
     with torch.cuda.device(device):

@@ -322,7 +322,7 @@ ODD: list[Any] = [
     *(0.0, 1.5, -0.5, 1e-320, 1e308, math.nan, math.inf, -math.inf, 1j),
     *("", "x", "v1", b"x", [], (), {}, [None], ["x"], [1.5], [0], (1, 2), (-1, 3), [[1]]),
     *(object(), Awkward(), int, torch.float16, torch.int8, torch.device("cpu"), "meta"),
-    *(np.zeros((1, 3)), np.int64(2), torch.Size([2])),
+    *(np.zeros((1, 3)), np.int64(2), torch.Size([2]), torch.tensor(2), torch.ones(2, 4)),
 ]
 
 

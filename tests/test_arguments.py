@@ -15,7 +15,7 @@ import comemo_kernels as ops
 from comemo_kernels import ImageGrids, ImageMemory, MemoryScales, QueryRotation, reference
 
 PUBLIC = [
-    *(getattr(ops, n) for n in ops.__all__ if inspect.isfunction(getattr(ops, n))),
+    *(f for n in ops.__all__ if inspect.isfunction(f := getattr(ops, n)) and f is not ops.capture),
     *(getattr(reference, n) for n in reference.__all__),
     *(ImageGrids.pack.__func__, ImageGrids.position_ids, ops.HostFlag.__init__, ops.HostFlag.post),
     *(ImageMemory.from_media.__func__, ImageMemory.allocate.__func__, ImageMemory.update),

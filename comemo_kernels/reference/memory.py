@@ -54,8 +54,9 @@ def build_memory(
         None.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; more rows than the capacity C; on a
-            GPU layouts, float64 or gradients that the kernels do not know. Nothing is written then.
+        ValueError: shapes, dtypes or devices that do not fit; more rows than the capacity C; keys
+            or values that cannot be written or lie in one place; on a GPU layouts, float64 or
+            gradients that the kernels do not know. Nothing is written then.
     """
     check_build(media, kv_weights, norm_weights, cos, sin, ids, keys, values, scales, row)
     M, (_, G, D) = media.shape[0], keys[0].shape

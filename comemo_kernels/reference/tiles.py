@@ -225,6 +225,7 @@ def check_project(
 def _check_fold(verb: str, ratio: float, version: str) -> int:
     if version not in ("v1", "v2"):
         raise ValueError(f"{verb}: version must be 'v1' or 'v2', got {version!r}")
+    ratio = float(ratio)
     inverse = 1 / ratio if ratio > 0 else 0.0
     n = round(inverse) if inverse < 2**31 else 0
     if n < 1 or abs(n * ratio - 1) > 1e-6:
