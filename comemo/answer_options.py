@@ -2,10 +2,10 @@
 
 from typing import Any
 
-NEED_IDS = (
-    *("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp"),
-    "custom_generate",
-)
+from comemo.decode import check_loop
+from comemo.generation_inputs import DRAFTS
+
+NEED_IDS = (*DRAFTS, "custom_generate")
 OUTPUTS = (
     *("return_dict_in_generate", "output_scores", "output_logits"),
     *("output_attentions", "output_hidden_states"),
@@ -59,6 +59,8 @@ def text_options(verb: str, options: dict[str, Any], model: Any, tokenizer: Any)
             f"{verb}: wanted options of generate that give one text, got {', '.join(reasons)}:"
             " call generate with what the processor or prepare_chat returns"
         )
+    if options.get("decode_loop") is not None:
+        check_loop(verb, model, options["decode_loop"], option)
     options = dict(options)
     if option("stop_strings") is not None:
         options.setdefault("tokenizer", tokenizer)

@@ -18,7 +18,8 @@ class RoomyLayer(DynamicLayer):
 
     What transformers does to a dynamic layer it can do to this one: `keys` and `values`
     [B, G, N, D] are views of the buffers, and where something replaced them (beams that are
-    reordered) the next `update` moves them into new buffers.
+    reordered) the next `update` moves them into new buffers. There are as many tokens as there
+    are keys: of values there may be more, where something interrupted.
 
     Args:
         capacity: C of the first buffers, at least; more tokens take larger ones.
@@ -40,8 +41,10 @@ class RoomyLayer(DynamicLayer):
         held = self._buffers_for(key_states, value_states, start, end)
         for buffer, new in zip(held, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = new
-        self.keys, self.values = (buffer[:, :, :end] for buffer in held)
-        return self.keys, self.values
+        keys, values = (buffer[:, :, :end] for buffer in held)
+        self.values = values  # before the keys, which say how many there are
+        self.keys = keys
+        return keys, values
 
     def _buffers_for(
         self, keys: Tensor, values: Tensor, start: int, end: int
@@ -60,14 +63,19 @@ class RoomyLayer(DynamicLayer):
         )
         if start:
             for buffer, old in zip(made, (self.keys, self.values), strict=True):
-                buffer[:, :, :start] = old
+                buffer[:, :, :start] = old[:, :, :start]
         self.buffers = made
         return made
 
+    def crop_to(self, length: int) -> None:
+        """Keep the first `length` tokens."""
+        if self.get_seq_length():
+            self.keys = self.keys[:, :, :length]
+            self.values = self.values[:, :, :length]
+
     def reset(self) -> None:
         """Forget all tokens and keep the buffers."""
-        if self.is_initialized:
-            self.keys, self.values = self.keys[:, :, :0], self.values[:, :, :0]
+        self.crop_to(0)
 
 
 class RoomyCache(DynamicCache):
@@ -99,15 +107,14 @@ class RoomyCache(DynamicCache):
             length: tokens, at most as many as every layer holds.
         """
         for layer in self.layers:
-            if (beyond := layer.get_seq_length() - length) > 0:  # older layers crop all for 0
-                layer.crop(-beyond)
+            layer.crop_to(length)
 
-    def fork(self) -> "RoomyCache":
-        """The same tokens in buffers of their own."""
+    def fork(self, length: int) -> "RoomyCache":
+        """The first `length` tokens in buffers of their own."""
         other = RoomyCache(len(self.layers))
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            if mine.get_seq_length():
-                theirs.update(mine.keys, mine.values)
+        if length:
+            for mine, theirs in zip(self.layers, other.layers, strict=True):
+                theirs.update(mine.keys[:, :, :length], mine.values[:, :, :length])
         return other
 
     @property

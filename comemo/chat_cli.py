@@ -11,20 +11,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
 
 from comemo import images, info, prompts, store_cli
 from comemo.chat import check_tokenizer
 from comemo.config import CoMemoConfig
+from comemo.config_checks import TEXT, check_settings, shorten
 from comemo.device import parse_device, parse_dtype
+from comemo.model import CoMemoForConditionalGeneration
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
 from comemo.progress import AnswerStreamer, reading_bar
+from comemo.regular import check_settings_files
 from comemo.session import ChatSession
+from comemo.terminal import note, plain, report, tell
+from comemo.tokenizer import InternLM2Tokenizer
 
-HELP = (
-    "Ask. An empty line or Ctrl-D ends, Ctrl-C stops an answer, /image PATH shows a picture with"
-    " the next question, /again answers once more, /new forgets what was said, /quit ends."
+COMMANDS = {
+    "/image PATH": "show a picture with the next question",
+    "/again": "answer the last question once more",
+    "/new": "forget what was said, keep the pictures",
+    "/help": "list these",
+    "/quit": "end, as Ctrl-D and an empty line do; Ctrl-C stops an answer",
+    "//...": "ask a question that begins with /",
+}
+HELP = "A line is a question, but for these:\n" + "\n".join(
+    f"  {form:14}{text}" for form, text in COMMANDS.items()
 )
+LONGEST_LINE = 2**20  # characters of a question that no one types; stdin may never end a line
 
 
 class Talk:
@@ -40,21 +52,29 @@ class Talk:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, config = args, info.read_config(args.model)
         self.stop = prompts.stop_text(config.template)
+        check_settings_files(args.model)
         # What transformers says of a missing file is about other kinds of tokenizers.
         held = set(os.listdir(args.model))
         if "tokenizer_config.json" not in held:
             raise ValueError(f"{args.model!r} has no tokenizer_config.json")
-        if not held & {"tokenizer.model", "tokenizer.json"}:
-            raise ValueError(f"{args.model!r} has neither tokenizer.model nor tokenizer.json")
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        if "tokenizer.model" not in held:
+            raise ValueError(f"{args.model!r} has no tokenizer.model")
+        tokenizer = InternLM2Tokenizer.from_pretrained(args.model)
         check_tokenizer(tokenizer, self.stop)  # before minutes of loading weights
+        if len(tokenizer) > config.text_config.vocab_size:
+            raise ValueError(
+                f"{args.model!r}: the tokenizer must have at most the model's"
+                f" {config.text_config.vocab_size:,} tokens, got {len(tokenizer):,}"
+            )
         store = store_cli.open_store(args)
         self.shown = [self._load(path, config) for path in args.image]  # with the next question
         if args.threads is not None:
             torch.set_num_threads(args.threads)
         dtype = parse_dtype(args.dtype, device := parse_device(args.device))
-        self.model = AutoModel.from_pretrained(args.model, dtype=dtype).to(device)
-        self._note(f"{args.model}: on {device} in {str(dtype).removeprefix('torch.')}")
+        model = CoMemoForConditionalGeneration.from_pretrained(args.model, dtype=dtype)
+        self.model = model.to(device)
+        check_settings("generation_config", TEXT, vars(self.model.generation_config))
+        self._note(f"{plain(args.model)}: on {device} in {str(dtype).removeprefix('torch.')}")
         self.session = ChatSession(
             self.model,
             CoMemoProcessor(CoMemoImageProcessor(), tokenizer),
@@ -77,12 +97,12 @@ class Talk:
             published=self.args.published_pixels,
         )
         tokens = len(pixel_values) * config.tokens_per_tile
-        self._note(f"{path}: grid {grid[0]} x {grid[1]}, {tokens:,} image tokens")
+        self._note(f"{plain(path)}: grid {grid[0]} x {grid[1]}, {tokens:,} image tokens")
         return pixel_values, grid
 
     def _note(self, text: str) -> None:
         if is_watched(self.args):
-            print(text, file=sys.stderr)
+            note(text)
 
     def ask(self, question: str | None) -> None:
         """Print an answer as it comes.
@@ -90,6 +110,8 @@ class Talk:
         Args:
             question: None for another answer to the last one.
         """
+        if question is not None:
+            check_text("question", question)
         streams = self.args.num_beams == 1
         tiles = sum(len(pixel_values) for pixel_values, _ in self.shown)
         told = store_cli.told_warnings()
@@ -104,7 +126,7 @@ class Talk:
                     self.shown = []
             except KeyboardInterrupt:
                 if streamer.printed:
-                    print(flush=True)
+                    tell()
                 raise
             if not streams:
                 streamer.write(answer)
@@ -120,7 +142,7 @@ class Talk:
             parts.append(f"first token after {report.first_s:.2f} s")
         if not math.isnan(report.per_token_s):
             parts.append(f"then {1 / report.per_token_s:.1f} tokens/s")
-        print(f"[{', '.join(parts)}]", file=sys.stderr)
+        note(f"[{', '.join(parts)}]")
 
     def converse(self) -> int:
         """Answer line by line; what goes wrong with one question does not end it.
@@ -128,7 +150,7 @@ class Talk:
         Returns:
             Exit status.
         """
-        failed = False
+        status = 0
         self._note(HELP)
         for line in _read_lines():
             if line == "/quit":
@@ -137,15 +159,27 @@ class Talk:
                 self._follow(line)
             except KeyboardInterrupt:
                 self._note("stopped; question and answer are forgotten")
+            except BrokenPipeError:
+                raise
             except (ValueError, OSError) as error:
-                report(error)
-                failed = True
-        return 2 if failed and not sys.stdin.isatty() else 0
+                status = report(error)
+        return 0 if sys.stdin.isatty() else status
 
     def _follow(self, line: str) -> None:
-        """A question, or one of the words that `HELP` tells of."""
-        word, _, rest = line.partition(" ")
-        if line == "/new":
+        """A question, or one of `COMMANDS`."""
+        word, rest = (*line.split(maxsplit=1), "")[:2]
+        form = next((form for form in COMMANDS if form.split()[0] == word), None)
+        if line.startswith("//"):
+            self.ask(line[1:])
+        elif not line.startswith("/"):
+            self.ask(line)
+        elif form is None:
+            raise ValueError(f"there is no command {word!r}: wanted one of {', '.join(COMMANDS)}")
+        elif bool(rest) != ("PATH" in form):
+            raise ValueError(f"wanted {form}, got {shorten(line)}")
+        elif word == "/help":
+            note(HELP)
+        elif word == "/new":
             absolute = self.model.config.memory_positions == "absolute"
             self.session.reset(keep_pictures=not absolute)
             self._note(
@@ -153,12 +187,10 @@ class Talk:
                 if not absolute
                 else "forgotten, pictures too"
             )
-        elif line == "/again":
+        elif word == "/again":
             self.ask(None)
         elif word == "/image":
-            self.shown.append(self._load(rest.strip(), self.model.config))
-        else:
-            self.ask(line)
+            self.shown.append(self._load(rest, self.model.config))
 
     def _options(self) -> dict[str, Any]:
         args = self.args
@@ -180,14 +212,32 @@ def _read_lines() -> Iterator[str]:
     while True:
         try:
             if typed and not edits:
-                print("> ", end="", file=sys.stderr, flush=True)
-            line = input("> ") + "\n" if edits else sys.stdin.readline()
+                note("> ", end="")
+            line = input("> ") + "\n" if edits else sys.stdin.readline(LONGEST_LINE)
         except EOFError:
             line = ""
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, "stdin") from error
         if not line or (typed and not line.strip()):
             return
+        if len(line) == LONGEST_LINE:
+            raise ValueError(f"a line of stdin must have less than {LONGEST_LINE:,} characters")
         if line.strip():
             yield line.strip()
+
+
+def check_text(name: str, text: str) -> None:
+    """Refuse bytes that are no text.
+
+    Args:
+        name: of what it is.
+        text: as Python reads arguments and stdin.
+
+    Raises:
+        ValueError: bytes that are not of the encoding, or halves of surrogate pairs.
+    """
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"the {name} must be text, got bytes that are none: {shorten(text)}")
 
 
 def is_watched(args: argparse.Namespace) -> bool:
@@ -197,16 +247,3 @@ def is_watched(args: argparse.Namespace) -> bool:
         args: of any command.
     """
     return sys.stderr.isatty() or getattr(args, "verbose", False)
-
-
-def report(error: BaseException) -> None:
-    """Print what went wrong in one line, without the name of the function that found the fault.
-
-    Args:
-        error: what was raised.
-    """
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.strerror}: {str(error.filename)!r}"
-    text = re.sub(r"^[A-Za-z_]\w*(\.\w+)*: ", "", text)
-    print(f"comemo: error: {text[:600]}", file=sys.stderr)

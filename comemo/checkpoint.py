@@ -4,7 +4,6 @@ The names are translated by transformers' own conversion machinery, so sharding,
 low-memory loading work; `save_pretrained` runs the same table backwards.
 """
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
@@ -21,13 +20,12 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
 )
-from transformers.utils import cached_file
 
 from comemo.config import CoMemoConfig
+from comemo.files import check_weights, find_file, hub_options, read_json
 from comemo.plain import refuse_folded
 
 PUBLISHED = re.compile(r"vision_model\.|mlp1\.|language_model\.(model|output|lm_head)\.")
-HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 
 # Regular expression of the published name -> name here. Order matters when saving: the table is
 # read from its end, and a more special name (.mixin.mlp.) must come before a general one (.mlp.).
@@ -213,15 +211,24 @@ class PublishedCheckpoint:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load weights of the published or of our own layout; never executes code from it.
 
+        `trust_remote_code` changes nothing.
+
         Raises:
             ValueError: missing, unexpected or wrongly shaped weights, all listed; weights that
-                are pickles; a checkpoint of another model.
+                are pickles; an adapter beside them; a checkpoint of another model.
         """
-        directory = pretrained_model_name_or_path
+        directory, hub = pretrained_model_name_or_path, hub_options(kwargs)
+        kwargs.pop("trust_remote_code", None)
         if directory is not None and os.path.isdir(directory):
-            _check_files(Path(directory), kwargs.get("config") is not None)
+            check_weights(Path(directory), kwargs.get("config") is not None)
             _refuse_tearing(Path(directory), kwargs)
-        kwargs["use_safetensors"] = True
+        if directory is not None and find_file(directory, "adapter_config.json", **hub):
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained({directory}): adapter_config.json must not stand"
+                " beside the weights, for it can name what is imported: keep the adapter in a"
+                " directory of its own and load it with load_adapter"
+            )
+        kwargs["use_safetensors"] = kwargs["weights_only"] = True
         kwargs["ignore_mismatched_sizes"] = True  # reported below, all at once
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(  # type: ignore[misc]
@@ -235,7 +242,7 @@ class PublishedCheckpoint:
         if faults:
             raise ValueError(f"{cls.__name__}.from_pretrained({directory}): " + "; ".join(faults))
         if directory is not None:
-            _read_token_ids(model, directory, {k: kwargs[k] for k in HUB_OPTIONS if k in kwargs})
+            _read_token_ids(model, directory, hub)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -304,26 +311,6 @@ class PublishedCheckpoint:
         return "" if has_base else f"{self.base_model_prefix}."  # type: ignore[attr-defined]
 
 
-def _check_files(directory: Path, has_config: bool) -> None:
-    if not has_config and not (directory / "config.json").is_file():
-        raise ValueError(f"from_pretrained({directory}): the directory has no config.json")
-    weights = sorted(directory.glob("*.safetensors"))
-    if not weights:
-        pickles = sorted(p.name for end in ("bin", "pt", "pth") for p in directory.glob(f"*.{end}"))
-        if pickles:
-            raise ValueError(
-                f"from_pretrained({directory}): weights must be safetensors, got {pickles}: a"
-                " pickle can execute code and is refused"
-            )
-        raise ValueError(f"from_pretrained({directory}): the directory has no model.safetensors")
-    for file in weights:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a whole safetensors file: {error}") from error
-
-
 def _refuse_tearing(directory: Path, options: dict[str, Any]) -> None:
     """The loader shards or quantises a tensor before it is converted: fused ones would be torn."""
     asked = [
@@ -343,17 +330,10 @@ def _refuse_tearing(directory: Path, options: dict[str, Any]) -> None:
                 )
 
 
-def _read_token_ids(model: Any, directory: Any, hub_options: dict[str, Any]) -> None:
+def _read_token_ids(model: Any, directory: Any, hub: dict[str, Any]) -> None:
     """Fill in what published configs leave to the tokenizer: image token, end of a turn."""
-    file = cached_file(
-        directory,
-        "tokenizer_config.json",
-        _raise_exceptions_for_missing_entries=False,
-        **hub_options,
-    )
-    if file is None:
-        return
-    added = json.loads(Path(file).read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+    told = read_json(directory, "tokenizer_config.json", **hub)
+    added = told.get("added_tokens_decoder", {})
     ids = {token["content"]: int(index) for index, token in added.items()}
     if model.config.image_token_id is None:
         model.config.image_token_id = ids.get("<IMG_CONTEXT>")

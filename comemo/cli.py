@@ -1,25 +1,19 @@
-"""The command `comemo`: chat, info, store, demo and map. Answers on stdout, all else on stderr."""
+"""The command `comemo`: chat, info, store, demo and map."""
 
 import argparse
-import contextlib
+import errno
 import json
 import math
-import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-import torch
-from safetensors import SafetensorError
-
-from comemo import __version__, chat_cli, images, info, store_cli
+from comemo import __version__, chat_cli, images, info, starting, store_cli, terminal
 from comemo.config import CHOICES
 from comemo.device import DTYPES
-from comemo.progress import hushed
-
-# What a user can get wrong. Running out of memory is a RuntimeError.
-USER_ERRORS = (ValueError, OSError, SafetensorError, MemoryError, torch.OutOfMemoryError)
+from comemo.progress import hushed, unhushed
+from comemo.terminal import plain, tell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,38 +23,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after `comemo`; None for those of the process.
 
     Returns:
-        Exit status: 0; 2 for what the user can put right, told in one line; 130 for Ctrl-C; 141
-        where nobody reads the output any more.
+        Exit status: 0; 2 for what the user can put right, 1 for what failed, both told in one
+        line; 130 for Ctrl-C; 141 where nobody reads the output any more.
     """
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without Unicode gets question marks
-            stream.reconfigure(errors="replace")
     debug = False
     try:
+        starting.interruptible(True)
+        terminal.prepare()
         parser = _parser()
         args = _parse(parser, argv)
         if args.command is None:
             parser.print_help()
             return 0
         debug = args.debug
-        with contextlib.nullcontext() if debug else hushed(chat_cli.is_watched(args)):
-            status = args.run(args)
-        sys.stdout.flush()
-        return status
+        if sys.stdout is None:
+            raise OSError(errno.EBADF, "stdout is closed, nobody would see what is printed")
+        with unhushed() if debug else hushed(chat_cli.is_watched(args)):
+            return args.run(args)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Python flushes once more at its end; that must not fail too.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (*USER_ERRORS, RuntimeError) as error:
-        if not isinstance(error, USER_ERRORS) and "memory" not in str(error):
-            raise
+    except Exception as error:  # whatever it is, a user meets one line
         if debug:
-            traceback.print_exc()
-        chat_cli.report(error)
-        return 2
+            terminal.note(traceback.format_exc())
+        return terminal.report(error)
+    finally:
+        terminal.settle()
+        starting.interruptible(False)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,7 +65,7 @@ def _number(
 
     def read(text: str) -> Any:
         wanted = f"{'above' if above else 'at least'} {low:g}"
-        wanted += f" and at most {high:g}" if high < math.inf else ""
+        wanted += f" and at most {high:,}" if high < math.inf else ""
         try:
             value = kind(text)
         except ValueError:
@@ -92,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="comemo",
         description="CoMemo: a vision-language model with an image memory.",
-        epilog="comemo COMMAND --help tells more; `comemo demo` needs no checkpoint.",
+        epilog="comemo COMMAND --help tells more; `comemo demo` needs no checkpoint. Exit status:"
+        " 0, 2 for wrong words and files, 1 for what failed, 130 for Ctrl-C, 141 for output that"
+        " nobody reads.",
     )
     parser.add_argument("--version", action="version", version=f"comemo {__version__}")
     parser.set_defaults(command=None, debug=False)
@@ -104,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    count, tiles = _number(int, 1), _number(int, 1, images.MAX_TILES)
+    many, tiles, beams = (_number(int, 1, most) for most in (10**6, images.MAX_TILES, 256))
     chat = command("chat", _chat, "ask a checkpoint about pictures, or about none")
     chat.add_argument("model", metavar="MODEL", help="directory of a checkpoint")
     chat.add_argument("question", nargs="?", help="without it: a conversation, line by line")
@@ -118,22 +110,24 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="system message")
     chat.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best there is")
     chat.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    chat.add_argument("--threads", type=count, metavar="N", help="of the CPU; default: torch's")
+    threads = _number(int, 1, 1024)  # of many more the library dies
+    chat.add_argument("--threads", type=threads, metavar="N", help="of the CPU; default: torch's")
     chat.add_argument("--timing", action="store_true", help="tell how long each answer took")
     above_zero, not_negative = _number(float, 0, above=True), _number(float, 0)
+    heat, penalty = _number(float, 0.001, 1000), _number(float, 0.01, 100)  # others end in NaN
     store_cli.add_options(chat, above_zero)
     chat.add_argument("-v", "--verbose", action="store_true", help="notes even into a file or pipe")
     words = chat.add_argument_group("how words are chosen")
-    words.add_argument("--max-new-tokens", type=count, default=512, metavar="N", help="%(default)s")
+    words.add_argument("--max-new-tokens", type=many, default=512, metavar="N", help="%(default)s")
     words.add_argument("--sample", action="store_true", help="draw words; default: the likeliest")
-    words.add_argument("--temperature", type=above_zero, metavar="X", help="implies --sample")
+    words.add_argument("--temperature", type=heat, metavar="X", help="implies --sample")
     words.add_argument(
         "--top-p", type=_number(float, 0, 1, above=True), metavar="X", help="implies --sample"
     )
-    words.add_argument("--top-k", type=count, metavar="N", help="implies --sample")
+    words.add_argument("--top-k", type=many, metavar="N", help="implies --sample")
     words.add_argument("--seed", type=_number(int, 0, 2**63 - 1), metavar="N", help="of --sample")
-    words.add_argument("--num-beams", type=count, default=1, metavar="N", help="cannot be streamed")
-    words.add_argument("--repetition-penalty", type=above_zero, metavar="X")
+    words.add_argument("--num-beams", type=beams, default=1, metavar="N", help="cannot be streamed")
+    words.add_argument("--repetition-penalty", type=penalty, metavar="X")
 
     about = command("info", _info, "describe a checkpoint without loading it")
     about.add_argument("model", metavar="MODEL", help="directory of a checkpoint")
@@ -178,18 +172,31 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 def _chat(args: argparse.Namespace) -> int:
+    if args.question is None and sys.stdin is None:
+        raise ValueError("there is no QUESTION, and stdin is closed")
     if args.question is not None and not args.question.strip():
         raise ValueError("the question is empty")
-    talk = chat_cli.Talk(args)
+    chat_cli.check_text("question", args.question or "")
+    chat_cli.check_text("system message", args.system or "")
+    talk = _loaded(args)
     if args.question is None:
         return talk.converse()
     talk.ask(args.question)
     return 0
 
 
+def _loaded(args: argparse.Namespace) -> chat_cli.Talk:
+    try:
+        return chat_cli.Talk(args)
+    except (AttributeError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        # what transformers raises on files that say something else than it expects
+        kind = type(error).__name__
+        raise ValueError(f"{args.model!r} cannot be loaded: {kind}: {error}") from error
+
+
 def _info(args: argparse.Namespace) -> int:
     facts = info.describe_checkpoint(args.model)
-    print(json.dumps(facts, indent=2, ensure_ascii=False) if args.json else info.table(facts))
+    tell(json.dumps(facts, indent=2) if args.json else info.table(facts))
     return 0
 
 
@@ -211,5 +218,5 @@ def _map(args: argparse.Namespace) -> int:
         bias=args.bias,
         published=args.published_pixels,
     )
-    print(path)
+    tell(plain(path))
     return 0

@@ -8,8 +8,24 @@ code; here they become transformers' `LlamaConfig` and `InternVLVisionConfig` an
 from copy import deepcopy
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+
+from comemo import config_checks as checks
+from comemo.config_checks import check_settings, shorten
+from comemo.config_parts import (
+    LLM_KEYS,
+    VISION_RENAMED,
+    bias_key,
+    check_agreement,
+    check_parts,
+    make_text,
+    make_vision,
+    scaling_of,
+    text_from_published,
+    told,
+)
 
 # What a published checkpoint was trained and measured with, whether its config says so or not.
 PUBLISHED_BEHAVIOUR = {
@@ -28,23 +44,17 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "llm_architecture": tuple(LLM_MODEL_TYPES),
 }
 
-LLM_KEYS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
-    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
-    *("initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
-    *("tie_word_embeddings", "attention_dropout", "mlp_bias"),
+# What names code, or kernels to fetch, whichever part of a file it stands in: not taken over.
+NAMES_OF_CODE = (
+    *("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation"),
+    *("_attn_implementation", "_experts_implementation"),
+    *("_attn_implementation_internal", "_experts_implementation_internal"),
 )
-VISION_KEYS = (  # the same in both vocabularies
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    *("hidden_act", "norm_type", "layer_norm_eps", "attention_dropout", "initializer_range"),
-    "num_channels",
+# What transformers raises on settings that no rule here knows.
+UNREADABLE = (
+    *(StrictDataclassError, TypeError, AttributeError),
+    *(LookupError, ArithmeticError, RecursionError),
 )
-VISION_RENAMED = {  # published -> transformers
-    "qkv_bias": "attention_bias",
-    "qk_normalization": "use_qk_norm",
-    "dropout": "hidden_dropout_prob",
-    "initializer_factor": "layer_scale_init_value",
-}
 
 
 class MixinConfig(PreTrainedConfig):
@@ -138,30 +148,29 @@ class CoMemoConfig(PreTrainedConfig):
     def __post_init__(self, llm_config: dict | None = None, **kwargs: Any) -> None:
         parts = {"llm_config": llm_config, "text_config": self.text_config}
         parts |= {"vision_config": self.vision_config, "mixin_config": self.mixin_config}
-        for name, part in parts.items():
-            if not isinstance(part, (dict, PreTrainedConfig, type(None))):
-                raise ValueError(f"CoMemoConfig: {name} must be a dictionary, got {part!r}")
+        check_parts(parts)
+        checks.check_names("", type(self), kwargs)
+        check_settings("", checks.WHOLE | checks.GENERAL, vars(self) | kwargs)
         if isinstance(self.text_config, dict):
-            self.text_config = LlamaConfig(**deepcopy(self.text_config))
+            self.text_config = make_text(self.text_config)
         if llm_config is not None:
+            llm_config = told(llm_config)
             architecture = (llm_config.get("architectures") or [self.llm_architecture])[0]
             self.llm_architecture = architecture
-            published = _text_from_published(llm_config, architecture)
+            published = text_from_published(llm_config, architecture)
             if self.text_config is None:
                 self.text_config = published
             else:  # what `to_dict` writes holds both
-                _check_agreement(llm_config, published, self.text_config)
+                check_agreement(llm_config, published, self.text_config)
             self.rope_scaling = deepcopy(llm_config.get("rope_scaling"))
         elif self.text_config is None:
-            self.text_config = _text_from_published({}, self.llm_architecture)
+            self.text_config = text_from_published({}, self.llm_architecture)
             self.rope_scaling = self.rope_scaling or {"type": "dynamic", "factor": 2.0}
         if not isinstance(self.vision_config, InternVLVisionConfig):
-            self.vision_config = _vision_from_published(
-                self.vision_config or {}, self.force_image_size
-            )
+            self.vision_config = make_vision(self.vision_config or {}, self.force_image_size)
         self.force_image_size = self.vision_config.image_size[0]
         if not isinstance(self.mixin_config, MixinConfig):
-            known = MixinConfig.__dataclass_fields__
+            known = MixinConfig.__annotations__
             given = self.mixin_config or {}
             self.mixin_config = MixinConfig(**{k: v for k, v in given.items() if k in known})
         super().__post_init__(**kwargs)
@@ -171,8 +180,8 @@ class CoMemoConfig(PreTrainedConfig):
         """Rotary scaling in one place and one form, also where it came as Llama's own."""
         theirs = dict(self.text_config.rope_parameters or {})
         theta = theirs.pop("rope_theta", 10000.0)
-        self.rope_scaling = _scaling_of(self.rope_scaling)
-        scaling = _scaling_of(theirs)
+        self.rope_scaling = scaling_of(self.rope_scaling)
+        scaling = scaling_of(theirs)
         if scaling is None:
             return
         if self.rope_scaling not in (None, scaling):
@@ -195,24 +204,13 @@ class CoMemoConfig(PreTrainedConfig):
         self._take_scaling()
         for name, allowed in CHOICES.items():
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"CoMemoConfig: {name} must be one of {allowed}, got {value!r}")
-        width = self.text_config.hidden_size
-        dims = (self.mixin_config.language_dim, self.mixin_config.vision_dim)
-        if dims != (width, width):
-            raise ValueError(
-                "CoMemoConfig: language_dim and vision_dim of mixin_config must equal the language"
-                f" model's hidden_size {width}, got {dims}"
-            )
-        if self.tiles_at_once < 1:
-            raise ValueError(
-                f"CoMemoConfig: tiles_at_once must be positive, got {self.tiles_at_once}"
-            )
-        depth = self.vision_config.num_hidden_layers
-        if not -depth - 1 <= self.select_layer <= depth:
-            raise ValueError(
-                f"CoMemoConfig: select_layer {self.select_layer} is outside the {depth + 1} hidden"
-                " states of the vision tower"
-            )
+                got = shorten(value)
+                raise ValueError(f"CoMemoConfig: {name} must be one of {allowed}, got {got}")
+        check_settings("", checks.WHOLE | checks.GENERAL, vars(self))
+        check_settings("text_config", checks.TEXT | checks.GENERAL, vars(self.text_config))
+        check_settings("vision_config", checks.VISION, vars(self.vision_config))
+        check_settings("mixin_config", checks.MIXIN, vars(self.mixin_config))
+        checks.check_shapes(self)
 
     @property
     def side(self) -> int:
@@ -231,13 +229,42 @@ class CoMemoConfig(PreTrainedConfig):
         return tuple(range(n - 1, self.text_config.num_hidden_layers, n))
 
     @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> "CoMemoConfig":
+        """As of transformers; `trust_remote_code` changes nothing, for no code is looked for."""
+        for name in ("code_revision", "trust_remote_code"):
+            kwargs.pop(name, None)
+        kwargs["name_or_path"] = pretrained_model_name_or_path
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        try:
+            return super().get_config_dict(*args, **kwargs)
+        except UNREADABLE as error:
+            raise _unreadable(error) from error
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "CoMemoConfig":
+        if not isinstance(config_dict, dict):
+            got = shorten(config_dict)
+            raise ValueError(f"CoMemoConfig: a config must be a dictionary, got {got}")
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
                 f"CoMemoConfig: model_type must be {cls.model_type!r}, got"
-                f" {config_dict['model_type']!r}: this is a checkpoint of another model"
+                f" {shorten(config_dict['model_type'])}: this is a checkpoint of another model"
             )
-        return super().from_dict({**PUBLISHED_BEHAVIOUR, **config_dict}, **kwargs)
+        check_settings("", checks.GENERAL, config_dict)
+        try:
+            safe = _without_code({**PUBLISHED_BEHAVIOUR, **config_dict})
+            return super().from_dict(safe, **kwargs)
+        except UNREADABLE as error:
+            raise _unreadable(error) from error
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> "CoMemoConfig":
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def to_dict(self) -> dict[str, Any]:
         """The published layout, and beside it what transformers reads and the published code
@@ -249,7 +276,7 @@ class CoMemoConfig(PreTrainedConfig):
             "model_type": LLM_MODEL_TYPES[self.llm_architecture],
             "rope_theta": self.text_config.rope_parameters["rope_theta"],
             "rope_scaling": rope_scaling,
-            _bias_key(self.llm_architecture): text["attention_bias"],
+            bias_key(self.llm_architecture): text["attention_bias"],
         }
         del output["llm_architecture"]
         vision = output["vision_config"]
@@ -269,79 +296,14 @@ class CoMemoConfig(PreTrainedConfig):
         return output
 
 
-def _bias_key(architecture: str) -> str:
-    return "bias" if architecture == "InternLM2ForCausalLM" else "attention_bias"
-
-
-def _text_from_published(llm: dict[str, Any], architecture: str) -> LlamaConfig:
-    published = {  # internlm2-chat-1_8b; its configuration class has attention bias by default
-        "vocab_size": 92553,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5,
-        "pad_token_id": 2,
+def _without_code(content: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_code(value) if isinstance(value, dict) else value
+        for key, value in content.items()
+        if key not in NAMES_OF_CODE
     }
-    internlm2 = architecture == "InternLM2ForCausalLM"
-    known = {key: llm[key] for key in LLM_KEYS if llm.get(key) is not None}
-    bias = llm.get(_bias_key(architecture), internlm2 and bool(llm))
-    theta = llm.get("rope_theta", 1e6 if not llm else 10000.0)
-    return LlamaConfig(
-        **((known if llm else published) | {"attention_bias": bias}),
-        # The scaling stays in CoMemoConfig: Llama's own would follow other rules and be sticky.
-        rope_parameters={"rope_type": "default", "rope_theta": float(theta)},
-    )
 
 
-def _check_agreement(llm: dict[str, Any], published: LlamaConfig, text: LlamaConfig) -> None:
-    """The language model told in both vocabularies must be one."""
-    differ = [
-        key
-        for key in LLM_KEYS
-        if not key.endswith("_token_id")
-        and llm.get(key) is not None
-        and getattr(published, key) != getattr(text, key)
-    ]
-    if published.attention_bias != text.attention_bias:
-        differ.append("attention_bias")
-    theta = llm.get("rope_theta")
-    if theta is not None and float(theta) != float(text.rope_parameters["rope_theta"]):
-        differ.append("rope_theta")
-    if differ:
-        raise ValueError(
-            "CoMemoConfig: llm_config and text_config tell of the same language model and must"
-            f" agree, they differ in {differ}: give one of them"
-        )
-
-
-def _scaling_of(given: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Rotary scaling as the model does it, {"type": ..., "factor": ...}; None for none."""
-    known = {key: value for key, value in (given or {}).items() if value is not None}
-    for key in ("rope_theta", "original_max_position_embeddings"):  # which Llama's do not read
-        known.pop(key, None)
-    kinds = {known.pop(key) for key in ("type", "rope_type") if key in known}
-    factor = known.pop("factor", None)
-    if kinds == {"default"} or not (kinds or factor or known):
-        return None
-    valid = isinstance(factor, (int, float)) and not isinstance(factor, bool) and factor > 0
-    if len(kinds) != 1 or not kinds <= {"dynamic", "linear"} or known or not valid:
-        raise ValueError(
-            "CoMemoConfig: rope_scaling type must be 'dynamic' or 'linear', with a positive factor"
-            f" and nothing else, got {given}"
-        )
-    return {"type": kinds.pop(), "factor": factor}
-
-
-def _vision_from_published(vision: dict[str, Any], image_size: int | None) -> InternVLVisionConfig:
-    # Both vocabularies: the published word where there is one.
-    known = {key: vision[key] for key in (*VISION_KEYS, *VISION_RENAMED.values()) if key in vision}
-    renamed = {ours: vision[key] for key, ours in VISION_RENAMED.items() if key in vision}
-    return InternVLVisionConfig(
-        **({"attention_bias": True} | known | renamed),
-        image_size=image_size or vision.get("image_size", 448),
-        patch_size=vision.get("patch_size", 14),
-        use_mean_pooling=True,  # no final norm: the published tower has none
-    )
+def _unreadable(error: Exception) -> ValueError:
+    told = " ".join(str(error).split())
+    return ValueError(f"CoMemoConfig: the config cannot be read: {type(error).__name__}: {told}")

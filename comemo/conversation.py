@@ -98,7 +98,12 @@ class Conversation:
         stop = tokenizer.convert_tokens_to_ids(prompts.stop_text(template))
         visible = self._visible(torch.tensor(ids) == stop)
         scaling = scaled_length(model, positions.max()[None], torch.tensor([len(ids)]))
-        return Transcript.of(tokens, positions, positions, visible, scaling), ids
+        first = [int((tokens == number).nonzero()[0]) for number in numbers]
+        pictures = tuple(
+            (picture.number, int(positions[place]))
+            for picture, place in zip(self.pictures, first, strict=True)
+        )
+        return Transcript.of(tokens, positions, positions, visible, scaling, pictures), ids
 
     def _visible(self, separators: Tensor) -> Tensor:
         """[N] or a number: how many pictures each token sees."""

@@ -129,11 +129,11 @@ class DecodeLoop:
                 that are no numbers.
             RuntimeError: another call is at work on this loop.
         """
-        if not self._lock.acquire(blocking=False):
+        if self._lock.locked():
             raise RuntimeError(
                 "DecodeLoop: another call is at work on this loop: wait for it, or make a second"
             )
-        try:
+        with self._lock:  # which no interrupt can part from its release
             self._forget_what_changed()
             prompt = _Prompt(self.model, model_kwargs)
             output = self.model._prefill(input_ids, generation_config, model_kwargs)
@@ -144,8 +144,6 @@ class DecodeLoop:
                 if streamer is not None:
                     streamer.end()
             return answer.result(prompt.cache)
-        finally:
-            self._lock.release()
 
     def _speak(self, run: "_Run", answer: Answer, streamer: Any) -> None:
         """Token after token until every answer has ended.
@@ -218,6 +216,24 @@ class DecodeLoop:
         if state != self._state:
             self._steps.clear()
             self._state = state
+
+
+def check_loop(verb: str, model: Any, loop: Any, option: Callable[[str], Any]) -> None:
+    """Raise for a loop that cannot do a call of this model's.
+
+    Args:
+        verb: the function to name.
+        model, option: as of `why_not`.
+        loop: what was handed over as one.
+    """
+    reasons = why_not(model, option)
+    if not isinstance(loop, DecodeLoop) or loop.model is not model:
+        reasons.append("a loop of another model")
+    if reasons:
+        raise ValueError(
+            f"{verb}: decode_loop must be a DecodeLoop of this model, for greedy decoding or"
+            f" sampling that nothing else takes part in, got {', '.join(reasons)}"
+        )
 
 
 class _Run:

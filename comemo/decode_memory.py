@@ -134,6 +134,7 @@ class MemoryArena:
             mine.biases.zero_()
             mine.biases[:, :images].copy_(memory.biases)
         if self._table_of is not memory.table[0]:
+            self._table_of = None  # until all of it is there
             for table, given in zip(mine.table, memory.table, strict=True):
                 table.copy_(given)
             self._table_of = memory.table[0]

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
 
 import comemo_kernels as ops
 from comemo import images, prompts
 from comemo.device import default_device
+from comemo.model import CoMemoForConditionalGeneration
 from comemo.progress import AnswerStreamer, TokenClock, count_calls
+from comemo.regular import check_path
+from comemo.terminal import plain, tell
 from comemo.tiny import ADDED_TOKENS, RENAMED_TOKENS, make_checkpoint
+from comemo.tokenizer import InternLM2Tokenizer
 from comemo_kernels import ImageMemory
 
 QUESTIONS = ("What is in this picture?", "Who is on the boat?")
@@ -99,14 +102,17 @@ def run(
         keep: directory for the checkpoint and the drawn picture; None for a temporary one.
 
     Raises:
-        ValueError: a bad picture, or a limit out of range; `keep` holds other files.
+        ValueError: a bad picture, or a limit out of range; `keep` holds other files or is not
+            UTF-8.
         FileNotFoundError: there is no such picture.
     """
+    if keep is not None:
+        check_path("run", keep)
     picture = draw_picture() if image is None else images.open_image(image)
     pixel_values, grid = images.load_image(picture, max_num=tiles)
     if keep is not None and Path(keep).exists() and any(Path(keep).iterdir()):
         raise ValueError(f"run: wanted an empty or new directory to keep, got {str(keep)!r}")
-    print(
+    tell(
         "CoMemo demo: a tiny model with random weights. Nothing is trained, so the words are noise;"
         "\nthe way from the picture to the words is the real one.\n\n1. Checkpoint"
     )
@@ -114,20 +120,22 @@ def run(
         directory = Path(temporary if keep is None else keep)
         start = time.perf_counter()
         make_checkpoint(directory, seed)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-        model = AutoModel.from_pretrained(directory, dtype=torch.float32).to(default_device())
+        tokenizer = InternLM2Tokenizer.from_pretrained(directory)
+        model = CoMemoForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+        model = model.to(default_device())
         seconds = time.perf_counter() - start
-    print(
+    tell(
         f"   {model.num_parameters() / 1e6:.1f} million parameters in the published layout, made"
         f" and loaded in {seconds:.1f} s"
     )
     if keep is not None:
+        kept = plain(keep)
         picture.save(directory / "picture.png")
-        print(
-            f'   kept: try  comemo chat {keep} "{QUESTIONS[0]}" --sample --max-new-tokens 20 \\'
-            f"\n              --image {keep}/picture.png"
+        tell(
+            f'   kept: try  comemo chat {kept} "{QUESTIONS[0]}" --sample --max-new-tokens 20 \\'
+            f"\n              --image {kept}/picture.png"
         )
-    name = "a picture drawn here" if image is None else Path(image).name
+    name = "a picture drawn here" if image is None else plain(Path(image).name)
     _show_tiling(model.config, name, picture.size, grid)
     _show_conversation(model, tokenizer, pixel_values, grid, tokens, seed)
 
@@ -136,24 +144,24 @@ def _show_tiling(config: Any, name: str, size: tuple[int, int], grid: tuple[int,
     cols, rows = grid
     spent, total = config.side**2, ops.image_tokens(grid, config.side)
     count = total // spent
-    print(
+    tell(
         f"\n2. Tiling\n   {name}, {size[0]} x {size[1]} px -> grid {cols} x {rows},"
         f" {count} {'tiles, the thumbnail included' if count > 1 else 'tile'}"
         f"\n   {count} x {spent} = {total:,} image tokens\n\n3. Positions (RoPE-DHR)"
     )
     if count > 1:
-        print(
+        tell(
             f"   A tile's token has the id of the thumbnail cell over the same place. These are the"
             f"\n   {config.side} x {config.side} cells with the letter of the tile that shares most"
             " of their ids; tiles are\n   lettered row by row.\n"
         )
         here, published = (cell_letters(grid, config.side, order) for order in ("row", "column"))
         width = 2 * config.side + 9
-        print(f"   {'tile_order row (new models)':{width}}tile_order column (as published)")
+        tell(f"   {'tile_order row (new models)':{width}}tile_order column (as published)")
         for left, right in zip(here, published, strict=True):
-            print(f"   {left:{width}}{right}")
-        print()
-    print(f"   position ids spent: {spent}; with plain numbering: {total:,}")
+            tell(f"   {left:{width}}{right}")
+        tell()
+    tell(f"   position ids spent: {spent}; with plain numbering: {total:,}")
 
 
 def cell_letters(grid: tuple[int, int], side: int, tile_order: str) -> list[str]:
@@ -196,7 +204,7 @@ def _show_conversation(
         return output[0, input_ids.shape[1] :].tolist(), memory
 
     first_turn: list[prompts.Turn] = [(prompts.with_image_mark(QUESTIONS[0]), None)]
-    print(f"\n4. Answer\n   Q: {QUESTIONS[0]}\n   A: ", end="", flush=True)
+    tell(f"\n4. Answer\n   Q: {QUESTIONS[0]}\n   A: ", end="")
     with (
         torch.no_grad(),
         count_calls([ops], "build_memory") as whole,  # all layers at once
@@ -208,7 +216,7 @@ def _show_conversation(
         rebuilt = TokenClock()
         again, _ = ask(first_turn, RecomputedMemory.of(memory), rebuilt)
         builds_rebuilt = built[0] + len(mixins) * whole[0] - builds_kept
-    print(
+    tell(
         f"   first token after {kept.first:.2f} s\n\n5. Image memory\n   keys and values of"
         f" {len(memory):,} image tokens in {len(mixins)} mixin layers: {memory.nbytes / 1e6:.1f} MB"
         f"\n\n   {'':28}times built   ms per token"
@@ -217,12 +225,11 @@ def _show_conversation(
         ("kept in the memory", builds_kept, kept),
         ("built anew, as published", builds_rebuilt, rebuilt),
     ):
-        print(f"   {name:28}{builds:11}   {1000 * clock.per_token:12.1f}")
-    print(
+        tell(f"   {name:28}{builds:11}   {1000 * clock.per_token:12.1f}")
+    tell(
         f"\n   both ways give the same {tokens} tokens: {'yes' if answer == again else 'NO'}"
         f"\n\n6. Second question, same memory\n   Q: {QUESTIONS[1]}\n   A: ",
         end="",
-        flush=True,
     )
     text = tokenizer.decode(answer, skip_special_tokens=True).strip()
     turns = [(first_turn[0][0], prompts.escape(text, tokenizer)), (QUESTIONS[1], None)]
@@ -234,7 +241,7 @@ def _show_conversation(
     ):
         second = TokenClock(_answer_streamer(model, tokenizer))
         ask(turns, memory, second)
-    print(
+    tell(
         f"   first token after {second.first:.2f} s: vision tower run {seen[0]} times, keys and"
         f" values built {built[0] + len(mixins) * whole[0]} times"
     )

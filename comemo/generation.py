@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from comemo.cache import ROOM_FOR_ANSWER, RoomyCache
-from comemo.decode import DecodeLoop, why_not
-from comemo.generation_inputs import PreparesInputs, refuse_right_padding
+from comemo.decode import DecodeLoop, check_loop, why_not
+from comemo.generation_inputs import PreparesInputs, refuse_beside_drafts, refuse_right_padding
 from comemo.outputs import CACHE, one_cache, take_cache
 from comemo.prefill import read_prompt
 from comemo_kernels import ImageMemory
@@ -44,15 +44,18 @@ class CoMemoGeneration(PreparesInputs):
             decode_loop: a `DecodeLoop` of this model, for greedy decoding or sampling without
                 drafts. `cache_implementation="static"` makes one for the call, unless there is a
                 `compile_config`.
-            kwargs: everything that `generate` takes, the cache by either of its names.
-                `inputs_embeds` are numbered by their mask, if there are no `position_ids`; with
-                `pixel_values` the ids beside them tell where images stand.
+            kwargs: everything that `generate` takes, the cache by either of its names;
+                `custom_generate` as a function, never as a repository. `inputs_embeds` are numbered
+                by their mask, if there are no `position_ids`; with `pixel_values` the ids beside
+                them tell where images stand.
 
         Raises:
             ValueError: tiles, grids and image tokens that disagree; a prompt beyond the position
                 range or padded on the right; a memory of images of other grids; arguments that
                 exclude each other or that a decode loop cannot follow. Nothing was computed then.
         """
+        if isinstance(custom := kwargs.get("custom_generate"), str):
+            self.load_custom_generate(custom)
         input_ids = self._take_inputs(inputs, kwargs)
         take_cache("generate", kwargs)
         refuse_right_padding(kwargs)
@@ -67,7 +70,9 @@ class CoMemoGeneration(PreparesInputs):
             return getattr(chosen, name, None) if value is None else value
 
         if kwargs.get("decode_loop") is not None:
-            self._check_loop(kwargs["decode_loop"], option)
+            check_loop("generate", self, kwargs["decode_loop"], option)
+        rows: Any = input_ids if embeds is None else embeds
+        refuse_beside_drafts(option, len(rows))
         if pixel_values is not None and memory is not None and assistant is None:
             raise ValueError("generate: give either pixel_values or image_memory, got both")
         if embeds is not None:
@@ -81,6 +86,17 @@ class CoMemoGeneration(PreparesInputs):
         self._make_room(option, kwargs)
         return super().generate(input_ids, **kwargs)  # type: ignore[misc]
 
+    def load_custom_generate(self, pretrained_model_name_or_path: Any = None, **_: Any) -> Any:
+        """Refused: the code of a repository is not run.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "generate: custom_generate must be a function, got the repository"
+            f" {str(pretrained_model_name_or_path)!r}, whose code is not run"
+        )
+
     def _make_room(self, option: Callable[[str], Any], kwargs: dict[str, Any]) -> None:
         """Bring a cache that nothing is copied in, unless another kind is asked for."""
         given = kwargs.get(CACHE) is not None  # though it be empty, and so false
@@ -91,16 +107,6 @@ class CoMemoGeneration(PreparesInputs):
         layers = self.config.text_config.num_hidden_layers
         answer = min(option("max_new_tokens") or 0, ROOM_FOR_ANSWER)
         kwargs[CACHE] = RoomyCache(layers, kwargs["position_ids"].shape[1] + answer)
-
-    def _check_loop(self, loop: Any, option: Callable[[str], Any]) -> None:
-        reasons = why_not(self, option)
-        if not isinstance(loop, DecodeLoop) or loop.model is not self:
-            reasons.append("a loop of another model")
-        if reasons:
-            raise ValueError(
-                "generate: decode_loop must be a DecodeLoop of this model, for greedy decoding or"
-                f" sampling that nothing else takes part in, got {', '.join(reasons)}"
-            )
 
     def _sample(
         self,
@@ -119,7 +125,7 @@ class CoMemoGeneration(PreparesInputs):
 
         loop = model_kwargs.pop("decode_loop", None)
         if loop is not None:
-            self._check_loop(loop, option)
+            check_loop("generate", self, loop, option)
         elif option("cache_implementation") == "static" and not why_not(self, option):
             loop = DecodeLoop(self)
         if loop is None:

@@ -126,6 +126,33 @@ class PreparesInputs:
             )
 
 
+DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
+
+
+def refuse_beside_drafts(option: Callable[[str], Any], rows: int) -> None:
+    """Raise for what transformers does not combine with drafts, before anything is computed.
+
+    Args:
+        option: the value of an argument of `generate` by its name, None where it has none.
+        rows: how many prompts there are.
+    """
+    drafts = [name for name in DRAFTS if option(name)]
+    reasons = [f"{rows} prompts"] if rows > 1 else []
+    reasons += [
+        f"{name}={option(name)}"
+        for name in ("num_beams", "num_return_sequences")
+        if (option(name) or 1) > 1
+    ]
+    reasons += ["use_cache=False"] if option("use_cache") is False else []
+    if option("cache_implementation") == "static":
+        reasons.append("cache_implementation='static'")
+    if drafts and reasons:
+        raise ValueError(
+            f"generate: drafts ({', '.join(drafts)}) are for one prompt, one answer and a cache"
+            f" that can be cut, got {', '.join(reasons)}"
+        )
+
+
 def refuse_right_padding(kwargs: dict[str, Any]) -> None:
     """What is generated stands behind the last column, and that must be a token."""
     mask = kwargs.get("attention_mask")

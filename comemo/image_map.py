@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from comemo.images import Grid, Source, open_image, split_tiles
+from comemo.regular import check_regular
 from comemo_kernels import image_position_ids
 
 Colour: TypeAlias = tuple[int, int, int]
@@ -101,14 +102,16 @@ def save_map(source: Source, path: str | os.PathLike[str], **options) -> Path:
 
     Raises:
         FileNotFoundError: there is no such picture.
-        ValueError: `path` does not end in .png, is a folder or the picture itself, or lies in a
-            folder that does not exist; or as `draw_map`.
+        ValueError: `path` does not end in .png, is a folder, a pipe, a device or the picture
+            itself, or lies in a folder that does not exist; or as `draw_map`.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"save_map: path must be a path, got {type(path).__name__}")
     path = Path(path)
     if path.suffix.lower() != ".png" or path.is_dir():
         raise ValueError(f"save_map: path must be a file ending in .png, got {str(path)!r}")
+    if path.exists():
+        check_regular("save_map", path)
     if not path.parent.is_dir():
         raise ValueError(f"save_map: wanted an existing folder, got {str(path.parent)!r}")
     named = isinstance(source, (str, os.PathLike)) and os.path.exists(source)

@@ -1,24 +1,23 @@
 """Image processor: pictures to normalised tiles and their grids, in transformers' terms."""
 
-import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import BatchFeature, PreTrainedConfig
+from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import ChannelDimension
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType
 
 from comemo import images as pictures
-from comemo.checkpoint import HUB_OPTIONS
 from comemo.config import CoMemoConfig
+from comemo.files import HUB_OPTIONS, hub_options, is_published
 
 TILING = ("input_size", "min_num", "max_num", "use_thumbnail", "published")
 PIXELS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
@@ -27,10 +26,11 @@ SETTINGS = (*TILING, *PIXELS, "do_convert_rgb")
 FIXED = {"do_resize": True, "do_center_crop": False, "do_pad": False}
 # What only a call takes, and what changes no value.
 FREE = ("return_tensors", "device", "data_format", "input_data_format", "disable_grouping")
-# What loading takes beside settings.
-LOADING = (*HUB_OPTIONS, "force_download", "proxies", "image_processor_filename")
-OF_AUTO = ("config", "use_fast", "backend", "trust_remote_code")
-MODEL_TYPE = CoMemoConfig.model_type
+# What loading takes beside settings; the last line is AutoImageProcessor's.
+LOADING = (
+    *(*HUB_OPTIONS, "force_download", "proxies", "image_processor_filename"),
+    *("config", "code_revision", "use_fast", "backend", "trust_remote_code"),
+)
 SERVICE = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map")
 
 
@@ -163,7 +163,7 @@ class CoMemoImageProcessor(BaseImageProcessor):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """As of transformers; the model's config says it all where no file is for this class."""
-        path, hub = pretrained_model_name_or_path, _hub_options(kwargs)
+        path, hub = pretrained_model_name_or_path, hub_options(kwargs)
         from_pipeline = "_from_pipeline" in kwargs  # which hands on what is for the model
         found: dict[str, Any] | None = None
         try:
@@ -209,48 +209,6 @@ class CoMemoImageProcessor(BaseImageProcessor):
     def from_json_file(cls, json_file: str | os.PathLike[str]) -> Any:
         """As of transformers."""
         return cls.from_dict(json.loads(Path(json_file).read_text(encoding="utf-8")))
-
-
-def knowing_published(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Let `AutoImageProcessor.from_pretrained` load published checkpoints too.
-
-    They hold no file of an image processor, so that it gives up before it asks for a class, or
-    they hold one of the model that they began with.
-
-    Args:
-        load: it.
-
-    Returns:
-        The same for any other model.
-    """
-
-    @functools.wraps(load)
-    def from_pretrained(path: Any, *args: Any, **kwargs: Any) -> Any:
-        hub = _hub_options(kwargs)
-        try:
-            found = load(path, *args, **kwargs)
-            # Who looks for another model on a hub is not made to wait for its config.
-            if isinstance(found, CoMemoImageProcessor) or not os.path.isdir(path):
-                return found
-            if not is_published(path, **hub):
-                return found
-        except OSError:
-            if not is_published(path, **hub):
-                raise
-        own = {name: value for name, value in kwargs.items() if name not in OF_AUTO}
-        return CoMemoImageProcessor.from_pretrained(path, *args, **own)
-
-    return from_pretrained
-
-
-def is_published(path: Any, **hub: Any) -> bool:
-    """Whether a directory or repository has a config, and of CoMemo.
-
-    Args:
-        path: of the checkpoint.
-        hub: where to look, as of `from_pretrained`.
-    """
-    return PreTrainedConfig.get_config_dict(path, **hub)[0].get("model_type") == MODEL_TYPE
 
 
 def settings_of(config: CoMemoConfig) -> dict[str, Any]:
@@ -302,10 +260,6 @@ def flatten_images(images: Any) -> list[Any]:
     if isinstance(images, (np.ndarray, Tensor)) and images.ndim == 4:
         return list(images)
     return [] if images is None else [images]
-
-
-def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
 
 
 def _channels_last(image: Any, order: str | ChannelDimension | None) -> Any:

@@ -1,6 +1,5 @@
 """What a checkpoint says of itself, read without its weights."""
 
-import json
 import math
 import os
 import re
@@ -10,6 +9,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from comemo.config import CoMemoConfig
+from comemo.config_checks import shorten
+from comemo.regular import check_checkpoint, check_path, read_json
+from comemo.terminal import plain
 
 PARTS = {  # part -> its weights, in the published names or in ours
     "vision tower": r"^(model\.)?vision_",
@@ -29,25 +31,26 @@ def read_config(directory: str | os.PathLike[str]) -> CoMemoConfig:
         The config.
 
     Raises:
-        ValueError: no such directory, no readable config in it, or one of another model.
+        ValueError: no such directory, no readable config in it, or one of another model; files
+            that are pipes or devices.
+        OSError: what may not be read.
     """
+    check_path("read_config", directory)
     if not os.path.isdir(directory):
         raise ValueError(
             f"there is no directory {str(directory)!r}; MODEL is the directory of a checkpoint, got"
             " for example by `hf download OWNER/NAME --local-dir DIRECTORY`"
         )
     file = Path(directory) / "config.json"
-    if not file.is_file():
+    if not file.exists():
         raise ValueError(f"{str(directory)!r} holds no config.json: it is no checkpoint")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(file)!r} is no JSON: {error}") from error
+    check_checkpoint(directory)
+    content = read_json(file)
     kind = content.get("model_type") if isinstance(content, dict) else None
     if kind != CoMemoConfig.model_type:
         raise ValueError(
             f"{str(directory)!r} is a checkpoint of another model: wanted model_type"
-            f" {CoMemoConfig.model_type!r}, got {kind!r}"
+            f" {CoMemoConfig.model_type!r}, got {shorten(kind)}"
         )
     return CoMemoConfig.from_pretrained(directory)
 
@@ -146,12 +149,13 @@ def table(facts: dict[str, Any]) -> str:
     Returns:
         Lines of text.
     """
+    directory, template = plain(facts["directory"]), plain(facts["template"])
     llm, vision, mixin = (facts[name] for name in ("language_model", "vision_tower", "mixin"))
     memory = facts["memory_bytes_per_tile"]
     rows = {
         "language model": f"{llm['architecture']}, {llm['layers']} layers, width {llm['width']:,},"
         f" {llm['heads']} heads ({llm['kv_heads']} of keys and values)",
-        "vocabulary": f"{llm['vocabulary']:,} tokens, template {facts['template']}",
+        "vocabulary": f"{llm['vocabulary']:,} tokens, template {template}",
         "vision tower": f"{vision['layers']} layers, width {vision['width']:,},"
         f" {vision['heads']} heads, tiles of {vision['tile_pixels']} px",
         "mixin layers": f"{len(mixin['before_layers'])}, before layers"
@@ -166,7 +170,7 @@ def table(facts: dict[str, Any]) -> str:
         "image memory": f"{memory['float32'] / 1e6:,.1f} MB per tile in float32,"
         f" {memory['bfloat16'] / 1e6:,.1f} MB in bfloat16",
     }
-    lines = [facts["directory"], *(f"  {name:16}{text}" for name, text in rows.items())]
+    lines = [directory, *(f"  {name:16}{text}" for name, text in rows.items())]
     lines += ["", f"  {'':16}{'parameters':>16}{'bytes':>18}   dtype"]
     for name, part in {**facts["parts"], "total": facts["total"]}.items():
         dtypes = ", ".join(part["dtypes"])

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 from comemo import encoded
+from comemo.regular import check_regular
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 
@@ -58,10 +59,11 @@ def open_image(source: Source, *, published: bool = False, convert_rgb: bool = T
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a folder, a URL of any other kind (nothing is downloaded, and `file:` is not
-            followed: pass the path), a wrong type; text beyond the bound of `comemo.encoded`; not
-            a picture, damaged, without pixels, or larger than `PIL.Image.MAX_IMAGE_PIXELS`
-            (refused undecoded); grey whose white is unknown. No error repeats a picture's data.
+        ValueError: a folder, pipe or device, a URL of any other kind (nothing is downloaded, and
+            `file:` is not followed: pass the path), a wrong type; text beyond the bound of
+            `comemo.encoded`; not a picture, damaged, without pixels, or larger than
+            `PIL.Image.MAX_IMAGE_PIXELS` (refused undecoded); grey whose white is unknown. No error
+            repeats a picture's data.
     """
     if isinstance(source, Image.Image):
         name = f"the Pillow picture ({source.mode}, {source.width} x {source.height})"
@@ -101,6 +103,7 @@ def _binary(
             raise ValueError(f"open_image: wanted the path of a picture file, got {got}")
         if "\0" in path or os.path.isdir(path):
             raise ValueError(f"open_image: wanted the path of a picture file, got {name}")
+        check_regular("open_image", path)
         with open(path, "rb") as stream:
             yield stream, name
     elif hasattr(source, "read") and not isinstance(source, io.TextIOBase):

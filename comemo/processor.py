@@ -1,41 +1,32 @@
 """Processor: pictures and messages to what `generate` takes, in transformers' terms."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import validate_typed_dict
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, BatchFeature, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 import comemo_kernels as ops
 from comemo import messages, prompts
-from comemo.checkpoint import HUB_OPTIONS
-from comemo.config import CoMemoConfig
-from comemo.image_processor import (
-    IMAGE_NAMES,
-    CoMemoImageProcessor,
-    check_options,
-    flatten_images,
-)
+from comemo.image_processor import CoMemoImageProcessor, check_options, flatten_images
 from comemo.images import choose_grid
 from comemo.options import (
     CALL_NAMES,
     GENERATION_NAMES,
     TEMPLATE_NAMES,
-    TEXT_NAMES,
     TEXT_OPTIONS,
     CoMemoProcessorKwargs,
     sort_options,
     without_generation,
 )
-from comemo.tokenizer import check_keywords
+from comemo.processor_files import PUBLISHED_TEMPLATES, LoadsProcessor, scale_tokens
 
 __all__ = ["CoMemoImageProcessor", "CoMemoProcessor", "CoMemoProcessorKwargs"]
 
 
-class CoMemoProcessor(ProcessorMixin):
+class CoMemoProcessor(LoadsProcessor, ProcessorMixin):
     """Image processor and tokenizer behind one call, and the chat template.
 
     Args:
@@ -234,7 +225,7 @@ class CoMemoProcessor(ProcessorMixin):
             ValueError: as of `read_conversations` and of a call; tools or documents for a
                 published template.
         """
-        published = self._template(chat_template) in _PUBLISHED
+        published = self._template(chat_template) in PUBLISHED_TEMPLATES
         for name, value in (("tools", tools), ("documents", documents)):
             if value and published:
                 raise ValueError(
@@ -290,57 +281,6 @@ class CoMemoProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "tile_grid"]
-
-    @classmethod
-    def _get_arguments_from_pretrained(
-        cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
-    ) -> list[Any]:
-        """Published checkpoints hold no processor files: the config says it all."""
-        path = pretrained_model_name_or_path
-        hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        config = CoMemoConfig.from_pretrained(path, **hub)
-        known = processor_dict if processor_dict is not None else {}
-        known.setdefault("chat_template", prompts.chat_template(config.template))
-        known.setdefault("tokens_per_tile", config.tokens_per_tile)
-        settings = known.pop("image_processor", None)
-        if settings is None:
-            settings, _ = CoMemoImageProcessor.get_image_processor_dict(path, **hub)
-        for name in ("chat_template", "tokens_per_tile", "image_processor", "tokenizer"):
-            kwargs.pop(name, None)  # of the class itself
-        shown = {n: kwargs.pop(n) for n in list(kwargs) if n in IMAGE_NAMES - TEXT_NAMES}
-        images = CoMemoImageProcessor.from_dict(settings, **shown)
-        known["tokens_per_tile"] = scale_tokens(
-            known["tokens_per_tile"], settings["input_size"], images.input_size
-        )
-        if "_from_pipeline" not in kwargs:  # which hands on what is for the model
-            check_keywords(f"{cls.__name__}.from_pretrained", kwargs)
-        kwargs["padding_side"] = kwargs.get("padding_side") or "left"  # of any tokenizer
-        return [images, AutoTokenizer.from_pretrained(path, **kwargs)]
-
-
-_PUBLISHED = {prompts.chat_template(name) for name in prompts.TEMPLATES}
-
-
-def scale_tokens(tokens: int, size: int, other: int) -> int:
-    """Image tokens of a tile of another size.
-
-    Args:
-        tokens: of a tile of `size` pixels.
-        size, other: sides of tiles in pixels.
-
-    Raises:
-        ValueError: the other tile holds no whole number of tokens along a side.
-    """
-    if size == other:
-        return tokens
-    side, rest = divmod(math.isqrt(tokens) * other, size)
-    if rest or not side:
-        step = size // math.gcd(math.isqrt(tokens), size)
-        raise ValueError(
-            f"CoMemoProcessor: input_size must be a multiple of {step}, got {other}: a tile of"
-            f" {size} pixels has {math.isqrt(tokens)} tokens along its side"
-        )
-    return side**2
 
 
 def _check_marks(marks: list[int], images: Any, number: int) -> None:

@@ -1,5 +1,6 @@
 """What a waiting user sees: a bar while a prompt is read, then the answer as it comes."""
 
+import logging
 import math
 import statistics
 import sys
@@ -15,9 +16,9 @@ from tqdm import tqdm
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
+from comemo.terminal import note, show
+
 _HELD_BACK = 40  # characters; longer than any stop text
-# C0 and C1 control characters: a model that writes them must not steer the terminal
-_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 class ReadingBar:
@@ -129,7 +130,8 @@ def _counting_hook(bar: ReadingBar, part: str) -> Callable[..., None]:
 
 
 class AnswerStreamer(BaseStreamer):
-    """Writes an answer as its tokens come: in all exactly the text that `chat` returns.
+    """Writes an answer as its tokens come: in all the text that `chat` returns, control characters
+    escaped.
 
     transformers' `TextStreamer` starts afresh after each line and so loses the blanks that a line
     begins with; this one decodes the whole answer each time.
@@ -181,8 +183,7 @@ class AnswerStreamer(BaseStreamer):
         if self.before is not None:
             self.before()
             self.before = None
-        self.out.write(text.translate(_CONTROL) if self.out.isatty() else text)
-        self.out.flush()
+        show(text, self.out)
 
 
 class PieceStreamer(AnswerStreamer):
@@ -286,6 +287,30 @@ def count_calls(objects: Sequence[Any], method: str) -> Iterator[list[int]]:
                 vars(item)[method] = before
 
 
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(self.format(record))
+
+
+@contextmanager
+def unhushed() -> Iterator[None]:
+    """Print warnings and transformers' remarks as notes inside the `with` block."""
+
+    def show_warning(*warning: Any, **_: Any) -> None:
+        note(warnings.formatwarning(*warning[:4]).rstrip())
+
+    handler = _Notes()
+    transformers_logging.disable_default_handler()
+    transformers_logging.add_handler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show_warning
+            yield
+    finally:
+        transformers_logging.remove_handler(handler)
+        transformers_logging.enable_default_handler()
+
+
 @contextmanager
 def hushed(progress: bool) -> Iterator[None]:
     """Keep warnings and transformers' remarks off the screen inside the `with` block.
@@ -298,7 +323,7 @@ def hushed(progress: bool) -> Iterator[None]:
         transformers_logging.is_progress_bar_enabled(),
     )
     try:
-        transformers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # errors are raised
         if not progress:
             transformers_logging.disable_progress_bar()
         with warnings.catch_warnings():

@@ -4,7 +4,6 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +15,13 @@ from transformers.generation.streamers import BaseStreamer
 import comemo_kernels as ops
 from comemo import prompts
 from comemo.answer_options import text_options
-from comemo.cache import ROOM_FOR_ANSWER, RoomyCache
+from comemo.cache import ROOM_FOR_ANSWER
 from comemo.chat import check_tokenizer
 from comemo.conversation import Conversation, load_pictures, scaled_length
 from comemo.outputs import CACHE
 from comemo.prefill import read_prompt
 from comemo.progress import PieceStreamer, TokenClock
-from comemo.transcript import Transcript
+from comemo.transcript import HeldTokens, Transcript
 from comemo_kernels import ImageMemory
 
 
@@ -43,6 +42,21 @@ class TurnReport:
     new_tokens: int
     first_s: float
     per_token_s: float
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a session knows, replaced as a whole: whatever interrupts, its parts agree.
+
+    Attributes:
+        said: the conversation.
+        memory: of all its pictures.
+        report: of its last answer.
+    """
+
+    said: Conversation
+    memory: ImageMemory | None = None
+    report: TurnReport | None = None
 
 
 class ChatSession:
@@ -84,33 +98,35 @@ class ChatSession:
         memory_store: Any = None,
         **options: Any,
     ) -> None:
-        self._said = Conversation(system_message, rope, visibility)
+        self._state = _State(Conversation(system_message, rope, visibility))
         self.model, self.processor, self.tokenizer = model, processor, processor.tokenizer
         self.prefill_chunk_size, self.memory_store = prefill_chunk_size, memory_store
         self.options = options
-        text_options("ChatSession", options, model, self.tokenizer)
-        self.report: TurnReport | None = None
+        self._options_for("ChatSession", {})
         self._stop = prompts.stop_text(model.config.template)
         check_tokenizer(self.tokenizer, self._stop)
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        self._memory: ImageMemory | None = None  # of all pictures
-        self._cache = RoomyCache(self.model.config.text_config.num_hidden_layers)
-        self._held = Transcript.empty()
+        self._held = HeldTokens(model.config.text_config.num_hidden_layers)
 
     @property
     def history(self) -> list[tuple[str, str]]:
         """(question, answer) pairs so far; a list of the caller's own."""
-        return list(self._said.turns)
+        return list(self._state.said.turns)
+
+    @property
+    def report(self) -> TurnReport | None:
+        """What the last answer took; None before any."""
+        return self._state.report
 
     @property
     def nbytes(self) -> int:
         """Bytes of the self-attention's cache and of the image memory, media included."""
-        memory, media = self._memory, 0
+        memory, media = self._state.memory, 0
         if memory is not None and memory.media is not None:
             media = memory.media.nbytes
-        return self._cache.nbytes + media + (0 if memory is None else memory.nbytes)
+        return self._held.cache.nbytes + media + (0 if memory is None else memory.nbytes)
 
     def ask(
         self,
@@ -141,6 +157,7 @@ class ChatSession:
                 while the answer is made, the session is as it was before the question.
         """
         with self._alone("ask"):
+            self._stopped.clear()
             return self._ask(question, images, streamer, options)
 
     def stream(self, question: str, images: Any = None, **options: Any) -> Iterator[str]:
@@ -165,8 +182,8 @@ class ChatSession:
             pieces.put(end)
 
         worker = threading.Thread(target=work, daemon=True)
-        worker.start()
         try:
+            worker.start()
             while isinstance(piece := pieces.get(), str):
                 yield piece
         except BaseException:  # whoever asked has left, or was interrupted while waiting
@@ -189,13 +206,15 @@ class ChatSession:
             RuntimeError: as of `ask`. The earlier answer stands then.
         """
         with self._alone("regenerate"):
+            self._stopped.clear()
             verb = "ChatSession.regenerate"
-            options = text_options(verb, self.options | options, self.model, self.tokenizer)
+            options = self._options_for(verb, options)
             clock = TokenClock(streamer)
-            if not self._said.turns:
+            said = self._state.said
+            if not said.turns:
                 raise ValueError(f"{verb}: nothing was asked yet")
-            *turns, (question, _) = self._said.turns
-            said = replace(self._said, turns=tuple(turns))
+            *turns, (question, _) = said.turns
+            said = replace(said, turns=tuple(turns))
             return self._answer(said, question, clock, options)
 
     def stop(self) -> None:
@@ -216,8 +235,7 @@ class ChatSession:
                 memory_store=self.memory_store,
                 **self.options,
             )
-            other._said, other._memory, other._held = self._said, self._memory, self._held
-            other._cache = self._cache.fork()
+            other._state, other._held = replace(self._state, report=None), self._held.fork()
             other._numbers = itertools.count(next(self._numbers))
             return other
 
@@ -233,38 +251,48 @@ class ChatSession:
             RuntimeError: as of `ask`.
         """
         with self._alone("reset"):
-            if keep_pictures and self._memory is not None and self._memory.absolute:
+            said, memory = self._state.said, self._state.memory
+            if keep_pictures and memory is not None and memory.absolute:
                 raise ValueError(
                     "ChatSession.reset: keep_pictures must be False with"
                     " config.memory_positions='absolute', got True"
                 )
-            pictures = self._said.pictures if keep_pictures else ()
+            pictures = said.pictures if keep_pictures else ()
             pictures = tuple(replace(picture, turn=0) for picture in pictures)
-            self._said = replace(self._said, turns=(), pictures=pictures)
-            self._memory = self._memory if keep_pictures else None
-            self._cache, self._held = RoomyCache(len(self._cache.layers)), Transcript.empty()
+            said = replace(said, turns=(), pictures=pictures)
+            self._state = _State(said, memory if keep_pictures else None, self.report)
+            self._held = HeldTokens(len(self._held.cache.layers))
 
-    @contextmanager
-    def _alone(self, verb: str) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
+    def _alone(self, verb: str) -> threading.Lock:
+        """The lock, to be held by `with`, which no interrupt can part from its release.
+
+        Between the look at it and that, another thread may take it: then this one waits.
+        """
+        if self._lock.locked():
             raise RuntimeError(
                 f"ChatSession.{verb}: another thread is at work on this session: wait for it, or"
                 " fork() the session before"
             )
-        try:
-            self._stopped.clear()
-            yield
-        finally:
-            self._lock.release()
+        return self._lock
+
+    def _options_for(self, verb: str, options: dict[str, Any]) -> dict[str, Any]:
+        """What `generate` is called with, checked before any work."""
+        options = text_options(verb, self.options | options, self.model, self.tokenizer)
+        chosen = options.get("generation_config") or self.model.generation_config
+        kept = options.get("cache_implementation") or chosen.cache_implementation
+        if kept is not None:
+            raise ValueError(
+                f"{verb}: the session keeps the cache, got cache_implementation={kept!r}: hand it"
+                " a DecodeLoop as decode_loop for one that stays where it is"
+            )
+        return options
 
     def _ask(
         self, question: str, images: Any, streamer: BaseStreamer | None, options: dict[str, Any]
     ) -> str:
-        options = text_options(
-            "ChatSession.ask", self.options | options, self.model, self.tokenizer
-        )
+        options = self._options_for("ChatSession.ask", options)
         clock = TokenClock(streamer)
-        said, config = self._said, self.model.config
+        said, config = self._state.said, self.model.config
         new = load_pictures(
             images, len(said.turns), self._numbers, self.processor.image_processor, config
         )
@@ -294,37 +322,35 @@ class ChatSession:
         image_mask = (wanted.tokens < 0)[None].to(input_ids.device)
         position_ids = wanted.positions[None].to(input_ids.device)
         self.model._check_range(position_ids, torch.ones_like(input_ids), bool(said.pictures))
-        memory = self._place(said, self._remember(said, image_mask, position_ids), wanted)
-        # At least the last token is read: its logits begin the answer.
-        kept = min(self._held.common(wanted), len(wanted) - 1)
-        self._cache.crop_to(kept)
+        memory = self._place(self._remember(said, image_mask, position_ids), wanted)
+        held = self._held
+        kept = held.go_back(wanted)
         longest = options.get("max_new_tokens") or 0
-        self._cache.reserve(len(wanted) + min(longest, ROOM_FOR_ANSWER))
-        self._held = wanted.first(kept)
+        held.cache.reserve(len(wanted) + min(longest, ROOM_FOR_ANSWER))
         core, shown = self.model.model, wanted.visible.new_tensor([len(said.pictures)])
         whole = self._reading(memory, shown)
         output = read_prompt(
             self.model,
             lambda first, last: core.embed(input_ids, image_mask, whole, first, last),
             position_ids,
-            self._cache,
+            held.cache,
             start=kept,
             chunk=self.prefill_chunk_size,
             memory=lambda first, last: self._reading(memory, wanted.visible[first:last]),
         )
-        self._held = wanted
+        held.claim(wanted)
         sequences = self._generate(output, wanted, memory, clock, options)
         tokens = sequences[0, 1:].tolist()
         text = self.tokenizer.decode(tokens, skip_special_tokens=True)
         answer = text.split(self._stop)[0].strip()
-        self._said, self._memory = said.built().answered(question, answer), memory
-        self.report = TurnReport(
+        report = TurnReport(
             prompt_tokens=len(wanted),
             read_tokens=len(wanted) - kept,
             new_tokens=len(tokens),
             first_s=clock.first,
             per_token_s=clock.per_token,
         )
+        self._state = _State(said.built().answered(question, answer), memory, report)
         return answer
 
     def _remember(
@@ -332,8 +358,9 @@ class ChatSession:
     ) -> ImageMemory | None:
         """The memory of all pictures; what is known of it is not computed again."""
         new = [picture for picture in said.pictures if picture.pixel_values is not None]
+        memory = self._state.memory
         if not new:
-            return self._memory
+            return memory
         known = sum(picture.tokens for picture in said.pictures[: -len(new)])
         later = image_mask & (image_mask.long().cumsum(1) > known)
         core = self.model.model
@@ -342,19 +369,16 @@ class ChatSession:
             pixel_values, later, position_ids, [p.grid for p in new], self.memory_store
         )
         core.language_model.build_memory(found)
-        return found if self._memory is None else _join(self._memory, found)
+        return found if memory is None else _join(memory, found)
 
-    def _place(
-        self, said: Conversation, memory: ImageMemory | None, wanted: Transcript
-    ) -> ImageMemory | None:
+    def _place(self, memory: ImageMemory | None, wanted: Transcript) -> ImageMemory | None:
         """The memory where the pictures stand in this prompt."""
         if memory is None:
             return None
         device = self.model.device
-        first = [int((wanted.tokens == -1 - p.number).nonzero()[0]) for p in said.pictures]
         spans = torch.tensor([[[0, len(memory)]]], device=device)
-        biases = None if memory.absolute else wanted.positions[first].to(device)
-        return memory.reading(spans, biases)
+        places = torch.tensor([place for _, place in wanted.pictures], device=device)
+        return memory.reading(spans, None if memory.absolute else places)
 
     def _reading(self, memory: ImageMemory | None, visible: Tensor) -> ImageMemory | None:
         """The memory as tokens read it that see so many pictures, [n]."""
@@ -383,9 +407,9 @@ class ChatSession:
         criteria = [*options.pop("stopping_criteria", ()), _Stopped(self._stopped)]
         beams = options.get("num_beams")
         rows = (getattr(chosen, "num_beams", None) if beams is None else beams) or 1
-        cache = self._cache
+        cache = self._held.cache
         if rows > 1:  # beams go their own ways, the session stays at the prompt
-            cache = cache.fork()
+            cache = cache.fork(N)
             cache.batch_repeat_interleave(rows)
             output.logits = output.logits.repeat_interleave(rows, 0)
             setattr(output, CACHE, cache)
@@ -401,8 +425,7 @@ class ChatSession:
             **{"eos_token_id": stop} | options,
         )
         if rows == 1:
-            self._held = wanted + self._note(sequences[0, 1:], wanted, memory is not None)
-            self._held = self._held.first(cache.get_seq_length())
+            self._held.claim(wanted + self._note(sequences[0, 1:], wanted, memory is not None))
         return sequences
 
     def _note(self, tokens: Tensor, wanted: Transcript, pictures: bool) -> Transcript:
@@ -412,7 +435,8 @@ class ChatSession:
         raw = pictures and self.model.config.decode_positions == "raw"
         queries = count if raw else positions
         scaling = scaled_length(self.model, positions, count + 1)
-        return Transcript.of(tokens.cpu(), positions, queries, wanted.visible[-1], scaling)
+        rows = tokens.cpu(), positions, queries, wanted.visible[-1], scaling
+        return Transcript.of(*rows, wanted.pictures)
 
 
 class _Stopped(StoppingCriteria):

@@ -6,11 +6,13 @@ only where it may be.
 """
 
 import errno
+import math
+import numbers
 import threading
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,9 +20,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from comemo import store_files as files
-from comemo.store_keys import check_storable, identify_model, identify_picture, stamp_weights
-from comemo_kernels import ImageMemory, join_images, split_images
+from comemo import store_directory, store_files
+from comemo.store_directory import BadFileError
+from comemo.store_keys import (
+    check_storable,
+    describe_tensors,
+    identify_model,
+    identify_picture,
+    stamp_weights,
+)
+from comemo.store_pictures import build_pictures, count_bytes, move_to, own
+from comemo_kernels import ImageMemory, join_images
 
 
 class MemoryStoreWarning(UserWarning):
@@ -59,35 +69,47 @@ class MemoryStore:
 
     To be handed to `chat`, `generate` or `CoMemoModel.build_image_memory` as `memory_store`, to
     one model or several, from any number of threads. Several processes may share a directory.
-    Its files are safe from accidents; whoever may write there can change answers.
+    Its files are safe from accidents; whoever may write there can change answers, but nothing
+    beyond: what is no file of a store's own form is left alone.
 
     Args:
         budget: bytes of what is held in memory, on the model's device. A larger picture is used
             and not held.
-        directory: where pictures are kept as files too; made if there is none. None for no files.
+        directory: where pictures are kept as files too; made if there is none. Directory and files
+            are for their owner alone (0700 and 0600), but a directory that was there stays as it
+            is. None for no files.
         disk_budget: bytes of the files; None for no limit.
 
     Raises:
-        ValueError: a negative budget, or one of a disk without a directory.
+        ValueError: a budget that is no finite number from 0 on, or one of a disk without a
+            directory; an empty `directory`.
         NotADirectoryError: `directory` is a file.
     """
 
     def __init__(
         self,
-        budget: int = 2 * 2**30,
+        budget: float = 2 * 2**30,
         directory: str | Path | None = None,
-        disk_budget: int | None = None,
+        disk_budget: float | None = None,
     ) -> None:
-        if budget < 0 or (disk_budget or 0) < 0 or (disk_budget is not None and directory is None):
+        if (
+            not _is_size(budget)
+            or not (disk_budget is None or _is_size(disk_budget))
+            or (disk_budget is not None and directory is None)
+        ):
             raise ValueError(
-                "MemoryStore: budget and disk_budget must not be negative, and disk_budget needs a"
-                f" directory, got {budget}, {disk_budget} and {directory}"
+                "MemoryStore: budget and disk_budget must be finite numbers of bytes from 0 on, and"
+                f" disk_budget needs a directory, got {budget!r}, {disk_budget!r} and {directory!r}"
+            )
+        if directory is not None and not store_directory.is_named(directory):
+            raise ValueError(
+                "MemoryStore: directory must be a path and not empty (of an unset variable?), the"
+                f" current one '.', got {directory!r}"
             )
         self.budget, self.disk_budget = budget, disk_budget
         self.directory = None if directory is None else Path(directory)
         self._lock = threading.Lock()  # never held while anything is computed, hashed or read
         self._held: OrderedDict[str, ImageMemory] = OrderedDict()
-        self._bytes = 0
         self._counts: Counter[str] = Counter()
         self._identities: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
         if self.directory is not None:
@@ -154,12 +176,13 @@ class MemoryStore:
         for i, key in enumerate(keys):
             if key in images or key in unknown:
                 self._count("hits")
-            elif (image := self._fetch(key, facts, model.device)) is not None:
+            elif (image := self._fetch(key, facts, model, places[i])) is not None:
                 images[key] = image
             else:
                 unknown[key] = i
         if unknown:
-            built = _build(model, *([x[i] for i in unknown.values()] for x in (pixels, places)))
+            chosen = ([x[i] for i in unknown.values()] for x in (pixels, places))
+            built = build_pictures(model, *chosen)
             for key, image in zip(unknown, built, strict=True):
                 images[key] = self._keep(key, image, facts)
         return [images[key] for key in keys]
@@ -174,82 +197,93 @@ class MemoryStore:
                 self._identities[model] = known
         return known[1]
 
-    def _fetch(self, key: str, facts: dict[str, str], device: torch.device) -> ImageMemory | None:
-        """A known picture, on the device; None if it has to be computed."""
+    def _fetch(
+        self, key: str, facts: dict[str, str], model: Any, ids: Tensor
+    ) -> ImageMemory | None:
+        """A known picture, on the model's device; None if it has to be computed."""
         with self._lock:
             image = self._held.get(key)
             if image is not None:
                 self._held.move_to_end(key)
                 self._counts["hits"] += 1
         if image is None:
-            image = self._read(key, facts)
+            image = self._read(key, facts, model, ids)
             if image is not None:
-                image = self._hold(key, _to(image, device))
+                image = self._hold(key, move_to(image, model.device))
             self._count("misses" if image is None else "disk_hits")
         elif self.directory is not None:
-            files.touch(self._path(key))  # it is in use, though not read
-        return None if image is None else _to(image, device)
+            store_directory.touch(self._path(key))  # it is in use, though not read
+        return None if image is None else move_to(image, model.device)
 
     def _keep(self, key: str, image: ImageMemory, facts: dict[str, str]) -> ImageMemory:
         if self.directory is not None:
-            path = self._path(key)
-            try:
-                if not files.write_image(path, image, {"key": key, **facts}, self.disk_budget):
-                    self._count("too_large")
-                elif self.disk_budget is not None:
-                    files.remove_beyond(self.directory, self.disk_budget)
-            except OSError as error:
-                _warn(f"{path} cannot be written: {error.strerror or error}")
+            self._write(self._path(key), image, {"key": key, **facts})
         return self._hold(key, image)
+
+    def _write(self, path: Path, image: ImageMemory, facts: dict[str, str]) -> None:
+        """Write a picture and remove others beyond the budget, if that can be."""
+        try:
+            if not store_files.write_image(path, image, facts, self.disk_budget):
+                self._count("too_large")
+                return
+        except (OSError, BadFileError) as error:
+            _warn(f"{path} cannot be written: {_reason(error)}")
+            return
+        try:
+            if self.disk_budget is not None:
+                store_directory.remove_beyond(path.parent, self.disk_budget)
+        except OSError as error:
+            _warn(f"{path.parent} exceeds its budget: {error.filename}: {_reason(error)}")
 
     def _hold(self, key: str, image: ImageMemory) -> ImageMemory:
         """Hold a picture in memory, if there is room for it."""
-        if _nbytes(image) > self.budget:
+        if count_bytes(image) > self.budget:
             self._count("too_large")
             return image
-        image = _own(image)
+        image = own(image)
         with self._lock:
-            if key in self._held:  # computed twice at once
-                self._bytes -= _nbytes(self._held.pop(key))
             self._held[key] = image
-            self._bytes += _nbytes(image)
-            while self._bytes > self.budget:
-                self._bytes -= _nbytes(self._held.popitem(last=False)[1])
+            self._held.move_to_end(key)
+            # Counted and not kept beside them: an interrupt would part the two.
+            beyond = sum(map(count_bytes, self._held.values())) - self.budget
+            while beyond > 0:
+                beyond -= count_bytes(self._held.popitem(last=False)[1])
                 self._counts["evictions"] += 1
         return image
 
-    def _read(self, key: str, facts: dict[str, str]) -> ImageMemory | None:
+    def _read(self, key: str, facts: dict[str, str], model: Any, ids: Tensor) -> ImageMemory | None:
         if self.directory is None:
             return None
         path = self._path(key)
         try:
-            image = files.read_image(path, {"key": key, **facts})
+            wanted = describe_tensors(model, len(ids))
+            image = store_files.read_image(path, {"key": key, **facts}, wanted)
+            assert image.ids is not None
+            if not image.ids.equal(ids):
+                raise BadFileError("its ids are those of another grid")
         except FileNotFoundError:
             return None
-        except (OSError, files.BadFileError) as error:
+        except (OSError, BadFileError) as error:
             self._count("refused")
-            reason = getattr(error, "strerror", None) or error
-            _warn(f"{path} is refused and its picture computed again: {reason}")
+            _warn(f"{path} is refused and its picture computed again: {_reason(error)}")
             return None
-        files.touch(path)
+        store_directory.touch(path)
         return image
 
     def _open(self, directory: Path) -> None:
-        if directory.exists() and not directory.is_dir():
+        try:
+            store_directory.make_directory(directory)
+        except (FileExistsError, NotADirectoryError):
             raise NotADirectoryError(
                 errno.ENOTDIR, "MemoryStore: directory must be a directory, got", str(directory)
-            )
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            files.sweep(directory)
-        except (FileExistsError, NotADirectoryError):
-            raise
+            ) from None
         except OSError as error:
-            _warn(f"{directory} cannot be made: {error.strerror or error}")
+            _warn(f"{directory} cannot be made: {_reason(error)}")
+        store_directory.sweep(directory)
 
     def _path(self, key: str) -> Path:
         assert self.directory is not None
-        return self.directory / f"{key}{files.ENDING}"
+        return self.directory / f"{key}{store_directory.ENDING}"
 
     def _count(self, what: str) -> None:
         with self._lock:
@@ -260,7 +294,8 @@ class MemoryStore:
         if self.directory is None:
             return {}
         try:
-            return {path.stem: at.st_size for path, at in files.list_files(self.directory)}
+            held = store_directory.list_files(self.directory)
+            return {path.stem: status.st_size for path, status in held}
         except OSError:
             return {}
 
@@ -271,7 +306,10 @@ class MemoryStore:
         names = ("hits", "disk_hits", "misses", "evictions", "too_large", "refused")
         with self._lock:
             counts = {name: self._counts[name] for name in names}
-            held = {"entries": len(self._held), "bytes": self._bytes}
+            held = {
+                "entries": len(self._held),
+                "bytes": sum(map(count_bytes, self._held.values())),
+            }
         return StoreStatistics(**counts, **held, disk_entries=len(sizes), disk_bytes=sum(sizes))
 
     def __iter__(self) -> Iterator[str]:
@@ -302,57 +340,17 @@ class MemoryStore:
         """
         with self._lock:
             self._held.clear()
-            self._bytes = 0
         if disk and self.directory is not None:
-            files.remove_beyond(self.directory, 0)
+            store_directory.remove_beyond(self.directory, 0)
 
 
-def _build(model: Any, pixels: list[Tensor], places: list[Tensor]) -> list[ImageMemory]:
-    """Memories of pictures, by one pass of the vision tower and one of the projections."""
-    media = model.project_images(torch.cat(pixels).to(model.device)).flatten(0, 1)
-    sizes = [len(ids) for ids in places]
-    memory = ImageMemory.from_media(media, torch.cat(places), [sum(sizes)], sizes)
-    if not model.language_model.build_memory(memory):
-        raise ValueError(
-            "MemoryStore: keys and values of all mixin layers must be built at once, got media of"
-            f" {media.dtype} on {media.device} for weights of {model.dtype} on {model.device}"
-        )
-    memory.table = None  # of the model, and not a picture's
-    return split_images(memory)
+def _is_size(value: Any) -> bool:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return number and 0 <= value < math.inf
 
 
-def _tensors(image: ImageMemory) -> list[Tensor]:
-    held = (image.media, image.ids, *image.keys.values(), *image.values.values())
-    return [tensor for tensor in held if tensor is not None]
-
-
-def _nbytes(image: ImageMemory) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(image))
-
-
-def _own(image: ImageMemory) -> ImageMemory:
-    """The picture; a copy if its storage holds others too, whose bytes nobody would count."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in _tensors(image)}
-    if sum(storage.nbytes() for storage in storages.values()) <= _nbytes(image):
-        return image
-    return _each(image, Tensor.clone)
-
-
-def _to(image: ImageMemory, device: torch.device) -> ImageMemory:
-    assert image.media is not None
-    return image if image.media.device == device else _each(image, lambda t: t.to(device))
-
-
-def _each(image: ImageMemory, change: Callable[[Tensor], Tensor]) -> ImageMemory:
-    """The picture with other tensors."""
-    media, ids, starts, biases = (
-        None if t is None else change(t)
-        for t in (image.media, image.ids, image.starts, image.biases)
-    )
-    keys = {layer: change(key) for layer, key in image.keys.items()}
-    values = {layer: change(value) for layer, value in image.values.items()}
-    changed = replace(image, media=media, ids=ids, starts=starts, biases=biases)
-    return replace(changed, keys=keys, values=values)
+def _reason(error: Exception) -> object:
+    return getattr(error, "strerror", None) or error
 
 
 def _warn(text: str) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import json
-import sys
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -11,8 +11,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from comemo import store_files as files
+from comemo import store_directory
 from comemo.store import MemoryStore, MemoryStoreWarning
+from comemo.store_directory import BadFileError
+from comemo.store_files import read_header
+from comemo.terminal import note, plain, tell
 
 SHOWN = 12  # characters of a key or a model's digest in a table
 DAY = 86400.0
@@ -40,14 +43,16 @@ def open_store(args: argparse.Namespace) -> MemoryStore | None:
     """The store that the options of `add_options` ask for.
 
     Raises:
-        ValueError: a budget without a directory.
+        ValueError: a budget without a directory, or beyond all numbers; an empty directory.
         NotADirectoryError: the directory is a file.
     """
     if args.store is None:
         if args.store_budget is not None:
             raise ValueError("--store-budget needs --store DIR")
         return None
-    budget = None if args.store_budget is None else int(args.store_budget * 1e9)
+    budget = None if args.store_budget is None else args.store_budget * 1e9
+    if budget == math.inf:
+        raise ValueError(f"--store-budget must be finite, got {args.store_budget:g}")
     with told_warnings():
         return MemoryStore(directory=args.store, disk_budget=budget)
 
@@ -64,7 +69,7 @@ def told_warnings() -> Iterator[None]:
     for warning in told:
         if issubclass(warning.category, MemoryStoreWarning):
             text = str(warning.message).removeprefix("MemoryStore: ")
-            print(f"comemo: warning: {text}", file=sys.stderr)
+            note(f"comemo: warning: {plain(text)}")
         else:
             warnings.warn_explicit(
                 warning.message, warning.category, warning.filename, warning.lineno
@@ -124,20 +129,20 @@ def describe(directory: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: there is no such directory.
     """
-    if not Path(directory).is_dir():
+    if not str(directory) or not Path(directory).is_dir():  # "" would be the current one
         raise ValueError(f"there is no directory {str(directory)!r}")
     rows = []
-    for path, status in files.list_files(Path(directory)):
+    for path, status in store_directory.list_files(Path(directory)):
         row = {"key": path.stem, "bytes": status.st_size, "used": status.st_mtime}
         try:
-            header = files.read_header(path)
+            header = read_header(path)
             facts = header.facts
             if facts["key"] != path.stem:
-                raise files.BadFileError(f"its key is {facts['key'][:SHOWN]}")
+                raise BadFileError(f"its key is {facts['key'][:SHOWN]}")
             row |= {"tokens": header.tokens, "dtype": facts["dtype"], "model": facts["model"]}
         except FileNotFoundError:
             continue
-        except (OSError, files.BadFileError) as error:
+        except (OSError, BadFileError) as error:
             row["broken"] = str(getattr(error, "strerror", None) or error)
         rows.append(row)
     return rows
@@ -146,15 +151,15 @@ def describe(directory: str | Path) -> list[dict[str, Any]]:
 def _ls(args: argparse.Namespace) -> int:
     rows = describe(args.directory)
     if args.json:
-        print(json.dumps([row | {"used": _date(row["used"])} for row in rows], indent=2))
+        tell(json.dumps([row | {"used": _date(row["used"])} for row in rows], indent=2))
         return 0
     if rows:
-        print(f"{'key':14}{'tokens':>8}{'bytes':>16}  {'dtype':10}{'model':14}last use")
+        tell(f"{'key':14}{'tokens':>8}{'bytes':>16}  {'dtype':10}{'model':14}last use")
     for row in rows:
-        about = f"broken: {row.get('broken')}"
+        about = f"broken: {plain(row.get('broken'))}"
         if "broken" not in row:
             about = f"{row['dtype']:10}{row['model'][:SHOWN]:14}{_date(row['used'])}"
-        print(f"{row['key'][:SHOWN]:14}{row.get('tokens', '-'):>8}{row['bytes']:>16,}  {about}")
+        tell(f"{row['key'][:SHOWN]:14}{row.get('tokens', '-'):>8}{row['bytes']:>16,}  {about}")
     return 0
 
 
@@ -169,13 +174,13 @@ def _rm(args: argparse.Namespace) -> int:
         chosen = [row for row in rows if args.all or row["used"] < oldest]
     chosen = list({row["key"]: row for row in chosen}.values())
     for row in chosen:
-        (Path(args.directory) / f"{row['key']}{files.ENDING}").unlink(missing_ok=True)
-    files.sweep(Path(args.directory))
+        store_directory.remove(Path(args.directory) / f"{row['key']}{store_directory.ENDING}")
+    store_directory.sweep(Path(args.directory))
     size = sum(row["bytes"] for row in chosen)
     if args.json:
-        print(json.dumps({"removed": [row["key"] for row in chosen], "bytes": size}, indent=2))
+        tell(json.dumps({"removed": [row["key"] for row in chosen], "bytes": size}, indent=2))
     else:
-        print(f"removed {_count(len(chosen), 'picture')}, {size:,} bytes")
+        tell(f"removed {_count(len(chosen), 'picture')}, {size:,} bytes")
     return 0
 
 
@@ -206,16 +211,16 @@ def _stats(args: argparse.Namespace) -> int:
         "models": models,
     }
     if args.json:
-        print(json.dumps(facts, indent=2))
+        tell(json.dumps(facts, indent=2))
         return 0
-    print(
-        f"{args.directory}\n  {_count(len(good), 'picture')},"
+    tell(
+        f"{plain(args.directory)}\n  {_count(len(good), 'picture')},"
         f" {_count(len(rows) - len(good), 'broken file')}, {facts['bytes']:,} bytes"
     )
     if rows:
-        print(f"  last used {facts['first_use']} to {facts['last_use']}")
+        tell(f"  last used {facts['first_use']} to {facts['last_use']}")
     for model, about in models.items():
-        print(
+        tell(
             f"  model {model[:SHOWN]}: {_count(about['pictures'], 'picture')},"
             f" {about['bytes']:,} bytes"
         )
@@ -227,4 +232,6 @@ def _count(number: int, noun: str) -> str:
 
 
 def _date(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(" ", "seconds")
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(seconds, timezone.utc).isoformat(" ", "seconds")
+    return f"{seconds:.0f} s since 1970"  # anyone may set any time

@@ -1,8 +1,11 @@
 """What a picture's memory is known by: the weights that made it, its pixels, its positions."""
 
+import functools
 import hashlib
+import itertools
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +17,8 @@ from comemo.plain import PLAIN, is_own
 
 VERSION = 1  # of what keys are made of and of the files; raised when either changes
 CHUNK = 2**26  # bytes hashed at a time
-SAMPLE = 64  # elements of each weight that are looked at whenever a model is
+BLOCK = 2**20  # integers summed at a time: they and what they are multiplied with fit a cache
+SMALL = 2**16  # elements; smaller weights are laid behind one another first
 PLAIN_VISION = (
     *(internvl.InternVLVisionEmbeddings, internvl.InternVLVisionPatchEmbeddings),
     *(internvl.InternVLVisionLayer, internvl.InternVLVisionAttention, internvl.InternVLVisionMLP),
@@ -143,22 +147,69 @@ def weights_of(model: Any) -> list[tuple[str, Tensor]]:
     ]
 
 
-@torch.no_grad()
 def stamp_weights(model: Any) -> tuple[Any, ...]:
-    """A cheap sign that changes when the model does: what `identify_model` need not be asked twice.
+    """A sign that changes when the model does: what `identify_model` need not be asked twice.
 
-    Versions tell optimizers and `load_state_dict`, addresses tell weights that were replaced. A
-    sample of each weight tells what neither does: sums into `weight.data`, as adapters are merged.
+    Every bit of every weight counts, whoever changed it: versions of tensors do not tell what is
+    written into `weight.data` or through NumPy. It is computed where the weights are, and only
+    sums leave a GPU.
+
+    Args:
+        model: a `CoMemoModel` that `check_storable` accepts.
+
+    Returns:
+        To be compared within this process. A change goes unnoticed with a probability of at
+        most 2^-32, that of a single number never.
     """
     weights = [weight for _, weight in weights_of(model)]
-    places = [
-        (t.data_ptr(), None if t.is_inference() else t._version, tuple(t.shape), t.dtype)
-        for t in weights
-    ]
-    flat = [t.detach().reshape(-1) for t in weights]
-    # An odd stride walks through the columns of a matrix instead of staying in one.
-    seen = torch.cat([t[:: len(t) // SAMPLE | 1] for t in flat])
-    return describe_config(model), *places, _bytes_of(seen)
+    shapes = tuple((tuple(weight.shape), weight.dtype) for weight in weights)
+    return describe_config(model), shapes, *sum_bits(weights)
+
+
+@torch.no_grad()
+def sum_bits(tensors: Sequence[Tensor]) -> list[int]:
+    """Integers that change when any bit of the tensors does, or their order.
+
+        s = sum_i c_i x_i mod 2^64
+
+    of blocks of integers x of at most 32 bits, with odd c drawn from 64 bits. Of a difference of
+    x_i at most 31 bits are trailing zeros: its product takes 2^32 values or more, and never 0.
+
+    Args:
+        tensors: of one dtype and device, any shapes and strides.
+
+    Returns:
+        A sum for each block of `BLOCK` integers.
+    """
+    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    small = [t for t in flat if t.numel() < SMALL]
+    large = [t for t in flat if t.numel() >= SMALL]
+    numbers = [_integers_of(t) for t in ([torch.cat(small)] if small else []) + large]
+    if not numbers:
+        return []
+    factors = _factors(numbers[0].device)
+    room = torch.empty_like(factors[: max(map(len, numbers))])
+    sums = []
+    for block in itertools.chain.from_iterable(x.split(BLOCK) for x in numbers):
+        products = room[: len(block)]
+        products.copy_(block).mul_(factors[: len(block)])
+        sums.append(products.sum())
+    return torch.stack(sums).tolist()
+
+
+def _integers_of(flat: Tensor) -> Tensor:
+    """The bits of a tensor [n] as integers, as wide as divides it, up to 32 bits."""
+    start = flat.storage_offset() * flat.element_size()
+    for kind in (torch.int32, torch.int16):
+        if flat.nbytes % kind.itemsize == start % kind.itemsize == 0:
+            return flat.view(kind)
+    return flat.view(torch.int8)
+
+
+@functools.cache
+def _factors(device: torch.device) -> Tensor:
+    """Odd int64 [BLOCK], others in every process: no weights are made to go unnoticed."""
+    return torch.frombuffer(bytearray(os.urandom(8 * BLOCK)), dtype=torch.int64).to(device) | 1
 
 
 @torch.no_grad()
@@ -189,13 +240,23 @@ def identify_picture(identity: str, tiles: Tensor, places: Tensor) -> str:
     return digest.hexdigest()
 
 
+def describe_tensors(model: Any, tokens: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Dtypes and shapes of what the memory of a picture of so many image tokens holds, by name."""
+    config, mixin = model.config, model.config.mixin_config
+    described = {
+        "media": (model.dtype, (tokens, mixin.vision_dim)),
+        "ids": (torch.int32, (tokens,)),
+    }
+    for kind in ("keys", "values"):
+        for layer in config.mixin_layers:
+            shape = (tokens, mixin.num_heads, mixin.head_dim)
+            described[f"{kind}.{layer}"] = model.dtype, shape
+    return described
+
+
 def chunks_of(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor of any dtype and device, row by row, a part of them at a time."""
     flat = tensor.detach().reshape(-1)
     step = max(1, CHUNK // tensor.element_size())
     for start in range(0, flat.numel(), step):
         yield memoryview(flat[start : start + step].cpu().view(torch.uint8).numpy())
-
-
-def _bytes_of(tensor: Tensor) -> bytes:
-    return b"".join(chunks_of(tensor))

@@ -19,6 +19,8 @@ from transformers import AddedToken
 from transformers.processing_utils import TextKwargs
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
+from comemo.files import check_class, hub_options, read_json
+
 MARKER = "\ufdd0"  # a Unicode noncharacter: no valid text holds one
 MARKER_PIECES = [f"<0x{byte:02X}>" for byte in MARKER.encode()]
 
@@ -26,6 +28,8 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 # Keywords that steer the loading, and the pointer to code inside a checkpoint: not to be saved.
 LOADING_KEYS = ("auto_map", "trust_remote_code", "use_fast")
+# What AutoTokenizer takes, and here is of no use.
+OF_AUTO = ("config", "code_revision", "tokenizer_type", "trust_remote_code", "use_fast")
 
 # What transformers takes beside those of the class and of a call: to find files, to set up.
 KEYWORDS = (
@@ -102,20 +106,27 @@ class InternLM2Tokenizer(SentencePieceBackend):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """As of transformers. Padding is on the left unless `padding_side` is given here.
+        """As of transformers, but that `trust_remote_code` changes nothing: no code is looked for.
+
+        Padding is on the left unless `padding_side` is given here.
 
         What the files of a checkpoint say of the side is how it was trained, where the side does
         not matter: a prompt padded on the right is answered wrongly.
 
         Raises:
-            ValueError: a keyword that no tokenizer has, or as of the class.
+            ValueError: a keyword that no tokenizer has, files of another tokenizer, or as of the
+                class.
         """
+        function, path = f"{cls.__name__}.from_pretrained", pretrained_model_name_or_path
         if "_from_pipeline" not in kwargs:  # which hands on what is for the model
-            check_keywords(f"{cls.__name__}.from_pretrained", kwargs)
+            check_keywords(function, kwargs)
+        for name in OF_AUTO:
+            kwargs.pop(name, None)
+        told = read_json(path, "tokenizer_config.json", **hub_options(kwargs))
+        known = (cls.__name__, "InternLM2TokenizerFast", "InternLM2Tokenizer")
+        check_class(function, path, told.get("tokenizer_class"), known)
         side = kwargs.pop("padding_side", None) or "left"
-        return super().from_pretrained(
-            pretrained_model_name_or_path, *args, padding_side=side, **kwargs
-        )
+        return super().from_pretrained(path, *args, padding_side=side, **kwargs)
 
     def _save_pretrained(
         self, save_directory: Any, file_names: tuple[str, ...], *args: Any, **kwargs: Any

@@ -206,7 +206,8 @@ class ImageMemory:
                 "ImageMemory.update: key and value must be of one shape [C, G, D], got"
                 f" {tuple(key.shape)} and {tuple(value.shape)}"
             )
-        self.keys[layer], self.values[layer] = key, value
+        self.values[layer] = value  # before the key, by which a layer is known to be built
+        self.keys[layer] = key
 
     @public
     def key_table(self) -> Table:

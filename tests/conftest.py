@@ -5,6 +5,7 @@ import copy
 import importlib.util
 import itertools
 import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -265,3 +266,16 @@ def picture_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures") / "harbour.png"
     demo.draw_picture(320, 300).save(path)
     return path
+
+
+@pytest.fixture
+def light(demo_checkpoint, tmp_path):
+    """A copy of a checkpoint whose weights are shared: its other files may be changed."""
+    copied = tmp_path / "light"
+    copied.mkdir()
+    for path in demo_checkpoint.iterdir():
+        if path.suffix == ".safetensors":
+            (copied / path.name).symlink_to(path)
+        else:
+            shutil.copy(path, copied)
+    return copied

@@ -579,7 +579,7 @@ def test_a_session_answers_the_same(loaded, demo_checkpoint, picture_file, ahead
             wanted = plain.ask(question, image)
             assert looped.ask(question, image) == wanted
             assert looped.report.read_tokens == plain.report.read_tokens
-            assert_same_cache(looped._cache, plain._cache)
+            assert_same_cache(looped._held.cache, plain._held.cache)
     assert looped.regenerate() == plain.regenerate()
     assert loop.captures == 2  # without a picture and with one
 

@@ -355,6 +355,9 @@ def test_any_other_tokenizer_is_padded_and_cut_as_well(small, wide, checkpoint, 
     assert not set(ids.tolist()) & set(tokenizer.convert_tokens_to_ids(names))
     processor.save_pretrained(tmp_path)
     shutil.copy(checkpoint / "config.json", tmp_path)
-    again = CoMemoProcessor.from_pretrained(tmp_path)
-    assert isinstance(again.tokenizer, PreTrainedTokenizerFast)
-    assert again.tokenizer.padding_side == "left"
+    with pytest.raises(ValueError, match="must name InternLM2Tokenizer or no class, got"):
+        CoMemoProcessor.from_pretrained(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    again = CoMemoProcessor.from_pretrained(tmp_path, tokenizer=tokenizer)
+    assert again.tokenizer is tokenizer
+    assert again(text=["a", "abc"])["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]

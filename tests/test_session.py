@@ -94,7 +94,7 @@ def read_whole(model, tokenizer, history, question, pictures, turns, visibility,
 
 def same_cache(session, cache, tokens):
     """Whether the session's first tokens have these keys and values."""
-    for ours, theirs in zip(session._cache.layers, cache.layers, strict=True):
+    for ours, theirs in zip(session._held.cache.layers, cache.layers, strict=True):
         for a, b in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
             torch.testing.assert_close(a[:, :, :tokens], b[:, :, :tokens], rtol=1e-3, atol=1e-4)
 
@@ -120,7 +120,7 @@ def test_every_turn_is_the_whole_prompt(
         )
         assert session.report.prompt_tokens == ids.shape[1]
         same_cache(session, cache, ids.shape[1])
-        said = session._held.tokens
+        said = session._held.transcript.tokens
         assert int(said[ids.shape[1]]) == int(logits.argmax())
 
 
@@ -174,9 +174,9 @@ def test_compressed_answers_are_not_read_again(model, processor):
     model.config.decode_positions = "compressed"
     session = ChatSession(model, processor, **GREEDY)
     session.ask("hello world")
-    held, answer = len(session._held), session.history[-1][1]
-    again, ids = session._said.prompt("go on", model, processor.tokenizer)
-    expected = session._held.common(again)
+    held, answer = len(session._held.transcript), session.history[-1][1]
+    again, ids = session._state.said.prompt("go on", model, processor.tokenizer)
+    expected = session._held.transcript.common(again)
     session.ask("go on")
     assert session.report.read_tokens == len(ids) - expected
     assert expected <= held
@@ -245,7 +245,7 @@ def test_pictures_may_stay_when_words_are_forgotten(session, pictures):
     assert seen[0] == 0
     twin = ChatSession(session.model, session.processor, **GREEDY)
     assert twin.ask("here is <image> and there <image>", [pictures[1], pictures[3]]) == both
-    same_cache(session, twin._cache, twin.report.prompt_tokens)
+    same_cache(session, twin._held.cache, twin.report.prompt_tokens)
     assert wanted
     session.model.config.memory_positions = "absolute"
     session.reset()
@@ -274,7 +274,7 @@ def test_chunks_change_nothing(model, processor, tokenizer, pictures, chunk):
         model, tokenizer, session.history[:1], session.history[1][0], pictures, [1], "causal"
     )
     same_cache(session, cache, ids.shape[1])
-    assert int(session._held.tokens[ids.shape[1]]) == int(logits.argmax())
+    assert int(session._held.transcript.tokens[ids.shape[1]]) == int(logits.argmax())
 
 
 class Recorder(BaseStreamer):
@@ -298,12 +298,12 @@ def interrupt():
 
 def test_an_interrupted_answer_leaves_no_trace(session, pictures):
     session.ask("what is this?", pictures[1])
-    before, memory = session.history, session._memory
+    before, memory = session.history, session._state.memory
     for at in (0, 1, 3):
         with pytest.raises(KeyboardInterrupt):
             session.ask("a picture", pictures[3], streamer=Recorder(at, interrupt))
         assert session.history == before
-        assert session._memory is memory
+        assert session._state.memory is memory
     answer = session.ask("another picture", pictures[1])
     twin = ChatSession(session.model, session.processor, **GREEDY)
     twin.ask("what is this?", pictures[1])
@@ -429,9 +429,11 @@ def test_beams_and_several_sequences(model, processor, pictures):
         processor.tokenizer, tiles, "what is this?", options, target_aspect_ratio=[grid]
     )
     assert answer == wanted
+    assert session.regenerate(num_beams=3) == wanted
+    assert session.report.read_tokens == 1
     twin = ChatSession(model, processor, **GREEDY)
     twin.ask("what is this?", (tiles, grid))
-    twin._said = session._said
+    twin._state = session._state
     assert session.ask("more") == twin.ask("more")
 
 
@@ -442,7 +444,7 @@ def test_pictures_from_files(model, processor, picture_file):
     twin = ChatSession(model, processor, **GREEDY)
     twin.ask("what is this?", [(tiles, grid)])
     assert session.history == twin.history
-    assert session._said.pictures[0].pixel_values is None  # a session does not keep pixels
+    assert session._state.said.pictures[0].pixel_values is None  # a session does not keep pixels
 
 
 def test_says_what_is_wrong(session, model, processor, pictures):

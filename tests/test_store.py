@@ -1,11 +1,14 @@
 """Known pictures: the same answers for less, within budgets."""
 
 import copy
+import math
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from known import (
@@ -242,6 +245,45 @@ def test_the_disk_has_a_budget_too(core, tmp_path):
     assert counts(again, "disk_hits", "misses") == (1, 1)
 
 
+def test_a_giant_makes_room_before_any_picture(core, tmp_path):
+    """However late it was used: it alone exceeds the budget."""
+    giant, late = tmp_path / f"{'f' * 64}.safetensors", time.time() + 10**6
+    giant.touch()
+    os.truncate(giant, 2**40)
+    os.utime(giant, (late, late))
+    store = comemo.MemoryStore(directory=tmp_path, disk_budget=10**8)
+    memory_of(core, batch_of(core, [1, "square", 2, "other"]), store)
+    assert store.stats.disk_entries == 2
+    assert not giant.exists()
+
+
+def test_what_cannot_be_removed_stays_and_is_told(core, tmp_path, monkeypatch):
+    """As others' files in a directory like /tmp: no picture makes room for them."""
+    theirs, old, broken = (tmp_path / f"{digit * 64}.safetensors" for digit in "abc")
+    size = memory_bytes(core, "square")
+    for age, (path, length) in enumerate([(theirs, size), (old, size), (broken, 10)]):
+        path.write_bytes(b"x" * length)
+        os.utime(path, (age, age))
+    unlink = Path.unlink
+
+    def refuse(path, missing_ok=False):
+        if path == theirs:
+            raise PermissionError(1, "Operation not permitted", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    store = comemo.MemoryStore(directory=tmp_path, disk_budget=size + 4096)
+    with pytest.warns(comemo.MemoryStoreWarning) as told:
+        memory_of(core, batch_of(core, [1, "square"]), store)
+    wanted = f"MemoryStore: {tmp_path} exceeds its budget: {theirs}: Operation not permitted"
+    assert [str(warning.message) for warning in told] == [wanted]
+    assert not old.exists()
+    assert len(files_of(tmp_path)) == 3
+    with pytest.raises(PermissionError):
+        store.clear(disk=True)
+    assert files_of(tmp_path) == [theirs]
+
+
 def test_what_a_store_knows(core, tmp_path):
     store = comemo.MemoryStore(directory=tmp_path)
     memory_of(core, batch_of(core, ["square", 2, "wide"]), store)
@@ -260,14 +302,31 @@ def test_what_a_store_knows(core, tmp_path):
     assert os.listdir(tmp_path) == ["notes.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "arguments", [{"budget": -1}, {"directory": "x", "disk_budget": -1}, {"disk_budget": 5}]
-)
-def test_budgets_that_are_none(arguments, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="budget and disk_budget must not be"):
-        comemo.MemoryStore(**arguments)
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, -math.inf, True, "5", 1j, [5]])
+@pytest.mark.parametrize("name", ["budget", "disk_budget"])
+def test_budgets_that_are_none(name, value, tmp_path):
+    with pytest.raises(ValueError, match=r"^MemoryStore: budget and disk_budget must be finite"):
+        comemo.MemoryStore(**{"directory": tmp_path / "x", name: value})
     assert os.listdir(tmp_path) == []
+
+
+def test_budgets_that_are_odd_but_numbers(tmp_path):
+    for value in (0, 1e9, 10**400, np.int64(5), np.float32(5)):
+        assert comemo.MemoryStore(value, tmp_path, value).stats.disk_entries == 0
+    with pytest.raises(
+        ValueError, match="disk_budget needs a directory, got 2147483648, 5 and None"
+    ):
+        comemo.MemoryStore(disk_budget=5)
+
+
+@pytest.mark.parametrize("directory", ["", Path(), Path("."), b"known", 3, "a\0b", Path("a\0b")])
+def test_directories_that_are_none(directory, tmp_path, monkeypatch):
+    """An unset variable is not the current directory, as a `Path` makes it."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^MemoryStore: directory must be a path and not empty"):
+        comemo.MemoryStore(directory=directory)
+    assert os.listdir(tmp_path) == []
+    assert comemo.MemoryStore(directory=".").directory == Path()
 
 
 def test_eight_threads_hammer_a_store(core, tmp_path):

@@ -3,13 +3,14 @@
 import json
 import os
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_cli import QUICK, expected, fails, run
 
 import comemo
-from comemo import cli, store_files
+from comemo import cli, store_directory, store_files
 from comemo_kernels import ImageMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +41,7 @@ def store(tmp_path):
 
 
 def keys_of(store):
-    return sorted(path.stem[:3] for path, _ in store_files.list_files(store))
+    return sorted(path.stem[:3] for path, _ in store_directory.list_files(store))
 
 
 def test_chat_keeps_pictures_and_knows_them(
@@ -100,6 +101,11 @@ def test_mistakes_with_a_store(capsys, demo_checkpoint, picture_file):
     argv = ["chat", demo_checkpoint, "What?", *QUICK]
     assert "--store-budget needs --store" in fails(capsys, *argv, "--store-budget", "1")
     assert "above 0, got '0'" in fails(capsys, *argv, "--store-budget", "0")
+    assert "above 0, got 'nan'" in fails(capsys, *argv, "--store-budget", "nan")
+    assert "path and not empty" in fails(capsys, *argv, "--store", "")
+    for huge in ("inf", "1e308"):
+        said = fails(capsys, *argv, "--store", picture_file, "--store-budget", huge)
+        assert f"--store-budget must be finite, got {float(huge):g}" in said
     assert "irectory" in fails(capsys, *argv, "--store", picture_file)
 
 
@@ -124,14 +130,17 @@ def test_ls(capsys, store):
 
 
 def test_ls_reads_no_tensor_and_names_every_fault(capsys, store, monkeypatch):
-    """A renamed file is of no use under its new name; one that vanishes is no fault."""
+    """A renamed file is of no use under its new name; one that vanishes is no fault.
+
+    What is no regular file is none of ours, whatever its name.
+    """
     (path,) = store.glob("ab1*")
     path.rename(store / f"{'0' * 64}.safetensors")
     (store / f"{'1' * 64}.safetensors").write_bytes(b"hello, this is a text file")
     (store / f"{'2' * 64}.safetensors").mkdir()
-    found = store_files.list_files(store)
+    found = store_directory.list_files(store)
     gone = (store / f"{'3' * 64}.safetensors", found[0][1])
-    monkeypatch.setattr(store_files, "list_files", lambda directory: [*found, gone])
+    monkeypatch.setattr(store_directory, "list_files", lambda directory: [*found, gone])
     monkeypatch.delattr(store_files, "read_image")
     rows = json.loads(run(capsys, "store", "ls", store, "--json")[1])
     faults = {row["key"][0]: row["broken"] for row in rows if "broken" in row}
@@ -139,7 +148,6 @@ def test_ls_reads_no_tensor_and_names_every_fault(capsys, store, monkeypatch):
         "f": "it is empty",
         "0": "its key is ab1ccccccccc",
         "1": "it is no safetensors file",
-        "2": "Is a directory",
     }
 
 
@@ -181,11 +189,24 @@ def test_rm_by_age_and_all(capsys, store):
     assert keys_of(store) == ["ab0", "ab1", "ab2", "fff"]
     run(capsys, "store", "rm", store, "--older-than", "8.5")
     assert keys_of(store) == ["ab2", "fff"]
-    (store / "k.part-odd").write_bytes(b"")
-    os.utime(store / "k.part-odd", (0, 0))
+    part = store / f"{'0' * 64}.part-00000000-1-00000000"
+    part.write_bytes(b"")
+    os.utime(part, (0, 0))
     run(capsys, "store", "rm", store, "--older-than", "0")
     assert keys_of(store) == []
     assert sorted(os.listdir(store)) == ["ab.txt", "model.safetensors"], "none of ours"
+
+
+@pytest.mark.parametrize("time", [-(2**40), 2**40])
+def test_times_that_no_calendar_has(capsys, store, monkeypatch, time):
+    """Some disks take any time, and whoever may write there can set one."""
+    path, status = store_directory.list_files(store)[0]
+    odd = SimpleNamespace(st_size=status.st_size, st_mtime=time)
+    monkeypatch.setattr(store_directory, "list_files", lambda directory: [(path, odd)])
+    for action in (["ls"], ["ls", "--json"], ["stats"], ["stats", "--json"]):
+        status, out, err = run(capsys, "store", *action, store)
+        assert (status, err) == (0, "")
+        assert f"{time} s since 1970" in out
 
 
 def test_rm_all_leaves_what_is_not_ours(capsys, store):
@@ -203,6 +224,7 @@ def test_rm_all_leaves_what_is_not_ours(capsys, store):
         (["ab1", "--all"], "wanted either"),
         (["--all", "--older-than", "0"], "wanted either"),
         (["--older-than", "-1"], "at least 0, got '-1'"),
+        (["--older-than", "nan"], "at least 0, got 'nan'"),
     ],
 )
 def test_rm_of_the_wrong_things(capsys, store, words, said):
@@ -211,9 +233,9 @@ def test_rm_of_the_wrong_things(capsys, store, words, said):
 
 
 def test_mistakes_on_the_command_line(capsys, tmp_path):
-    for action in ("ls", "stats"):
-        assert "there is no directory" in fails(capsys, "store", action, tmp_path / "none")
-    assert "there is no directory" in fails(capsys, "store", "rm", tmp_path / "none", "--all")
+    for none in (tmp_path / "none", ""):
+        for action in (["ls"], ["stats"], ["rm", "--all"]):
+            assert "there is no directory" in fails(capsys, "store", *action, none)
     assert "ACTION" in fails(capsys, "store")
     assert "invalid choice: 'mv'" in fails(capsys, "store", "mv", tmp_path)
     for debug in (["store", "--debug", "ls"], ["store", "ls", "--debug"]):

@@ -17,7 +17,8 @@ from known import assert_same, batch_of, counts, files_of, memory_of, tiles, wor
 from safetensors.torch import load_file, save_file
 
 import comemo
-from comemo import store_files
+from comemo import cli, store_directory, store_files
+from comemo.store_directory import BadFileError
 from comemo_kernels import ImageMemory
 
 pytestmark = [
@@ -61,6 +62,16 @@ def test_a_file_is_a_safetensors_file(stored):
     assert header.facts["key"] == path.stem
     assert header.facts["dtype"] == "float32"
     assert header.size == path.stat().st_size
+
+
+def test_a_file_is_read_on_the_cpu_whatever_the_default(stored):
+    """Elsewhere the bytes would be read into a copy."""
+    path = stored[2]
+    header = store_files.read_header(path)
+    with torch.device("meta"):
+        memory = store_files.read_image(path, {}, header.tensors)
+    assert torch.equal(memory.keys[3], load_file(path)["keys.3"])
+    assert memory.starts.device == memory.biases.device == memory.media.device
 
 
 def rewrite(path, **changes):
@@ -124,7 +135,7 @@ BAD = {
     "a list": (lambda p: text_header(p, b"[1, 2]"), "header cannot be understood"),
     "no JSON": (lambda p: text_header(p, b"{{{{"), "header cannot be understood"),
     "words": (lambda p: p.write_bytes(b"hello, this is a text file"), "no safetensors file"),
-    "a tensor less": (without_values, "checksum is wrong"),
+    "a tensor less": (without_values, "not those of a memory of this model and picture"),
 }
 
 
@@ -159,67 +170,134 @@ def test_every_byte_of_the_header_is_covered(stored):
             spoiled = bytearray(content)
             spoiled[place] ^= bit
             path.write_bytes(spoiled)
-            with pytest.raises(store_files.BadFileError):
-                store_files.read_image(path, wanted)
+            with pytest.raises(BadFileError):
+                store_files.read_image(path, wanted, header.tensors)
     path.write_bytes(content)
-    assert store_files.read_image(path, wanted).sizes == (256,)
+    assert store_files.read_image(path, wanted, header.tensors).sizes == (256,)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda h: h["media"].update(shape=[]), "contradicts itself"),
-        (lambda h: h["media"].update(shape=[0, 4]), "contradicts itself"),
-        (lambda h: h["media"].update(shape=[-256, -256]), "contradicts itself"),
-        (lambda h: h["media"].update(data_offsets=[4, 8]), "contradicts itself"),
-        (lambda h: h["media"].update(dtype="F4"), "cannot be understood"),
-        (lambda h: h["media"].pop("shape"), "cannot be understood"),
-        (lambda h: h.update(media=3), "cannot be understood"),
-        (lambda h: h["__metadata__"].pop("model"), "cannot be understood"),
-        (lambda h: h["__metadata__"].update(model="\x1b[2J"), "contradicts itself"),
-        (lambda h: h["__metadata__"].update(sizes="[0]"), "contradicts itself"),
-        (lambda h: h["__metadata__"].update(sizes="5"), "cannot be understood"),
-        (lambda h: h["__metadata__"].update(sizes="[255]"), "checksum|fit together"),
-        (lambda h: h.update(__metadata__=[]), "cannot be understood"),
-        (lambda h: h.update(extra=h.pop("values.3")), "checksum"),
-    ],
-)
-def test_headers_that_lie(stored, change, said):
-    _, _, path = stored
-    raw = store_files.read_header(path).raw
-    data, header = path.read_bytes()[len(raw) :], json.loads(raw[8:])
-    wanted = {name: header["__metadata__"][name] for name in ("key", "dtype")}
+def set_header(path, change):
+    """Another header before the same bytes; returns what the old one said."""
+    told = store_files.read_header(path)
+    data, header = path.read_bytes()[len(told.raw) :], json.loads(told.raw[8:])
     change(header)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    with pytest.raises(store_files.BadFileError, match=said):
-        store_files.read_image(path, wanted)
+    return told
 
 
-def test_forged_tensors_do_not_fit(stored):
-    """Right checksums over what is no memory."""
-    _, wanted, path = stored
-    facts = store_files.read_header(path).facts
-    facts = {name: facts[name] for name in ("key", "model", "dtype")}
+def rename(header, old, new):
+    named = {new if name == old else name: told for name, told in header.items()}
+    header.clear()
+    header.update(named)
+
+
+LIES = {
+    "no shape": (lambda h: h["media"].update(shape=[]), "contradicts itself"),
+    "nothing in it": (lambda h: h["media"].update(shape=[0, 4]), "contradicts itself"),
+    "negative": (lambda h: h["media"].update(shape=[-256, -256]), "contradicts itself"),
+    "words for sizes": (lambda h: h["media"].update(shape=["256", "256"]), "contradicts itself"),
+    "one word for sizes": (lambda h: h["media"].update(shape="256"), "contradicts itself"),
+    "fractions": (lambda h: h["media"].update(shape=[256.0, 256.5]), "contradicts itself"),
+    "many directions": (lambda h: h["media"].update(shape=[1] * 9), "contradicts itself"),
+    "no end of directions": (lambda h: h["media"].update(shape=[9] * 3 * 10**5), "contradicts"),
+    "beyond all numbers": (lambda h: h["media"].update(shape=[10**1000, 4]), "contradicts itself"),
+    "other bytes": (lambda h: h["media"].update(data_offsets=[4, 8]), "contradicts itself"),
+    "behind the end": (lambda h: h["media"].update(data_offsets=[2**62, 2**63]), "contradicts"),
+    "overlapping": (lambda h: h["ids"].update(data_offsets=[0, 1024]), "contradicts itself"),
+    "no such dtype": (lambda h: h["media"].update(dtype="F4"), "cannot be understood"),
+    "a list for a dtype": (lambda h: h["media"].update(dtype=[]), "cannot be understood"),
+    "shapeless": (lambda h: h["media"].pop("shape"), "cannot be understood"),
+    "a number": (lambda h: h.update(media=3), "cannot be understood"),
+    "no model": (lambda h: h["__metadata__"].pop("model"), "cannot be understood"),
+    "a model that clears screens": (
+        lambda h: h["__metadata__"].update(model="\x1b[2J"),
+        "contradicts itself",
+    ),
+    "a long dtype": (lambda h: h["__metadata__"].update(dtype="f" * 99), "contradicts itself"),
+    "no tokens": (lambda h: h["__metadata__"].update(sizes="[0]"), "contradicts itself"),
+    "a number for sizes": (lambda h: h["__metadata__"].update(sizes="5"), "contradicts itself"),
+    "minus a picture": (lambda h: h["__metadata__"].update(sizes="[257, -1]"), "contradicts"),
+    "a token less": (lambda h: h["__metadata__"].update(sizes="[255]"), "not those of a memory"),
+    "a list": (lambda h: h.update(__metadata__=[]), "cannot be understood"),
+    "another name": (lambda h: rename(h, "values.3", "extra"), "not those of a memory"),
+    "no layer": (lambda h: rename(h, "values.3", "values.x"), "not those of a memory"),
+    "other digits": (lambda h: rename(h, "values.3", "values.03"), "not those of a memory"),
+    "no end of digits": (lambda h: rename(h, "keys.3", f"keys.{'9' * 5000}"), "not those of a"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_headers_that_lie(stored, name):
+    path = stored[2]
+    change, said = LIES[name]
+    told = set_header(path, change)
+    wanted = {name: told.facts[name] for name in ("key", "dtype")}
+    started = time.monotonic()
+    with pytest.raises(BadFileError, match=said):
+        store_files.read_image(path, wanted, told.tensors)
+    assert time.monotonic() - started < 2
+
+
+def test_a_giant_is_not_made_room_for(stored):
+    """A sparse file of 1 TiB, as long as its header says."""
+    path = stored[2]
+
+    def grow(header):
+        size = 2**40
+        header["media"].update(shape=[256, size // 1024], data_offsets=[0, size])
+        for name in header.keys() - {"__metadata__", "media"}:
+            del header[name]
+
+    told = set_header(path, grow)
+    os.truncate(path, 8 + int.from_bytes(path.read_bytes()[:8], "little") + 2**40)
+    assert store_files.read_header(path).size > 2**40
+    with pytest.raises(BadFileError, match="not those of a memory of this model and picture"):
+        store_files.read_image(path, {"key": path.stem}, told.tensors)
+
+
+def test_a_header_as_deep_as_it_is_long(stored):
+    text_header(stored[2], b"[" * 2**20)
+    with pytest.raises(BadFileError, match="cannot be understood"):
+        store_files.read_header(stored[2])
+
+
+def test_forged_tensors_do_not_fit(core, stored):
+    """Right checksums over what is no memory of this model and picture."""
+    batch, wanted, path = stored
+    facts = {name: store_files.read_header(path).facts[name] for name in ("key", "model", "dtype")}
 
     def memory(**changes):
         fields = {"media": wanted.media, "ids": wanted.ids, "sizes": (256,)}
         fields |= {"keys": wanted.keys, "values": wanted.values}
         return ImageMemory(**fields | changes)
 
+    def each(change, tensors):
+        return {layer: change(tensor) for layer, tensor in tensors.items()}
+
+    wide = {"keys": each(lambda t: t[:, :1], wanted.keys)}
+    wide |= {"values": each(lambda t: t[:, :1], wanted.values)}
+    double = {"keys": each(torch.Tensor.double, wanted.keys)}
+    double |= {"values": each(torch.Tensor.double, wanted.values)}
     for wrong in (
         memory(sizes=(255,)),
         memory(media=wanted.media[:5]),
+        memory(media=wanted.media[:, :8]),
+        memory(media=wanted.media.double()),
+        memory(ids=wanted.ids.float()),
         memory(values={1: wanted.values[1]}),
         memory(keys={1: wanted.keys[1], 3: wanted.keys[3][:, :1]}),
+        memory(keys={"x": wanted.keys[1]}),
         memory(keys={}, values={}),
+        memory(**wide),
+        memory(**double),
+        memory(ids=wanted.ids.flip(0)),
     ):
         assert store_files.write_image(path, wrong, facts)
-        with pytest.raises(store_files.BadFileError, match="do not fit together"):
-            store_files.read_image(path, facts)
-    assert store_files.write_image(path, memory(keys={"x": wanted.keys[1]}), facts)
-    with pytest.raises(store_files.BadFileError, match=r"holds a tensor 'keys.x'"):
-        store_files.read_image(path, facts)
+        store = comemo.MemoryStore(directory=path.parent)
+        with pytest.warns(comemo.MemoryStoreWarning, match="not those of a memory|another grid"):
+            assert_same(memory_of(core, batch, store), wanted)
+        assert counts(store, "refused", "disk_hits") == (1, 0)
 
 
 def test_a_file_that_vanishes_is_a_plain_miss(core, stored):
@@ -247,9 +325,26 @@ def test_a_file_that_shrinks_while_it_is_read(core, stored, monkeypatch):
 
 def test_a_directory_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(NotADirectoryError):
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "link"):
+        with pytest.raises(NotADirectoryError, match="MemoryStore: directory must be a directory"):
             comemo.MemoryStore(directory=path)
+
+
+def test_directory_and_files_are_private(core, tmp_path):
+    """Whatever the umask says; what was there before stays as it is."""
+    batch, before = batch_of(core, [2, "square", 3]), os.umask(0)
+    try:
+        tmp_path.chmod(0o755)
+        for directory in (tmp_path / "new", tmp_path):
+            memory_of(core, batch, comemo.MemoryStore(directory=directory))
+    finally:
+        os.umask(before)
+    for path in (tmp_path, tmp_path / "new"):
+        (file,) = files_of(path)
+        assert file.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o700
+    assert tmp_path.stat().st_mode & 0o777 == 0o755
 
 
 def test_a_full_disk_costs_no_answer(core, tmp_path, monkeypatch):
@@ -298,25 +393,33 @@ def test_a_directory_without_permission(core, tmp_path):
 
 
 def test_leftovers_of_dead_writers_are_swept(tmp_path):
-    here, gone = store_files._host(), subprocess.Popen(["true"])
+    here, gone, key = store_directory.host(), subprocess.Popen(["true"]), "0" * 64
     gone.wait()
-    hour = store_files.LEFTOVER
+    hour = store_directory.LEFTOVER
     kept = {
-        "alive": (f"k.part-{here}-{os.getpid()}-aa", 0),
-        "somewhere else": (f"k.part-0123abcd-{gone.pid}-aa", hour - 60),
-        "other names": ("k.part", 2 * hour),
+        "alive": (f"{key}.part-{here}-{os.getpid()}-aaaaaaaa", 0),
+        "somewhere else": (f"{key}.part-0123abcd-{gone.pid}-aaaaaaaa", hour - 60),
+        "a film": ("movie.part-1.rar", 2 * hour),
+        "a film of another host": (f"movie.part-0123abcd-{gone.pid}-aaaaaaaa", 2 * hour),
+        "no key": (f"k.part-{here}-{gone.pid}-aaaaaaaa", 2 * hour),
+        "no number": (f"{key}.part-{here}-x-aaaaaaaa", 2 * hour),
+        "a number of thousands of digits would do": (f"{key}.part-{here}-{'9' * 99}-a", 2 * hour),
+        "more behind it": (f"{key}.part-{here}-{gone.pid}-aaaaaaaa.rar", 2 * hour),
+        "other names": (f"{key}.part", 2 * hour),
     }
     swept = {
-        "dead": (f"k.part-{here}-{gone.pid}-aa", 0),
-        "old": (f"k.part-{here}-{os.getpid()}-bb", hour + 60),
-        "old, somewhere else": (f"k.part-0123abcd-{os.getpid()}-aa", hour + 60),
-        "old, odd": ("k.part-odd", hour + 60),
+        "dead": (f"{key}.part-{here}-{gone.pid}-aaaaaaaa", 0),
+        "old": (f"{key}.part-{here}-{os.getpid()}-bbbbbbbb", hour + 60),
+        "old, somewhere else": (f"{key}.part-0123abcd-{os.getpid()}-aaaaaaaa", hour + 60),
+        "old, a number that is no process": (f"{key}.part-{here}-9999999999-cccccccc", hour + 60),
     }
     for name, age in (*kept.values(), *swept.values()):
         (tmp_path / name).write_bytes(b"half")
         then = time.time() - age
         os.utime(tmp_path / name, (then, then))
     comemo.MemoryStore(directory=tmp_path)
+    assert set(os.listdir(tmp_path)) == {name for name, _ in kept.values()}
+    cli.main(["store", "rm", str(tmp_path), "--all"])
     assert set(os.listdir(tmp_path)) == {name for name, _ in kept.values()}
 
 
@@ -326,7 +429,7 @@ from pathlib import Path
 from comemo import store_files
 path = Path(sys.argv[1])
 header, old = store_files.read_header(path), store_files.chunks_of
-image = store_files.read_image(path, {})
+image = store_files.read_image(path, {}, header.tensors)
 def slowly(tensor):
     for chunk in old(tensor):
         for start in range(0, len(chunk), 1000):

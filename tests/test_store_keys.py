@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
+from hypothesis import given
+from hypothesis import strategies as st
 from known import assert_same, batch_of, counts, key_of, memory_of, tiles, work_on
 
 import comemo
@@ -47,8 +49,24 @@ def merge(core):
     assert weight._version == version
 
 
+def in_place(change):
+    """Written into the data of a weight: neither its version nor its address tells."""
+
+    def write(core):
+        weight = core.language_model.layers[3].mixin.kv_proj.weight
+        before = weight._version, weight.data_ptr()
+        change(weight.data)
+        assert (weight._version, weight.data_ptr()) == before
+
+    return write
+
+
+def exchange(data):
+    data[:2] = data[:2].flip(0)
+
+
 def replace(core):
-    """Other in one place that no sample looks at, and again no version tells."""
+    """Other in one place, and again no version tells."""
     weight = core.language_model.layers[1].mixin.kv_proj.weight
     changed, version = weight.detach().clone(), weight._version
     changed[0, 1] += 0.5
@@ -78,6 +96,10 @@ CHANGES = {
     "norm": nudge(f"{MIXIN}attn_norm.weight"),
     "keys": nudge(f"{MIXIN}kv_proj.weight"),
     "merged": merge,
+    "a row": in_place(lambda data: data[7].zero_()),
+    "a number": in_place(lambda data: data[5, 3].add_(1)),
+    "rows exchanged": in_place(exchange),
+    "signs of columns": in_place(lambda data: data[:, 1:4:2].neg_()),
     "replaced": replace,
     "loaded": load,
     "trained": train,
@@ -141,6 +163,36 @@ def test_weights_are_hashed_once(fresh, monkeypatch):
     merge(fresh)
     memory_of(fresh, batch_of(fresh, [2, "square"]), store)
     assert len(asked) == 2
+
+
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 2, 3, 50, 2**16 + 1, 2**20 + 6]), min_size=1, max_size=4),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn]),
+    data=st.data(),
+)
+def test_every_bit_of_a_weight_counts(sizes, dtype, data):
+    """Whichever are flipped, and where: at the end of a word, in pairs, in blocks of their own."""
+    bits = [torch.randint(0, 256, (n, dtype.itemsize), dtype=torch.uint8) for n in sizes]
+    before = store_keys.sum_bits([t.flatten().view(dtype) for t in bits])
+    assert before == store_keys.sum_bits([t.clone().flatten().view(dtype) for t in bits])
+    filled = st.sampled_from([i for i, n in enumerate(sizes) if n] or [None])
+    for which in data.draw(st.lists(filled, min_size=1, max_size=3, unique=True)):
+        if which is None:
+            return
+        place = data.draw(st.integers(0, sizes[which] - 1))
+        count = data.draw(st.sampled_from([1, 2, sizes[which]]))
+        bits[which][place : place + count, -1] ^= data.draw(st.sampled_from([1, 64, 128, 255]))
+    assert before != store_keys.sum_bits([t.flatten().view(dtype) for t in bits])
+
+
+def test_the_order_of_weights_counts():
+    large, small = torch.randn(2, 2**18), torch.randn(2, 7)
+    for a, b in (large, small):
+        assert store_keys.sum_bits([a, b]) == store_keys.sum_bits([a.clone(), b[None]])
+        assert store_keys.sum_bits([a, b]) != store_keys.sum_bits([b, a])
+        assert store_keys.sum_bits([a, b]) != store_keys.sum_bits([a.flip(0), b])
+    assert store_keys.sum_bits([large]) == store_keys.sum_bits([large.mT.contiguous().mT])
+    assert store_keys.sum_bits([]) == []
 
 
 def test_a_store_keeps_no_model_alive(loaded):

@@ -1,0 +1,212 @@
+"""The parts of a config, made of what files say in the published words or in transformers'."""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import LlamaConfig, PreTrainedConfig
+from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
+
+from comemo.config_checks import (
+    GENERAL,
+    MIXIN,
+    TEXT,
+    VISION,
+    check_heads,
+    check_names,
+    check_settings,
+    shorten,
+)
+
+LLM_KEYS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
+    *("initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
+    *("tie_word_embeddings", "attention_dropout", "mlp_bias"),
+)
+VISION_KEYS = (  # the same in both vocabularies
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("hidden_act", "norm_type", "layer_norm_eps", "attention_dropout", "initializer_range"),
+    "num_channels",
+)
+VISION_RENAMED = {  # published -> transformers
+    "qkv_bias": "attention_bias",
+    "qk_normalization": "use_qk_norm",
+    "dropout": "hidden_dropout_prob",
+    "initializer_factor": "layer_scale_init_value",
+}
+FLOATS = (  # which transformers refuses as 0 or 1
+    *("initializer_range", "rms_norm_eps", "layer_norm_eps"),
+    *("initializer_factor", "layer_scale_init_value"),
+)
+
+
+def check_parts(parts: dict[str, Any]) -> None:
+    """Refuse wrong settings before objects are made of them.
+
+    Args:
+        parts: `llm_config`, `text_config`, `vision_config` and `mixin_config`, as they were given.
+
+    Raises:
+        ValueError: a part that is neither a dictionary nor a config, or a wrong setting in one.
+    """
+    rules = {"llm_config": TEXT | {"architectures": GENERAL["architectures"]}}
+    rules |= {"text_config": TEXT | GENERAL, "vision_config": VISION, "mixin_config": MIXIN}
+    for name, part in parts.items():
+        if not isinstance(part, (dict, PreTrainedConfig, type(None))):
+            raise ValueError(f"CoMemoConfig: {name} must be a dictionary, got {shorten(part)}")
+        if isinstance(part, dict):
+            check_settings(name, rules[name], told(part) if name == "llm_config" else part)
+
+
+def told(llm: dict[str, Any]) -> dict[str, Any]:
+    """What a published language model says of itself: null is what it does not tell."""
+    return {key: value for key, value in llm.items() if value is not None}
+
+
+def make_text(text: dict[str, Any]) -> LlamaConfig:
+    """Make the language model's config.
+
+    Args:
+        text: in transformers' words.
+
+    Raises:
+        ValueError: names or rotary scaling that are none, sizes that do not fit together.
+    """
+    check_names("text_config", LlamaConfig, text)
+    rotary = text.get("rope_parameters")
+    scaling_of(rotary, "text_config.rope_parameters")
+    check_settings("text_config.rope_parameters", TEXT, rotary or {})
+    return _make(LlamaConfig, "text_config", deepcopy(text))
+
+
+def text_from_published(llm: dict[str, Any], architecture: str) -> LlamaConfig:
+    """Make the language model's config; an empty one is that of the published model.
+
+    Args:
+        llm: in the published words, as `told` returns it.
+        architecture: whose words these are.
+
+    Raises:
+        ValueError: sizes that do not fit together.
+    """
+    published = {  # internlm2-chat-1_8b; its configuration class has attention bias by default
+        "vocab_size": 92553,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "pad_token_id": 2,
+    }
+    internlm2 = architecture == "InternLM2ForCausalLM"
+    known = {key: llm[key] for key in LLM_KEYS if key in llm}
+    bias = llm.get(bias_key(architecture), internlm2 and bool(llm))
+    theta = llm.get("rope_theta", 1e6 if not llm else 10000.0)
+    # The scaling stays in CoMemoConfig: Llama's own would follow other rules and be sticky.
+    rotary = {"rope_type": "default", "rope_theta": float(theta)}
+    rest = {"attention_bias": bias, "rope_parameters": rotary}
+    return _make(LlamaConfig, "llm_config", (known if llm else published) | rest)
+
+
+def make_vision(vision: dict[str, Any], image_size: int | None) -> InternVLVisionConfig:
+    """Make the vision tower's config.
+
+    Args:
+        vision: in either vocabulary; the published word counts where both are there.
+        image_size: in pixels, instead of the tower's own.
+
+    Raises:
+        ValueError: settings that transformers refuses.
+    """
+    known = {key: vision[key] for key in (*VISION_KEYS, *VISION_RENAMED.values()) if key in vision}
+    known |= {ours: vision[key] for key, ours in VISION_RENAMED.items() if key in vision}
+    known = {
+        "attention_bias": True,
+        **known,
+        "image_size": image_size or vision.get("image_size", 448),
+        "patch_size": vision.get("patch_size", 14),
+        "use_mean_pooling": True,  # no final norm: the published tower has none
+    }
+    return _make(InternVLVisionConfig, "vision_config", known)
+
+
+def _make(kind: Callable[..., Any], part: str, values: dict[str, Any]) -> Any:
+    values = {key: float(value) if key in FLOATS else value for key, value in values.items()}
+    check_heads(part, values)
+    try:
+        return kind(**values)
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"CoMemoConfig: {part} is refused by transformers: {reason}") from error
+
+
+def bias_key(architecture: str) -> str:
+    """The published word for biases of the attention's projections."""
+    return "bias" if architecture == "InternLM2ForCausalLM" else "attention_bias"
+
+
+def check_agreement(llm: dict[str, Any], published: LlamaConfig, text: LlamaConfig) -> None:
+    """Refuse a language model that is told in both vocabularies and is not one.
+
+    Args:
+        llm: in the published words, as `told` returns it.
+        published: what `text_from_published` made of it.
+        text: the other.
+
+    Raises:
+        ValueError: all settings that differ.
+    """
+    differ = [
+        key
+        for key in LLM_KEYS
+        if not key.endswith("_token_id")
+        and key in llm
+        and getattr(published, key) != getattr(text, key)
+    ]
+    if published.attention_bias != text.attention_bias:
+        differ.append("attention_bias")
+    theta = llm.get("rope_theta")
+    if theta is not None and float(theta) != float(text.rope_parameters["rope_theta"]):
+        differ.append("rope_theta")
+    if differ:
+        raise ValueError(
+            "CoMemoConfig: llm_config and text_config tell of the same language model and must"
+            f" agree, they differ in {differ}: give one of them"
+        )
+
+
+def scaling_of(given: dict[str, Any] | None, name: str = "rope_scaling") -> dict[str, Any] | None:
+    """Read rotary scaling.
+
+    Args:
+        given: in either vocabulary.
+        name: of where it was given.
+
+    Returns:
+        As the model does it, {"type": ..., "factor": ...}; None for none.
+
+    Raises:
+        ValueError: any other scaling.
+    """
+    if not isinstance(given, (dict, type(None))):
+        raise ValueError(f"CoMemoConfig: {name} must be null or a dictionary, got {shorten(given)}")
+    known = {key: value for key, value in (given or {}).items() if value is not None}
+    for key in ("rope_theta", "original_max_position_embeddings"):  # which Llama's do not read
+        known.pop(key, None)
+    kinds = {str(known.pop(key)) for key in ("type", "rope_type") if key in known}
+    factor = known.pop("factor", None)
+    if kinds == {"default"} or not (kinds or factor or known):
+        return None
+    valid = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+    valid = valid and 0 < factor < math.inf
+    if len(kinds) != 1 or not kinds <= {"dynamic", "linear"} or known or not valid:
+        raise ValueError(
+            f"CoMemoConfig: {name} type must be 'dynamic' or 'linear', with a positive factor and"
+            f" nothing else, got {shorten(given)}"
+        )
+    return {"type": kinds.pop(), "factor": factor}

@@ -1,0 +1,37 @@
+"""Imported before all else: Ctrl-C while the libraries are imported, which takes seconds.
+
+There is nothing to clean up or to tell then, nor when the command is done; a KeyboardInterrupt
+would be a traceback from deep inside a library, or be lost in it.
+"""
+
+import os
+import signal
+import sys
+
+
+def _is_command() -> bool:
+    """Whether this process is `comemo` or `python -m comemo`, not a program that imports it."""
+    script = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if script == "-m":  # as long as Python looks for the module
+        return ("-m", "comemo") in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+    return os.path.splitext(script)[0] == "comemo"
+
+
+def _leave(*_: object) -> None:
+    os._exit(130)
+
+
+_COMMAND = _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def interruptible(work: bool) -> None:
+    """Choose what Ctrl-C does to the command.
+
+    Args:
+        work: whether it is a KeyboardInterrupt, or ends the process at once.
+    """
+    if _COMMAND:
+        signal.signal(signal.SIGINT, signal.default_int_handler if work else _leave)
+
+
+interruptible(False)

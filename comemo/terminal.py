@@ -1,0 +1,106 @@
+"""What the command prints: answers on stdout, all else on stderr, control characters escaped.
+
+Names of files, settings of a checkpoint and answers of a model come from others: as they are they
+could steer the terminal, or look like words of the command itself.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import sys
+from typing import TextIO
+
+from safetensors import SafetensorError
+
+# C0 and C1 control characters, halves of surrogate pairs (bytes that are no text), and what
+# reorders or ends a line
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_FULL = re.compile("out of memory|not enough memory|can't allocate memory")
+# What a user can put right about a file.
+_USERS_ERRNO = {
+    *(None, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EROFS, errno.ENXIO, errno.EINVAL),
+}
+
+
+def plain(text: object, keep: str = "") -> str:
+    r"""Escape control characters, as `\x1b` or `\u202e`.
+
+    Args:
+        text: what comes from a file, a user or a model.
+        keep: those that stay as they are.
+    """
+
+    def escape(found: re.Match[str]) -> str:
+        char = found[0]
+        if char in keep:
+            return char
+        return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"
+
+    return _CONTROL.sub(escape, str(text))
+
+
+def prepare() -> None:
+    """Make the streams take any text; a closed stderr takes it to nowhere."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),  # refused where it is read
+        (sys.stdout, "backslashreplace"),  # a terminal without Unicode
+        (sys.stderr, "backslashreplace"),
+    ):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
+
+
+def settle() -> None:
+    """Write out what stdout holds; if nobody takes it, Python must not try again at its end."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell(text: str = "", end: str = "\n") -> None:
+    """Print lines on stdout at once."""
+    print(plain(text, "\n\t"), end=end, flush=True)
+
+
+def note(text: str, end: str = "\n") -> None:
+    """Print lines on stderr; where nobody reads it, do nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        print(plain(text, "\n\t"), end=end, file=sys.stderr, flush=True)
+
+
+def show(text: str, out: TextIO) -> None:
+    """Write a piece of an answer; its lines and tabs stay."""
+    out.write(plain(text, "\n\t"))
+    out.flush()
+
+
+def report(error: BaseException) -> int:
+    """Tell what went wrong in one line on stderr, without the function that found the fault.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        Exit status: 2 for what the user can put right, 1 for what failed.
+    """
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        name = "" if error.filename is None else f": {str(error.filename)!r}"
+        text = error.strerror + name
+    text = " ".join(text.split()) or type(error).__name__
+    if isinstance(error, (ValueError, OSError, SafetensorError)):
+        text = re.sub(r"^[A-Za-z_]\w*(\.\w+)*: ", "", text)
+        status = 2 if getattr(error, "errno", None) in _USERS_ERRNO else 1
+    elif isinstance(error, MemoryError) or _FULL.search(text):  # torch's are RuntimeErrors
+        text, status = f"there is not enough memory: {text}", 1
+    else:
+        text, status = f"{type(error).__name__}: {text} (--debug shows where)", 1
+    note(f"comemo: error: {plain(text)[:600]}")
+    return status

@@ -1,0 +1,116 @@
+"""Every place in a call where an exception can fall: first they are found, then it falls there.
+
+The interpreter looks at signals when a Python function begins and when a call has returned, and an
+error comes from a call. A profiler is told of these moments, and what it raises falls there. A
+`with` of a lock is entered and left in one of them.
+"""
+
+import os
+import sys
+from contextlib import contextmanager
+from types import CodeType
+from typing import NamedTuple
+
+import comemo
+
+OURS = os.path.dirname(comemo.__file__)
+
+
+class Injected(BaseException):
+    """Raised by nobody else."""
+
+
+class Place(NamedTuple):
+    """A moment in this project's code: before a call or behind it, or where a function begins.
+
+    Attributes:
+        code: of the function.
+        instruction: of the call; the function's first where it begins.
+        event: a profiler's.
+        begins: whether somebody else's code called the function.
+    """
+
+    code: CodeType
+    instruction: int
+    event: str
+    begins: bool
+
+    @property
+    def file(self):
+        return os.path.basename(self.code.co_filename)
+
+    def __str__(self):
+        return f"{self.file}:{self.code.co_name}:{self.instruction}:{self.event}"
+
+
+def _place_of(frame, event, arg):
+    if event.startswith("c_"):
+        if arg.__name__ == "__exit__":  # of a lock
+            return None
+        begins = False
+    else:
+        caller = frame.f_back
+        begins = caller is None or not caller.f_code.co_filename.startswith(OURS)
+        frame = frame if begins else caller
+    if not frame.f_code.co_filename.startswith(OURS):
+        return None
+    return Place(frame.f_code, frame.f_lasti, event, begins)
+
+
+@contextmanager
+def _profiler(watch):
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def find_places(call):
+    """All places that a call passes, in order, each once."""
+    found = {}
+
+    def watch(frame, event, arg):
+        if (place := _place_of(frame, event, arg)) is not None:
+            found.setdefault(place)
+
+    with _profiler(watch):
+        call()
+    return list(found)
+
+
+def interrupt_at(call, place):
+    """Do a call, with `Injected` raised when it first comes to a place; whether it got there."""
+    code, _, wanted, _ = place
+
+    def watch(frame, event, arg):
+        if event == wanted:  # and not the whole question at once: there are many moments
+            caller = frame.f_back
+            near = frame.f_code is code or (caller is not None and caller.f_code is code)
+            if near and _place_of(frame, event, arg) == place:
+                raise Injected
+
+    return _interrupted(call, watch)
+
+
+def interrupt_after(call, moments):
+    """Do a call, with `Injected` raised after so many moments; whether it took so long."""
+
+    def watch(frame, event, arg):
+        nonlocal moments
+        if _place_of(frame, event, arg) is not None:
+            moments -= 1
+            if moments < 0:
+                raise Injected
+
+    return _interrupted(call, watch)
+
+
+def _interrupted(call, watch):
+    try:
+        with _profiler(watch):
+            call()
+    except Injected:
+        return True
+    return False

@@ -1,0 +1,419 @@
+"""Code that a checkpoint holds or names is not run, and nobody is asked whether to run it."""
+
+import builtins
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+import warnings
+
+import pytest
+import torch
+import transformers
+from conftest import SLOW
+from jinja2.exceptions import SecurityError
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+)
+from transformers.models.auto.feature_extraction_auto import AutoFeatureExtractor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers.models.auto.video_processing_auto import AutoVideoProcessor
+
+from comemo import (
+    CoMemoConfig,
+    CoMemoForConditionalGeneration,
+    CoMemoImageProcessor,
+    CoMemoModel,
+    CoMemoProcessor,
+    InternLM2Tokenizer,
+    cli,
+    prompts,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CODE = """
+def tell(*args, **kwargs):
+    open({canary!r}, "w").close()
+
+
+class Planted:
+    __init__ = from_pretrained = register_for_auto_class = tell
+
+
+tell()
+generate = tell
+"""
+AUTO = [name for name in dir(transformers) if name.startswith("Auto")]
+CONFIGS = ("processor_config", "preprocessor_config", "video_preprocessor_config")
+
+
+def auto_map(name="planted.Planted"):
+    """Code for every class that transformers loads by itself."""
+    return dict.fromkeys(AUTO, name) | {"AutoTokenizer": [name, name]}
+
+
+def edit(directory, file, **change):
+    path = directory / f"{file}.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.unlink(missing_ok=True)  # it may be one of the other checkpoint too
+    path.write_text(json.dumps(content | change))
+
+
+# --- where code is planted ---
+
+
+def in_every_file(directory):
+    """As published and further: files name our own classes, and code for them."""
+    parts = json.loads((directory / "config.json").read_text())
+    for name in ("llm_config", "text_config", "vision_config", "mixin_config"):
+        edit(directory, "config", **{name: parts[name] | {"auto_map": auto_map()}})
+    for file in ("config", "generation_config", "tokenizer_config", *CONFIGS):
+        edit(directory, file, auto_map=auto_map())
+
+
+def in_another_config(directory):
+    """The file that transformers reads instead of config.json, for a model of another type."""
+    edit(directory, "config", configuration_files=["config.0.1.json"])
+    edit(directory, "config.0.1", model_type="planted", auto_map=auto_map())
+
+
+def naming(file, code="planted.Planted", **classes):
+    """A file names a class, nobody's or of transformers, and code for all of them."""
+    return lambda directory: edit(directory, file, auto_map=auto_map(code), **classes)
+
+
+def in_another_repository(directory):
+    shutil.copytree(directory, directory / "other")
+    code = f"{directory / 'other'}--planted.Planted"
+    edit(directory, "tokenizer_config", auto_map=auto_map(code), tokenizer_class="Planted")
+
+
+def in_a_list(directory):
+    both = ["planted.Planted", "planted.Planted"]
+    edit(directory, "tokenizer_config", auto_map=both, tokenizer_class=None)
+
+
+def in_generate(directory):
+    (directory / "custom_generate").mkdir()
+    shutil.copy(directory / "planted.py", directory / "custom_generate" / "generate.py")
+
+
+def in_pipelines(directory):
+    code = {"impl": "planted.Planted", "pt": ["AutoModel"], "type": "multimodal"}
+    edit(directory, "config", custom_pipelines={"image-text-to-text": code})
+
+
+def in_audio(file):
+    def plant(directory):
+        edit(directory, "config", auto_map=auto_map())
+        named = {"audio_tokenizer_class": "AutoModelForTextToWaveform"}
+        named |= {"audio_tokenizer_name_or_path": str(directory)}
+        inside = {"audio_tokenizer": named} if file == "processor_config" else named
+        edit(directory, file, **inside)
+
+    return plant
+
+
+TOKENIZER = {
+    "tokenizer": naming("tokenizer_config", tokenizer_class="Planted"),
+    "known-tokenizer": naming("tokenizer_config", tokenizer_class="LlamaTokenizerFast"),
+    "another-repository": in_another_repository,
+}
+PROCESSOR = {
+    "processor": naming("processor_config", processor_class="Planted"),
+    "known-processor": naming("processor_config", processor_class="InternVLProcessor"),
+    "audio": in_audio("processor_config"),
+    "audio-file": in_audio("audio_tokenizer_config"),
+}
+CONFIG = {"config": in_another_config}
+OF_MODEL = {"everywhere": in_every_file, "generate": in_generate, "pipelines": in_pipelines}
+PASSED_OVER = {
+    "tokenizers": in_a_list,
+    "processor-of-text": naming("tokenizer_config", processor_class="Planted"),
+    "processor-of-pictures": naming("preprocessor_config", processor_class="Planted"),
+    "pictures": naming("preprocessor_config", image_processor_type="Planted"),
+    "known-pictures": naming("preprocessor_config", image_processor_type="CLIPImageProcessor"),
+    "features": naming("preprocessor_config", feature_extractor_type="Planted"),
+    "videos": naming("video_preprocessor_config", video_processor_type="Planted"),
+}
+PLACES = TOKENIZER | PROCESSOR | CONFIG | OF_MODEL | PASSED_OVER
+
+
+# --- doors ---
+
+
+def chat(directory):
+    """What a user types first is a question, and no consent to anything."""
+    sys.stdin = io.StringIO("y\n")
+    words = [
+        "chat",
+        str(directory),
+        "--max-new-tokens",
+        "1",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+    ]
+    status = cli.main(words)
+    assert sys.stdin.read() == ("y\n" if status else "")
+    if status:
+        raise ValueError
+
+
+def info(directory):
+    if cli.main(["info", str(directory)]):
+        raise ValueError
+
+
+def generate(directory, **trust):
+    model = CoMemoForConditionalGeneration.from_pretrained(directory, **trust)
+    ids = torch.ones(1, 1, dtype=torch.long)
+    model.generate(ids, max_new_tokens=1)
+    with pytest.raises(ValueError, match="generate: custom_generate must be a function, got"):
+        model.generate(ids, custom_generate=str(directory), **trust)
+    with pytest.raises(ValueError, match="generate: custom_generate must be a function, got"):
+        model.load_custom_generate(directory, **trust)
+    return model
+
+
+def pipe(directory, **trust):
+    return pipeline("image-text-to-text", str(directory), **trust).processor
+
+
+# Its name -> the door, and what comes out of it where nothing is refused.
+OURS = (CoMemoConfig, CoMemoImageProcessor, InternLM2Tokenizer, CoMemoProcessor)
+MODELS = (CoMemoModel, CoMemoForConditionalGeneration)
+DOORS = {own.__name__: (own.from_pretrained, own) for own in OURS + MODELS} | {
+    "AutoConfig": (AutoConfig.from_pretrained, CoMemoConfig),
+    "AutoModel": (AutoModel.from_pretrained, CoMemoForConditionalGeneration),
+    "AutoModelFor": (AutoModelForSequenceClassification.from_pretrained, None),
+    "AutoTokenizer": (AutoTokenizer.from_pretrained, InternLM2Tokenizer),
+    "AutoImageProcessor": (AutoImageProcessor.from_pretrained, CoMemoImageProcessor),
+    "AutoProcessor": (AutoProcessor.from_pretrained, CoMemoProcessor),
+    "AutoVideoProcessor": (AutoVideoProcessor.from_pretrained, None),
+    "AutoFeatureExtractor": (AutoFeatureExtractor.from_pretrained, None),
+    "chat": (chat, type(None)),
+    "info": (info, type(None)),
+    "generate": (generate, CoMemoForConditionalGeneration),
+    "pipeline": (pipe, CoMemoProcessor),
+}
+READ_PROCESSOR = {"CoMemoProcessor", "AutoProcessor", "pipeline"}
+READ_TOKENIZER = {"InternLM2Tokenizer", "AutoTokenizer", "chat"} | READ_PROCESSOR
+READ_WEIGHTS = {*(m.__name__ for m in MODELS), "AutoModel", "chat", "generate", "pipeline"}
+TRUST = [{}, {"trust_remote_code": False}, {"trust_remote_code": True}]
+
+
+def is_refused(place, door):
+    if place in CONFIG:
+        return door not in ("InternLM2Tokenizer", "AutoTokenizer")
+    tokenizer = place in TOKENIZER and door in READ_TOKENIZER
+    return tokenizer or (place in PROCESSOR and door in READ_PROCESSOR) or DOORS[door][1] is None
+
+
+def is_slow(place, door):
+    """Loads weights only to show what another place shows."""
+    early = is_refused(place, door) and (door == "chat" or place in CONFIG)
+    return door in READ_WEIGHTS and place not in OF_MODEL and not early
+
+
+@pytest.fixture(scope="module")
+def plant(demo_checkpoint, tmp_path_factory):
+    """A checkpoint of its own for every place, to be read only."""
+    made = {}
+
+    def planted(place):
+        if place not in made:
+            made[place] = directory = tmp_path_factory.mktemp(place) / place
+            shutil.copytree(demo_checkpoint, directory, copy_function=os.link)
+            code = CODE.format(canary=str(directory / "canary"))
+            (directory / "planted.py").write_text(code)
+            PLACES[place](directory)
+        return made[place]
+
+    return planted
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch):
+    """Questions that were put to the user; the answer is yes."""
+    questions = []
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(builtins, "input", lambda text="": questions.append(text) or "y")
+    return questions
+
+
+@pytest.mark.parametrize(
+    ("place", "door"),
+    [
+        pytest.param(place, door, marks=SLOW if is_slow(place, door) else (), id=f"{place}-{door}")
+        for place in PLACES
+        for door in DOORS
+    ],
+)
+def test_no_code_is_run_and_nobody_asked(plant, asked, place, door):
+    directory, (load, own) = plant(place), DOORS[door]
+    trusts = TRUST[:1] if door in ("chat", "info") else TRUST
+    if own in MODELS and door != "AutoModel":
+        trusts = TRUST[-1:]  # dropped at once, and weights take their time
+    for trust in trusts:
+        (directory / "canary").unlink(missing_ok=True)
+        found = error = None
+        try:
+            found = load(directory, **trust)
+        except ValueError as caught:
+            error = caught
+        assert not (directory / "canary").exists()
+        assert not asked
+        assert (error is not None) == is_refused(place, door), error
+        assert error or type(found) is own
+        assert "trust_remote_code" not in str(error)
+
+
+@pytest.mark.parametrize("own", OURS + MODELS)
+def test_our_classes_run_none_of_another_model(plant, asked, tmp_path, own):
+    shutil.copytree(plant("everywhere"), directory := tmp_path / "copy")
+    edit(directory, "config", model_type="planted")
+    (directory / "planted.py").write_text(CODE.format(canary=str(directory / "canary")))
+    (directory / "canary").unlink(missing_ok=True)
+    without_config = own in (InternLM2Tokenizer, CoMemoImageProcessor)  # and files name no class
+    refusal = pytest.raises(ValueError, match="model_type must be 'comemo_chat', got 'planted'")
+    with contextlib.nullcontext() if without_config else refusal:
+        own.from_pretrained(directory, trust_remote_code=True)
+    assert not (directory / "canary").exists()
+    assert not asked
+
+
+@pytest.mark.parametrize("place", ["tokenizer", "processor", "everywhere", "pictures"])
+def test_nor_of_a_repository(plant, asked, place, tmp_path):
+    """As a hub's files lie in the cache."""
+    repository, commit = tmp_path / "models--some--model", "0" * 40
+    shutil.copytree(plant(place), directory := repository / "snapshots" / commit)
+    (directory / "canary").unlink(missing_ok=True)
+    (directory / "planted.py").write_text(CODE.format(canary=str(directory / "canary")))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    model = "CoMemoForConditionalGeneration"  # AutoModel looks beyond the cache for adapters
+    for door in (model, "AutoConfig", "AutoTokenizer", "AutoImageProcessor", "AutoProcessor"):
+        load, own = DOORS[door]
+        where = {"cache_dir": tmp_path, "local_files_only": True}
+        if is_refused(place, door):
+            with pytest.raises(ValueError, match=r"must name .* or no class"):
+                load("some/model", trust_remote_code=True, **where)
+        else:
+            assert type(load("some/model", trust_remote_code=True, **where)) is own
+    assert not (directory / "canary").exists()
+    assert not asked
+
+
+@pytest.fixture
+def own_copy(demo_checkpoint, tmp_path):
+    """A checkpoint to be edited."""
+    shutil.copytree(demo_checkpoint, directory := tmp_path / "copy", copy_function=os.link)
+    return directory
+
+
+def test_no_pickle_is_read_among_safetensors(own_copy, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "canary"), "w")
+
+    names = load_file(own_copy / "model.safetensors")
+    (own_copy / "model.safetensors").rename(own_copy / "some.safetensors")
+    torch.save({"weight": Bomb()}, own_copy / "other.bin")
+    edit(
+        own_copy,
+        "model.safetensors.index",
+        metadata={},
+        weight_map=dict.fromkeys(names, "other.bin"),
+    )
+    for door in (CoMemoForConditionalGeneration, CoMemoModel, AutoModel):
+        with pytest.raises(ValueError, match=r"must be safetensors, got \['other.bin'\]"):
+            door.from_pretrained(own_copy, weights_only=False)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_an_adapter_beside_the_weights_is_refused(own_copy):
+    edit(own_copy, "adapter_config", peft_type="LORA", megatron_config={}, megatron_core="planted")
+    for door in (CoMemoForConditionalGeneration, AutoModel):
+        with pytest.raises(ValueError, match=r"adapter_config\.json must not stand beside"):
+            door.from_pretrained(own_copy)
+
+
+def test_a_checkpoint_names_no_kernel(own_copy):
+    kernel = {"attn_implementation": "some/kernel", "_attn_implementation": "some/kernel"}
+    kernel |= {"experts_implementation": "some/kernel", "_experts_implementation": "some/kernel"}
+    parts = json.loads((own_copy / "config.json").read_text())
+    for name in ("text_config", "vision_config"):
+        edit(own_copy, "config", **kernel, **{name: parts[name] | kernel})
+    for door in (CoMemoForConditionalGeneration, AutoModel):
+        model = door.from_pretrained(own_copy)
+        for config in (model.config, model.config.text_config, model.config.vision_config):
+            assert config._attn_implementation == "sdpa"
+    for config in (
+        CoMemoConfig.from_pretrained(own_copy, attn_implementation="eager"),
+        CoMemoConfig.from_json_file(own_copy / "config.json"),
+    ):
+        assert config._attn_implementation in ("eager", None)
+        assert "some/kernel" not in str(config.to_dict())
+
+
+def test_generate_takes_a_function(loaded):
+    ids = torch.ones(1, 2, dtype=torch.long, device=loaded[0].device)
+    found = loaded[0].generate(
+        ids, max_new_tokens=1, custom_generate=lambda _, ids, **rest: ids + 1
+    )
+    assert found.tolist() == [[2, 2]]
+
+
+# --- chat templates ---
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "chat_template.jinja",
+        "chat_template.json",
+        "additional_chat_templates/other.jinja",
+        "processor_config.json",
+        "tokenizer_config.json",
+    ],
+)
+def test_no_template_of_a_checkpoint_is_used(own_copy, file):
+    (own_copy / file).parent.mkdir(exist_ok=True)
+    if file.endswith("jinja"):
+        (own_copy / file).write_text(ENDLESS)
+    else:
+        edit(own_copy, file.removesuffix(".json"), chat_template=ENDLESS)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        processor = CoMemoProcessor.from_pretrained(own_copy)
+    ours = [str(warning.message) for warning in told if "is none of the published" in str(warning)]
+    assert len(ours) == (file != "tokenizer_config.json")  # which is the tokenizer's alone
+    asked = [{"role": "user", "content": "who?"}]
+    assert processor.apply_chat_template(asked).endswith("<|im_start|>user\nwho?<|im_end|>")
+    assert processor.chat_template == prompts.chat_template()
+    chosen = CoMemoProcessor.from_pretrained(own_copy, chat_template="{{ 'mine' }}")
+    assert chosen.apply_chat_template(asked) == "mine"
+    processor.save_pretrained(own_copy / "again")
+    assert (own_copy / "again" / "chat_template.jinja").read_text() == processor.chat_template
+
+
+def test_a_template_of_the_tokenizer_stays_in_its_sandbox(own_copy):
+    edit(
+        own_copy, "tokenizer_config", chat_template="{{ ''.__class__.__mro__[1].__subclasses__() }}"
+    )
+    tokenizer = InternLM2Tokenizer.from_pretrained(own_copy)
+    with pytest.raises(SecurityError):
+        tokenizer.apply_chat_template([{"role": "user", "content": "who?"}])
