@@ -6,6 +6,7 @@ row by row, and is followed by a thumbnail of the whole: `pixel_values` [tiles, 
 
 import functools
 import math
+import numbers
 import operator
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -34,6 +35,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # 1024 tiles are 262,144 tokens: past any context, and a bound on the list of candidates
 MAX_TILES = 1024
+MAX_PIXELS = MAX_TILES * 448**2  # of all tiles of a picture
 
 
 def candidate_grids(min_num: int, max_num: int) -> tuple[Grid, ...]:
@@ -102,13 +104,15 @@ def split_tiles(
         The tiles, row by row, and the grid (cols, rows).
 
     Raises:
-        ValueError: `image` is not an RGB picture with pixels, or as `choose_grid`.
+        ValueError: `image` is not an RGB picture with pixels, tiles of more than `MAX_PIXELS` in
+            all, or as `choose_grid`.
     """
     if not _describe(image).startswith("RGB (") or 0 in image.size:
         wanted = "image must be an RGB picture with pixels"
         raise ValueError(f"split_tiles: {wanted}, got {_describe(image)}")
     cols, rows = choose_grid(*image.size, min_num, max_num, input_size)
     size = operator.index(input_size)
+    _check_pixels("split_tiles", cols * rows, size)
     stretched = image.resize((size * cols, size * rows))
     tiles = [
         stretched.crop((size * col, size * row, size * (col + 1), size * (row + 1)))
@@ -137,22 +141,28 @@ def normalise(
         float32 [tiles, 3, size, size].
 
     Raises:
-        ValueError: no tile, or tiles that are not square, not RGB, or of different sizes; `mean` or
-            `std` not of one or three numbers.
+        ValueError: no tile, or tiles that are not square, not RGB, or of different sizes; `scale`
+            that is no number, `mean` or `std` not of one or three; a `std` of 0.
     """
     found = {_describe(tile) for tile in tiles}
     size = tiles[0].width if found and isinstance(tiles[0], Image.Image) else 0
     if found != {f"RGB {(size, size)}"}:
         got = ", ".join(sorted(found)) or "none"
         raise ValueError(f"normalise: tiles must be square RGB pictures of one size, got {got}")
+    if scale is not None and not (isinstance(scale, numbers.Real) and abs(scale) < 1e38):
+        raise ValueError(f"normalise: scale must be a finite number or None, got {scale!r}")
+    shift = None if mean is None or std is None else _per_channel("mean", mean)
+    spread = None if shift is None or std is None else _per_channel("std", std)
+    if spread is not None and not spread.all():
+        raise ValueError(f"normalise: std must not be 0, got {std}")
     pixels = torch.empty(len(tiles), 3, size, size)
     for out, tile in zip(pixels, tiles, strict=True):
         out.copy_(torch.from_numpy(np.array(tile)).permute(2, 0, 1))
     if scale is not None:
         # a division is what the published code does, and is rounded otherwise
-        pixels = pixels.div_(255) if scale == 1 / 255 else pixels.mul_(scale)
-    if mean is not None and std is not None:
-        pixels.sub_(_per_channel("mean", mean)).div_(_per_channel("std", std))
+        pixels = pixels.div_(255) if scale == 1 / 255 else pixels.mul_(float(scale))
+    if shift is not None and spread is not None:
+        pixels.sub_(shift).div_(spread)
     return pixels
 
 
@@ -187,11 +197,13 @@ def load_image(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: as `open_image` and `normalise`; or a limit is no integer or out of range.
+        ValueError: as `open_image`, `split_tiles` and `normalise`; or a limit is no integer or out
+            of range.
     """
     # checked here too, so that a wrong limit costs no decoding
     size = _check_count("load_image", "input_size", input_size)
     low, high = _check_limits("load_image", min_num, max_num)
+    _check_pixels("load_image", low, size)
     image = open_image(source, published=published, convert_rgb=convert_rgb)
     tiles, grid = split_tiles(image, size, low, high, use_thumbnail)
     return normalise(tiles, scale, mean, std), grid
@@ -222,9 +234,16 @@ def _check_count(function: str, name: str, value: int) -> int:
         count = 0 if isinstance(value, bool) else operator.index(value)
     except TypeError:
         count = 0
-    if count < 1:
-        raise ValueError(f"{function}: {name} must be an integer of at least 1, got {value!r}")
+    if not 1 <= count < 2**31:
+        wanted = "an integer of at least 1" + (" and below 2^31" if count > 1 else "")
+        raise ValueError(f"{function}: {name} must be {wanted}, got {value!r}")
     return count
+
+
+def _check_pixels(function: str, tiles: int, size: int) -> None:
+    if tiles * size**2 > MAX_PIXELS:
+        wanted = f"input_size must make {tiles} tiles of at most {MAX_PIXELS} pixels in all"
+        raise ValueError(f"{function}: {wanted}, got {size}")
 
 
 def _describe(value: object) -> str:
@@ -233,7 +252,12 @@ def _describe(value: object) -> str:
 
 def _per_channel(name: str, values: float | Sequence[float]) -> Tensor:
     """[3, 1, 1] or [1, 1, 1]."""
-    found = torch.as_tensor(values, dtype=torch.float32).flatten()
-    if found.numel() not in (1, 3):
-        raise ValueError(f"normalise: {name} must be one or three numbers, got {values}")
+    try:
+        found = torch.as_tensor(values, dtype=torch.float32).flatten()
+    except (TypeError, ValueError, RuntimeError):  # what is no number, or ragged
+        found = torch.empty(0)
+    if found.numel() not in (1, 3) or not found.isfinite().all():
+        raise ValueError(
+            f"normalise: {name} must be one or three numbers, all finite, got {values!r}"
+        )
     return found.view(-1, 1, 1)

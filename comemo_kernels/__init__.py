@@ -4,16 +4,10 @@ from importlib.util import find_spec
 
 import comemo_kernels.trees  # noqa: F401, for torch.export
 from comemo_kernels import reference
+from comemo_kernels.append import append_images
 from comemo_kernels.graphs import HostFlag, capture, runs_ahead
 from comemo_kernels.grids import TEXT, ImageGrids
-from comemo_kernels.memory import (
-    ImageMemory,
-    append_images,
-    distance_table,
-    memory_buffers,
-    spans_from_cu_seqlens,
-    spans_from_images,
-)
+from comemo_kernels.memory import ImageMemory, distance_table, memory_buffers
 from comemo_kernels.pictures import join_images, split_images
 from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
 from comemo_kernels.reference import (
@@ -23,6 +17,7 @@ from comemo_kernels.reference import (
     image_tokens,
     rotary_table,
 )
+from comemo_kernels.spans import spans_from_cu_seqlens, spans_from_images
 
 if find_spec("triton"):
     from comemo_kernels.attention import attend_images, attention_workspace

@@ -18,6 +18,15 @@ def columns(HALF: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def narrow_ids(ids):
+    """32 bits of ids of any sign and size, less a bias of at least 0 without an overflow.
+
+    What was cut off is further from every image than a table reaches.
+    """
+    return tl.minimum(tl.maximum(ids, -1073741824), 2147483647).to(tl.int32)
+
+
+@triton.jit
 def load_rotated(
     q_rows,  # [BLOCK_M] pointers
     mask_m,
@@ -38,7 +47,7 @@ def load_rotated(
     x1 = tl.load(x_ptrs, mask=mask, other=0.0, volatile=True).to(tl.float32)
     x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0, volatile=True).to(tl.float32)
     row = tl.abs(delta)
-    known = mask & (row < num_positions)[:, None]
+    known = mask & ((row >= 0) & (row < num_positions))[:, None]  # the least integer has no abs
     offs = offset_of(row, table_stride, ALIGNED)[:, None] + offs_d[None, :]
     cos = tl.load(cos_ptr + offs, mask=known, other=float("nan")).to(tl.float32)
     sin = tl.load(sin_ptr + offs, mask=known, other=float("nan")).to(tl.float32)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from comemo_kernels._op import check
-from comemo_kernels.grids import Grid, ImageGrids, check_grid
+from comemo_kernels._op import check, check_count
+from comemo_kernels._writes import check_writable
+from comemo_kernels.grids import Grid, ImageGrids, check_grid, check_tile_order
 from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+MASKS = DTYPES | {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 FLOAT8 = torch.float8_e4m3fn
 
 
@@ -35,7 +37,7 @@ def check_rotary(
         )
     tokens, D, half = shape[:-2], shape[-1], table[-1] if table else 0
     if k is not None and (
-        k.shape != (*tokens, k.shape[-2], D) or k.dtype != q.dtype or k.device != device
+        k.shape[:-2] != tokens or k.shape[-1] != D or k.dtype != q.dtype or k.device != device
     ):
         raise ValueError(
             "apply_rotary: k must be as q [B, N, H, D] but for the number of heads, got"
@@ -59,16 +61,9 @@ def check_rotary(
             f" of a head of q {tuple(shape)}, got {2 * half}: of a table that repeats its halves"
             " give the first, cos[..., : D // 2]"
         )
-    if inplace and any(
-        stride == 0 and size > 1
-        for x in (q, k)
-        if x is not None
-        for size, stride in zip(x.shape, x.stride(), strict=True)
-    ):
-        raise ValueError(
-            "apply_rotary: what is written in place must not be expanded, got strides"
-            f" {q.stride()} of q" + ("" if k is None else f", {k.stride()} of k")
-        )
+    if inplace:
+        learns = q.requires_grad or cos.requires_grad or sin.requires_grad
+        check_writable("apply_rotary", {"q": q, "k": k}, learns)
     if positions is None:
         if table[:-1] != tokens and (len(shape) == 3 or table[:-1] != (1, shape[1])):
             raise ValueError(
@@ -76,9 +71,9 @@ def check_rotary(
                 f" token of q, got {list(table)}"
             )
         return
-    if len(table) != 2:
+    if len(table) != 2 or not table[0]:
         raise ValueError(
-            "apply_rotary: with positions cos must be [P, R/2], a row for each id, got"
+            "apply_rotary: with positions cos must be [P, R/2], a row for each id, P not 0, got"
             f" {tuple(table)}"
         )
     if isinstance(positions, ImageGrids):
@@ -126,6 +121,7 @@ def pack_prompt_grids(
     if (
         image_mask.ndim != 2
         or image_mask.dtype != torch.bool
+        or attention_mask.dtype not in MASKS
         or image_mask.shape != attention_mask.shape
         or image_mask.device != attention_mask.device
     ):
@@ -134,6 +130,7 @@ def pack_prompt_grids(
             f" device, the first of bool, got {image_mask.dtype} {tuple(image_mask.shape)} on"
             f" {image_mask.device} and {tuple(attention_mask.shape)} on {attention_mask.device}"
         )
+    check_tile_order("rope_dhr_positions", tile_order)
     listed = grids.tolist() if isinstance(grids, Tensor) else grids
     for grid in listed:
         check_grid("rope_dhr_positions", grid, side)
@@ -169,10 +166,10 @@ def check_attention(
     workspace: AttentionWorkspace | None,
 ) -> None:
     """Raise the errors of `attend_images` that do not depend on where it runs."""
-    if q.ndim != 4 or q.dtype not in DTYPES:
+    if q.ndim != 4 or q.dtype not in DTYPES or not q.shape[3]:
         raise ValueError(
-            "attend_images: q must be [B, N, H, D] of float16, bfloat16, float32 or float64, got"
-            f" {q.dtype} {tuple(q.shape)}"
+            "attend_images: q must be [B, N, H, D], D not 0, of float16, bfloat16, float32 or"
+            f" float64, got {q.dtype} {tuple(q.shape)}"
         )
     B, N, H, D = q.shape
     device = q.device
@@ -207,7 +204,8 @@ def check_attention(
         )
     M, G = k.shape[:2]
     if scales is not None:
-        tiles = -(-M // scales.tile) if scales.tile > 0 else -1
+        check_count("attend_images", "scales.tile", scales.tile, 1)
+        tiles = -(-M // scales.tile)
         for name, scale in (("keys", scales.keys), ("values", scales.values)):
             if scale.shape != (tiles, G) or scale.dtype != torch.float32 or scale.device != device:
                 raise ValueError(
@@ -219,11 +217,12 @@ def check_attention(
         _check_rotation(rotation, q)
     if workspace is not None:
         out, lse, parts, part_lse, counts = workspace
-        rows, splits = (G, B * N * H // G), parts.shape[0]
+        rows, splits = (G, B * N * H // G), parts.shape[0] if parts.ndim else 0
         needed = math.prod(rows) if splits > 1 else 0
         if (
             (out.shape, out.dtype) != (q.shape, q.dtype)
             or lse.shape != q.shape[:3]
+            or splits == 0
             or parts.shape[1:] != (*rows, D)
             or part_lse.numel() < splits * needed
             or counts.numel() < needed
@@ -244,8 +243,8 @@ def check_workspace(q: Tensor, k: Tensor, splits: int | None) -> None:
             "attention_workspace: q must be [B, N, H, D] and k [M, G, D] with G dividing H, got"
             f" {tuple(q.shape)} and {tuple(k.shape)}"
         )
-    if splits is not None and splits < 1:
-        raise ValueError(f"attention_workspace: splits must be at least 1, got {splits}")
+    if splits is not None:
+        check_count("attention_workspace", "splits", splits, 1, 2**16)
 
 
 def _check_rotation(rotation: QueryRotation, q: Tensor) -> None:
@@ -258,6 +257,7 @@ def _check_rotation(rotation: QueryRotation, q: Tensor) -> None:
         or cos.dtype not in DTYPES
         or cos.device != q.device
         or sin.device != q.device
+        or not cos.shape[0]
         or not 0 < 2 * cos.shape[1] <= D
     ):
         raise ValueError(
@@ -302,81 +302,3 @@ def check_read(M: int, spans: Tensor, starts: Tensor | None) -> None:
         listed = starts.tolist()
         if listed[0] != 0 or listed != sorted(set(listed)):
             raise ValueError(f"attend_images: rotation.starts must ascend from 0, got {listed}")
-
-
-def check_build(
-    media: Tensor,
-    kv_weights: Sequence[Tensor],
-    norm_weights: Sequence[Tensor] | None,
-    cos: Tensor,
-    sin: Tensor,
-    ids: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    scales: Sequence[MemoryScales] | None,
-    row: int,
-) -> None:
-    """Raise the errors of `build_memory`, before anything is written."""
-    if media.ndim != 2 or media.dtype not in DTYPES:
-        raise ValueError(
-            "build_memory: media must be [M, d] of float16, bfloat16, float32 or float64, got"
-            f" {media.dtype} {tuple(media.shape)}"
-        )
-    (M, d), L = media.shape, len(kv_weights)
-    counts = [L if x is None else len(x) for x in (norm_weights, keys, values, scales)]
-    if L == 0 or set(counts) != {L}:
-        raise ValueError(
-            "build_memory: kv_weights, norm_weights, keys, values and scales must be of one length,"
-            f" that of the layers, got {[L, *counts]}"
-        )
-    if keys[0].ndim != 3:
-        raise ValueError(f"build_memory: keys must be [C, G, D], got {tuple(keys[0].shape)}")
-    C, G, D = keys[0].shape
-    held = FLOAT8 if scales is not None else media.dtype
-    for wanted, dtype, name, tensors in (
-        ((2 * G * D, d), media.dtype, "kv_weights", kv_weights),
-        ((d,), media.dtype, "norm_weights", norm_weights or ()),
-        ((C, G, D), held, "keys", keys),
-        ((C, G, D), held, "values", values),
-    ):
-        for x in tensors:
-            if x.shape != wanted or x.dtype != dtype or x.device != media.device:
-                raise ValueError(
-                    f"build_memory: {name} must be {dtype} {wanted} on {media.device} for media"
-                    f" {tuple(media.shape)} and keys {(C, G, D)}, got {x.dtype} {tuple(x.shape)} on"
-                    f" {x.device}"
-                )
-    if (
-        cos.ndim != 2
-        or cos.shape != sin.shape
-        or 2 * cos.shape[1] != D
-        or {cos.device, sin.device} != {media.device}
-    ):
-        raise ValueError(
-            f"build_memory: cos and sin must be [P, {D}/2] on {media.device}, got"
-            f" {tuple(cos.shape)} on {cos.device} and {tuple(sin.shape)} on {sin.device}"
-        )
-    if ids.shape != (M,) or ids.dtype != torch.int32 or ids.device != media.device:
-        raise ValueError(
-            f"build_memory: ids must be int32 {(M,)} on {media.device}, got {ids.dtype}"
-            f" {tuple(ids.shape)} on {ids.device}"
-        )
-    if not 0 <= row <= row + M <= C:
-        raise ValueError(
-            f"build_memory: {M} rows from row {row} on must lie in the capacity {C} of the memory"
-        )
-    for scale in scales or ():
-        wanted = (-(-C // scale.tile), G)
-        if (
-            scale.tile != (scales or ())[0].tile
-            or row % scale.tile
-            or any(
-                x.shape != wanted or x.dtype != torch.float32 or x.device != media.device
-                for x in scale[:2]
-            )
-        ):
-            raise ValueError(
-                f"build_memory: scales must be float32 {wanted} on {media.device} of one tile that"
-                f" divides row {row}, got {tuple(scale.keys.shape)} and"
-                f" {tuple(scale.values.shape)} of tile {scale.tile}"
-            )

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comemo_kernels._arguments import public
+
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 HIP = torch.version.hip is not None  # there Triton looks at the sizes of tensors, too
 
@@ -22,6 +24,16 @@ def check(condition: bool, message: str) -> None:
     """Raise ValueError(message) unless `condition`; `message` names function, wanted and got."""
     if not condition:
         raise ValueError(message)
+
+
+def check_count(verb: str, name: str, value: int, low: int = 0, high: int = 2**31 - 1) -> None:
+    """Raise ValueError in the name of function `verb` for what is no integer within limits."""
+    try:
+        count = value if isinstance(value, int) else operator.index(value)
+    except TypeError:
+        count = low - 1
+    if not low <= count <= high:
+        raise ValueError(f"{verb}: {name} must be an integer from {low} to {high}, got {value!r}")
 
 
 def on_triton(x: Tensor) -> bool:
@@ -196,10 +208,10 @@ class Kernel:
 
 
 def documented(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate a public function with the docstring of its reference: it is written once."""
+    """Decorate a public function with the docstring of its reference, which is written once."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__doc__ = reference.__doc__
-        return function
+        return public(function)
 
     return decorate

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from comemo_kernels._blocks import offset_of
-from comemo_kernels._blocks_attention import load_rotated
+from comemo_kernels._blocks_attention import load_rotated, narrow_ids
 from comemo_kernels._op import INTERPRET, Kernel
 
 # --- kernel ---
@@ -59,7 +59,7 @@ def _turn_kernel(
     batch, token = rest // blocks, rest % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = token < num_tokens
     ids = tl.load(ids_ptr + batch * ids_stride_b + token * ids_stride_n, mask=mask, other=0)
-    ids = ids.to(tl.int32)
+    ids = narrow_ids(ids)
     if BIASED:
         ids -= tl.load(biases_ptr + batch * biases_stride_b)
     q_rows = q_ptr + offset_of(batch, q_stride_b, True) + offset_of(token, q_stride_n, True)

@@ -34,7 +34,13 @@ from torch import Tensor
 
 from comemo_kernels import _specialized, reference
 from comemo_kernels._blocks import offset_of
-from comemo_kernels._blocks_attention import attend_keys, columns, combine_parts, load_rotated
+from comemo_kernels._blocks_attention import (
+    attend_keys,
+    columns,
+    combine_parts,
+    load_rotated,
+    narrow_ids,
+)
 from comemo_kernels._checks import check_attention, check_read, check_workspace
 from comemo_kernels._op import (
     Kernel,
@@ -154,7 +160,7 @@ def _attend_kernel(
     total = tl.full([BLOCK_M], 0.0, tl.float32)
     if ROTATE != "no":
         ids_ptrs = ids_ptr + batch * ids_stride_b + place * ids_stride_n
-        ids = tl.load(ids_ptrs, mask=mask_m, other=0).to(tl.int32)
+        ids = narrow_ids(tl.load(ids_ptrs, mask=mask_m, other=0))
         bias_ptrs = biases_ptr + batch * biases_stride_b
     if ROTATE == "several":
         first, last = -1, -1
@@ -461,6 +467,7 @@ def attend_images(
     if workspace is None:
         out, lse = _attend(q, k, v, spans, *rotate, *scale)
     else:
+        return_lse = bool(return_lse)  # which may fail: before anything is written
         _attend_(*workspace, q, k, v, spans, *rotate, *scale)
         out, lse = workspace.out, workspace.lse
     return (out, lse) if return_lse else out
@@ -471,7 +478,7 @@ def attention_workspace(q: Tensor, k: Tensor, splits: int | None = None) -> Atte
     if not on_triton(q):
         return reference.attention_workspace(q, k, splits)
     check_workspace(q, k, splits)
-    return _allocate(q, k, _choose_splits(q, k) if splits is None else splits, lasting=True)
+    return _allocate(q, k, _choose_splits(q, k) if splits is None else int(splits), lasting=True)
 
 
 def _check_kernel(

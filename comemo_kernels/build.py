@@ -27,7 +27,7 @@ from torch import Tensor
 
 from comemo_kernels import reference
 from comemo_kernels._blocks import in_groups, offset_of
-from comemo_kernels._checks import check_build
+from comemo_kernels._checks_memory import check_build
 from comemo_kernels._op import Kernel, documented, has_float8, on_triton, register, to_device
 from comemo_kernels.reading import MemoryScales
 
@@ -175,7 +175,8 @@ def _project_kernel(
     if kind == 0:
         distance = tl.load(ids_ptr + row, mask=mask_m, other=0)
         at = tl.abs(distance)
-        known = mask_m[:, None] & (at < num_positions)[:, None] & (element < HALF)[None, :]
+        known = mask_m & (at >= 0) & (at < num_positions)  # the least integer has no abs
+        known = known[:, None] & (element < HALF)[None, :]
         offs = offset_of(at, table_stride, ALIGNED)[:, None] + element[None, :]
         cos = tl.load(cos_ptr + offs, mask=known, other=float("nan")).to(tl.float32)
         sin = tl.load(sin_ptr + offs, mask=known, other=float("nan")).to(tl.float32)
@@ -376,11 +377,15 @@ def build_memory(
     _check_kernel(media, kv_weights, norm_weights, cos, sin, keys, values, scales)
     scales = scales or ()
     _build(
-        *(media, list(kv_weights), list(norm_weights or ()), cos, sin, ids.contiguous()),
+        *(media, list(kv_weights), _listed(norm_weights), cos, sin, ids.contiguous()),
         *(list(keys), list(values), [s.keys for s in scales], [s.values for s in scales]),
         *(scales[0].tile if scales else 1, row, eps),
     )
     return None
+
+
+def _listed(tensors: Sequence[Tensor] | None) -> list[Tensor]:
+    return [] if tensors is None else list(tensors)
 
 
 def _check_kernel(
@@ -395,7 +400,7 @@ def _check_kernel(
 ) -> None:
     """Raise for what the reference can do and the kernels cannot, with every reason."""
     reasons = []
-    weights = [*kv_weights, *(norm_weights or ())]
+    weights = [*kv_weights, *_listed(norm_weights)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (media, *weights)):
         reasons.append("no gradients are computed")
     if media.dtype == torch.float64:

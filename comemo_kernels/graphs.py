@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from comemo_kernels._op import check
+from comemo_kernels._arguments import public
+from comemo_kernels._op import check, check_count
 
 
+@public
 def runs_ahead(device: torch.device | str) -> bool:
     """Whether work on `device` is queued: the host goes on before it is done."""
     return torch.device(device).type == "cuda"
@@ -33,12 +35,16 @@ def capture(
         `function` itself, which was not called.
 
     Raises:
-        ValueError: no warm-up, a current stream that is being recorded already, or a function that
-            cannot be recorded. What else the function raises comes as it is. Whatever is raised,
-            stream, memory and random numbers are as behind the warm-ups.
+        ValueError: no function, warm-up or device, a current stream that is being recorded already,
+            or a function that cannot be recorded. What else the function raises comes as it is.
+            Whatever is raised, stream, memory and random numbers are as behind the warm-ups.
     """
-    check(warmups >= 1, f"capture: warmups must be at least 1, got {warmups}")
-    device = torch.device(device)
+    check(callable(function), f"capture: function must be a function, got {function!r}")
+    check_count("capture", "warmups", warmups, 1)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"capture: device must be a device, got {device!r}") from error
     if not runs_ahead(device):
         return function
     with torch.cuda.device(device):
@@ -160,14 +166,28 @@ class HostFlag:
         like: a tensor of the shape, dtype and device of those to come.
     """
 
+    @public
     def __init__(self, like: Tensor) -> None:
         queued = runs_ahead(like.device)
         self._host = torch.empty(like.shape, dtype=like.dtype, pin_memory=queued)
         self._event = torch.cuda.Event() if queued else None
 
+    @public
     def post(self, value: Tensor) -> None:
-        """Ask for `value` as it is at this point of the device's queue; the host goes on."""
-        self._host.copy_(value, non_blocking=True)
+        """Ask for `value` as it is at this point of the device's queue; the host goes on.
+
+        Raises:
+            ValueError: a value of a shape that does not fit.
+        """
+        try:
+            self._host.copy_(value, non_blocking=True)
+        except RuntimeError as error:
+            shape = tuple(self._host.shape)
+            if tuple(value.shape) == shape:
+                raise
+            raise ValueError(
+                f"HostFlag.post: value must be {shape}, got {tuple(value.shape)}"
+            ) from error
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(value.device))
 

@@ -12,18 +12,21 @@ Source: CoMemo (arXiv:2506.06279); exact integers instead of the published float
 Letters: S tokens along a tile's side, I images.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from comemo_kernels._op import check, to_device
+from comemo_kernels._arguments import public
+from comemo_kernels._op import check, check_count, to_device
 
 Grid = tuple[int, int]  # (cols, rows) of tiles
 TEXT = (-1, -1)  # in the place of a grid: no image, text counts on from here
 
 
+@public
 def image_tokens(grid: Grid, side: int = 16, thumbnail: bool = True) -> int:
     """Tokens of one image: S*S per tile, and S*S for the thumbnail where there is one.
 
@@ -46,15 +49,22 @@ def check_grid(name: str, grid: Grid, side: int) -> int:
     """Number of tiles of a grid that is one.
 
     Raises:
-        ValueError: in the name of function `name`, a negative grid or a side below 1.
+        ValueError: in the name of function `name`, a grid that is none or negative, a side below 1,
+            or more tokens than 32 bits count.
     """
-    pair = isinstance(grid, Sequence) and len(grid) == 2
-    check(
-        pair and min(grid) >= 0,
-        f"{name}: grid must be (cols, rows) of at least 0, got {grid}",
-    )
-    check(side >= 1, f"{name}: side must be at least 1, got {side}")
-    return grid[0] * grid[1]
+    try:
+        cols, rows = map(operator.index, grid) if isinstance(grid, Sequence) else (-1, -1)
+    except (TypeError, ValueError):  # no integers, or not two
+        cols = rows = -1
+    if cols < 0 or rows < 0:
+        raise ValueError(f"{name}: grid must be (cols, rows), integers of at least 0, got {grid}")
+    check_count(name, "side", side, 1)
+    tiles = cols * rows
+    if side * side * (tiles + 1) >= 2**31:
+        raise ValueError(
+            f"{name}: an image must have fewer than 2^31 tokens, got grid {grid} of side {side}"
+        )
+    return tiles
 
 
 def check_tile_order(name: str, tile_order: str) -> None:
@@ -110,6 +120,7 @@ class ImageGrids:
     end: int = 0
 
     @classmethod
+    @public
     def pack(
         cls,
         grids: Sequence[Grid],
@@ -135,7 +146,9 @@ class ImageGrids:
                 the one ahead of it ends; a negative grid, offset or bias; an unknown tile order.
         """
         check_tile_order("ImageGrids.pack", tile_order)
-        counts = [0 if grid == TEXT else image_tokens(grid, side, thumbnail) for grid in grids]
+        counts = [
+            0 if tuple(grid) == TEXT else image_tokens(grid, side, thumbnail) for grid in grids
+        ]
         if offsets is None:
             offsets = [sum(counts[:i]) for i in range(len(counts))]
         biases = [0] * len(counts) if biases is None else biases
@@ -146,18 +159,22 @@ class ImageGrids:
         )
         end = 0
         for i, (offset, count) in enumerate(zip(offsets, counts, strict=True)):
+            for name, value in ((f"offsets[{i}]", offset), (f"biases[{i}]", biases[i])):
+                check_count("ImageGrids.pack", name, value, -(2**31))
             check(
                 offset >= end and biases[i] >= 0,
                 f"ImageGrids.pack: image {i} must begin at {end} or later with a bias of at least"
                 f" 0, got offset {offset} and bias {biases[i]}",
             )
             end = offset + count
+        check_count("ImageGrids.pack", "the end of the last image", end)
         rows = [
             (offset, bias, *grid) for offset, bias, grid in zip(offsets, biases, grids, strict=True)
         ]
         table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 4)
-        return cls(to_device(table, device), side, tile_order, thumbnail, end)
+        return cls(to_device(table, device), side, tile_order, bool(thumbnail), end)
 
+    @public
     def position_ids(self, tokens: int) -> Tensor:
         """Ids of the sequence's first `tokens` tokens.
 
@@ -170,6 +187,7 @@ class ImageGrids:
         Raises:
             ValueError: a sequence too short for the images.
         """
+        check_count("ImageGrids.position_ids", "tokens", tokens)
         self.check_length("ImageGrids.position_ids", tokens)
         place = torch.arange(tokens, device=self.table.device)
         if not len(self.table):
@@ -177,7 +195,7 @@ class ImageGrids:
         image = torch.searchsorted(self.table[:, 0].contiguous(), place.int(), right=True) - 1
         offset, bias, cols, rows = self.table[image.clamp(min=0)].long().unbind(-1)
         area, tiles = self.side**2, cols * rows
-        tiles = torch.where((tiles > 1) & self.thumbnail, tiles + 1, tiles.clamp(min=1))
+        tiles = torch.where((tiles > 1) & bool(self.thumbnail), tiles + 1, tiles.clamp(min=1))
         count = torch.where(cols < 0, 0, area * tiles)
         place_in_image = place - offset
         cells = thumbnail_cells(place_in_image, cols, rows, self.side, self.tile_order)
@@ -186,7 +204,15 @@ class ImageGrids:
         return torch.where(image < 0, place, ids)
 
     def check_length(self, name: str, tokens: int) -> None:
-        """Raise ValueError in the name of function `name` if images overrun a sequence."""
+        """Raise ValueError in the name of function `name` for a broken table, or one too long."""
+        table = self.table
+        if table.ndim != 2 or table.shape[1] != 4 or table.dtype != torch.int32:
+            raise ValueError(
+                f"{name}: the table of ImageGrids must be int32 [I, 4], as pack makes it, got"
+                f" {table.dtype} {tuple(table.shape)}"
+            )
+        check_count(name, "the side of ImageGrids", self.side, 1, 2**15)
+        check_tile_order(name, self.tile_order)
         if self.end > tokens:
             raise ValueError(
                 f"{name}: images that end at token {self.end} overrun a sequence of {tokens} tokens"

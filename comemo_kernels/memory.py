@@ -1,23 +1,27 @@
 """The image memory: keys and values of images, computed once and read by every token."""
 
 import functools
+import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from comemo_kernels._arguments import public
 from comemo_kernels._checks import FLOAT8
-from comemo_kernels._op import INTERPRET, check, to_device
+from comemo_kernels._checks_memory import (
+    INTEGERS,
+    check_biases,
+    check_narrow,
+    check_sizes,
+    check_spans,
+)
+from comemo_kernels._op import INTERPRET, check, check_count, to_device
 from comemo_kernels.reading import MemoryScales, QueryRotation
 from comemo_kernels.reference import rotary_table
-
-if find_spec("triton"):
-    from comemo_kernels.build import build_memory
-else:
-    from comemo_kernels.reference import build_memory
 
 Table = tuple[Tensor, Tensor]
 
@@ -66,6 +70,7 @@ class ImageMemory:
     keeps: ClassVar[bool] = True  # whether `update` keeps what it is given
 
     @classmethod
+    @public
     def from_media(
         cls,
         media: Tensor,
@@ -90,9 +95,16 @@ class ImageMemory:
             ValueError: lengths or sizes that do not sum to M, an image across prompts, or ids of
                 another length.
         """
+        if media.ndim != 2 or position_ids.dtype not in INTEGERS:
+            raise ValueError(
+                "ImageMemory.from_media: media must be [M, d] and position_ids int32 or int64 [M],"
+                f" got {tuple(media.shape)} and {position_ids.dtype} {tuple(position_ids.shape)}"
+            )
+        check_sizes("ImageMemory.from_media", "lengths", lengths, 0)
+        check_sizes("ImageMemory.from_media", "sizes", sizes or (), 0)
         M, device = media.shape[0], media.device
         ends = torch.tensor(list(lengths), dtype=torch.int64).cumsum(0)
-        sizes = tuple(size for size in (lengths if sizes is None else sizes) if size)
+        sizes = tuple(int(size) for size in (lengths if sizes is None else sizes) if size)
         borders = torch.tensor((0, *sizes)).cumsum(0)
         check(
             sum(lengths) == M
@@ -103,6 +115,7 @@ class ImageMemory:
             f" {tuple(position_ids.shape)}, lengths {list(lengths)} and sizes {list(sizes)} must"
             " agree on the number of image tokens",
         )
+        check_narrow("ImageMemory.from_media", "position_ids", position_ids)
         starts = to_device(borders[:-1], device)
         position_ids = position_ids.to(device)
         biases = position_ids[starts]  # [I]
@@ -125,6 +138,7 @@ class ImageMemory:
         )
 
     @classmethod
+    @public
     def allocate(
         cls,
         capacity: int,
@@ -151,9 +165,19 @@ class ImageMemory:
             ValueError: no layers, or sizes below 1.
         """
         check(
-            len(layers) > 0 and min(capacity, heads, head_dim, tile) > 0,
-            f"ImageMemory.allocate: layers must be given and capacity, heads, head_dim and tile be"
-            f" positive, got {list(layers)}, {capacity}, {heads}, {head_dim} and {tile}",
+            len(layers) > 0 and len({operator.index(layer) for layer in layers}) == len(layers),
+            f"ImageMemory.allocate: layers must be integers, each once, got {list(layers)}",
+        )
+        counts = {"capacity": capacity, "heads": heads, "head_dim": head_dim, "tile": tile}
+        for name, count in counts.items():
+            check_count("ImageMemory.allocate", name, count, 1)
+        check(
+            len(table) == 2
+            and table[0].shape == table[1].shape
+            and table[0].shape[1:] == (head_dim // 2,)
+            and table[0].device == table[1].device,
+            f"ImageMemory.allocate: table must be cos and sin [P, {head_dim}/2] on one device, got"
+            f" {[(tuple(t.shape), str(t.device)) for t in table]}",
         )
         device = table[0].device
         held = memory_buffers(len(layers), capacity, heads, head_dim, dtype, device)
@@ -170,11 +194,22 @@ class ImageMemory:
             }
         return memory
 
+    @public
     def update(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keep the rotated keys and the values [C, G, D] of a mixin layer."""
+        """Keep the rotated keys and the values [C, G, D] of a mixin layer.
+
+        Raises:
+            ValueError: keys and values of two shapes, or of other dimensions.
+        """
+        if key.ndim != 3 or key.shape != value.shape:
+            raise ValueError(
+                "ImageMemory.update: key and value must be of one shape [C, G, D], got"
+                f" {tuple(key.shape)} and {tuple(value.shape)}"
+            )
         self.values[layer] = value  # before the key, by which a layer is known to be built
         self.keys[layer] = key
 
+    @public
     def key_table(self) -> Table:
         """cos, sin [M, D/2] of the angles by which keys are rotated.
 
@@ -184,34 +219,38 @@ class ImageMemory:
         if self.ids is None or self.table is None:
             raise ValueError("ImageMemory.key_table: the memory has no ids or no table of angles")
         cos, sin = self.table
-        row = self.ids.abs().clamp(max=len(cos) - 1)
-        beyond = (self.ids.abs() >= len(cos))[:, None]
+        distance = self.ids.long().abs()
+        row = distance.clamp(max=len(cos) - 1)
+        beyond = (distance >= len(cos))[:, None]
         turned = sin[row] * self.ids.sign()[:, None].to(sin.dtype)
         return cos[row].masked_fill(beyond, float("nan")), turned.masked_fill(beyond, float("nan"))
 
-    def reading(self, spans: Tensor, biases: Tensor | None = None) -> "ImageMemory":
+    @public
+    def reading(self, spans: Tensor | None, biases: Tensor | None = None) -> "ImageMemory":
         """The same memory, keys and values shared, for other readers.
 
         Args:
-            spans: integers [B, 1, 2] or [B, N, 2].
+            spans: integers [B, 1, 2] or [B, N, 2]; None for nobody yet.
             biases: integers [I] or [B, I] on any device, where the images stand in the readers'
                 prompts; None leaves them.
 
         Raises:
-            ValueError: another number of images, or a memory of absolute ids.
+            ValueError: what is no spans, biases of another number of images, on a CPU biases beyond
+                32 bits, or a memory of absolute ids.
         """
+        check_spans("ImageMemory.reading", spans)
         if biases is None:
             return replace(self, spans=spans)
-        biases = biases.reshape(-1, biases.shape[-1]).int()
         check(
-            biases.shape[1] == len(self.sizes) and not self.absolute,
-            f"ImageMemory.reading: biases must be for the {len(self.sizes)} images of a memory"
-            f" that is not absolute, got {tuple(biases.shape)}, absolute={self.absolute}",
+            not self.absolute,
+            "ImageMemory.reading: biases are for a memory that is not absolute, got absolute=True",
         )
+        biases = check_biases("ImageMemory.reading", biases, len(self.sizes))
         if self.starts is not None:
             biases = biases.to(self.starts.device)
         return replace(self, spans=spans, biases=biases)
 
+    @public
     def rotation(self, positions: Tensor) -> QueryRotation:
         """How `attend_images` rotates queries at `positions` [B, N] for this memory.
 
@@ -235,8 +274,10 @@ class ImageMemory:
         found = (self.ids + biases).long()
         return found[0] if len(found) == 1 else found
 
+    @public
     def repeat_interleave(self, times: int) -> "ImageMemory":
         """The memory of every prompt `times` over (beams); keys and values are shared."""
+        check_count("ImageMemory.repeat_interleave", "times", times, 1)
         spans, active, biases = (
             t if t is None or (shared and len(t) == 1) else t.repeat_interleave(times, 0)
             for t, shared in ((self.spans, False), (self.active, False), (self.biases, True))
@@ -260,8 +301,14 @@ class ImageMemory:
         return sum(t.nbytes for t in held)
 
 
+@public
 def memory_buffers(
-    layers: int, capacity: int, heads: int, head_dim: int, dtype: torch.dtype, device: Any
+    layers: int,
+    capacity: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> Tensor:
     """Room for keys and values, in the layout that `attend_images` reads fastest on a device.
 
@@ -273,164 +320,25 @@ def memory_buffers(
         [2, L, C, G, D], keys and values, not initialised. On a GPU a token's heads lie side by
         side, so that what is built is written in one stream. On a CPU a head's tokens do: bfloat16
         attention takes a third of the time.
+
+    Raises:
+        ValueError: a negative size, or more elements than 64 bits count.
     """
+    counts = {"layers": layers, "capacity": capacity, "heads": heads, "head_dim": head_dim}
+    for name, count in counts.items():
+        check_count("memory_buffers", name, count)
+    check(
+        math.prod(counts.values()) < 2**58,
+        f"memory_buffers: keys and values must fit 64 bits of addresses, got {counts}",
+    )
     if torch.device(device).type == "cpu" and not INTERPRET:
         shape = (2, layers, heads, capacity, head_dim)
         return torch.empty(shape, dtype=dtype, device=device).transpose(2, 3)
     return torch.empty(2, layers, capacity, heads, head_dim, dtype=dtype, device=device)
 
 
-def append_images(
-    memory: ImageMemory,
-    media: Tensor,
-    ids: Tensor,
-    sizes: Sequence[int],
-    kv_weights: Sequence[Tensor],
-    norm_weights: Sequence[Tensor] | None = None,
-    biases: Sequence[int] | None = None,
-    eps: float = 1e-5,
-) -> tuple[int, int]:
-    """Compute keys and values of more images, behind those that the memory holds.
-
-    Nothing that is there is copied or computed again, and an image's bytes do not depend on what
-    it is appended with. On a GPU two launches do it for all layers.
-
-    Args:
-        memory: of `ImageMemory.allocate`; written, and its readers see the new rows.
-        media: [m, d] projected tokens of the images, of the memory's dtype (of any floating dtype
-            for float8).
-        ids: integers [m], place of each token in its image, as of `image_position_ids`; of an
-            absolute memory its id in the prompt.
-        sizes: tokens of each image, their sum m.
-        kv_weights: of each layer [2 * G * D, d], rows of keys first.
-        norm_weights: of each layer [d]; None if folded into `kv_weights`.
-        biases: id of each image's first token, if there is one prompt to read them; else 0, for
-            `ImageMemory.reading` to replace.
-        eps: of the norm.
-
-    Returns:
-        start, end: the span of the new images.
-
-    Raises:
-        ValueError: sizes, shapes, dtypes or devices that do not fit the memory; more than its
-            capacity; float8 images that are no whole tiles. The memory is as it was then.
-    """
-    layers, m, row = list(memory.keys), media.shape[0], len(memory)
-    tile = next((scale.tile for scale in memory.scales.values()), 1)
-    check(
-        layers != [],
-        "append_images: the memory must come from ImageMemory.allocate, got one without keys",
-    )
-    check(
-        len(sizes) > 0 and min(sizes) > 0 and sum(sizes) == m and ids.shape == (m,),
-        f"append_images: sizes must be positive and sum to the {m} rows of media"
-        f" {tuple(media.shape)}, ids as many, got {list(sizes)} and ids {tuple(ids.shape)}",
-    )
-    check(
-        len(kv_weights) == len(layers),
-        f"append_images: kv_weights must be those of the memory's layers {layers}, got"
-        f" {len(kv_weights)}",
-    )
-    check(
-        row + m <= memory.capacity,
-        f"append_images: {m} more image tokens must fit the memory's capacity of"
-        f" {memory.capacity}, which holds {row}",
-    )
-    check(
-        biases is None or len(biases) == len(sizes),
-        f"append_images: biases must be one for each of {len(sizes)} images, got {biases}",
-    )
-    check(
-        m % tile == 0,
-        f"append_images: images of a float8 memory must be whole tiles of {tile}, got"
-        f" {list(sizes)}",
-    )
-    if memory.table is None or memory.keys[layers[0]].device != media.device:
-        raise ValueError(
-            f"append_images: media must be on the memory's device, which must have a table, got"
-            f" {media.device} for {memory.keys[layers[0]].device}"
-        )
-    ids = ids.to(media.device, torch.int32)
-    build_memory(
-        media,
-        kv_weights,
-        norm_weights,
-        *memory.table,
-        ids,
-        [memory.keys[layer] for layer in layers],
-        [memory.values[layer] for layer in layers],
-        [memory.scales[layer] for layer in layers] if memory.scales else None,
-        row,
-        eps,
-    )
-    starts = torch.tensor((row, *sizes), dtype=torch.int64).cumsum(0)[:-1].int()
-    places = torch.tensor([biases or [0] * len(sizes)], dtype=torch.int32)
-    starts, places = to_device(starts, media.device), to_device(places, media.device)
-    if memory.ids is not None and memory.starts is not None and memory.biases is not None:
-        ids, starts = torch.cat([memory.ids, ids]), torch.cat([memory.starts, starts])
-        places = torch.cat([memory.biases, places.expand(len(memory.biases), -1)], 1)
-    memory.ids, memory.starts, memory.biases = ids, starts, places
-    memory.sizes = (*memory.sizes, *sizes)
-    return row, row + m
-
-
-def spans_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, tokens: int) -> Tensor:
-    """Spans of a packed row in which sample i holds tokens [q_i, q_i+1) and memory [k_i, k_i+1).
-
-    Args:
-        cu_seqlens_q, cu_seqlens_k: [samples + 1] cumulative lengths, starting at 0.
-        tokens: N, the row's length; tokens past the last sample read nothing.
-
-    Returns:
-        int64 [1, N, 2].
-
-    Raises:
-        ValueError: lengths of different sample counts.
-    """
-    check(
-        cu_seqlens_q.ndim == 1 and cu_seqlens_q.shape == cu_seqlens_k.shape,
-        "spans_from_cu_seqlens: cu_seqlens_q and cu_seqlens_k must be [samples + 1], got"
-        f" {tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}",
-    )
-    sample = torch.searchsorted(
-        cu_seqlens_q.contiguous(), torch.arange(tokens, device=cu_seqlens_q.device), right=True
-    )
-    bounds = torch.cat([cu_seqlens_k, cu_seqlens_k[-1:]]).long()
-    return torch.stack([bounds[sample - 1], bounds[sample]], dim=-1)[None]
-
-
-def spans_from_images(
-    last_tokens: Tensor, sizes: Sequence[int], tokens: int, latest: bool = False
-) -> Tensor:
-    """Spans of one prompt whose tokens see only images that stand before them.
-
-    Args:
-        last_tokens: integers [I], index of each image's last token in the prompt, ascending. A
-            token sees an image from that token on.
-        sizes: tokens of each image in the memory, where they lie one after the other.
-        tokens: N, the prompt's length.
-        latest: see the latest image alone instead of all so far (both are modes of Flamingo's).
-
-    Returns:
-        int64 [1, N, 2], empty ahead of the first image.
-
-    Raises:
-        ValueError: another number of sizes than of images.
-    """
-    check(
-        last_tokens.ndim == 1 and len(sizes) == len(last_tokens),
-        f"spans_from_images: last_tokens must be [I] for {len(sizes)} sizes, got"
-        f" {tuple(last_tokens.shape)}",
-    )
-    borders = to_device(torch.tensor((0, *sizes)).cumsum(0), last_tokens.device)
-    place = torch.arange(tokens, device=last_tokens.device)
-    seen = torch.searchsorted(last_tokens.contiguous(), place, right=True)  # images so far
-    end = borders[seen]
-    start = borders[(seen - 1).clamp(min=0)] if latest else torch.zeros_like(end)
-    return torch.stack([start, end], dim=-1)[None]
-
-
-def distance_table(head_dim: int, theta: float, length: int, device: torch.device) -> Table:
+@public
+def distance_table(head_dim: int, theta: float, length: int, device: torch.device | str) -> Table:
     """cos, sin float32 [`length`, D/2] by distance of ids, for `ImageMemory`.
 
     Args:
@@ -441,6 +349,9 @@ def distance_table(head_dim: int, theta: float, length: int, device: torch.devic
 
     Returns:
         The same tensors for the same arguments: not to be written.
+
+    Raises:
+        ValueError: a head_dim that is odd or below 2, a theta that is not positive, no length.
     """
     if torch.compiler.is_compiling():
         return _distance_table(head_dim, theta, length, device)
@@ -448,6 +359,7 @@ def distance_table(head_dim: int, theta: float, length: int, device: torch.devic
 
 
 def _distance_table(head_dim: int, theta: float, length: int, device: torch.device) -> Table:
+    check_count("distance_table", "length", length, 1)
     cos, sin = rotary_table(torch.arange(length, device=device)[None], head_dim, theta)
     return cos[0], sin[0]
 

@@ -6,11 +6,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from comemo_kernels._op import check, to_device
+from comemo_kernels._arguments import public
+from comemo_kernels._checks_memory import check_biases, check_sizes, check_spans
+from comemo_kernels._op import check, check_count, to_device
 from comemo_kernels.memory import ImageMemory, memory_buffers
 from comemo_kernels.reading import MemoryScales
 
 
+@public
 def split_images(memory: ImageMemory) -> list[ImageMemory]:
     """One memory for each image, over the same storage: nothing is copied.
 
@@ -32,6 +35,7 @@ def split_images(memory: ImageMemory) -> list[ImageMemory]:
     )
     assert memory.ids is not None
     device = memory.ids.device
+    _check_held("split_images", memory)
     starts = torch.tensor((0, *memory.sizes)).cumsum(0)[:-1].tolist()
     tile = next((scale.tile for scale in memory.scales.values()), 1)
     check(
@@ -62,6 +66,7 @@ def split_images(memory: ImageMemory) -> list[ImageMemory]:
     return images
 
 
+@public
 def join_images(
     images: Sequence[ImageMemory], spans: Tensor | None = None, biases: Tensor | None = None
 ) -> ImageMemory:
@@ -83,6 +88,7 @@ def join_images(
             factor.
     """
     check(len(images) > 0, "join_images: images must be at least one memory, got none")
+    check_spans("join_images", spans)
     _check_alike(images)
     if len(images) == 1:
         joined = replace(images[0], spans=spans, active=None)
@@ -92,12 +98,7 @@ def join_images(
         joined = _concatenate(images)
         joined.spans = spans
     if biases is not None:
-        joined.biases = biases.reshape(-1, biases.shape[-1]).int()
-        check(
-            joined.biases.shape[1] == len(joined.sizes),
-            f"join_images: biases must be for the {len(joined.sizes)} images, got"
-            f" {tuple(biases.shape)}",
-        )
+        joined.biases = check_biases("join_images", biases, len(joined.sizes))
     return joined
 
 
@@ -105,10 +106,9 @@ def _check_alike(images: Sequence[ImageMemory]) -> None:
     """Raise for memories that no single one can hold."""
     first = images[0]
     for image in images:
+        _check_held("join_images", image)
         check(
-            image.ids is not None
-            and len(image.ids) == len(image)
-            and image.absolute == first.absolute,
+            image.ids is not None and image.absolute == first.absolute,
             "join_images: each memory must have an id for each of its tokens, absolute ones all or"
             f" none, got absolute={image.absolute} after {first.absolute} and ids"
             f" {None if image.ids is None else tuple(image.ids.shape)} for sizes {image.sizes}",
@@ -145,6 +145,40 @@ def _check_alike(images: Sequence[ImageMemory]) -> None:
         )
 
 
+def _check_held(verb: str, memory: ImageMemory) -> None:
+    """Raise for a memory whose tensors are not of the images that it names."""
+    check_sizes(verb, "the sizes of a memory", memory.sizes, 0)
+    M, images = sum(memory.sizes), len(memory.sizes)
+    check(
+        memory.ids is None or memory.ids.shape == (M,),
+        f"{verb}: a memory must have an id for each of its tokens, got ids"
+        f" {None if memory.ids is None else tuple(memory.ids.shape)} for sizes {memory.sizes}",
+    )
+    check(
+        memory.biases is None or (memory.biases.ndim == 2 and memory.biases.shape[1] == images),
+        f"{verb}: a memory must have biases [B, I] of its {images} images, got"
+        f" {None if memory.biases is None else tuple(memory.biases.shape)}",
+    )
+    media = {} if memory.media is None else {"media": memory.media}
+    for kind, held, ndim in (
+        *(("media", media, 2), ("keys", memory.keys, 3), ("values", memory.values, 3)),
+    ):
+        for t in held.values():
+            check(
+                t.ndim == ndim and t.shape[0] >= M,
+                f"{verb}: {kind} of a memory must have {ndim} dimensions and a row for each of"
+                f" {M} tokens, got {tuple(t.shape)}",
+            )
+    for scale in memory.scales.values():
+        check_count(verb, "the tile of a memory", scale.tile, 1)
+        for t in scale[:2]:
+            check(
+                t.ndim == 2 and t.shape[0] * scale.tile >= M,
+                f"{verb}: scales of a memory must be [T, G], T tiles of {scale.tile} for {M}"
+                f" tokens, got {tuple(t.shape)}",
+            )
+
+
 def _kinds(image: ImageMemory) -> list[tuple[tuple[int, ...], torch.dtype, torch.device]]:
     """Widths, dtypes and devices of media, ids, keys and values."""
     held = (image.media, image.ids, *image.keys.values(), *image.values.values())
@@ -179,10 +213,10 @@ def _concatenate(images: Sequence[ImageMemory]) -> ImageMemory:
             joined[layer] = memory_buffers(
                 1, sum(sizes), G, D, of_layer[0].dtype, of_layer[0].device
             )[0, 0]
-            for target, rows in zip(
-                joined[layer].split([len(i) for i in images]), of_layer, strict=True
-            ):
-                target.copy_(rows)
+            start = 0
+            for rows in of_layer:  # slices, not split: autograd writes into no several views
+                joined[layer][start : start + len(rows)].copy_(rows)
+                start += len(rows)
         return joined
 
     return ImageMemory(

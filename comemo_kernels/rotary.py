@@ -356,7 +356,7 @@ def apply_rotary(
         positions, thumbnail = positions.table, positions.thumbnail
     xs = [q] if k is None else [q, k]
     options = (side, column, thumbnail, False, published)
-    if torch.is_grad_enabled() and (q.requires_grad or xs[-1].requires_grad):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*xs, cos, sin)):
         if cos.requires_grad or sin.requires_grad:
             raise ValueError(
                 "apply_rotary: on a GPU cos and sin must not require grad, the kernel has no"

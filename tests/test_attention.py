@@ -525,7 +525,7 @@ def test_says_what_is_wrong():
     ):
         with pytest.raises(ValueError, match="the workspace must be that of attention_workspace"):
             attend_images(**inputs, workspace=workspace._replace(**wrong_part))
-    with pytest.raises(ValueError, match="splits must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="splits must be an integer from 1 to 65536, got 0"):
         attention_workspace(q, k, 0)
     with pytest.raises(ValueError, match="with G dividing H"):
         attention_workspace(q, k.expand(-1, 3, -1))

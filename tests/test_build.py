@@ -260,7 +260,7 @@ def test_says_what_is_wrong_and_changes_nothing():
     assert (memory.sizes, memory.starts, memory.biases, memory.ids) == state
     for layer, keys in held.items():
         assert torch.equal(memory.keys[layer][:32], keys[:32])
-    with pytest.raises(ValueError, match="capacity, heads, head_dim and tile be positive"):
+    with pytest.raises(ValueError, match="capacity must be an integer from 1"):
         memory_of(inputs, capacity=0)
     with pytest.raises(ValueError, match="biases must be for the 1 images"):
         memory.reading(torch.tensor([[[0, 1]]]), torch.tensor([[3, 40]]))

@@ -189,6 +189,12 @@ def test_no_file_stays_open(tmp_path, photograph, monkeypatch):
         ({"input_size": -448}, "input_size must be an integer of at least 1, got -448"),
         ({"input_size": "448"}, "input_size must be an integer of at least 1, got '448'"),
         ({"input_size": None}, "got None"),
+        ({"input_size": 10**7}, "load_image: input_size must make 1 tiles of at most 205520896"),
+        (
+            {"input_size": 10**4, "min_num": 3},
+            "load_image: input_size must make 3 tiles of at most",
+        ),
+        ({"input_size": 2**64}, "input_size must be an integer of at least 1 and below"),
     ],
 )
 def test_says_what_is_wrong_with_a_limit(options, message):
@@ -208,6 +214,27 @@ def test_says_what_is_wrong_with_parts(photograph):
     for tiles in ([], [photograph], [square, square.resize((5, 5))], [square.convert("L")], [3]):
         with pytest.raises(ValueError, match="normalise: tiles must be square RGB"):
             normalise(tiles)
+    with pytest.raises(ValueError, match="split_tiles: input_size must make 6 tiles of at most"):
+        split_tiles(photograph, 7000, min_num=6)
+    with pytest.raises(ValueError, match=r"choose_grid: width must be .* below 2"):
+        choose_grid(10**400, 5)
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "message"),
+    [
+        ("scale", ["x", [1.0], np.nan, np.inf, 10**400], "scale must be a finite number or None"),
+        ("mean", ["x", [0.5, None, 0.5], [0.1, 0.2], np.nan], "mean must be one or three numbers"),
+        ("std", [[[1.0], [2.0, 3.0]], object(), np.inf], "std must be one or three numbers"),
+        ("std", [0, [0.2, 0.0, 0.2]], "std must not be 0"),
+    ],
+)
+def test_says_what_is_wrong_with_a_number(option, values, message):
+    square = Image.new("RGB", (4, 4))
+    for value in values:
+        for call in (lambda **o: normalise([square], **o), lambda **o: load_image(square, 4, **o)):
+            with pytest.raises(ValueError, match=f"normalise: {message}"):
+                call(**{option: value})
 
 
 def test_numpy_integers_are_integers():

@@ -1,5 +1,7 @@
 """The image memory taken apart by pictures and put together again."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -119,7 +121,7 @@ def test_float8_keeps_its_factors():
             assert image.scales[layer].tile == 4
             for part in (0, 1):
                 assert torch.equal(image.scales[layer][part], wanted.scales[layer][part])
-    uneven = grown(6, 2, dtype=torch.float8_e4m3fn)
+    uneven = replace(grown(8, dtype=torch.float8_e4m3fn), sizes=(6, 2), biases=None)
     with pytest.raises(ValueError, match=r"must begin with a tile of 4, got sizes \[6, 2\]"):
         split_images(uneven)
     uneven.sizes = (5,)
@@ -168,9 +170,21 @@ def test_what_cannot_be_joined(second, said):
         join_images([grown(3), second()])
 
 
+def test_gradients_pass_through_a_joined_memory():
+    images = [grown(3), grown(2)]
+    for image in images:
+        image.keys = {layer: key.clone().requires_grad_() for layer, key in image.keys.items()}
+    joined = join_images(images)
+    (2 * joined.keys[LAYERS[0]]).sum().backward()
+    for image in images:
+        grad = image.keys[LAYERS[0]].grad
+        assert (grad[: len(image)] == 2).all()
+        assert (grad[len(image) :] == 0).all()
+
+
 def test_joining_nothing_or_for_other_pictures():
     with pytest.raises(ValueError, match="at least one memory, got none"):
         join_images([])
     for images in ([grown(3)], [grown(3), grown(2)]):
-        with pytest.raises(ValueError, match=r"biases must be for the \d images, got \(5,\)"):
+        with pytest.raises(ValueError, match=r"biases must be for the \d images, .* \(5,\)"):
             join_images(images, biases=torch.arange(5))

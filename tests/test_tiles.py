@@ -404,7 +404,7 @@ WRONG = {
     "a narrow bias": (lambda i: {"norm_bias": i["norm_bias"][1:]}, r"norm_bias .*\(32,\)"),
     "the other fold": (lambda i: {"ratio": 1.0}, r"norm_weight must be .*\(8,\).*by 1 x 1"),
     "a turned weight": (lambda i: {"weight1": i["weight1"].T}, r"weight1 must be .*\(32, 32\)"),
-    "a number": (lambda i: {"weight1": i["weight1"][0, 0]}, r"weight1 must be .*\(0, 32\)"),
+    "a number": (lambda i: {"weight1": i["weight1"][0, 0]}, r"weight1 must be .*\(1, 32\)"),
     "a short bias": (lambda i: {"bias1": i["bias1"][1:]}, r"bias1 must be .*\(24,\).*\(23,\)"),
     "a second width": (lambda i: {"weight2": i["weight2"][:, 1:]}, r"weight2 must be .*\(24, 24\)"),
     "a long bias": (lambda i: {"bias2": i["weight2"][0].repeat(2)}, r"bias2 .*\(24,\).*\(48,\)"),

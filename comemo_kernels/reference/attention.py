@@ -6,13 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from comemo_kernels._arguments import public
 from comemo_kernels._checks import check_attention, check_read, check_workspace
+from comemo_kernels._writes import check_writable
 from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
 from comemo_kernels.reference.rotary import rotate_halves
 
 ROWS = 256  # queries whose scores are held at once where SDPA cannot be used
 
 
+@public
 def attend_images(
     q: Tensor,
     k: Tensor,
@@ -58,6 +61,12 @@ def attend_images(
             take, or a GPU without float8.
     """
     check_attention(q, k, v, spans, rotation, scales, workspace)
+    if workspace is not None:
+        learns = any(t.requires_grad for t in (q, k, v))
+        check_writable(
+            *("attend_images", {"workspace.out": workspace.out, "workspace.lse": workspace.lse}),
+            learns,
+        )
     starts = None if rotation is None else rotation.starts
     # Values of spans are at hand; or what a GPU's results are held against, which may wait: keys
     # turned by their biases are as exact as the table.
@@ -78,6 +87,7 @@ def attend_images(
     return (out, lse) if lse is not None else out
 
 
+@public
 def attention_workspace(q: Tensor, k: Tensor, splits: int | None = None) -> AttentionWorkspace:
     """What `attend_images` needs to allocate nothing for queries like `q` and keys like `k`.
 
@@ -114,9 +124,9 @@ def _unscale(x: Tensor, scale: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
 def turn(x: Tensor, distance: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate [..., H, D] by `distance` [...] rows of the table, of either sign."""
     exact = torch.promote_types(x.dtype, torch.float32)
-    row = distance.abs().long()
-    known = (row < cos.shape[0])[..., None]
-    row = row.clamp(max=cos.shape[0] - 1)
+    row = distance.long().abs()
+    known = ((row >= 0) & (row < cos.shape[0]))[..., None]  # the least integer has no abs
+    row = row.clamp(0, cos.shape[0] - 1)
     c = torch.where(known, cos[row].to(exact), float("nan")).unsqueeze(-2)  # [..., 1, R/2]
     s = (sin[row].to(exact) * distance.sign()[..., None].to(exact)).unsqueeze(-2)
     return rotate_halves(x, c, s)
@@ -145,14 +155,14 @@ def _attend_spans(
         distinct, owner = torch.unique(kind, dim=0, return_inverse=True)
     flat, ids = q.reshape(B * N, H, D), None
     if rotation is not None:
-        ids = rotation.positions.expand(B, N).reshape(-1)
+        ids = rotation.positions.expand(B, N).reshape(-1).long()
     prompts = torch.arange(B, device=q.device)
     if B > 1:  # of each query; of one prompt no gathering is needed
         prompts = prompts.repeat_interleave(N)
     out = torch.zeros_like(flat, memory_format=torch.contiguous_format)
     lse = flat.new_full((B * N, H), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for index, (start, end, *_) in enumerate(distinct.tolist()):
-        if start >= end:
+        if start >= end or not flat.numel():
             continue
         rows = None  # all: nothing to gather
         if owner is not None and len(distinct) > 1:
@@ -243,7 +253,7 @@ def _attend_masked(
                 return torch.cat(outs), torch.cat(lses) if return_lse else None
             k = turn(k, biases[0], rotation.cos, rotation.sin)
     seen = (place >= spans[..., :1]) & (place < spans[..., 1:])  # [B, N or 1, M]
-    seen = seen.expand(B, N, -1).reshape(B * N, -1)
+    seen = seen.expand(B, N, -1).reshape(B * N, k.shape[0])
     # An empty span attends to everything and is then zeroed: softmax over nothing is NaN.
     some = seen.any(-1, keepdim=True)
     # Rows that nobody reads may not have been written: NaN times nothing is NaN.

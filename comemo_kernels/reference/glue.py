@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from comemo_kernels._arguments import public
 from comemo_kernels._checks import DTYPES
 
 
@@ -38,6 +39,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+@public
 def norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """Product with `weight` of x, normalised by its root mean square as Llama does it.
 
@@ -66,6 +68,7 @@ def norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor, eps: floa
     return product(rms_norm(x, norm_weight, eps), weight)
 
 
+@public
 def norm_swiglu(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -98,6 +101,7 @@ def norm_swiglu(
     return F.silu(product(y, gate_weight)) * product(y, up_weight)
 
 
+@public
 def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
     """x + tanh(gate) * (a weight^T): what a layer read or thought, as far as its gate opens.
 

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comemo_kernels._checks import FLOAT8, check_build
+from comemo_kernels._arguments import public
+from comemo_kernels._checks import FLOAT8
+from comemo_kernels._checks_memory import check_build
 from comemo_kernels.reading import MemoryScales
 from comemo_kernels.reference.attention import turn
 from comemo_kernels.reference.glue import rms_norm
@@ -15,6 +17,7 @@ FLOAT8_MAX = 448.0  # of float8_e4m3fn
 
 
 @torch.no_grad()
+@public
 def build_memory(
     media: Tensor,
     kv_weights: Sequence[Tensor],
@@ -51,8 +54,9 @@ def build_memory(
         None.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; more rows than the capacity C; on a
-            GPU layouts, float64 or gradients that the kernels do not know. Nothing is written then.
+        ValueError: shapes, dtypes or devices that do not fit; more rows than the capacity C; keys
+            or values that cannot be written or lie in one place; on a GPU layouts, float64 or
+            gradients that the kernels do not know. Nothing is written then.
     """
     check_build(media, kv_weights, norm_weights, cos, sin, ids, keys, values, scales, row)
     M, (_, G, D) = media.shape[0], keys[0].shape

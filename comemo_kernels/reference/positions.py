@@ -1,13 +1,15 @@
 """Position ids and rotary angles, in PyTorch."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from comemo_kernels._arguments import public
 from comemo_kernels._checks import check_prompt_grids, pack_prompt_grids
-from comemo_kernels._op import check
+from comemo_kernels._op import check_count
 from comemo_kernels.grids import (
     Grid,
     check_grid,
@@ -17,6 +19,7 @@ from comemo_kernels.grids import (
 )
 
 
+@public
 def image_position_ids(
     grid: Grid,
     side: int = 16,
@@ -47,11 +50,13 @@ def image_position_ids(
     """
     check_grid("image_position_ids", grid, side)
     check_tile_order("image_position_ids", tile_order)
-    cols, rows = grid
+    check_count("image_position_ids", "bias", bias, -(2**31))
+    cols, rows = map(int, grid)
     tokens = image_tokens(grid, side, thumbnail)
     return bias + thumbnail_cells(torch.arange(tokens), cols, rows, side, tile_order)
 
 
+@public
 def rope_dhr_positions(
     image_mask: Tensor,
     attention_mask: Tensor,
@@ -110,6 +115,7 @@ def rope_dhr_positions(
     return torch.where(text | image_mask, ids, 0)
 
 
+@public
 def rotary_table(
     position_ids: Tensor,
     dim: int,
@@ -136,17 +142,56 @@ def rotary_table(
         cos, sin: float32 [B, N, D/2] of angles in radians.
 
     Raises:
-        ValueError: an odd `dim`, or `factor` without `length`.
+        ValueError: a `dim` that is odd or below 2, with `factor` below 4; a `theta` that is not
+            positive; ids or lengths of another shape; `factor` without `length` and `max_length`.
     """
-    check(dim % 2 == 0, f"rotary_table: dim must be even, got {dim}")
+    _check_angles(position_ids, dim, theta, factor, length, max_length)
     exponent = torch.arange(0, dim, 2, device=position_ids.device).float() / dim  # [D/2]
     if factor is None:
         frequency = (1.0 / theta**exponent)[None]  # [1, D/2]
     else:
-        check(length is not None, "rotary_table: factor needs the length of each prompt, got None")
         assert length is not None
         growth = (factor * length.double() / max_length - (factor - 1)).clamp(min=1.0)
         base = theta * growth ** (dim / (dim - 2))  # [B], exactly theta where nothing is scaled
         frequency = 1.0 / base.float()[:, None] ** exponent
     angle = position_ids.float()[:, :, None] * frequency[:, None]
     return angle.cos(), angle.sin()
+
+
+def _check_angles(
+    position_ids: Tensor,
+    dim: int,
+    theta: float,
+    factor: float | None,
+    length: Tensor | None,
+    max_length: int,
+) -> None:
+    """Raise the errors of `rotary_table`."""
+    # Dynamic scaling divides by dim - 2.
+    check_count("rotary_table", "dim", dim, 2 if factor is None else 4, 2**16)
+    if dim % 2:
+        raise ValueError(f"rotary_table: dim must be even, got {dim}")
+    if not 0 < theta < math.inf:
+        raise ValueError(f"rotary_table: theta must be positive and finite, got {theta}")
+    if position_ids.ndim != 2 or position_ids.is_complex():
+        raise ValueError(
+            "rotary_table: position_ids must be [B, N], integers or floats, got"
+            f" {position_ids.dtype} {tuple(position_ids.shape)}"
+        )
+    if factor is None:
+        return
+    if not 0 < factor < math.inf:
+        raise ValueError(f"rotary_table: factor must be positive and finite, got {factor}")
+    if length is None:
+        raise ValueError("rotary_table: factor needs the length of each prompt, got None")
+    prompts = len(position_ids)
+    if (
+        length.shape not in ((prompts,), (1,))
+        or length.is_complex()
+        or length.device != position_ids.device
+    ):
+        raise ValueError(
+            f"rotary_table: length must be [{prompts}], one for each prompt, on"
+            f" {position_ids.device}, got {length.dtype} {tuple(length.shape)} on {length.device}"
+        )
+    check_count("rotary_table", "max_length, which factor needs,", max_length, 1)

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comemo_kernels._arguments import public
 from comemo_kernels._checks import check_rotary
 from comemo_kernels.grids import ImageGrids
 
 
+@public
 def apply_rotary(
     q: Tensor,
     k: Tensor | None,
@@ -44,9 +46,11 @@ def apply_rotary(
         in float64. Differentiable in q and k.
 
     Raises:
-        ValueError: shapes, dtypes, devices or strides that do not fit; an expanded tensor to be
-            written in place; grids whose tokens overrun the sequence; ids beyond the table if
-            `validate`; on a GPU a table that requires grad.
+        ValueError: shapes, dtypes, devices or strides that do not fit; what cannot be written in
+            place: an expanded tensor, a leaf that requires grad or a view of one, one of several
+            views that learn, an inference tensor outside of inference mode; grids whose tokens
+            overrun the sequence; ids beyond the table if `validate`; on a GPU a table that
+            requires grad. Nothing is written then.
     """
     check_rotary(q, k, cos, sin, positions, inplace, validate)
     exact = torch.promote_types(q.dtype, torch.float32)

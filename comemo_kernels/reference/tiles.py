@@ -6,6 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from comemo_kernels._arguments import public
+from comemo_kernels._op import check
+from comemo_kernels._writes import check_writable
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -20,6 +24,7 @@ class Fold(NamedTuple):
         return self.side * self.side
 
 
+@public
 def fold_tiles(tokens: Tensor, ratio: float = 0.5, version: str = "v2") -> Tensor:
     """Fold each square neighbourhood of a token raster into channels ("pixel shuffle").
 
@@ -36,6 +41,10 @@ def fold_tiles(tokens: Tensor, ratio: float = 0.5, version: str = "v2") -> Tenso
         ValueError: a raster that n does not divide, a ratio of no integer, or an unknown version.
     """
     n = _check_fold("fold_tiles", ratio, version)
+    check(
+        tokens.ndim == 4,
+        f"fold_tiles: tokens must be [T, h, w, C], got {tuple(tokens.shape)}",
+    )
     T, h, w, C = tokens.shape
     if h % n or w % n:
         raise ValueError(f"fold_tiles: a raster of {h} x {w} cannot be folded by {n} x {n}")
@@ -44,6 +53,7 @@ def fold_tiles(tokens: Tensor, ratio: float = 0.5, version: str = "v2") -> Tenso
     return x.transpose(1, 2) if version == "v1" else x
 
 
+@public
 def image_rows(image_mask: Tensor, count: int) -> Tensor:
     """Rows of a batch's flattened tokens at which its image tokens stand, in reading order.
 
@@ -74,6 +84,7 @@ def image_rows(image_mask: Tensor, count: int) -> Tensor:
     return rows
 
 
+@public
 def project_tiles(
     tokens: Tensor,
     norm_weight: Tensor,
@@ -130,7 +141,7 @@ def project_tiles(
     found = F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
     if media is not None:
         media.copy_(found.flatten(0, 1))
-        found = media.view(T, fold.tokens, -1)
+        found = media.view(T, fold.tokens, weight1.shape[0])
     if embeds is not None and rows is not None:
         place(found.flatten(0, 1), embeds, rows)
     return found
@@ -163,7 +174,7 @@ def check_project(
             f"project_tiles: activation must be 'gelu', by the error function, got {activation!r}"
         )
     h = int(max(tokens.shape[1] - 1, 0) ** 0.5) if tokens.ndim == 3 else 0
-    if h == 0 or tokens.shape[1] != 1 + h * h or tokens.dtype not in FLOATS:
+    if h == 0 or tokens.shape[1] != 1 + h * h or tokens.dtype not in FLOATS or not tokens.shape[2]:
         raise ValueError(
             "project_tiles: tokens must be floats [T, 1 + h*h, C], a class token and a square, got"
             f" {tokens.dtype} {tuple(tokens.shape)}"
@@ -171,7 +182,7 @@ def check_project(
     if h % n:
         raise ValueError(f"project_tiles: a raster of {h} x {h} cannot be folded by {n} x {n}")
     width, fold = tokens.shape[2] * n * n, Fold(n, h // n)
-    d = weight1.shape[0] if weight1.ndim else 0
+    d = max(weight1.shape[0] if weight1.ndim else 0, 1)
     count = tokens.shape[0] * fold.tokens
     weights = (norm_weight, norm_bias, weight1, bias1, weight2, bias2)
     shapes = ((width,), (width,), (d, width), (d,), (d, d), (d,))
@@ -206,13 +217,17 @@ def check_project(
         _check_place(embeds, rows, device, count, d)
     elif embeds is not None or rows is not None:
         raise ValueError("project_tiles: embeds and rows go together, got one without the other")
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (tokens, *weights))
+    check_writable("project_tiles", {"media": media, "embeds": embeds}, learns)
     return fold
 
 
 def _check_fold(verb: str, ratio: float, version: str) -> int:
     if version not in ("v1", "v2"):
         raise ValueError(f"{verb}: version must be 'v1' or 'v2', got {version!r}")
-    n = round(1 / ratio) if ratio > 0 else 0
+    ratio = float(ratio)
+    inverse = 1 / ratio if ratio > 0 else 0.0
+    n = round(inverse) if inverse < 2**31 else 0
     if n < 1 or abs(n * ratio - 1) > 1e-6:
         raise ValueError(f"{verb}: ratio must be 1 over an integer, got {ratio}")
     return n
