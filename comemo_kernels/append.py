@@ -106,13 +106,15 @@ def append_images(
     starts = torch.tensor((row, *sizes), dtype=torch.int64).cumsum(0)[:-1].int()
     places = torch.tensor([list(biases)], dtype=torch.int32)
     starts, places = to_device(starts, media.device), to_device(places, media.device)
-    held = ids, starts, places
+    known = (*memory.sizes, *map(int, sizes))
+    held = ids, starts, places, known
     if memory.ids is not None and memory.starts is not None and memory.biases is not None:
         places = places.expand(len(memory.biases), -1)
         held = (
             torch.cat([memory.ids, ids]),
             torch.cat([memory.starts, starts]),
             torch.cat([memory.biases, places], 1),
+            known,
         )
     build_memory(
         media,
@@ -126,8 +128,8 @@ def append_images(
         row,
         eps,
     )
-    memory.ids, memory.starts, memory.biases = held
-    memory.sizes = (*memory.sizes, *map(int, sizes))
+    # At once: no interrupt falls between stores.
+    memory.ids, memory.starts, memory.biases, memory.sizes = held
     return row, row + m
 
 

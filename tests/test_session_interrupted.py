@@ -140,12 +140,11 @@ def interrupt_everywhere(chatty, name, choose):
     assert len(places) >= 6
     afterwards = {}
     for at in places:
-        session = begin()
+        session, others = begin(), {*threading.enumerate()}
         reached = interrupt_at(lambda: call(session), at)  # noqa: B023
         assert reached or name == "stream", f"{at} was not reached"  # how often that waits varies
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread():  # of a stream that was left
-                thread.join()
+        for thread in {*threading.enumerate()} - others:  # of a stream that was left
+            thread.join()
         said = session._state.said
         state = said.turns, len(said.pictures)
         if state not in afterwards:
