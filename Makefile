@@ -19,7 +19,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 # looked for again every week. NEWEST picks another: make newest NEWEST=transformers==5.10.4
 NEWEST ?= transformers
 NEWEST_TESTS := $(addprefix tests/test_, \
-	$(addsuffix .py, answer_options api chat processor training))
+	$(addsuffix .py, answer_options api chat planted_code processor training))
 WEEK := $(shell date +%G-%V)
 
 .PHONY: demo test test-all lint kernels newest aot bench gpu-check gpu-bench clean

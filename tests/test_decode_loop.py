@@ -564,8 +564,7 @@ def test_gives_recorded_answers(golden, inputs, checkpoint, tokenizer):
         assert out[0].tolist() == record["tokens"]
 
 
-@pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("chunk", [None, 100])
+@pytest.mark.parametrize(("stored", "chunk"), [(False, None), (True, 100)])
 def test_a_session_answers_the_same(loaded, demo_checkpoint, picture_file, ahead, stored, chunk):
     model, _ = loaded
     processor = CoMemoProcessor.from_pretrained(demo_checkpoint)

@@ -210,18 +210,22 @@ def answers(model, batch, **options):
     return model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("positions", ["raw", "compressed"])
+ROWS = {  # options, and where the other positions are left to --all
+    "plain": ({}, None),
+    "static": ({"cache_implementation": "static"}, "raw"),
+    "beams": ({"num_beams": 3, "num_return_sequences": 2}, "compressed"),
+    "static beams": ({"num_beams": 2, "cache_implementation": "static"}, "raw"),
+    "no cache": ({"use_cache": False, "max_new_tokens": 4}, "compressed"),
+}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("options", "positions"),
     [
-        {},
-        {"cache_implementation": "static"},
-        pytest.param({"num_beams": 3}, marks=SLOW),
-        {"num_beams": 3, "num_return_sequences": 2},
-        {"num_beams": 2, "cache_implementation": "static"},
-        {"use_cache": False, "max_new_tokens": 4},
+        pytest.param(options, at, id=f"{name}-{at}", marks=SLOW if only not in (None, at) else ())
+        for name, (options, only) in ROWS.items()
+        for at in ("raw", "compressed")
     ],
-    ids=str,
 )
 def test_a_row_of_a_batch_is_the_row_alone(model, prompts_of, options, positions):
     model.config.decode_positions = positions

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, SLOW
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -139,8 +139,11 @@ def answer(model, prompts):
     return ask
 
 
-@pytest.mark.parametrize("positions", ["raw", "compressed"])
-@pytest.mark.parametrize("chunk", [64, 257, 5000])
+@pytest.mark.parametrize(
+    ("chunk", "positions"),
+    [(64, "raw"), (257, "compressed"), (5000, "raw")]
+    + [pytest.param(*two, marks=SLOW) for two in ((64, "compressed"), (257, "raw"))],
+)
 def test_pieces_change_nothing(model, answer, chunk, positions):
     """Borders lie inside pictures, padding and text."""
     model.config.decode_positions = positions
