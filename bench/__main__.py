@@ -18,6 +18,7 @@ from bench import (
     positions,
     project,
     rotary,
+    store,
     vision,
 )
 
@@ -31,6 +32,7 @@ BENCHMARKS: dict[str, Any] = {
     "positions": positions,
     "project": project,
     "rotary": rotary,
+    "store": store,
     "vision": vision,
 }
 COMMANDS: dict[str, Any] = {"gpu-check": gpu_check, "gpu-bench": gpu_bench}  # of many stages

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import comemo_kernels as ops
 from bench import __main__ as command
-from bench import attend, measure, memory, mixin, project, vision, ways
+from bench import attend, measure, memory, mixin, project, store, vision, ways
 from bench.cases import PROMPTS
 from bench.readings import READINGS, SMALL, Reading
 from bench.ways import Clock, Limits, Work
@@ -367,6 +367,19 @@ def test_rows_of_the_vision_tower(model, monkeypatch):
         assert row["tiles_s"] == pytest.approx(3e6 / row["us"])
         assert row["pictures_s"] == pytest.approx(row["tiles_s"] / 13)
         assert row["of_limit"] == pytest.approx(row["tflop_s"] * 1e12 / GEMM)
+
+
+def test_rows_of_a_store(model, monkeypatch):
+    monkeypatch.setattr(store, "draw_model", lambda *_: model)
+    parser = argparse.ArgumentParser()
+    store.add_arguments(parser)
+    rows = {row["way"]: row for row in store.run(parser.parse_args(["--tiles", "1"]))}
+    assert len(rows) == 7
+    for row in rows.values():
+        assert row["gb_s"] == pytest.approx(row["mib"] * 2**20 / row["us"] / 1e3)
+    summed, digested = list(rows.values())[:2]
+    assert summed["mib"] == digested["mib"] > 0
+    assert rows["hit in memory"]["mib"] == rows["hit in a file"]["mib"] > 0
 
 
 def test_flops_of_the_vision_tower(model):

@@ -1,0 +1,81 @@
+"""A store of known pictures: to recognise a model and a picture, to write, to read, to hand over.
+
+The vision tower does not run, its output is random: a miss takes as much longer as `bench vision`
+says. Rows tell what a way looks at, `mib`, and that in a second, `gb_s`.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+
+import comemo_kernels as ops
+from bench import measure
+from bench.models import draw_model
+from bench.ways import Row
+from comemo import MemoryStore
+from comemo.store_keys import identify_model, identify_picture, stamp_weights, weights_of
+
+GRIDS = {1: (1, 1), 13: (3, 4)}  # by tiles, thumbnail included
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", default="2B", choices=("2B", "9B"))
+    parser.add_argument("--dtype", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
+    parser.add_argument("--tiles", type=int, default=13, choices=GRIDS)
+    parser.add_argument("--layers", type=int, help="of the language model, default: all")
+
+
+@torch.inference_mode()
+def run(options: argparse.Namespace) -> Iterator[Row]:
+    for name in options.dtype:
+        model = draw_model(options.size, getattr(torch, name), options.layers).model
+        case = f"{options.size}, {options.tiles} tiles, {name}"
+        with tempfile.TemporaryDirectory() as folder:
+            for way, took, nbytes in _measure(model, GRIDS[options.tiles], folder):
+                row: Row = {"case": case, "pass": "store", "way": way, "us": 1e6 * took}
+                yield row | {"mib": nbytes / 2**20, "gb_s": nbytes / took / 1e9}
+        del model
+
+
+def _measure(model: Any, grid: tuple[int, int], folder: str) -> Iterator[tuple[str, float, int]]:
+    """Ways, their seconds, and the bytes of what they look at."""
+    config, device = model.config, model.device
+    tokens = ops.image_tokens(grid, config.side, config.use_thumbnail)
+    side = config.vision_config.image_size[0]
+    pixels = torch.randn(tokens // config.tokens_per_tile, 3, side, side).to(model.dtype)
+    pixels = pixels.to(device)
+    image_mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
+    places = model.prompt_position_ids(image_mask, image_mask.long(), [grid])
+    media = torch.randn(1, tokens, config.text_config.hidden_size, device=device).to(model.dtype)
+    weights = sum(weight.nbytes for _, weight in weights_of(model))
+
+    def remember(store: MemoryStore) -> Any:
+        with mock.patch.object(type(model), "project_images", return_value=media):
+            return model.build_image_memory(pixels, image_mask, places, [grid], store)
+
+    def timed(call: Callable[[], Any], repeats: int = 3) -> float:
+        call()
+        return measure.seconds(call, repeats)
+
+    yield "weights summed, for every call", timed(lambda: stamp_weights(model)), weights
+    yield "weights digested, once", measure.seconds(lambda: identify_model(model)), weights
+    identity, ids = identify_model(model), places[0].int().cpu()
+    digest = timed(lambda: identify_picture(identity, pixels, ids))
+    yield "picture digested", digest, pixels.nbytes
+
+    def miss(store: MemoryStore) -> None:
+        store.clear(disk=True)
+        remember(store)
+
+    held, filed, read = (MemoryStore(), MemoryStore(directory=folder), MemoryStore(0, folder))
+    missed, written = timed(lambda: miss(held)), timed(lambda: miss(filed))
+    nbytes = held.stats.bytes
+    yield "miss, without the tower", missed, nbytes
+    yield "miss, and written to a file", written, nbytes
+    yield "hit in memory", timed(lambda: remember(held)), nbytes
+    yield "hit in a file", timed(lambda: remember(read)), nbytes
+    assert (read.stats.disk_hits, read.stats.misses) == (4, 0)
