@@ -134,7 +134,7 @@ def interrupt_everywhere(chatty, name, choose):
 
     if name == "loop":
         base.options["decode_loop"] = DecodeLoop(base.model)
-        call(begin())
+    call(begin())  # what is computed once for the process is there
     session = begin()
     places = choose(find_places(lambda: call(session)))
     assert len(places) >= 6
