@@ -55,7 +55,9 @@ def allocated(run):
     return most
 
 
-@pytest.mark.parametrize(("chunk", "tiles_at_once"), [(256, 4), (4096, 1)])
+@pytest.mark.parametrize(
+    ("chunk", "tiles_at_once"), [(256, 4), pytest.param(4096, 1, marks=pytest.mark.slow)]
+)
 def test_the_peak_is_predicted(chunk, tiles_at_once):
     """At widths where weights and activations count, and nothing else does."""
     base = CoMemoConfig().to_dict() | {"text_config": None}  # told by llm_config alone

@@ -98,6 +98,7 @@ def test_some(i):
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_has_lost_its_gpu_fails_no_other_test(check, tmp_path):
     code, table = check(LOSES, names=("suite",), parallel=("-n", "1", "--dist", "worksteal"))
     assert code == 1

@@ -159,6 +159,7 @@ def test_shares_sum_to_the_minutes():
     assert [stage.seconds for stage in found] == [30.0, 90.0]
 
 
+@pytest.mark.slow
 def test_who_waits_loads_its_packages_while_another_runs(tmp_path):
     told = tmp_path / "told"
     code = (

@@ -61,10 +61,12 @@ def test_errs_no_more_than_the_model_itself(dtype, bias):
     assert_errs_no_more(folded, own, truth)
 
 
-def test_gives_every_recorded_answer(golden, inputs, checkpoint, tokenizer):
+def test_gives_every_recorded_answer(golden, inputs, checkpoint, tokenizer, request):
+    """Without --all some of them."""
+    names = CHATS if request.config.getoption("--all") else CHATS[::4]
     model = CoMemoForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     with model.eval().requires_grad_(False).fold_for_inference():
-        for name in CHATS:
+        for name in names:
             record, case = case_of(golden, inputs, name)
             assert model.chat(tokenizer, **case) == record["response"], name
 

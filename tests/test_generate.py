@@ -234,6 +234,7 @@ def test_a_row_of_a_batch_is_the_row_alone(model, prompts_of, options, positions
     assert together == [tokens for rows in alone for tokens in rows]
 
 
+@pytest.mark.slow
 def test_caches_agree(model, prompts_of):
     greedy = answers(model, prompts_of(0, 1, 2))
     assert answers(model, prompts_of(0, 1, 2), cache_implementation="static") == greedy
@@ -266,7 +267,7 @@ def test_decode_positions_matter(model, prompts_of):
     assert (found[0][1] - found[1][1]).abs().max() > 10 * LOGITS
 
 
-@pytest.mark.parametrize("positions", ["raw", "compressed"])
+@pytest.mark.parametrize("positions", ["raw", pytest.param("compressed", marks=SLOW)])
 def test_drafts_change_no_token(model, checkpoint, prompts_of, positions):
     model.config.decode_positions = positions
     # Some transformers cannot draft without an end token.

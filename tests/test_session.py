@@ -292,24 +292,6 @@ class Recorder(BaseStreamer):
         pass
 
 
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def test_an_interrupted_answer_leaves_no_trace(session, pictures):
-    session.ask("what is this?", pictures[1])
-    before, memory = session.history, session._state.memory
-    for at in (0, 1, 3):
-        with pytest.raises(KeyboardInterrupt):
-            session.ask("a picture", pictures[3], streamer=Recorder(at, interrupt))
-        assert session.history == before
-        assert session._state.memory is memory
-    answer = session.ask("another picture", pictures[1])
-    twin = ChatSession(session.model, session.processor, **GREEDY)
-    twin.ask("what is this?", pictures[1])
-    assert twin.ask("another picture", pictures[1]) == answer
-
-
 def test_a_layer_that_fails_leaves_no_trace(session, pictures, model):
     first = session.ask("what is this?", pictures[1])
     layer = model.model.language_model.layers[2]

@@ -492,6 +492,7 @@ print("done", store.stats.misses)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_directory(core, demo_checkpoint, stored, tmp_path_factory):
     """Both write, read and remove the same file; neither ever sees half of it."""
     _, _, path = stored
