@@ -107,14 +107,13 @@ def append_images(
     places = torch.tensor([list(biases)], dtype=torch.int32)
     starts, places = to_device(starts, media.device), to_device(places, media.device)
     known = (*memory.sizes, *map(int, sizes))
-    held = ids, starts, places, known
+    held = ids, starts, places
     if memory.ids is not None and memory.starts is not None and memory.biases is not None:
         places = places.expand(len(memory.biases), -1)
         held = (
             torch.cat([memory.ids, ids]),
             torch.cat([memory.starts, starts]),
             torch.cat([memory.biases, places], 1),
-            known,
         )
     build_memory(
         media,
@@ -129,7 +128,7 @@ def append_images(
         eps,
     )
     # At once: no interrupt falls between stores.
-    memory.ids, memory.starts, memory.biases, memory.sizes = held
+    memory.ids, memory.starts, memory.biases, memory.sizes = *held, known
     return row, row + m
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from conftest import GPU
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -352,7 +353,7 @@ def odd_tensors(right: Tensor) -> Iterator[Tensor]:
             yield leaf[...]
         with torch.inference_mode():
             yield right.clone()
-    elif plain.dtype != torch.bool:
+    elif plain.dtype != torch.bool and not GPU:  # where a stray address ends the whole run
         limits = torch.iinfo(plain.dtype)
         values = (limits.min, limits.max, limits.min + 1, -1)
         yield from (torch.full_like(plain, value) for value in values)
