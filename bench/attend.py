@@ -236,7 +236,7 @@ def specialised(way: Callable[[int], Any]) -> Callable[[int], Any]:
 @torch.no_grad()
 def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
     """Every configuration of the kernel that a case takes; the fastest belongs first."""
-    from comemo_kernels import _specialized, attention
+    from comemo_kernels import _descriptors, _specialized, attention
 
     attending = AttendWays(size, case, clock)
     rows = attending.reading.queries  # of a key head
@@ -259,7 +259,7 @@ def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
     yield from timed(kernels, calls)
     if (
         kernel is attention.attend_many
-        and _specialized.AVAILABLE
+        and _descriptors.AVAILABLE
         and len(attending.reading.sizes) == 1
     ):
         # Behind all others: a fault of these may end the process.

@@ -3,6 +3,13 @@
 import triton
 import triton.language as tl
 
+from comemo_kernels._op import INTERPRET
+
+try:
+    from triton.language.target_info import is_cuda
+except ImportError:  # triton below 3.5
+    is_cuda = None
+
 
 @triton.jit
 def find_image(
@@ -88,3 +95,29 @@ def in_groups(block, blocks_m, blocks_n, GROUP: tl.constexpr):
     group = tl.minimum(blocks_m - first, GROUP)
     inside = block % (GROUP * blocks_n)
     return first + inside % group, inside // group
+
+
+if is_cuda is None or INTERPRET:
+
+    @triton.jit
+    def prefetch(ptrs):
+        """Nothing: what follows loads what it needs."""
+
+else:
+
+    @triton.jit
+    def prefetch(ptrs):
+        """Let L2 fetch the lines of 128 bytes that pointers lie in; nothing waits for them.
+
+        Each must be of memory that is there. Loads that come after find it in L2, and what is
+        right does not depend on it.
+        """
+        if is_cuda():
+            tl.inline_asm_elementwise(
+                "prefetch.global.L2 [$1]; // nothing for $0",
+                "=r,l",
+                [ptrs],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )

@@ -10,7 +10,6 @@ Source: FlashAttention-3 (arXiv:2407.08608) for the division of work.
 Letters: B batch, N tokens, H query heads, M memory, G key heads, D head dimension.
 """
 
-import contextvars
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from comemo_kernels import _descriptors
 from comemo_kernels._blocks import offset_of
 from comemo_kernels._blocks_attention import load_rotated, narrow_ids
 from comemo_kernels._op import INTERPRET, Kernel
@@ -154,8 +154,6 @@ attend_specialized = Kernel(
 
 # --- launch ---
 
-AVAILABLE = hasattr(tl, "make_tensor_descriptor")  # from triton 3.4 on
-
 
 def fits(
     q: Tensor,
@@ -172,7 +170,7 @@ def fits(
     """Whether this kernel can do it, by what the host knows."""
     table_stride = 0 if cos is None else cos.stride(0)
     return (
-        AVAILABLE
+        _descriptors.AVAILABLE
         and (INTERPRET or torch.cuda.get_device_capability(q.get_device()) == (9, 0))
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] in (64, 128)
@@ -210,27 +208,10 @@ def launch(
             *(cos.stride(0), N, H, cos.shape[0], biased, D // 2),
         )
         q = y
-    previous = _allocator()
-    triton.set_allocator(_allocate)
-    try:
+    with _descriptors.allocated():
         attend_specialized.launch(
             *(B * H * -(-N // attend_specialized.config["BLOCK_M"]), out, lse, q, k, v, spans),
             *(*q.stride()[:3], *k.stride()[:2], spans.stride(0), N, M, H, H // G),
             *(1.4426950408889634 / D**0.5, D),
         )
-    finally:
-        triton.set_allocator(previous)
     return out, lse
-
-
-def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory of the current device for the descriptors that a kernel makes."""
-    return torch.empty(size, dtype=torch.int8, device="cuda")
-
-
-def _allocator() -> Any:
-    """Triton's allocator, which may be the user's: from 3.6 on a variable of the context."""
-    from triton.runtime import _allocation
-
-    held = _allocation._allocator
-    return held.get() if isinstance(held, contextvars.ContextVar) else held

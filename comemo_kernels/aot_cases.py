@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from comemo_kernels import (
+    _descriptors,
     _fold,
     _product,
     _specialized,
@@ -231,7 +232,7 @@ def _attention_cases() -> list[Case]:
         biases = new(1, 1, dtype=torch.int32)
         _specialized.launch(out, lse, q, k, k, spans, table, table, ids, biases[0], biases)
 
-    if _specialized.AVAILABLE:
+    if _descriptors.AVAILABLE:
         kernel = _specialized.attend_specialized
         for dtype, name in ((half, "bf16"), (torch.float16, "fp16")):
             run = functools.partial(specialized, dtype)

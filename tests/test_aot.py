@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 
 import comemo_kernels
-from comemo_kernels import _specialized, aot, aot_read, glue, rotary
+from comemo_kernels import _blocks, _specialized, aot, aot_read, glue, rotary
+from comemo_kernels._blocks import prefetch
 from comemo_kernels._op import Kernel
 
 CASES = aot.cases()
@@ -143,6 +144,24 @@ def test_weights_stream_past_the_registers():
             wanted = steps * tiles * config["BLOCK_BYTES"] // (16 * threads)
             copies = [line for line in code.splitlines() if "cp.async.cg" in line]
             assert sum(", 0x10" in line for line in copies) == wanted, (case.name, config)
+
+
+@pytest.mark.parametrize("chip", aot.CHIPS)
+def test_l2_is_asked_ahead_on_nvidia_alone(chip):
+    kernel = Kernel(ask_l2, [{"BLOCK": 64, "num_warps": 1}])
+    x = torch.empty(4096, device="meta")
+    with aot.offline(aot.CHIPS[chip].target) as compiled:
+        kernel.launch(1, x, x)
+    code = compiled[0].asm.get("ptx", "")
+    known = _blocks.is_cuda is not None and chip != "gfx942"
+    assert code.count("prefetch.global.L2") == (2 if known else 0)  # 64 pointers, 32 threads
+
+
+@triton.jit
+def ask_l2(y_ptr, x_ptr, BLOCK: tl.constexpr):
+    ptrs = x_ptr + tl.arange(0, BLOCK) * 32
+    prefetch(ptrs)
+    tl.store(y_ptr + tl.arange(0, BLOCK), tl.load(ptrs))
 
 
 # --- the gate itself ---

@@ -297,9 +297,9 @@ def test_a_configuration_counts_only_where_its_kernel_is_launched(capsys):
 def test_the_specialised_kernel_is_timed_where_it_is_launched(case, monkeypatch):
     """In one picture, and by its own name; in several never."""
     attention = pytest.importorskip("comemo_kernels.attention")
-    from comemo_kernels import _specialized
+    from comemo_kernels import _descriptors, _specialized
 
-    if not _specialized.AVAILABLE:
+    if not _descriptors.AVAILABLE:
         pytest.skip("triton below 3.4 makes no descriptors in a kernel")
     kernels = {"plain": Nothing(), "specialised": Nothing()}
     right = ops.attend_images

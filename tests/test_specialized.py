@@ -12,9 +12,9 @@ pytest.importorskip("triton")
 import triton
 from triton.runtime import _allocation
 
-from comemo_kernels import _specialized
+from comemo_kernels import _descriptors, _specialized
 
-if not _specialized.AVAILABLE:
+if not _descriptors.AVAILABLE:
     pytest.skip("triton below 3.4 makes no descriptors in a kernel", allow_module_level=True)
 
 
@@ -48,7 +48,7 @@ def held(request, monkeypatch):
 def test_a_launch_has_its_own_allocator_and_leaves_the_users(monkeypatch, held):
     asked = []
     q = launch(monkeypatch, lambda *args: asked.append(held()))
-    assert asked == [_specialized._allocate]
+    assert asked == [_descriptors._allocate]
     assert held() is users
     gc.collect()
     assert q() is None
@@ -65,17 +65,17 @@ def test_a_launch_that_fails_leaves_the_users_allocator(monkeypatch, held):
 
 def test_the_allocator_that_is_found_is_the_one_that_was_set():
     """By the Triton that is installed."""
-    previous = _specialized._allocator()
+    previous = _descriptors._allocator()
     triton.set_allocator(users)
     try:
-        assert _specialized._allocator() is users
+        assert _descriptors._allocator() is users
     finally:
         triton.set_allocator(previous)
 
 
 @pytest.mark.gpu
 def test_memory_for_descriptors_is_of_the_current_device():
-    held = _specialized._allocate(256, 128, None)
+    held = _descriptors._allocate(256, 128, None)
     assert held.is_cuda
     assert held.nbytes == 256
     assert held.data_ptr() % 128 == 0

@@ -54,13 +54,15 @@ def test_rooms_do_not_mix(room, never):
 def test_kernel_files_do_not_import_each_other():
     """A file with kernels knows what all share, and `reference`; nothing else of the package."""
     shared = {"_op", "_blocks", "_blocks_attention", "_checks", "_checks_memory"}
+    shared |= {"_descriptors"}
     shared |= {"grids", "reading", "reference"}
     shared |= {"_specialized"}  # another kernel of attention
     shared |= {"_fold", "_product"}  # parts of the tile projection
+    helpers = {"aot", "_blocks", "_blocks_attention", "_descriptors"}
     kernels = [
         file
         for file in (ROOT / "comemo_kernels").glob("*.py")
-        if "triton" in imports(file) and file.stem not in {"aot", "_blocks", "_blocks_attention"}
+        if "triton" in imports(file) and file.stem not in helpers
     ]
     assert {file.stem for file in kernels} >= {"rotary", "positions"}
     for file in kernels:
