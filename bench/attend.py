@@ -227,7 +227,7 @@ def specialised(way: Callable[[int], Any]) -> Callable[[int], Any]:
     from comemo_kernels import attention
 
     def call(i: int) -> Any:
-        with mock.patch.object(attention, "WARP_SPECIALIZE", True):
+        with mock.patch.object(attention, "USE_TMA", True):
             return way(i)
 
     return call
@@ -236,7 +236,7 @@ def specialised(way: Callable[[int], Any]) -> Callable[[int], Any]:
 @torch.no_grad()
 def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
     """Every configuration of the kernel that a case takes; the fastest belongs first."""
-    from comemo_kernels import _descriptors, _specialized, attention
+    from comemo_kernels import _attend_tma, _descriptors, attention
 
     attending = AttendWays(size, case, clock)
     rows = attending.reading.queries  # of a key head
@@ -263,5 +263,5 @@ def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
         and len(attending.reading.sizes) == 1
     ):
         # Behind all others: a fault of these may end the process.
-        kernels = {"specialised": _specialized.attend_specialized}
+        kernels = {"specialised": _attend_tma.attend_tma}
         yield from timed(kernels, each_configuration(kernels, specialised(ours["ours"])))

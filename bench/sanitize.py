@@ -99,7 +99,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Any:
 def attend_specialised(draw: Callable[..., Tensor]) -> Any:
     from comemo_kernels import attention
 
-    with mock.patch.object(attention, "WARP_SPECIALIZE", True):
+    with mock.patch.object(attention, "USE_TMA", True):
         return _attend(draw(1, 130, 2, 64), draw(70, 1, 64), draw(70, 1, 64), [0])
 
 

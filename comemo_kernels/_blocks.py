@@ -6,9 +6,12 @@ import triton.language as tl
 from comemo_kernels._op import INTERPRET
 
 try:
-    from triton.language.target_info import is_cuda
-except ImportError:  # triton below 3.5
-    is_cuda = None
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.language.target_info import cuda_capability_geq, is_cuda
+
+    NEW = True
+except ImportError:  # triton below 3.6
+    NEW = False
 
 
 @triton.jit
@@ -97,27 +100,61 @@ def in_groups(block, blocks_m, blocks_n, GROUP: tl.constexpr):
     return first + inside % group, inside // group
 
 
-if is_cuda is None or INTERPRET:
+if INTERPRET or not NEW:
 
     @triton.jit
-    def prefetch(ptrs):
+    def prefetch(ptrs, mask=None):
         """Nothing: what follows loads what it needs."""
+
+    @triton.jit
+    def let_next_begin():
+        """Nothing: the next kernel begins when this one has ended."""
+
+    @triton.jit
+    def await_previous():
+        """Nothing: the previous kernel has ended."""
 
 else:
 
     @triton.jit
-    def prefetch(ptrs):
+    def prefetch(ptrs, mask=None):
         """Let L2 fetch the lines of 128 bytes that pointers lie in; nothing waits for them.
 
-        Each must be of memory that is there. Loads that come after find it in L2, and what is
-        right does not depend on it.
+        Each must be of memory that is there, or masked. Loads that come after find it in L2, and
+        what is right does not depend on it.
         """
         if is_cuda():
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; // nothing for $0",
-                "=r,l",
-                [ptrs],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
+            if mask is None:
+                tl.inline_asm_elementwise(
+                    "prefetch.global.L2 [$1]; // nothing for $0",
+                    "=r,l",
+                    [ptrs],
+                    dtype=tl.int32,
+                    is_pure=False,
+                    pack=1,
+                )
+            else:
+                tl.inline_asm_elementwise(
+                    "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; }"
+                    " // nothing for $0",
+                    "=r,l,r",
+                    [ptrs, mask.to(tl.int32)],
+                    dtype=tl.int32,
+                    is_pure=False,
+                    pack=1,
+                )
+
+    @triton.jit
+    def let_next_begin():
+        """Let the next kernel of the stream begin, if it is launched with `launch_pdl`.
+
+        What this one writes is not there for it until it has waited: `await_previous`.
+        """
+        if cuda_capability_geq(9):
+            gdc_launch_dependents()
+
+    @triton.jit
+    def await_previous():
+        """Wait until the previous kernel of the stream has ended and all that it wrote is there."""
+        if cuda_capability_geq(9):
+            gdc_wait()

@@ -27,6 +27,30 @@ def narrow_ids(ids):
 
 
 @triton.jit
+def share_of(low, high, split, num_splits, BLOCK: tl.constexpr):
+    """Keys [low, high) of one of several programs: whole blocks, one more or less than others."""
+    blocks = tl.cdiv(tl.maximum(high - low, 0), BLOCK)
+    share, more = blocks // num_splits, blocks % num_splits
+    first = low + (split * share + tl.minimum(split, more)) * BLOCK
+    share += (split < more).to(tl.int32)
+    return first, tl.minimum(high, first + share * BLOCK)
+
+
+@triton.jit
+def to_half(q):
+    """Rows of float16 and the powers of two that they were divided by.
+
+    float8 becomes float16 in one instruction and bfloat16 in four, and float16 rounds weights less.
+    A row's largest element comes to lie in [1, 2): none overflows, and what is lost of small ones
+    is below what bfloat16 rounds of that one.
+    """
+    largest = tl.max(tl.abs(q.to(tl.float32)), 1)
+    exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
+    power = tl.where(exponent == 0, 0x3F800000, exponent).to(tl.float32, bitcast=True)
+    return (q.to(tl.float32) / power[:, None]).to(tl.float16), power
+
+
+@triton.jit
 def load_rotated(
     q_rows,  # [BLOCK_M] pointers
     mask_m,
@@ -61,13 +85,14 @@ def load_rotated(
 @triton.jit
 def attend_keys(
     q,  # [BLOCK_M, BLOCK_D]
-    acc,  # [BLOCK_M, BLOCK_D]
+    acc,  # [BLOCK_M, BLOCK_D] in units of a value
+    unit,  # scale of the values that were read last; 1 if not SCALED
     peak,  # [BLOCK_M] largest score so far, in steps of log 2
     total,  # [BLOCK_M] sum of exp2(score - peak)
     k_ptr,  # [M, D] of one head
     v_ptr,
     stride,  # of M, of both
-    k_scale_ptr,  # [T] of one head
+    k_scale_ptr,  # [T] of one head, above 0
     v_scale_ptr,
     scale_stride,
     tile,
@@ -81,6 +106,7 @@ def attend_keys(
     D: tl.constexpr,
     HALF: tl.constexpr,
     SCALED: tl.constexpr,
+    TILED: tl.constexpr,  # BLOCK_N divides a tile
     ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -94,37 +120,53 @@ def attend_keys(
         rows = tl.multiple_of(rows, WIDE)
     offs = rows[:, None] + offs_d[None, :]
     shared_end = tl.minimum(shared_end, limit)
+    origin = first
+    power = tl.full([q.shape[0]], 1.0, tl.float32) * scale_log2
+    if SCALED and TILED:  # a block lies in one tile, and has one scale
+        origin = first // BLOCK_N * BLOCK_N
+        shared = tl.maximum(shared, first)
+    if SCALED and q.dtype == tl.bfloat16:
+        q, exponent = to_half(q)
+        power *= exponent
     PRECISION: tl.constexpr = "ieee" if q.dtype == tl.float32 else "tf32"
-    for i in tl.range(0, tl.cdiv(limit - first, BLOCK_N)):
-        key = first + i * BLOCK_N
+    for i in tl.range(0, tl.cdiv(limit - origin, BLOCK_N)):
+        key = origin + i * BLOCK_N
         base = offset_of(key, stride, ALIGNED, WIDE)
         offs_k = key + offs_n
-        mask = (offs_k < limit)[:, None]
+        held = offs_k < limit
+        if SCALED and TILED:
+            held &= offs_k >= first
+        mask = held[:, None]
         if D < BLOCK_D:
             mask &= (offs_d < D)[None, :]
         k = tl.load(k_ptr + base + offs, mask=mask, other=0.0)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
-        if SCALED:
-            offs_scale = (offs_k // tile) * scale_stride
-            k_scale = tl.load(k_scale_ptr + offs_scale, mask=offs_k < limit, other=0.0)
-            s *= (k_scale * scale_log2)[None, :]
-        else:
-            s *= scale_log2
+        factor = power
+        if SCALED and TILED:
+            offs_scale = key // tile * scale_stride
+            factor = power * tl.load(k_scale_ptr + offs_scale)
+            next_unit = tl.load(v_scale_ptr + offs_scale)
+        elif SCALED:
+            offs_scale = offs_k // tile * scale_stride
+            s *= tl.load(k_scale_ptr + offs_scale, mask=held, other=0.0)[None, :]
         if (key < shared) | (key + BLOCK_N > shared_end):
             seen = (offs_k[None, :] >= start[:, None]) & (offs_k[None, :] < end[:, None])
-            s = tl.where(seen & (offs_k < limit)[None, :], s, float("-inf"))
-        largest = tl.maximum(peak, tl.max(s, 1))
+            s = tl.where(seen & held[None, :], s, float("-inf"))
+        largest = tl.maximum(peak, tl.max(s, 1) * factor)
         # A row that has seen nothing yet: -inf minus -inf would be NaN.
         shift = tl.where(largest == float("-inf"), 0.0, largest)
-        p = tl.math.exp2(s - shift[:, None])
+        p = tl.math.exp2(s * factor[:, None] - shift[:, None])
         alpha = tl.math.exp2(peak - shift)
         total = total * alpha + tl.sum(p, 1)
         v = tl.load(v_ptr + base + offs, mask=mask, other=0.0)
-        if SCALED:
-            p *= tl.load(v_scale_ptr + offs_scale, mask=offs_k < limit, other=0.0)[None, :]
+        if SCALED and TILED:
+            alpha *= unit / next_unit
+            unit = next_unit
+        elif SCALED:
+            p *= tl.load(v_scale_ptr + offs_scale, mask=held, other=0.0)[None, :]
         acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
         peak = largest
-    return acc, peak, total
+    return acc, unit, peak, total
 
 
 @triton.jit

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from comemo_kernels import (
+    _attend_tma,
     _descriptors,
     _fold,
     _product,
-    _specialized,
     attention,
     build,
     glue,
@@ -24,6 +24,7 @@ from comemo_kernels._op import Config, Kernel
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 FLOAT8 = ("sm_90", "sm_100")  # sm_80 has no instruction that converts it
+HOPPER = ("sm_90",)
 EVERY = (*NVIDIA, "gfx942")
 
 
@@ -55,8 +56,8 @@ SMALL: Mapping[str, frozenset[str]] = {
         "_attend_kernel": "span_ptrs ids_ptrs bias_ptrs starts_ptr k_scale_ptr v_scale_ptr lse_ptr"
         " part_lse_ptr count_ptr",
         "_combine_kernel": "part_lse_ptr out_ptr lse_ptr",
-        "_specialized_kernel": "spans_ptr lse_ptr",
-        "_turn_kernel": "ids_ptr biases_ptr",
+        "_tma_kernel": "spans_ptr lse_ptr part_lse_ptr",
+        "_turn_kernel": "ids_ptr biases_ptr spans_ptr starts_ptr",
         "_norm_kernel": "address_ptr weight_ptr rstd_ptr",
         "_project_kernel": "table rstd_ptr ids_ptr",
         "_scale_kernel": "address scale_ptr",
@@ -190,6 +191,14 @@ def _attention_cases() -> list[Case]:
             chips=NVIDIA,
         )
     ]
+
+    def early() -> None:
+        config = next(config for config in attention.attend_one.configs if config["EARLY"])
+        with attention.attend_one.using(config):
+            attend(1, 1, 3328, half, 1, False)
+
+    if attention.combine_early is not attention.combine:
+        found.append(Case(attention.combine_early, "bf16 decode", early, chips=NVIDIA))
     for kernel, name, B, N, M in (
         (many, "prefill", 1, 4096, 13312),
         (many, "few queries", 1, 300, 13312),
@@ -220,26 +229,25 @@ def _attention_cases() -> list[Case]:
         spills = {"sm_100": 8} if images == 4 else {}
         found.append(Case(exact, f"fp32{kind}", run, chips=NVIDIA, spills=spills))
 
-    def specialized(dtype: torch.dtype) -> None:
+    def by_tma(dtype: torch.dtype, N: int, images: int, splits: int = 1) -> None:
         new = functools.partial(torch.empty, device="meta")
-        q, k = new(1, 4096, 16, D, dtype=dtype), new(13312, 16, D, dtype=dtype)
-        out, lse, spans = (
-            new(q.shape, dtype=dtype),
-            new(1, 4096, 16),
-            new(1, 1, 2, dtype=torch.int64),
-        )
-        table, ids = new(4096, D // 2), new(1, 4096, dtype=torch.int64)
-        biases = new(1, 1, dtype=torch.int32)
-        _specialized.launch(out, lse, q, k, k, spans, table, table, ids, biases[0], biases)
+        q, k = new(1, N, 16, D, dtype=dtype), new(13312, 16, D, dtype=dtype)
+        out, lse, parts = new(q.shape, dtype=dtype), new(1, N, 16), new(splits, 16, N, D)
+        spans, ids = new(1, 1, 2, dtype=torch.int64), new(1, N, dtype=torch.int64)
+        table, biases = new(4096, D // 2), new(1, images, dtype=torch.int32)
+        rotation = (table, table, ids, biases[0], biases)
+        _attend_tma.launch(out, lse, parts, parts[..., 0], q, k, k, spans, *rotation)
 
     if _descriptors.AVAILABLE:
-        kernel = _specialized.attend_specialized
+        kernel, turn = _attend_tma.attend_tma, _attend_tma.turn
         for dtype, name in ((half, "bf16"), (torch.float16, "fp16")):
-            run = functools.partial(specialized, dtype)
-            found.append(
-                Case(kernel, f"{name} prefill", run, len(kernel.configs), True, ("sm_90",))
-            )
-            found.append(Case(_specialized.turn_queries, f"{name} prefill", run, chips=NVIDIA[1:2]))
+            run = functools.partial(by_tma, dtype, 4096, 1)
+            found.append(Case(kernel, f"{name} prefill", run, len(kernel.configs), True, HOPPER))
+            found.append(Case(turn, f"{name} prefill", run, chips=HOPPER))
+        run = functools.partial(by_tma, half, 300, 1, 3)
+        found.append(Case(kernel, "bf16 few queries", run, 1, True, HOPPER))
+        run = functools.partial(by_tma, half, 4096, 4)
+        found.append(Case(turn, "bf16 several images", run, chips=HOPPER))
     run = functools.partial(attend, 1, 512, 3328, torch.float32, 1, True)
     # A step is 16 keys of 128 bytes for 256 threads.
     narrow = frozenset(("k_ptr", "v_ptr"))

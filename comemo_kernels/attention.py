@@ -32,14 +32,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from comemo_kernels import _specialized, reference
-from comemo_kernels._blocks import offset_of
+from comemo_kernels import _attend_tma, reference
+from comemo_kernels._blocks import NEW, await_previous, let_next_begin, offset_of, prefetch
 from comemo_kernels._blocks_attention import (
     attend_keys,
     columns,
     combine_parts,
     load_rotated,
     narrow_ids,
+    share_of,
 )
 from comemo_kernels._checks import check_attention, check_read, check_workspace
 from comemo_kernels._op import (
@@ -106,6 +107,7 @@ def _attend_kernel(
     scale_log2,  # log2(e) / sqrt(D)
     ROTATE: tl.constexpr,  # "no", by "ids", by ids minus the bias of "one" image, of "several"
     SCALED: tl.constexpr,  # keys and values are stored scaled
+    TILED: tl.constexpr,  # BLOCK_N divides the keys that share a scale
     D: tl.constexpr,
     HALF: tl.constexpr,
     ALIGNED: tl.constexpr,  # strides of q, k, v and the table are multiples of 8, of float8 of 16
@@ -113,9 +115,13 @@ def _attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,  # keys that L2 is asked for before queries are rotated
     FUSED: tl.constexpr,  # the last split of a block to finish combines them all
+    EARLY: tl.constexpr,  # or a launch that may begin while this one ends, and waits for it
 ):
     """One program attends BLOCK_M rows of one key head to one part of their keys."""
+    if EARLY:
+        let_next_begin()
     pid = tl.program_id(0)
     # Blocks of rows lie side by side: they read the same keys, of which L2 then holds few heads.
     pid_m, rest = pid % num_blocks, pid // num_blocks
@@ -136,9 +142,9 @@ def _attend_kernel(
     shared = tl.max(tl.where(mask_m, start, 0), 0)
     shared_end = tl.min(tl.where(mask_m, tl.where(some, end, 0), num_keys), 0)
     if SPLIT:
-        share = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), BLOCK_N), num_splits) * BLOCK_N
-        low += split * share
-        high = tl.minimum(high, low + share)
+        origin = low // BLOCK_N * BLOCK_N if SCALED and TILED else low
+        first_key, high = share_of(origin, high, split, num_splits, BLOCK_N)
+        low = tl.maximum(low, first_key)
 
     q_rows = q_ptr + offset_of(batch, q_stride_b, ALIGNED) + offset_of(place, q_stride_n, ALIGNED)
     q_rows += offset_of(q_head, q_stride_h, ALIGNED)
@@ -155,7 +161,15 @@ def _attend_kernel(
         tile,
         scale_log2,
     )
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if AHEAD > 0:  # L2 fetches the first keys and values while queries wait for ids and table
+        rows = low + tl.arange(0, AHEAD)
+        LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth  # of 128 bytes
+        lines = tl.arange(0, (BLOCK_D + LINE - 1) // LINE) * LINE
+        ahead = head_offset + offset_of(rows, kv_stride_m, ALIGNED)[:, None] + lines[None, :]
+        there = (rows < high)[:, None] & (lines < D)[None, :]
+        prefetch(k_ptr + ahead, there)
+        prefetch(v_ptr + ahead, there)
+    acc, unit = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), 1.0
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.full([BLOCK_M], 0.0, tl.float32)
     if ROTATE != "no":
@@ -178,11 +192,11 @@ def _attend_kernel(
                 *(q_rows, mask_m, ids - bias, cos_ptr, sin_ptr, table_stride, num_positions),
                 *(HALF, ALIGNED, BLOCK_D),
             )
-            acc, peak, total = attend_keys(
-                *(q, acc, peak, total),
+            acc, unit, peak, total = attend_keys(
+                *(q, acc, unit, peak, total),
                 *k_head,
                 *(segment, tl.minimum(next_image, high), shared, shared_end, start, end),
-                *(D, HALF, SCALED, ALIGNED, BLOCK_D, BLOCK_N),
+                *(D, HALF, SCALED, TILED, ALIGNED, BLOCK_D, BLOCK_N),
             )
     else:
         if ROTATE == "no":
@@ -194,13 +208,15 @@ def _attend_kernel(
                 *(q_rows, mask_m, ids, cos_ptr, sin_ptr, table_stride, num_positions),
                 *(HALF, ALIGNED, BLOCK_D),
             )
-        acc, peak, total = attend_keys(
-            *(q, acc, peak, total),
+        acc, unit, peak, total = attend_keys(
+            *(q, acc, unit, peak, total),
             *k_head,
             *(low, high, shared, shared_end, start, end),
-            *(D, HALF, SCALED, ALIGNED, BLOCK_D, BLOCK_N),
+            *(D, HALF, SCALED, TILED, ALIGNED, BLOCK_D, BLOCK_N),
         )
 
+    if SCALED:
+        acc *= unit
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     lse = peak + tl.math.log2(total)
     offs_out = (token * group).to(tl.int64) * num_heads + q_head
@@ -241,8 +257,11 @@ def _combine_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    EARLY: tl.constexpr,  # began before the parts were written
 ):
     """One program combines the parts of one row."""
+    if EARLY:
+        await_previous()
     LN2: tl.constexpr = 0.6931471805599453
     pid = tl.program_id(0)
     row, head = pid // num_heads, pid % num_heads
@@ -256,46 +275,55 @@ def _combine_kernel(
     tl.store(lse_ptr + offs, lse * LN2)
 
 
+PLAIN = {"AHEAD": 0, "FUSED": 0, "EARLY": 0}
 # Blocks of a prompt; of a batch in a decode step; of one conversation's; in float32.
 attend_many = Kernel(
     _attend_kernel,
     [
-        {"BLOCK_M": 128, "BLOCK_N": 64, "FUSED": 0, "num_warps": 8, "num_stages": 3},
-        {"BLOCK_M": 128, "BLOCK_N": 64, "FUSED": 0, "num_warps": 8, "num_stages": 2},
-        {"BLOCK_M": 64, "BLOCK_N": 64, "FUSED": 0, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 128, "BLOCK_N": 64, **PLAIN, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 128, "BLOCK_N": 64, **PLAIN, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_M": 64, "BLOCK_N": 64, **PLAIN, "num_warps": 8, "num_stages": 3},
     ],
 )
 attend_few = Kernel(
     _attend_kernel,
     [
-        {"BLOCK_M": 16, "BLOCK_N": 64, "FUSED": 0, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "FUSED": 0, "num_warps": 2, "num_stages": 4},
-        {"BLOCK_M": 16, "BLOCK_N": 64, "FUSED": 0, "num_warps": 4, "num_stages": 4},
+        {"BLOCK_M": 16, "BLOCK_N": 64, **PLAIN, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 16, "BLOCK_N": 32, **PLAIN, "num_warps": 2, "num_stages": 4},
+        {"BLOCK_M": 16, "BLOCK_N": 64, **PLAIN, "num_warps": 4, "num_stages": 4},
     ],
 )
-# Two launches until a GPU has run the other: the fused one leans on the order of memory accesses.
+# Two launches, one behind the other, until a GPU has run what leans on the order of accesses.
 attend_one = Kernel(
     _attend_kernel,
     [
-        {"BLOCK_M": 16, "BLOCK_N": 64, "FUSED": 0, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 16, "BLOCK_N": 64, "FUSED": 1, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "FUSED": 1, "num_warps": 2, "num_stages": 4},
+        {"BLOCK_M": 16, "BLOCK_N": 64, **how, "num_warps": 4, "num_stages": 3}
+        for how in (
+            PLAIN,
+            {"AHEAD": 256, "FUSED": 0, "EARLY": 0},
+            {"AHEAD": 256, "FUSED": 1, "EARLY": 0},
+            *([{"AHEAD": 256, "FUSED": 0, "EARLY": 1}] if NEW else []),
+        )
     ],
 )
 attend_exact = Kernel(
     _attend_kernel,
     [
-        {"BLOCK_M": 16, "BLOCK_N": 16, "FUSED": 0, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_M": 16, "BLOCK_N": 16, **PLAIN, "num_warps": 8, "num_stages": 2},
     ],
 )
-combine = Kernel(_combine_kernel, [{"BLOCK_S": 16, "num_warps": 2}])
+combine = Kernel(_combine_kernel, [{"BLOCK_S": 16, "EARLY": 0, "num_warps": 2}])
+combine_early = combine
+if NEW:
+    combine_early = Kernel(
+        _combine_kernel, [{"BLOCK_S": 16, "EARLY": 1, "num_warps": 2, "launch_pdl": True}]
+    )
 
 # --- operator ---
 
 ONE, FEW = 4, 64  # rows of a key head, up to which attend_one and attend_few are taken
 MAX_SPLITS = 64
-# Off until a GPU has given the same bits 1,000 times and a race check has found nothing.
-WARP_SPECIALIZE = False
+USE_TMA = False  # for prompts that `_attend_tma` takes; off until a GPU has decided
 LOG2E = 1.4426950408889634
 
 
@@ -315,8 +343,9 @@ def _choose_splits(q: Tensor, k: Tensor) -> int:
         slots *= 2  # blocks of few rows leave room for two on a multiprocessor
     elif 5 * programs >= 4 * slots:
         return 1
-    work = -(-M // (2 * kernel.config["BLOCK_N"]))  # two blocks of keys at least
-    return max(1, min(slots // programs, work, MAX_SPLITS))
+    blocks = -(-M // kernel.config["BLOCK_N"])
+    most = max(1, min(slots // programs, blocks // 2, MAX_SPLITS))  # two blocks of keys at least
+    return -(-blocks // -(-blocks // most)) if blocks else 1  # as few as make none take more
 
 
 @functools.lru_cache(maxsize=1024)
@@ -335,6 +364,7 @@ def _plan(
     tile: int,
     splits: int,
     block: int,
+    block_keys: int,
 ) -> tuple[int, tuple[Any, ...], tuple[Any, ...]]:
     """Programs, numbers and compile-time values of a launch, in the kernel's order."""
     B, N, H, D = q_shape
@@ -357,7 +387,8 @@ def _plan(
     aligned &= not scaled or all(stride % 16 == 0 for stride in k_strides[:2])
     half = -(-D // 2)
     wide = max(16, 2 << (half - 1).bit_length())
-    constants = (rotate, scaled, D, half, aligned, splits > 1, wide)
+    tiled = scaled and tile % block_keys == 0
+    constants = (rotate, scaled, tiled, D, half, aligned, splits > 1, wide)
     return blocks * G * splits, (*numbers, LOG2E / D**0.5), constants
 
 
@@ -375,10 +406,10 @@ def _launch_into(
 ) -> None:
     *tensors, tile = optional
     cos, _, ids, starts, biases, k_scale, _ = tensors
-    (B, N, H, D), G = q.shape, k.shape[1]
+    B, N, H, _ = q.shape
     if not out.numel():
         return
-    rotate, splits, rows = "no", parts.shape[0], B * N * H // G
+    rotate, splits, rows = "no", parts.shape[0], B * N * H // k.shape[1]
     if cos is not None:
         images = 0 if starts is None else starts.shape[0]
         rotate = ("ids", "one", "several")[min(images, 2)]
@@ -386,15 +417,29 @@ def _launch_into(
     programs, numbers, constants = _plan(
         *(q.shape, q.stride(), k.shape, k.stride(), spans.shape, spans.stride()),
         *(((), ()) if t is None else (t.shape, t.stride()) for t in (cos, ids, biases)),
-        *(rotate, k_scale is not None, tile, splits, kernel.config["BLOCK_M"]),
+        *(rotate, k_scale is not None, tile, splits),
+        *(kernel.config["BLOCK_M"], kernel.config["BLOCK_N"]),
     )
     pointers = [out, lse, parts, part_lse, counts, q, k, v, spans]
     pointers += [q if t is None else t for t in tensors]
     kernel.launch(programs, *pointers, *numbers, *constants)
     if splits > 1 and not kernel.config["FUSED"]:
-        combine.launch(
-            *(rows * G, out, lse, parts, part_lse, rows, G, H // G, splits, D, constants[-1])
-        )
+        way = combine_early if kernel.config["EARLY"] else combine
+        _launch_combine(way, out, lse, parts, part_lse, q, k)
+
+
+def _launch_combine(
+    way: Kernel,
+    out: Tensor,
+    lse: Tensor,
+    parts: Tensor,  # [splits, G, R, D]
+    part_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+) -> None:
+    (splits, G, rows, D), H = parts.shape, q.shape[2]
+    wide = 1 << (D - 1).bit_length()
+    way.launch(*(rows * G, out, lse, parts, part_lse, rows, G, H // G, splits, D, wide))
 
 
 def _allocate(q: Tensor, k: Tensor, splits: int, lasting: bool = False) -> AttentionWorkspace:
@@ -412,10 +457,17 @@ def _allocate(q: Tensor, k: Tensor, splits: int, lasting: bool = False) -> Atten
 
 def _launch(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, *optional: Any) -> tuple[Tensor, ...]:
     splits = _choose_splits(q, k)
-    if WARP_SPECIALIZE and splits == 1 and _specialized.fits(q, k, spans, *optional):
-        return _specialized.launch(*_fake(q), q, k, v, spans, *optional[:5])
     workspace = _allocate(q, k, splits)
-    _launch_into(*workspace, q, k, v, spans, *optional)
+    if (
+        USE_TMA
+        and q.shape[0] * q.shape[1] * q.shape[2] // k.shape[1] > FEW
+        and _attend_tma.fits(q, k, v, spans, *optional)
+    ):
+        _attend_tma.launch(*workspace[:4], q, k, v, spans, *optional[:5])
+        if splits > 1:
+            _launch_combine(combine, *workspace[:4], q, k)
+    else:
+        _launch_into(*workspace, q, k, v, spans, *optional)
     return workspace.out, workspace.lse
 
 

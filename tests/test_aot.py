@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 import comemo_kernels
-from comemo_kernels import _blocks, _specialized, aot, aot_read, glue, rotary
+from comemo_kernels import _attend_tma, _blocks, aot, aot_read, glue, rotary
 from comemo_kernels._blocks import prefetch
 from comemo_kernels._op import Kernel
 
@@ -118,7 +118,7 @@ def test_what_is_not_aligned_is_not_taken_for_it(odd):
 
 def test_warps_are_specialised():
     """Two groups of four multiply, a third loads; the compiler is silent where it does not."""
-    found = [case for case in CASES if case.kernel is _specialized.attend_specialized]
+    found = [case for case in CASES if case.kernel is _attend_tma.attend_tma]
     if not found:
         pytest.skip("triton below 3.4 makes no descriptors in a kernel")
     kernel = compile_launch(found[0])
@@ -153,7 +153,7 @@ def test_l2_is_asked_ahead_on_nvidia_alone(chip):
     with aot.offline(aot.CHIPS[chip].target) as compiled:
         kernel.launch(1, x, x)
     code = compiled[0].asm.get("ptx", "")
-    known = _blocks.is_cuda is not None and chip != "gfx942"
+    known = _blocks.NEW and chip != "gfx942"
     assert code.count("prefetch.global.L2") == (2 if known else 0)  # 64 pointers, 32 threads
 
 

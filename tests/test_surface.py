@@ -56,7 +56,7 @@ def test_kernel_files_do_not_import_each_other():
     shared = {"_op", "_blocks", "_blocks_attention", "_checks", "_checks_memory"}
     shared |= {"_descriptors"}
     shared |= {"grids", "reading", "reference"}
-    shared |= {"_specialized"}  # another kernel of attention
+    shared |= {"_attend_tma"}  # another kernel of attention
     shared |= {"_fold", "_product"}  # parts of the tile projection
     helpers = {"aot", "_blocks", "_blocks_attention", "_descriptors"}
     kernels = [

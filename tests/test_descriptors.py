@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 import triton
 from triton.runtime import _allocation
 
-from comemo_kernels import _descriptors, _specialized
+from comemo_kernels import _attend_tma, _descriptors
 
 if not _descriptors.AVAILABLE:
     pytest.skip("triton below 3.4 makes no descriptors in a kernel", allow_module_level=True)
@@ -23,10 +23,10 @@ def users(size, alignment, stream):
 
 
 def launch(monkeypatch, run):
-    monkeypatch.setattr(_specialized.attend_specialized, "launch", run)
+    monkeypatch.setattr(_attend_tma.attend_tma, "launch", run)
     q = torch.empty(1, 256, 4, 64, dtype=torch.bfloat16)
     spans = torch.zeros(1, 1, 2, dtype=torch.int64)
-    _specialized.launch(q, q[..., 0], q, q[0], q[0], spans, *[None] * 5)
+    _attend_tma.launch(q, q[..., 0], q, q[0], q[0], spans, *[None] * 5)
     return weakref.ref(q)
 
 

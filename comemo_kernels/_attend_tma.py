@@ -1,0 +1,316 @@
+"""Attention of whole prompts with keys and values by tensor descriptors (TMA).
+
+The same as `attention._attend_kernel` for prompts that read one span each, with the products of one
+block of keys under the softmax of the next. Queries are rotated in a launch of their own: a tensor
+core then reads them from shared memory as they came. Where a prompt reads several images, its keys
+are rotated, too, once into scratch memory, from the ids of their images to those of the prompt,
+counted from the first image that it reads: no query is rotated anew at an image's border.
+Traffic beside the attention's: 4 * rows * D bytes for the queries, and 4 * keys * G * D for the
+keys of several images, in bfloat16: 36 us of 13,312 keys of 16 heads at 3.0 TB/s.
+
+Two ways to overlap: by order of instructions (the products of values of a block are waited for
+behind the softmax of the next block), or by specialised warps, of which one group loads and two
+multiply. `attention.USE_TMA` turns the kernel on; its first configuration has no specialised warps.
+Source: FlashAttention-3 (arXiv:2407.08608) for both overlaps.
+
+Letters: B batch, N tokens, H query heads, M memory, G key heads, D head dimension, I images.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from comemo_kernels import _descriptors
+from comemo_kernels._blocks import offset_of
+from comemo_kernels._blocks_attention import load_rotated, narrow_ids, share_of
+from comemo_kernels._op import INTERPRET, Kernel
+
+# --- kernel ---
+
+
+@triton.jit
+def _image_of(starts_ptr, keys, num_images):
+    """Index [N] of the image that each of keys [N] belongs to."""
+    count = tl.zeros_like(keys)
+    for i in range(0, num_images, 64):
+        image = i + tl.arange(0, 64)
+        offsets = tl.load(starts_ptr + image, mask=image < num_images, other=2147483647)
+        count += tl.sum((offsets[None, :] <= keys[:, None]).to(tl.int32), 1)
+    return tl.maximum(count - 1, 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("x_stride_b", "x_stride_n", "x_stride_h", "ids_stride_b", "ids_stride_n"),
+        *("biases_stride_b", "spans_stride_b", "table_stride", "num_tokens", "num_heads"),
+        *("num_keys", "num_positions", "num_images"),
+    ]
+)
+def _turn_kernel(
+    y_ptr,  # [B, N, H, D], contiguous
+    x_ptr,  # [B, N, H, D], D contiguous: queries, or keys as one batch row
+    cos_ptr,  # [P, D/2]
+    sin_ptr,
+    ids_ptr,  # [B, N] of queries
+    starts_ptr,  # [I]
+    biases_ptr,  # [B or 1, I]
+    spans_ptr,  # [B, 1, 2]
+    x_stride_b: tl.int64,
+    x_stride_n: tl.int64,
+    x_stride_h: tl.int64,
+    ids_stride_b: tl.int64,
+    ids_stride_n: tl.int64,
+    biases_stride_b: tl.int64,
+    spans_stride_b: tl.int64,
+    table_stride: tl.int64,
+    num_tokens,  # N
+    num_heads,  # H
+    num_keys,  # M
+    num_positions,  # P
+    num_images,  # I
+    KEYS: tl.constexpr,  # by the bias of their image; else queries, by their id
+    BIASED: tl.constexpr,  # less the bias of the first image that a span reads
+    HALF: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """One program rotates one head of BLOCK_M tokens of a batch row."""
+    pid = tl.program_id(0)
+    head, rest = pid % num_heads, pid // num_heads
+    blocks = tl.cdiv(num_tokens, BLOCK_M)
+    batch, token = rest // blocks, rest % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = token < num_tokens
+    biases_ptr += batch * biases_stride_b
+    spans_ptr += batch * spans_stride_b
+    if KEYS:  # what nobody reads may not have been written, and is not
+        mask &= (token >= tl.load(spans_ptr)) & (token < tl.load(spans_ptr + 1))
+        ids = tl.load(biases_ptr + _image_of(starts_ptr, token, num_images), mask=mask, other=0)
+    else:
+        ids = tl.load(ids_ptr + batch * ids_stride_b + token * ids_stride_n, mask=mask, other=0)
+        ids = narrow_ids(ids)
+    if BIASED:
+        start = tl.minimum(tl.maximum(tl.load(spans_ptr), 0), num_keys).to(tl.int32)
+        first = tl.full([1], 0, tl.int32) + start
+        ids -= tl.max(tl.load(biases_ptr + _image_of(starts_ptr, first, num_images)), 0)
+    x_rows = x_ptr + offset_of(batch, x_stride_b, True) + offset_of(token, x_stride_n, True)
+    x_rows += offset_of(head, x_stride_h, True)
+    y = load_rotated(
+        *(x_rows, mask, ids, cos_ptr, sin_ptr, table_stride, num_positions, HALF, True, 2 * HALF)
+    )
+    row = (batch * num_tokens + token).to(tl.int64) * num_heads + head
+    y_ptrs = y_ptr + row[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
+    tl.store(y_ptrs, y, mask=mask[:, None])
+
+
+@triton.jit
+def _weigh(s, peak, total, scale_log2, MASKED: tl.constexpr):
+    """Weights of scores [BLOCK_M, BLOCK_N], and what they make of a row's peak and total."""
+    largest = tl.maximum(peak, tl.max(s, 1) * scale_log2)
+    shift = largest
+    if MASKED:  # a row may have seen nothing: -inf minus -inf would be NaN
+        shift = tl.where(largest == float("-inf"), 0.0, largest)
+    p = tl.math.exp2(s * scale_log2 - shift[:, None])
+    alpha = tl.math.exp2(peak - shift)
+    return p, alpha, largest, total * alpha + tl.sum(p, 1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("q_stride_b", "q_stride_n", "q_stride_h", "kv_stride_m", "kv_stride_g", "v_stride_m"),
+        *("v_stride_g", "spans_stride_b", "num_batch", "num_tokens", "num_keys", "num_heads"),
+        *("group", "num_splits", "scale_log2"),
+    ]
+)
+def _tma_kernel(
+    out_ptr,  # [B, N, H, D], contiguous
+    lse_ptr,  # [B, N, H], contiguous
+    part_ptr,  # [splits, G * B * N * H/G, D]
+    part_lse_ptr,  # [splits, G * B * N * H/G]
+    q_ptr,  # [B, N, H, D], D contiguous, rotated
+    k_ptr,  # [M, G, D], D contiguous
+    v_ptr,  # [M, G, D], D contiguous
+    spans_ptr,  # [B, 1, 2]
+    q_stride_b: tl.int64,
+    q_stride_n: tl.int64,
+    q_stride_h: tl.int64,
+    kv_stride_m: tl.int64,
+    kv_stride_g: tl.int64,
+    v_stride_m: tl.int64,
+    v_stride_g: tl.int64,
+    spans_stride_b: tl.int64,
+    num_batch,  # B
+    num_tokens,  # N
+    num_keys,  # M
+    num_heads,  # H
+    group,  # H / G
+    num_splits,
+    scale_log2,
+    D: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program attends BLOCK_M tokens of one head and batch row to a part of the row's span."""
+    # The compiler specialises neither around an early return nor with a product outside the loop.
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(num_tokens, BLOCK_M)
+    pid_m, rest = pid % blocks, pid // blocks
+    split, rest = rest % num_splits, rest // num_splits
+    head, batch = rest % num_heads, rest // num_heads
+    spans_ptr += batch * spans_stride_b
+    start = tl.maximum(tl.load(spans_ptr), 0).to(tl.int32)
+    end = tl.minimum(tl.load(spans_ptr + 1), num_keys).to(tl.int32)
+    if SPLIT:
+        start, end = share_of(start, end, split, num_splits, BLOCK_N)
+    length = tl.maximum(end - start, 0)
+    # A descriptor holds one row at least: of an empty span any that is there.
+    start = tl.minimum(start, num_keys - 1)
+    rows = tl.maximum(length, 1)
+    q_rows = q_ptr + offset_of(batch, q_stride_b, True) + offset_of(head, q_stride_h, True)
+    k_rows = k_ptr + offset_of(start, kv_stride_m, True)
+    k_rows += offset_of(head // group, kv_stride_g, True)
+    v_rows = v_ptr + offset_of(start, v_stride_m, True)
+    v_rows += offset_of(head // group, v_stride_g, True)
+    q_tiles = tl.make_tensor_descriptor(q_rows, [num_tokens, D], [q_stride_n, 1], [BLOCK_M, D])
+    k_tiles = tl.make_tensor_descriptor(k_rows, [rows, D], [kv_stride_m, 1], [BLOCK_N, D])
+    v_tiles = tl.make_tensor_descriptor(v_rows, [rows, D], [v_stride_m, 1], [BLOCK_N, D])
+    q = q_tiles.load([pid_m * BLOCK_M, 0])
+    offs_n = tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.full([BLOCK_M], 0.0, tl.float32)
+    if SPECIALIZE:
+        for i in tl.range(0, tl.cdiv(length, BLOCK_N), warp_specialize=True):
+            s = tl.dot(q, tl.trans(k_tiles.load([i * BLOCK_N, 0])))
+            s = tl.where((i * BLOCK_N + offs_n < length)[None, :], s, float("-inf"))
+            p, alpha, peak, total = _weigh(s, peak, total, scale_log2, False)
+            v = v_tiles.load([i * BLOCK_N, 0])
+            acc = tl.dot(p.to(q_ptr.dtype.element_ty), v, acc * alpha[:, None])
+    else:
+        # Scores are a block ahead. The compiler leaves the second product of an iteration on its
+        # way, until the first one of the next is waited for, which the softmax comes before.
+        s = tl.dot(q, tl.trans(k_tiles.load([0, 0])))
+        last = tl.maximum(tl.cdiv(length, BLOCK_N) - 1, 0)
+        for i in tl.range(0, last):
+            p, alpha, peak, total = _weigh(s, peak, total, scale_log2, False)
+            p = p.to(q_ptr.dtype.element_ty)
+            s = tl.dot(q, tl.trans(k_tiles.load([(i + 1) * BLOCK_N, 0])))
+            v = v_tiles.load([i * BLOCK_N, 0])
+            acc = tl.dot(p, v, acc * alpha[:, None])
+        # Only the last block has keys that are not there.
+        s = tl.where((last * BLOCK_N + offs_n < length)[None, :], s, float("-inf"))
+        p, alpha, peak, total = _weigh(s, peak, total, scale_log2, True)
+        v = v_tiles.load([last * BLOCK_N, 0])
+        acc = tl.dot(p.to(q_ptr.dtype.element_ty), v, acc * alpha[:, None])
+
+    lse = peak + tl.math.log2(total)
+    # Of an empty span the one row that was loaded may hold anything.
+    seen = total != 0.0
+    acc = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
+    token = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask = token < num_tokens
+    offs_d = tl.arange(0, D)
+    if SPLIT:
+        row = (batch * num_tokens + token) * group + head % group
+        rows = num_batch * num_tokens * group  # of one key head
+        part = (split * (num_heads // group) + head // group).to(tl.int64) * rows + row
+        tl.store(part_lse_ptr + part, lse, mask=mask)
+        tl.store(part_ptr + part[:, None] * D + offs_d[None, :], acc, mask=mask[:, None])
+    else:
+        row = (batch * num_tokens + token).to(tl.int64) * num_heads + head
+        LN2: tl.constexpr = 0.6931471805599453
+        tl.store(lse_ptr + row, lse * LN2, mask=mask)
+        tl.store(out_ptr + row[:, None] * D + offs_d[None, :], acc, mask=mask[:, None])
+
+
+turn = Kernel(_turn_kernel, [{"BLOCK_M": 32, "num_warps": 4}])
+attend_tma = Kernel(
+    _tma_kernel,
+    [
+        {"SPECIALIZE": 0, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+        {"SPECIALIZE": 0, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        {"SPECIALIZE": 0, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        {"SPECIALIZE": 1, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
+        {"SPECIALIZE": 1, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+    ],
+)
+
+# --- launch ---
+
+
+def fits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    ids: Tensor | None,
+    starts: Tensor | None,
+    biases: Tensor | None,
+    k_scale: Tensor | None,
+    *_: Any,
+) -> bool:
+    """Whether this kernel can do it, by what the host knows."""
+    table_stride = 0 if cos is None else cos.stride(0)
+    return (
+        _descriptors.AVAILABLE
+        and (INTERPRET or torch.cuda.get_device_capability(q.get_device()) == (9, 0))
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] in (64, 128)
+        and spans.shape[1] == 1
+        # Several prompts may have their images at different places, of which scratch has one.
+        and (starts is None or starts.shape[0] <= 1 or q.shape[0] == 1)
+        and k_scale is None
+        and k.shape[0] > 0
+        and all(stride % 8 == 0 for stride in (*q.stride()[:3], *k.stride()[:2], table_stride))
+        and not (q.data_ptr() % 16 or k.data_ptr() % 16 or v.data_ptr() % 16)
+    )
+
+
+def launch(
+    out: Tensor,
+    lse: Tensor,
+    parts: Tensor,
+    part_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    ids: Tensor | None,
+    starts: Tensor | None,
+    biases: Tensor | None,
+) -> None:
+    """Write `out` and `lse`, or with several splits their parts [splits, G, B * N * H/G, D]."""
+    (B, N, H, D), (M, G, _), splits = q.shape, k.shape, parts.shape[0]
+    if cos is not None and sin is not None and ids is not None:
+        images = 0 if starts is None else starts.shape[0]
+        placed = (ids, ids) if starts is None or biases is None else (starts, biases)
+        rows = (t.stride(0) if t.shape[0] > 1 else 0 for t in (ids, placed[1]))
+        strides = (next(rows), ids.stride(1), next(rows), spans.stride(0), cos.stride(0))
+
+        def turned(x: Tensor, keys: bool) -> Tensor:
+            """x [B, N, H, D] at other ids."""
+            y = torch.empty_like(x, memory_format=torch.contiguous_format)
+            programs = x.shape[0] * x.shape[2] * -(-x.shape[1] // turn.config["BLOCK_M"])
+            turn.launch(
+                *(programs, y, x, cos, sin, ids, *placed, spans, *x.stride()[:3], *strides),
+                *(x.shape[1], x.shape[2], M, cos.shape[0], images, keys, images > 0, D // 2),
+            )
+            return y
+
+        q = turned(q, False)
+        if images > 1:
+            k = turned(k[None], True)[0]
+    config = attend_tma.config
+    with _descriptors.allocated():
+        attend_tma.launch(
+            *(B * H * splits * -(-N // config["BLOCK_M"]), out, lse, parts, part_lse, q, k, v),
+            *(spans, *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], spans.stride(0)),
+            *(B, N, M, H, H // G, splits, 1.4426950408889634 / D**0.5, D, splits > 1),
+        )
