@@ -36,13 +36,13 @@ from bench.ways import (
     keep_right,
     tell_configurations,
 )
-from comemo_kernels._op import Kernel
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
 
+SPLITS = (1, 2, 4, 8, 13, 16, 26, 52)
 FLEX = ("pack_16k", "prefill_8k_13k")  # of which each is compiled
 
 
@@ -73,9 +73,9 @@ class AttendWays(Attending):
             **(self.flex_ways() if compiled and self.device == "cuda" else {}),
         }
 
-    def our_ways(self, workspace: bool = False) -> Ways:
+    def our_ways(self, workspace: bool = False, splits: int | None = None) -> Ways:
         first = self.sets[0]
-        room = ops.attention_workspace(first.q, first.k) if workspace else None
+        room = ops.attention_workspace(first.q, first.k, splits) if workspace else None
 
         def ours(i: int) -> Any:
             s = self.sets[i]
@@ -222,8 +222,8 @@ def time_case(size: str, case: str, clock: Clock, compiled: bool) -> Iterator[Ro
         yield labels | {"pass": "host", "way": way, "host_us": cost}
 
 
-def specialised(way: Callable[[int], Any]) -> Callable[[int], Any]:
-    """The same with specialised warps allowed."""
+def by_descriptors(way: Callable[[int], Any]) -> Callable[[int], Any]:
+    """The same with tensor descriptors allowed."""
     from comemo_kernels import attention
 
     def call(i: int) -> Any:
@@ -235,14 +235,17 @@ def specialised(way: Callable[[int], Any]) -> Callable[[int], Any]:
 
 @torch.no_grad()
 def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
-    """Every configuration of the kernel that a case takes; the fastest belongs first."""
+    """Every configuration of the kernel that a case takes, and every number of splits.
+
+    The fastest belongs first.
+    """
     from comemo_kernels import _attend_tma, _descriptors, attention
 
     attending = AttendWays(size, case, clock)
     rows = attending.reading.queries  # of a key head
     kernel = attention._kernel_for(attending.dtype, rows)
-    name, work = f"{case} {size}", attending.work
-    ours = attending.our_ways()
+    labels: Row = {"case": f"{case} {size}", "pass": "tune"}
+    ours = attending.our_ways(workspace=attending.reading.decoding)
     kernels = {way: kernel for way in ours if way != "ours no rotation"}
     calls = {
         n: c
@@ -250,18 +253,22 @@ def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
         for n, c in each_configuration({way: k}, ours[way]).items()
     }
 
-    def timed(kernels: dict[str, Kernel], calls: Ways) -> Iterator[Row]:
-        right = keep_right(name, calls, attending.error_of(), clock.bound, must=False)
+    def timed(calls: Ways) -> Iterator[Row]:
+        right = keep_right(labels["case"], calls, attending.error_of(), clock.bound, must=False)
         works = {n: attending.works()["ours fp8"] for n in right if n.startswith("ours fp8")}
-        told = clock.time({"case": name, "pass": "tune"}, right, len(attending.sets), work, works)
-        yield from tell_configurations(told, kernels)
+        return clock.time(labels, right, len(attending.sets), attending.work, works)
 
-    yield from timed(kernels, calls)
-    if (
-        kernel is attention.attend_many
-        and _descriptors.AVAILABLE
-        and len(attending.reading.sizes) == 1
-    ):
+    yield from tell_configurations(timed(calls), kernels)
+    if attending.reading.decoding:
+        q, k = attending.sets[0].q, attending.sets[0].k
+        usual = attention._choose_splits(q, k)
+        counts = sorted({usual, *(n for n in SPLITS if n <= 4 * usual)})
+        calls = {f"ours {n}": attending.our_ways(True, n)["ours"] for n in counts}
+        for row in timed(calls):
+            count = row["way"].split()[1]
+            yield row | {"kernel": "splits", "config": count, "first": int(count) == usual}
+    elif kernel is attention.attend_many and _descriptors.AVAILABLE:
         # Behind all others: a fault of these may end the process.
-        kernels = {"specialised": _attend_tma.attend_tma}
-        yield from timed(kernels, each_configuration(kernels, specialised(ours["ours"])))
+        kernels = {"descriptors": _attend_tma.attend_tma}
+        calls = each_configuration(kernels, by_descriptors(ours["ours"]))
+        yield from tell_configurations(timed(calls), kernels)

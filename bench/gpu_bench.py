@@ -23,7 +23,7 @@ import torch
 from bench import digest, measure, plot, stages
 from bench.stages import Stage
 
-# A case for each kernel; a prompt of one picture, too: of several the specialised one is none.
+# A case for each kernel; a prompt of one picture, too: of several keys are turned first.
 TUNED = ("decode_1", "prefill_8k_3k", "prefill_8k_13k", "decode_8", "few_500_13k")
 CHAT = ("chat", "--dtype", "bfloat16", "--tokens", "32")
 STAGES: dict[str, tuple[float, list[str]]] = {  # name -> seconds, arguments of `python -m bench`

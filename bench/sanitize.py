@@ -15,6 +15,7 @@ from torch import Tensor
 import comemo_kernels as ops
 from bench.cases import Prompt
 from comemo_kernels import ImageMemory, QueryRotation
+from comemo_kernels._descriptors import AVAILABLE
 from comemo_kernels._op import INTERPRET, has_float8
 
 HALF = torch.bfloat16
@@ -45,8 +46,8 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
     }
     if INTERPRET or has_float8(0):
         found["build, float8"] = lambda: build(draw, torch.float8_e4m3fn)
-    if INTERPRET or torch.cuda.get_device_capability() == (9, 0):
-        found["attend, specialised"] = lambda: attend_specialised(draw)
+    if AVAILABLE and (INTERPRET or torch.cuda.get_device_capability() == (9, 0)):
+        found["attend, by descriptors"] = lambda: attend_by_descriptors(draw)
     return found
 
 
@@ -96,11 +97,20 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Any:
     return ops.attend_images(q, k, v, spans, rotation)
 
 
-def attend_specialised(draw: Callable[..., Tensor]) -> Any:
-    from comemo_kernels import attention
+def attend_by_descriptors(draw: Callable[..., Tensor]) -> Any:
+    """In every configuration, of one image and of two, in splits and whole."""
+    from comemo_kernels import _attend_tma, attention
 
-    with mock.patch.object(attention, "USE_TMA", True):
-        return _attend(draw(1, 130, 2, 64), draw(70, 1, 64), draw(70, 1, 64), [0])
+    found = []
+    for config in _attend_tma.attend_tma.configs:
+        for starts, splits in (([0], 1), ([0, 30], 2)):
+            with (
+                _attend_tma.attend_tma.using(config),
+                mock.patch.object(attention, "USE_TMA", True),
+                mock.patch.object(attention, "_choose_splits", lambda q, k, n=splits: n),
+            ):
+                found.append(_attend(draw(1, 130, 2, 64), draw(70, 1, 64), draw(70, 1, 64), starts))
+    return found
 
 
 def build(draw: Callable[..., Tensor], stored: torch.dtype) -> Any:

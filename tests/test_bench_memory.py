@@ -293,31 +293,54 @@ def test_a_configuration_counts_only_where_its_kernel_is_launched(capsys):
     ]
 
 
-@pytest.mark.parametrize("case", ["one", "several"])
-def test_the_specialised_kernel_is_timed_where_it_is_launched(case, monkeypatch):
-    """In one picture, and by its own name; in several never."""
+def test_descriptors_are_timed_where_they_are_launched(monkeypatch):
+    """By their own name, and as the last."""
     attention = pytest.importorskip("comemo_kernels.attention")
     from comemo_kernels import _attend_tma, _descriptors
 
     if not _descriptors.AVAILABLE:
         pytest.skip("triton below 3.4 makes no descriptors in a kernel")
-    kernels = {"plain": Nothing(), "specialised": Nothing()}
+    kernels = {"plain": Nothing(), "descriptors": Nothing()}
     right = ops.attend_images
 
     def attend_images(*given, **named):
-        kernels["specialised" if attention.USE_TMA else "plain"].launch()
+        kernels["descriptors" if attention.USE_TMA else "plain"].launch()
         return right(*given, **named)
 
     monkeypatch.setattr(ops, "attend_images", attend_images)
     monkeypatch.setattr(attention, "attend_many", kernels["plain"])
     monkeypatch.setattr(attention, "_kernel_for", lambda *_: kernels["plain"])
-    monkeypatch.setattr(_attend_tma, "attend_tma", kernels["specialised"])
-    grids = ((1, 1),) if case == "one" else ((1, 1), (1, 1))
-    monkeypatch.setitem(SMALL, case, Reading(((48, grids),)))
-    rows = list(attend.tune("tiny", case, clock()))
-    assert {row["kernel"] for row in rows} == {"ours", *(["specialised"] if case == "one" else [])}
-    assert bool(kernels["specialised"].launched) == (case == "one")
+    monkeypatch.setattr(_attend_tma, "attend_tma", kernels["descriptors"])
+    monkeypatch.setitem(SMALL, "case", Reading(((48, ((1, 1), (1, 1))),)))
+    rows = list(attend.tune("tiny", "case", clock()))
+    assert [row["kernel"] for row in rows] == ["ours"] * 2 + ["descriptors"] * 2
+    assert kernels["descriptors"].launched
     assert not attention.USE_TMA
+
+
+def test_splits_of_a_decode_step_are_timed(monkeypatch):
+    attention = pytest.importorskip("comemo_kernels.attention")
+    kernel, asked = Nothing(), []
+    right = ops.attend_images
+
+    def attend_images(*given, **named):
+        kernel.launch()
+        return right(*given, **named)
+
+    def attention_workspace(q, k, splits=None):
+        asked.append(splits)
+        return
+
+    monkeypatch.setattr(ops, "attend_images", attend_images)
+    monkeypatch.setattr(ops, "attention_workspace", attention_workspace)
+    monkeypatch.setattr(attention, "_kernel_for", lambda *_: kernel)
+    monkeypatch.setattr(attention, "_choose_splits", lambda *_: 3)
+    monkeypatch.setitem(SMALL, "case", Reading(((1, ((1, 1),)),)))
+    rows = [row for row in attend.tune("tiny", "case", clock()) if row["kernel"] == "splits"]
+    assert [(row["config"], row["first"]) for row in rows] == [
+        *(("1", False), ("2", False), ("3", True), ("4", False), ("8", False))
+    ]
+    assert asked == [None, 1, 2, 3, 4, 8]
 
 
 @pytest.mark.parametrize("module", [attend, memory, mixin])
