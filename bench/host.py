@@ -6,7 +6,9 @@ finds the compiled kernel as Triton does for any kernel, by looking at every arg
 """
 
 import argparse
+import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -15,6 +17,7 @@ import torch
 import comemo_kernels as ops
 from bench import measure
 from bench.cases import HEAD_DIM, HEADS, PROMPTS
+from comemo_kernels import QueryRotation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,34 +28,59 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime import driver
 
-    from comemo_kernels import _op, aot, rotary
+    from comemo_kernels import _op, aot, attention, glue, rotary
 
     if torch.cuda.is_available():
         raise SystemExit("python -m bench host: there is a GPU, `bench rotary` measures this")
-    torch.library.impl("comemo::rotary", "CPU", _op._on_its_device(rotary._launch))
+    for name, launch in (
+        ("rotary", rotary._launch),
+        ("attend_", attention._launch_into),
+        ("rows", glue._launch),
+    ):
+        torch.library.impl(f"comemo::{name}", "CPU", _op._on_its_device(launch))
     driver.set_active(aot.OfflineDriver(aot.CHIPS["sm_90"].target))
-    cos, sin = (t[0] for t in ops.rotary_table(torch.arange(4096)[None], HEAD_DIM))
     rows = []
     launches_nothing = property(lambda self: lambda *args: None)
     with (
+        contextlib.ExitStack() as stack,
         # Functions, for a mock would take part in what is measured.
-        mock.patch.object(rotary, "on_triton", lambda x: True),  # noqa: PT008
         mock.patch.object(CompiledKernel, "_init_handles", lambda self: None),  # noqa: PT008
         mock.patch.object(CompiledKernel, "run", launches_nothing),
         mock.patch.object(CompiledKernel, "function", None, create=True),
         torch.no_grad(),
     ):
+        for module in (rotary, attention, glue):
+            stack.enter_context(mock.patch.object(module, "on_triton", lambda x: True))  # noqa: PT008
         for heads in options.heads:
-            for case in ("decode_1", "decode_32", "chat_1k"):
-                prompt, ids = PROMPTS[case], PROMPTS[case].position_ids("cpu")
-                q, k = (
-                    torch.empty(prompt.batch, prompt.tokens, n, HEAD_DIM, dtype=torch.bfloat16)
-                    for n in HEADS[heads]
-                )
-                call = functools.partial(ops.apply_rotary, q, k, cos, sin, ids)
+            for case, (kernel, call) in cases(heads).items():
                 row: dict[str, Any] = {"case": f"{case} {heads}", "pass": "host"}
                 rows.append(row | {"way": "ours", "host_us": measure.host_us(call, 3000)})
-                with mock.patch.object(rotary.rotary_kernel, "key", lambda *_: None):  # noqa: PT008
+                with mock.patch.object(kernel, "key", lambda *_: None):  # noqa: PT008
                     cost = measure.host_us(call, 3000)
                 rows.append(row | {"way": "triton's launch", "host_us": cost})
     return rows
+
+
+def cases(heads: str) -> dict[str, tuple[Any, Callable[[], Any]]]:
+    """Name -> a kernel, and a call that launches it."""
+    from comemo_kernels import attention, glue, rotary
+
+    new = functools.partial(torch.empty, dtype=torch.bfloat16)
+    cos, sin = (t[0] for t in ops.rotary_table(torch.arange(4096)[None], HEAD_DIM))
+    found: dict[str, tuple[Any, Callable[[], Any]]] = {}
+    for case in ("decode_1", "decode_32", "chat_1k"):
+        prompt, ids = PROMPTS[case], PROMPTS[case].position_ids("cpu")
+        q, k = (new(prompt.batch, prompt.tokens, n, HEAD_DIM) for n in HEADS[heads])
+        call = functools.partial(ops.apply_rotary, q, k, cos, sin, ids)
+        found[case] = rotary.rotary_kernel, call
+    # A decode step of one conversation with a picture.
+    G, d = HEADS[heads][0], HEADS[heads][0] * HEAD_DIM
+    q, k = new(1, 1, G, HEAD_DIM), new(3328, G, HEAD_DIM)
+    place = torch.zeros(1, dtype=torch.int32)
+    rotation = QueryRotation(cos, sin, torch.tensor([[5]]), place, place[None])
+    spans = torch.tensor([[[0, 3328]]])
+    room = attention._allocate(q, k, attention._choose_splits(q, k), lasting=True)
+    attend = functools.partial(ops.attend_images, q, k, k, spans, rotation, workspace=room)
+    found["attend_images"] = attention.attend_one, attend
+    call = functools.partial(ops.norm_linear, new(1, 1, d), new(d), new(d, d))
+    return found | {"norm_linear": (glue.one_weight_kernel, call)}
