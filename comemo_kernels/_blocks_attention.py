@@ -92,7 +92,7 @@ def attend_keys(
     k_ptr,  # [M, D] of one head
     v_ptr,
     stride,  # of M, of both
-    k_scale_ptr,  # [T] of one head, above 0
+    k_scale_ptr,  # [T] of one head
     v_scale_ptr,
     scale_stride,
     tile,
@@ -141,10 +141,9 @@ def attend_keys(
             mask &= (offs_d < D)[None, :]
         k = tl.load(k_ptr + base + offs, mask=mask, other=0.0)
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision=PRECISION)
-        factor = power
         if SCALED and TILED:
             offs_scale = key // tile * scale_stride
-            factor = power * tl.load(k_scale_ptr + offs_scale)
+            s *= tl.load(k_scale_ptr + offs_scale)
             next_unit = tl.load(v_scale_ptr + offs_scale)
         elif SCALED:
             offs_scale = offs_k // tile * scale_stride
@@ -152,14 +151,17 @@ def attend_keys(
         if (key < shared) | (key + BLOCK_N > shared_end):
             seen = (offs_k[None, :] >= start[:, None]) & (offs_k[None, :] < end[:, None])
             s = tl.where(seen & held[None, :], s, float("-inf"))
-        largest = tl.maximum(peak, tl.max(s, 1) * factor)
+        largest = tl.maximum(peak, tl.max(s, 1) * power)
         # A row that has seen nothing yet: -inf minus -inf would be NaN.
         shift = tl.where(largest == float("-inf"), 0.0, largest)
-        p = tl.math.exp2(s * factor[:, None] - shift[:, None])
+        p = tl.math.exp2(s * power[:, None] - shift[:, None])
         alpha = tl.math.exp2(peak - shift)
         total = total * alpha + tl.sum(p, 1)
         v = tl.load(v_ptr + base + offs, mask=mask, other=0.0)
         if SCALED and TILED:
+            # The accumulator changes its unit with the scale: float16 would round p times that.
+            p = tl.where(next_unit == 0.0, 0.0, p)
+            next_unit = tl.where(next_unit == 0.0, unit, next_unit)
             alpha *= unit / next_unit
             unit = next_unit
         elif SCALED:

@@ -250,6 +250,7 @@ def test_float8_memory(dtype, N, tile):
     inputs["q"][1, 0] = 0
     factors = torch.rand(2, 4, 1, device=DEVICE) + 0.5
     factors[:, 1] *= 1e-3
+    factors[1, 2] = 0
     scales = MemoryScales(*factors, tile=tile)
     rotation = QueryRotation(inputs.pop("cos"), inputs.pop("sin"), **rest)
     for name in ("k", "v"):
@@ -296,6 +297,21 @@ def test_a_row_is_blind_to_others_keys():
     out = attend(**inputs)
     torch.testing.assert_close(out[0], clean[0])
     assert out[1].isnan().all()
+
+
+@pytest.mark.parametrize("tile", [16, 64])
+def test_a_row_is_blind_to_others_scales(tile):
+    """What lies between the spans of a block's rows: keys of NaN, and tiles never written."""
+    inputs, rest = make_inputs(2, 1, 2, 1, 16, 4 * tile, "prompt", (0,), dtype=torch.bfloat16)
+    inputs["spans"] = torch.tensor([[[0, tile + 5]], [[3 * tile, 4 * tile]]], device=DEVICE)
+    for name in ("k", "v"):
+        inputs[name] = inputs[name].to(torch.float8_e4m3fn)
+    scales = MemoryScales(*(torch.rand(2, 4, 1, device=DEVICE) + 0.5), tile=tile)
+    rotation = QueryRotation(inputs.pop("cos"), inputs.pop("sin"), **rest)
+    clean = attend_images(**inputs, rotation=rotation, scales=scales)
+    scales.keys[2], scales.values[2] = math.nan, 0
+    out = attend_images(**inputs, rotation=rotation, scales=scales)
+    torch.testing.assert_close(out, clean)
 
 
 def test_order_of_images_is_irrelevant():
@@ -405,6 +421,10 @@ def test_descriptors_match_the_reference(monkeypatch, config, starts, dtype):
     with _attend_tma.attend_tma.using(_attend_tma.attend_tma.configs[TMA[config]]):
         check(inputs, rest)
         assert launched
+        if several:  # only distances count: ids may lie far behind the table
+            far = {name: rest[name] + 100_000 for name in ("positions", "biases")}
+            there = [ways(how)[0](**inputs) for how in (rest, rest | far)]
+            torch.testing.assert_close(*there, rtol=0, atol=0)
         inputs["spans"][-1] = 300  # an empty span behind the last key
         inputs["v"][-1] = math.nan
         out, lse = ways(rest, return_lse=True)[0](**inputs)
