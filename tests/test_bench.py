@@ -11,6 +11,7 @@ import sys
 import harness
 import pytest
 import torch
+from conftest import GPU, INTERPRET, SLOW
 
 import comemo_kernels as ops
 from bench import measure, plot, positions, rotary, ways
@@ -199,6 +200,21 @@ def test_an_installed_package_of_tests_is_not_the_harness(tmp_path):
     )
     assert done.stdout.strip() == str(measure.ROOT / "tests" / "harness.py")
     assert harness.assert_matches is rotary.assert_matches
+
+
+@SLOW
+@pytest.mark.skipif(GPU or INTERPRET, reason="replaces the driver of a machine without a GPU")
+def test_what_a_call_costs_the_host(tmp_path):
+    """In a process of its own: the operators stay registered for the CPU."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "bench", "host", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=measure.ROOT, capture_output=True, check=True)
+    rows = json.loads((tmp_path / "host.json").read_text())["rows"]
+    cases = {row["case"].split()[0] for row in rows}
+    assert cases >= {"decode_1", "attend_images", "norm_linear"}
+    assert all(row["host_us"] > 1 for row in rows)
+    by_us = {(row["case"], row["way"]): row["host_us"] for row in rows}
+    assert all(by_us[case, "ours"] < by_us[case, "triton's launch"] for case, _ in by_us)
 
 
 def test_files_and_plots(tmp_path):
