@@ -242,6 +242,7 @@ attend_tma = Kernel(
 
 
 def fits(
+    splits: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -262,8 +263,7 @@ def fits(
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] in (64, 128)
         and spans.shape[1] == 1
-        # Several prompts may have their images at different places, of which scratch has one.
-        and (starts is None or starts.shape[0] <= 1 or q.shape[0] == 1)
+        and (splits == 1 or q.shape[0] == 1 or starts is None or starts.shape[0] <= 1)
         and k_scale is None
         and k.shape[0] > 0
         and all(stride % 8 == 0 for stride in (*q.stride()[:3], *k.stride()[:2], table_stride))
@@ -288,6 +288,17 @@ def launch(
 ) -> None:
     """Write `out` and `lse`, or with several splits their parts [splits, G, B * N * H/G, D]."""
     (B, N, H, D), (M, G, _), splits = q.shape, k.shape, parts.shape[0]
+    if B > 1 and starts is not None and starts.shape[0] > 1:
+        # Each prompt may have the images elsewhere: keys are turned for one after the other.
+        for b in range(B):
+            own = [
+                t if t is None or t.shape[0] == 1 else t[b : b + 1] for t in (q, spans, ids, biases)
+            ]
+            launch(
+                *(out[b : b + 1], lse[b : b + 1], parts, part_lse, own[0], k, v, own[1]),
+                *(cos, sin, own[2], starts, own[3]),
+            )
+        return
     if cos is not None and sin is not None and ids is not None:
         images = 0 if starts is None else starts.shape[0]
         placed = (ids, ids) if starts is None or biases is None else (starts, biases)

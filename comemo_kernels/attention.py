@@ -461,7 +461,7 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, *optional: Any) -> t
     if (
         USE_TMA
         and q.shape[0] * q.shape[1] * q.shape[2] // k.shape[1] > FEW
-        and _attend_tma.fits(q, k, v, spans, *optional)
+        and _attend_tma.fits(splits, q, k, v, spans, *optional)
     ):
         _attend_tma.launch(*workspace[:4], q, k, v, spans, *optional[:5])
         if splits > 1:

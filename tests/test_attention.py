@@ -402,18 +402,13 @@ TMA = {"plain": 0, "small": 2, "specialised": 3}  # of the configurations
 )
 def test_descriptors_match_the_reference(monkeypatch, config, starts, dtype):
     several = len(starts or ()) > 1
-    inputs, rest = make_inputs(
-        *(1 if several else 2, 140, 2, 1, 64, 300, "prompt", starts, 1 if several else 2),
-        dtype=dtype,
-    )
-    inputs["spans"] = torch.tensor([[[95, 298]], [[200, 300]]], device=DEVICE)
-    if several:
-        inputs["spans"] = inputs["spans"][:1]
-        inputs["k"][:95] = math.nan  # not read, and not turned
+    B, splits = (1, 3) if config == "small" else (2, 1)
+    inputs, rest = make_inputs(B, 72, 2, 1, 64, 300, "prompt", starts, B, dtype=dtype)
+    inputs["spans"] = torch.tensor([[[95, 298]], [[200, 300]]][:B], device=DEVICE)
+    inputs["k"][:95] = math.nan  # not read, and not turned
     launched = []
     launch = _attend_tma.launch
     monkeypatch.setattr(attention, "USE_TMA", True)
-    splits = 3 if config == "small" else 1
     monkeypatch.setattr(attention, "_choose_splits", lambda q, k: splits)
     monkeypatch.setattr(_attend_tma, "launch", lambda *args: launched.append(1) or launch(*args))
     if GPU and torch.cuda.get_device_capability() != (9, 0):
@@ -435,10 +430,10 @@ def test_descriptors_match_the_reference(monkeypatch, config, starts, dtype):
 @DESCRIPTORS
 @pytest.mark.kernel
 @pytest.mark.parametrize(
-    "change", ["float32", "tokens' spans", "batch of several images", "float8", "odd strides", "no"]
+    "change", ["float32", "tokens' spans", "split batch of images", "float8", "odd strides", "no"]
 )
 def test_what_descriptors_do_not_take(change):
-    B = 2 if change == "batch of several images" else 1
+    B = 2 if change == "split batch of images" else 1
     inputs, rest = make_inputs(
         *(B, 80, 2, 1, 64, 128, "token" if change == "tokens' spans" else "prompt"),
         dtype=torch.float32 if change == "float32" else torch.bfloat16,
@@ -450,7 +445,8 @@ def test_what_descriptors_do_not_take(change):
     scale = torch.ones(1, 1, device=DEVICE) if change == "float8" else None
     arguments = [inputs[n] for n in ("q", "k", "v", "spans", "cos", "sin")]
     arguments += [rest[n] for n in ("positions", "starts", "biases")]
-    assert _attend_tma.fits(*arguments, scale) == (change == "no")
+    assert _attend_tma.fits(2, *arguments, scale) == (change == "no")
+    assert _attend_tma.fits(1, *arguments, scale) == (change in ("no", "split batch of images"))
 
 
 @DESCRIPTORS
