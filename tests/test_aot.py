@@ -6,6 +6,7 @@ and each kernel once for the other chips. `make aot` compiles all.
 
 import importlib
 import pkgutil
+import re
 import runpy
 import shutil
 
@@ -21,7 +22,7 @@ import triton
 import triton.language as tl
 
 import comemo_kernels
-from comemo_kernels import _blocks, _specialized, aot, aot_read, glue, rotary
+from comemo_kernels import _blocks, _build_tma, _specialized, aot, aot_read, glue, rotary
 from comemo_kernels._blocks import prefetch
 from comemo_kernels._op import Kernel
 
@@ -124,6 +125,52 @@ def test_warps_are_specialised():
     kernel = compile_launch(found[0])
     assert kernel.metadata.num_warps == 12
     assert "setmaxnreg" in kernel.asm["ptx"]
+
+
+def test_tiles_of_the_build_follow_each_other_in_one_loop():
+    """What a tile loads first comes under the products and the epilogue of the one before."""
+    found = [case for case in CASES if case.kernel is _build_tma.project_tma]
+    if not found:
+        pytest.skip("triton below 3.4 makes no descriptors in a kernel")
+    for config in found[0].kernel.configs:
+        with found[0].kernel.using(config):
+            code = compile_launch(found[0]).asm
+        assert loops_around(code["ttgir"], "warp_group_dot ") == 1
+        # Copies of two operands for the steps ahead of the loop and in it; while a product runs
+        # the next one is begun.
+        assert code["ptx"].count("cp.async.bulk.tensor") == 2 * config["num_stages"]
+        assert code["ptx"].count("wgmma.wait_group.sync.aligned 1") == 1
+
+
+def loops_around(code, operation):
+    """Of the first of its kind, by how far lines are set in."""
+    lines = code[: code.index(operation)].splitlines()
+    found, inside = 0, len(lines.pop()) + 1
+    for line in reversed(lines):
+        depth = len(line) - len(line.lstrip())
+        if line.strip() and depth < inside and not line.lstrip().startswith(("}", "^")):
+            found, inside = found + ("scf.for" in line or "scf.while" in line), depth
+    return found
+
+
+def test_weights_are_asked_for_ahead_of_a_norm():
+    """By all threads, before anything is loaded; it costs no registers to speak of."""
+    if _blocks.is_cuda is None:
+        pytest.skip("triton below 3.5 asks for nothing ahead")
+    for verb, kernel in (("norm", glue.one_weight_kernel), ("swiglu", glue.two_weights_kernel)):
+        case = case_of(kernel, f"bf16 rows, {verb}")
+        rows = {str(config): aot.compile_case(case, config, "sm_90") for config in kernel.configs}
+        ahead = [config for config in kernel.configs if config["AHEAD"]]
+        assert ahead
+        for config in ahead:
+            with kernel.using(config):
+                code = compile_launch(case).asm["ptx"]
+            lines = config["AHEAD"] // 128 * config["BLOCK_O"] * (2 if verb == "swiglu" else 1)
+            asked = "prefetch.global.L2"
+            assert code.count(asked) == lines // (32 * config["num_warps"])
+            assert code.rindex(asked) < re.search(r"\bld\.global|\bcp\.async", code).start()
+            plain = rows[str(config | {"AHEAD": 0})]
+            assert rows[str(config)].registers <= plain.registers + 4
 
 
 def test_weights_stream_past_the_registers():
