@@ -99,6 +99,19 @@ def test_accesses_are_as_wide_as_they_can_be():
         assert row.wide == (2 * 4 + 2) * elements // 8
 
 
+def test_ids_of_the_next_block_are_loaded_ahead_of_this_ones_rotation():
+    """In the order of the code, in which a warp issues; what is loaded next are rows by these."""
+    case = case_of(rotary.rotary_kernel, "bf16 int64 ids")
+    for config in case.kernel.configs:
+        with case.kernel.using(config):
+            tensors = [access.tensor for access in aot_read.read_accesses(compile_launch(case))]
+        of_thread = config["BLOCK_T"] * config["BLOCK_H"] * 8 // (32 * config["num_warps"])
+        places = [i for i, tensor in enumerate(tensors) if tensor == "ids_ptrs"]
+        assert len(places) == of_thread * (1 if config["STEPS"] == 1 else 2)
+        assert places[-of_thread:] == list(range(places[-of_thread], places[-1] + 1))
+        assert tensors[places[-1] + 1] == "cos_ptr"
+
+
 @pytest.mark.parametrize("odd", ["q", "k", "table", "none"])
 def test_what_is_not_aligned_is_not_taken_for_it(odd):
     """Rows of 132 elements begin where no 128 bits do; one such tensor narrows all accesses."""
