@@ -250,7 +250,7 @@ rotary_kernel = Kernel(
         for t, h, steps, warps in (
             # Rows of the table are read for each group of heads: few, large groups read them least.
             *((4, 8, 1, 4), (8, 4, 1, 4), (8, 8, 1, 8), (8, 8, 1, 4), (4, 4, 1, 4)),
-            *((4, 8, 4, 4), (4, 8, 4, 8)),
+            *((4, 8, 4, 8), (4, 8, 8, 8)),
         )
     ],
 )

@@ -82,7 +82,8 @@ def plainly(monkeypatch, *args, **kwargs):
 @pytest.mark.parametrize("anew", [0, 1])
 def test_layers_that_lie_in_no_order(monkeypatch, launches, anew):
     """Weights beside each other, the last the lowest; and more tiles than programs."""
-    inputs = make_inputs(140, 8, 3, 3, 128, dtype=HALVES[-1])
+    inputs = make_inputs(140, 8, 3, 3, 128, bool(anew), dtype=HALVES[-1])
+    inputs["media"] = torch.cat([inputs["media"]] * 2, 1)[:, :8]
     lowest = torch.stack(inputs["kv_weights"][::-1])
     inputs["kv_weights"] = list(lowest.unbind(0))[::-1]
     config = next(c for c in _build_tma.project_tma.configs if c["ANEW"] == anew)
