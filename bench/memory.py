@@ -9,6 +9,7 @@ with the norm's weight in the product's; `ours fp8`, exact and stored as float8.
 import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -238,23 +239,38 @@ class MemoryBench:
     @torch.no_grad()
     def tune(self, case: tuple[str, int]) -> Iterator[Row]:
         """Every shipped configuration of the kernels; the fastest belongs first in its list."""
+        from comemo_kernels import _build_tma, _descriptors
         from comemo_kernels import build as kernels
 
         build, name = self.inputs(*case)
-        product: dict[str, Kernel] = {
-            "norm": kernels.norm_media,
-            "project": kernels.project_media,
-        }
         found = build.ways(compiled=False)
-        calls = {
-            f"{way} {config}": call
-            for way in ("ours exact", "ours folded")
-            for config, call in each_configuration(product, found[way]).items()
-        }
-        bound = self.clock.bound
-        right = keep_right(name, calls, build.error_of(), bound, must=False)
-        told = self.clock.time({"case": name, "pass": "tune"}, right, 1, build.work())
-        yield from tell_configurations(
-            told,
-            {f"{way} {n}": k for way in ("ours exact", "ours folded") for n, k in product.items()},
-        )
+
+        def timed(product: dict[str, Kernel], change: Callable[..., Any]) -> Iterator[Row]:
+            both = ("ours exact", "ours folded")
+            calls = {
+                f"{way} {config}": call
+                for way in both
+                for config, call in each_configuration(product, change(found[way])).items()
+            }
+            bound = self.clock.bound
+            right = keep_right(name, calls, build.error_of(), bound, must=False)
+            told = self.clock.time({"case": name, "pass": "tune"}, right, 1, build.work())
+            known = {f"{way} {n}": kernel for way in both for n, kernel in product.items()}
+            yield from tell_configurations(told, known)
+
+        plain = {"norm": kernels.norm_media, "project": kernels.project_media}
+        yield from timed(plain, lambda way: way)
+        if _descriptors.AVAILABLE:
+            # Behind all others: a fault of these may end the process.
+            yield from timed({"project by TMA": _build_tma.project_tma}, by_tma)
+
+
+def by_tma(way: Callable[[int], Any]) -> Callable[[int], Any]:
+    """The same with the product by tensor descriptors allowed."""
+    from comemo_kernels import build
+
+    def call(i: int) -> Any:
+        with mock.patch.object(build, "USE_TMA", True):
+            return way(i)
+
+    return call

@@ -48,6 +48,7 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
         found["build, float8"] = lambda: build(draw, torch.float8_e4m3fn)
     if AVAILABLE and (INTERPRET or torch.cuda.get_device_capability() == (9, 0)):
         found["attend, by descriptors"] = lambda: attend_by_descriptors(draw)
+        found["build, by descriptors"] = lambda: build_by_descriptors(draw)
     return found
 
 
@@ -124,6 +125,22 @@ def build(draw: Callable[..., Tensor], stored: torch.dtype) -> Any:
     norms = [draw(72) for _ in range(2)]
     ops.build_memory(media, weights, norms, *table, ids, keys, values, scales)
     return [*keys, *values, *(t for s in scales or () for t in (s.keys, s.values))]
+
+
+def build_by_descriptors(draw: Callable[..., Tensor]) -> Any:
+    """In each form of it; more tiles than programs, each of them ends in the midst."""
+    from comemo_kernels import _build_tma
+    from comemo_kernels import build as kernels
+
+    found = []
+    for config in _build_tma.project_tma.configs:
+        with (
+            _build_tma.project_tma.using(config),
+            mock.patch.object(kernels, "USE_TMA", True),
+            mock.patch.object(_build_tma, "multiprocessors", return_value=3),
+        ):
+            found += build(draw, HALF)
+    return found
 
 
 def project(draw: Callable[..., Tensor]) -> Any:

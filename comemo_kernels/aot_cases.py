@@ -10,6 +10,7 @@ import torch
 
 from comemo_kernels import (
     _attend_tma,
+    _build_tma,
     _descriptors,
     _fold,
     _product,
@@ -60,6 +61,7 @@ SMALL: Mapping[str, frozenset[str]] = {
         "_turn_kernel": "ids_ptr biases_ptr spans_ptr starts_ptr",
         "_norm_kernel": "address_ptr weight_ptr rstd_ptr",
         "_project_kernel": "table rstd_ptr ids_ptr",
+        "_project_tma_kernel": "address_ptr table rstd_ptr ids_ptr",
         "_scale_kernel": "address scale_ptr",
         "_fold_norm_kernel": "stats_ptr",
         "_fold_norm_gradient_kernel": "stats_ptr",
@@ -291,7 +293,25 @@ def _build_cases() -> list[Case]:
         found.append(of(f"fp16 {name}", run))
     run = functools.partial(memory, half, True, True)
     found.append(Case(build.scale_memory, "bf16 to fp8", run, chips=FLOAT8))
-    return found
+
+    def by_tma(dtype: torch.dtype, exact: bool, D: int) -> None:
+        M, d, L, G = 3328, 2048, 6, 2048 // D
+        new = functools.partial(torch.empty, device="meta")
+        x, table, address = new(L, M, d, dtype=dtype), new(4096, D // 2), new(L, 4).long()
+        given = (x if exact else x[0], new(M), new(M).int(), table, table, address)
+        _build_tma.launch(*given, (G * D, D), M, (G, D), 0)
+
+    kernel, stage = _build_tma.project_tma, lambda c: (c["BLOCK_M"] + c["BLOCK_N"]) * 128
+    every = len(kernel.configs)
+    for name, configs, *of_what in (
+        ("bf16 exact", every, half, True, 128),
+        ("bf16 folded", every, half, False, 128),
+        ("bf16 exact, 64 wide", 1, half, True, 64),
+        ("fp16 exact", 1, torch.float16, True, 128),
+    ):
+        run = functools.partial(by_tma, *of_what)
+        found.append(Case(kernel, name, run, configs, True, ("sm_90",), stage=stage))
+    return found if _descriptors.AVAILABLE else [c for c in found if c.kernel is not kernel]
 
 
 def _tile_cases() -> list[Case]:

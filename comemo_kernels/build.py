@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from comemo_kernels import reference
+from comemo_kernels import _build_tma, reference
 from comemo_kernels._blocks import in_groups, offset_of
 from comemo_kernels._checks_memory import check_build
 from comemo_kernels._op import Kernel, documented, has_float8, on_triton, register, to_device
@@ -273,6 +273,7 @@ scale_memory = Kernel(_scale_kernel, [{"BLOCK_M": 32, "num_warps": 4}])
 
 # --- operator ---
 
+USE_TMA = False  # not timed on a GPU yet, nor looked at for races
 CHUNK = 8192  # rows whose normed, or unscaled, form is held at once
 
 
@@ -308,6 +309,7 @@ def _launch(
         held = [tuple(plane.unbind(0)) for plane in scratch]
     address, whole = _addresses(kv_weights, norm_weights or kv_weights, *zip(*held, strict=True))
     aligned = whole and all(stride % 8 == 0 for stride in strides)
+    by_tma = USE_TMA and _build_tma.fits(media, kv_weights, D, aligned)
     targets, whole = address, True
     if scaled:
         targets, whole = _addresses(keys, values, key_scales, value_scales)
@@ -321,14 +323,19 @@ def _launch(
             *(-(-m // norm_media.config["BLOCK_M"]), rstd, normed, part, address),
             *(part.stride(0), m, d, L, eps, exact, aligned, even),
         )
+        out_row = 0 if scaled else row + first
         x, stride_l = (normed, m * d) if exact else (part, 0)
-        even = d % config["BLOCK_K"] == 0
-        project.launch(
-            *(-(-m // config["BLOCK_M"]) * L * 2 * blocks_h, x, rstd, ids[first:], cos, sin),
-            *(address, stride_l, x.stride(-2), stride_m, stride_g),
-            *(cos.stride(0), m, d, G, L, cos.shape[0], 0 if scaled else row + first),
-            *(exact, half, aligned, even, block_half),
-        )
+        if by_tma:
+            outs = (stride_m, stride_g)
+            _build_tma.launch(x, rstd, ids[first:], cos, sin, address, outs, m, (G, D), out_row)
+        else:
+            even = d % config["BLOCK_K"] == 0
+            project.launch(
+                *(-(-m // config["BLOCK_M"]) * L * 2 * blocks_h, x, rstd, ids[first:], cos, sin),
+                *(address, stride_l, x.stride(-2), stride_m, stride_g),
+                *(cos.stride(0), m, d, G, L, cos.shape[0], out_row),
+                *(exact, half, aligned, even, block_half),
+            )
         if scaled:
             tiles = -(-m // tile)
             scale_memory.launch(

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from comemo_kernels import reference
-from comemo_kernels._blocks import offset_of
+from comemo_kernels._blocks import offset_of, prefetch
 from comemo_kernels._op import Kernel, documented, on_triton, register
 
 ROWS = 16  # of one matrix instruction: with more, a weight would be multiplied more than once
@@ -64,6 +64,14 @@ def _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN: tl.constexpr, BLOCK_K: tl.c
     return tl.sum(squares, axis=1)
 
 
+@triton.jit
+def _ask_ahead(weight_ptrs, num_inner, LINES: tl.constexpr, LINE: tl.constexpr):
+    """Let L2 fetch LINES lines, of LINE elements, of the rows that `weight_ptrs` [O, 1] names."""
+    # Behind a row's end its last element stands for what it has not: all of it is there.
+    offs = tl.minimum(tl.arange(0, LINES) * LINE, num_inner - 1)
+    prefetch(weight_ptrs + offs[None, :])
+
+
 @triton.jit(
     do_not_specialize=[
         *("gate_ptr", "x_stride_r", "weight_stride_o", "up_stride_o", "residual_stride_r"),
@@ -96,6 +104,7 @@ def _rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,  # of a row in a step
+    AHEAD: tl.constexpr,  # of a weight's row that L2 fetches while a weighted norm is taken
 ):
     """One program computes BLOCK_O outputs of all rows."""
     BLOCK_K: tl.constexpr = BLOCK_BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
@@ -112,6 +121,10 @@ def _rows_kernel(
     up_ptrs = up_ptr + offset_of(row, up_stride_o, ALIGNED)[:, None]
 
     if WEIGHTED:
+        if AHEAD > 0:
+            _ask_ahead(weight_ptrs, num_inner, AHEAD // 128, 8 * WIDE)
+            if SWIGLU:
+                _ask_ahead(up_ptrs, num_inner, AHEAD // 128, 8 * WIDE)
         total = _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN, BLOCK_K)
         scale = tl.rsqrt(total / num_inner.to(tl.float32) + eps)[:, None]
     squares = tl.zeros([BLOCK_R, BLOCK_K // WIDE], tl.float32)
@@ -155,18 +168,22 @@ def _rows_kernel(
 one_weight_kernel = Kernel(
     _rows_kernel,
     [
-        {"BLOCK_O": 16, "BLOCK_BYTES": 512, "num_warps": 4, "num_stages": 5},
-        {"BLOCK_O": 16, "BLOCK_BYTES": 512, "num_warps": 4, "num_stages": 4},
-        {"BLOCK_O": 16, "BLOCK_BYTES": 512, "num_warps": 8, "num_stages": 5},
-        {"BLOCK_O": 32, "BLOCK_BYTES": 512, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_O": o, "BLOCK_BYTES": 512, "AHEAD": ahead, "num_warps": w, "num_stages": n}
+        for o, ahead, w, n in (
+            *((16, 0, 4, 5), (16, 0, 4, 4), (16, 0, 8, 5), (32, 0, 8, 3)),
+            # All that memory delivers while a norm is taken: of 128 programs, and of 256.
+            *((16, 4096, 4, 5), (16, 2048, 4, 4)),
+        )
     ],
 )
 two_weights_kernel = Kernel(
     _rows_kernel,
     [
-        {"BLOCK_O": 16, "BLOCK_BYTES": 512, "num_warps": 4, "num_stages": 4},
-        {"BLOCK_O": 16, "BLOCK_BYTES": 512, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_O": 32, "BLOCK_BYTES": 256, "num_warps": 4, "num_stages": 4},
+        {"BLOCK_O": o, "BLOCK_BYTES": size, "AHEAD": ahead, "num_warps": 4, "num_stages": n}
+        for o, size, ahead, n in (
+            *((16, 512, 0, 4), (16, 512, 0, 3), (32, 256, 0, 4)),
+            *((16, 512, 1024, 4), (16, 512, 1024, 3)),
+        )
     ],
 )
 

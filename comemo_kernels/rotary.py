@@ -71,6 +71,65 @@ def _rotate_heads(
         tl.store(y_rows[:, None] + offs, tl.load(x_rows[:, None] + offs, mask=mask), mask=mask)
 
 
+@triton.jit
+def _find_positions(
+    ids_ptr,
+    ids_strides,  # of B, N
+    batch,
+    token,
+    num_tokens,
+    num_images,
+    num_steps,
+    POSITIONS: tl.constexpr,
+    SIDE: tl.constexpr,
+    COLUMN: tl.constexpr,
+    THUMBNAIL: tl.constexpr,
+):
+    """Position ids of tokens; of those behind the last, some number."""
+    if POSITIONS == "table":
+        position = token
+    elif POSITIONS == "ids":
+        ids_ptrs = ids_ptr + batch * ids_strides[0] + token * ids_strides[1]
+        position = tl.load(ids_ptrs, mask=token < num_tokens, other=0)
+    else:
+        position = image_position(
+            *(ids_ptr, batch * num_tokens + token, num_images, num_steps),
+            *(SIDE, COLUMN, THUMBNAIL),
+        )
+    return position
+
+
+@triton.jit
+def _load_table(
+    cos_ptr,
+    sin_ptr,
+    table_strides,  # of B, N
+    batch,
+    token,
+    position,
+    mask_t,
+    num_rows,
+    POSITIONS: tl.constexpr,
+    HALF: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """cos and sin [BLOCK_T * BLOCK_H, BLOCK_D] of tokens."""
+    known = mask_t
+    if POSITIONS == "table":
+        row = offset_of(batch, table_strides[0], ALIGNED)
+        row = row + offset_of(token, table_strides[1], ALIGNED)
+    else:
+        known &= (position >= 0) & (position < num_rows)
+        row = offset_of(position, table_strides[1], ALIGNED)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = known[:, None] & (offs_d < HALF)[None, :]
+    offs = row[:, None] + offs_d[None, :]
+    cos = tl.load(cos_ptr + offs, mask=mask, other=float("nan"))
+    sin = tl.load(sin_ptr + offs, mask=mask, other=float("nan"))
+    return cos, sin
+
+
 # No number specialises: neither a new length nor a new layout compiles anything. (Strides in a
 # tuple would specialise all the same.)
 @triton.jit(
@@ -125,75 +184,74 @@ def _rotary_kernel(
     BLOCK_REST: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    STEPS: tl.constexpr,  # blocks of tokens; ids of one are loaded before the one ahead is rotated
 ):
-    """One program rotates BLOCK_H heads, of q or of k, of BLOCK_T tokens of one batch row."""
+    """One program rotates BLOCK_H heads, of q or of k, of STEPS * BLOCK_T tokens of a batch row."""
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     pid = tl.program_id(0)
     # Groups of one token block lie side by side: its rows of the table are read from L2 once.
     q_groups = tl.cdiv(num_q_heads, BLOCK_H)
     groups = q_groups + tl.cdiv(num_k_heads, BLOCK_H)
     pid_h, pid_t = pid % groups, pid // groups
-    blocks = tl.cdiv(num_tokens, BLOCK_T)
+    blocks = tl.cdiv(num_tokens, BLOCK_T * STEPS)
     batch = pid_t // blocks
     # Token and head share an axis: a thread then holds 8 bf16, 128 bits, of each half.
     offs_r = tl.arange(0, BLOCK_T * BLOCK_H)
-    token = (pid_t % blocks) * BLOCK_T + offs_r // BLOCK_H
-    mask_t = token < num_tokens
-
-    known = mask_t
-    if POSITIONS == "table":
-        row = offset_of(batch, table_stride_b, ALIGNED) + offset_of(token, table_stride_n, ALIGNED)
-    else:
-        if POSITIONS == "ids":
-            ids_ptrs = ids_ptr + batch * ids_stride_b + token * ids_stride_n
-            position = tl.load(ids_ptrs, mask=mask_t, other=0)
-        else:
-            position = image_position(
-                *(ids_ptr, batch * num_tokens + token, num_images, num_steps),
-                *(SIDE, COLUMN, THUMBNAIL),
+    first = (pid_t % blocks) * (BLOCK_T * STEPS)
+    token = first + offs_r // BLOCK_H
+    position = _find_positions(
+        *(ids_ptr, (ids_stride_b, ids_stride_n), batch, token, num_tokens, num_images, num_steps),
+        *(POSITIONS, SIDE, COLUMN, THUMBNAIL),
+    )
+    steps = 1 if STEPS == 1 else tl.minimum(STEPS, tl.cdiv(num_tokens - first, BLOCK_T))
+    for _ in range(steps):
+        following = position
+        if STEPS > 1:
+            following = _find_positions(
+                *(ids_ptr, (ids_stride_b, ids_stride_n), batch, token + BLOCK_T, num_tokens),
+                *(num_images, num_steps, POSITIONS, SIDE, COLUMN, THUMBNAIL),
             )
-        known &= (position >= 0) & (position < num_rows)
-        row = offset_of(position, table_stride_n, ALIGNED)
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = known[:, None] & (offs_d < HALF)[None, :]
-    offs = row[:, None] + offs_d[None, :]
-    cos = tl.load(cos_ptr + offs, mask=mask, other=float("nan"))
-    sin = tl.load(sin_ptr + offs, mask=mask, other=float("nan"))
-    if ROUND:
-        cos = cos.to(q_ptr.dtype.element_ty)
-        sin = sin.to(q_ptr.dtype.element_ty)
-    cos = cos.to(ACC)
-    sin = sin.to(ACC)
-    if INVERSE:
-        sin = -sin
-
-    if pid_h < q_groups:
-        head = pid_h * BLOCK_H + offs_r % BLOCK_H
-        _rotate_heads(
-            *(q_out_ptr, (q_out_stride_b, q_out_stride_n, q_out_stride_h)),
-            *(q_ptr, (q_stride_b, q_stride_n, q_stride_h)),
-            *(batch, token, head, mask_t & (head < num_q_heads), cos, sin),
-            *(HALF, REST, ALIGNED, BLOCK_D, BLOCK_REST),
+        mask_t = token < num_tokens
+        cos, sin = _load_table(
+            *(cos_ptr, sin_ptr, (table_stride_b, table_stride_n), batch, token, position, mask_t),
+            *(num_rows, POSITIONS, HALF, ALIGNED, BLOCK_D),
         )
-    else:
-        head = (pid_h - q_groups) * BLOCK_H + offs_r % BLOCK_H
-        _rotate_heads(
-            *(k_out_ptr, (k_out_stride_b, k_out_stride_n, k_out_stride_h)),
-            *(k_ptr, (k_stride_b, k_stride_n, k_stride_h)),
-            *(batch, token, head, mask_t & (head < num_k_heads), cos, sin),
-            *(HALF, REST, ALIGNED, BLOCK_D, BLOCK_REST),
-        )
+        if ROUND:
+            cos = cos.to(q_ptr.dtype.element_ty)
+            sin = sin.to(q_ptr.dtype.element_ty)
+        cos = cos.to(ACC)
+        sin = sin.to(ACC)
+        if INVERSE:
+            sin = -sin
+        if pid_h < q_groups:
+            head = pid_h * BLOCK_H + offs_r % BLOCK_H
+            _rotate_heads(
+                *(q_out_ptr, (q_out_stride_b, q_out_stride_n, q_out_stride_h)),
+                *(q_ptr, (q_stride_b, q_stride_n, q_stride_h)),
+                *(batch, token, head, mask_t & (head < num_q_heads), cos, sin),
+                *(HALF, REST, ALIGNED, BLOCK_D, BLOCK_REST),
+            )
+        else:
+            head = (pid_h - q_groups) * BLOCK_H + offs_r % BLOCK_H
+            _rotate_heads(
+                *(k_out_ptr, (k_out_stride_b, k_out_stride_n, k_out_stride_h)),
+                *(k_ptr, (k_stride_b, k_stride_n, k_stride_h)),
+                *(batch, token, head, mask_t & (head < num_k_heads), cos, sin),
+                *(HALF, REST, ALIGNED, BLOCK_D, BLOCK_REST),
+            )
+        token += BLOCK_T
+        position = following
 
 
 rotary_kernel = Kernel(
     _rotary_kernel,
     [
-        # Rows of the table are read for each group of heads: few, large groups read them least.
-        {"BLOCK_T": 4, "BLOCK_H": 8, "num_warps": 4},
-        {"BLOCK_T": 8, "BLOCK_H": 4, "num_warps": 4},
-        {"BLOCK_T": 8, "BLOCK_H": 8, "num_warps": 8},
-        {"BLOCK_T": 8, "BLOCK_H": 8, "num_warps": 4},
-        {"BLOCK_T": 4, "BLOCK_H": 4, "num_warps": 4},
+        {"BLOCK_T": t, "BLOCK_H": h, "STEPS": steps, "num_warps": warps}
+        for t, h, steps, warps in (
+            # Rows of the table are read for each group of heads: few, large groups read them least.
+            *((4, 8, 1, 4), (8, 4, 1, 4), (8, 8, 1, 8), (8, 8, 1, 4), (4, 4, 1, 4)),
+            *((4, 8, 4, 8), (4, 8, 8, 8)),
+        )
     ],
 )
 
@@ -210,7 +268,7 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)  # the layers of a model ask for the same few, step by step
 def _plan(
-    blocks: tuple[int, int],  # BLOCK_T, BLOCK_H
+    blocks: tuple[int, int, int],  # BLOCK_T, BLOCK_H, STEPS
     q_shape: tuple[int, ...],
     num_k_heads: int,
     x_strides: tuple[tuple[int, ...], ...],  # of q_out, k_out, q, k
@@ -234,7 +292,7 @@ def _plan(
     strides += _batch_strides(ids_shape, ids_strides) if kind == "ids" else (0, 0)
     images = ids_shape[0] if kind == "grids" else 0
     return _Plan(
-        groups * (batch[0] if batch else 1) * -(-N // blocks[0]),
+        groups * (batch[0] if batch else 1) * -(-N // (blocks[0] * blocks[2])),
         (*strides, N, table_shape[0], images, images.bit_length(), H, num_k_heads),
         (kind, *flags, half, rest, aligned, _power_of_two(half), _power_of_two(rest)),
     )
@@ -265,7 +323,8 @@ def _launch_into(
         kind, ids = "table", cos
     config = rotary_kernel.config
     plan = _plan(
-        *((config["BLOCK_T"], config["BLOCK_H"]), q.shape, k.shape[-2] if len(xs) == 2 else 0),
+        (config["BLOCK_T"], config["BLOCK_H"], config["STEPS"]),
+        *(q.shape, k.shape[-2] if len(xs) == 2 else 0),
         (q_out.stride(), k_out.stride(), q.stride(), k.stride()),
         *(cos.shape, cos.stride(), ids.shape, ids.stride(), kind, q_out is q, (side, *flags)),
     )

@@ -25,6 +25,7 @@ import comemo_kernels
 from comemo_kernels import (
     _attend_tma,
     _blocks,
+    _build_tma,
     _descriptors,
     aot,
     aot_read,
@@ -108,6 +109,19 @@ def test_accesses_are_as_wide_as_they_can_be():
         assert row.wide == (2 * 4 + 2) * elements // 8
 
 
+def test_ids_of_the_next_block_are_loaded_ahead_of_this_ones_rotation():
+    """In the order of the code, in which a warp issues; what is loaded next are rows by these."""
+    case = case_of(rotary.rotary_kernel, "bf16 int64 ids")
+    for config in case.kernel.configs:
+        with case.kernel.using(config):
+            tensors = [access.tensor for access in aot_read.read_accesses(compile_launch(case))]
+        of_thread = config["BLOCK_T"] * config["BLOCK_H"] * 8 // (32 * config["num_warps"])
+        places = [i for i, tensor in enumerate(tensors) if tensor == "ids_ptrs"]
+        assert len(places) == of_thread * (1 if config["STEPS"] == 1 else 2)
+        assert places[-of_thread:] == list(range(places[-of_thread], places[-1] + 1))
+        assert tensors[places[-1] + 1] == "cos_ptr"
+
+
 @pytest.mark.parametrize("odd", ["q", "k", "table", "none"])
 def test_what_is_not_aligned_is_not_taken_for_it(odd):
     """Rows of 132 elements begin where no 128 bits do; one such tensor narrows all accesses."""
@@ -157,6 +171,52 @@ def test_keys_are_on_their_way_before_queries_are_rotated():
     assert kernel.metadata.launch_pdl
     code = kernel.asm["ptx"]
     assert code.index("griddepcontrol.wait") < code.index("ld.global")
+
+
+def test_tiles_of_the_build_follow_each_other_in_one_loop():
+    """What a tile loads first comes under the products and the epilogue of the one before."""
+    found = [case for case in CASES if case.kernel is _build_tma.project_tma]
+    if not found:
+        pytest.skip("triton below 3.4 makes no descriptors in a kernel")
+    for config in found[0].kernel.configs:
+        with found[0].kernel.using(config):
+            code = compile_launch(found[0]).asm
+        assert loops_around(code["ttgir"], "warp_group_dot ") == 1
+        # Copies of two operands for the steps ahead of the loop and in it; while a product runs
+        # the next one is begun.
+        assert code["ptx"].count("cp.async.bulk.tensor") == 2 * config["num_stages"]
+        assert code["ptx"].count("wgmma.wait_group.sync.aligned 1") == 1
+
+
+def loops_around(code, operation):
+    """Of the first of its kind, by how far lines are set in."""
+    lines = code[: code.index(operation)].splitlines()
+    found, inside = 0, len(lines.pop()) + 1
+    for line in reversed(lines):
+        depth = len(line) - len(line.lstrip())
+        if line.strip() and depth < inside and not line.lstrip().startswith(("}", "^")):
+            found, inside = found + ("scf.for" in line or "scf.while" in line), depth
+    return found
+
+
+def test_weights_are_asked_for_ahead_of_a_norm():
+    """By all threads, before anything is loaded; it costs no registers to speak of."""
+    if not _blocks.NEW:
+        pytest.skip("triton below 3.6 asks for nothing ahead")
+    for verb, kernel in (("norm", glue.one_weight_kernel), ("swiglu", glue.two_weights_kernel)):
+        case = case_of(kernel, f"bf16 rows, {verb}")
+        rows = {str(config): aot.compile_case(case, config, "sm_90") for config in kernel.configs}
+        ahead = [config for config in kernel.configs if config["AHEAD"]]
+        assert ahead
+        for config in ahead:
+            with kernel.using(config):
+                code = compile_launch(case).asm["ptx"]
+            lines = config["AHEAD"] // 128 * config["BLOCK_O"] * (2 if verb == "swiglu" else 1)
+            asked = "prefetch.global.L2"
+            assert code.count(asked) == lines // (32 * config["num_warps"])
+            assert code.rindex(asked) < re.search(r"\bld\.global|\bcp\.async", code).start()
+            plain = rows[str(config | {"AHEAD": 0})]
+            assert rows[str(config)].registers <= plain.registers + 4
 
 
 def test_weights_stream_past_the_registers():

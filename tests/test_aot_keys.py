@@ -13,7 +13,19 @@ pytest.importorskip("triton")
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from comemo_kernels import _fold, _product, aot, attention, build, glue, positions, rotary, tiles
+from comemo_kernels import (
+    _build_tma,
+    _descriptors,
+    _fold,
+    _product,
+    aot,
+    attention,
+    build,
+    glue,
+    positions,
+    rotary,
+    tiles,
+)
 
 
 class Chooser(aot.OfflineDriver):
@@ -158,6 +170,20 @@ def test_build():
         memory(64, 2, True, d=132)
         memory(64, 2, False, d=100)
     assert_fine(found)
+
+
+def test_build_by_descriptors():
+    if not _descriptors.AVAILABLE:
+        pytest.skip("triton below 3.4 makes no descriptors in a kernel")
+    with recorded(_build_tma.project_tma) as found:
+        for i in range(1, 51):
+            M, L, G, d = 16 * i, 1 + i % 7, 1 + i % 5, 8 * (1 + i % 9)
+            x, table = torch.empty(L, M, d, device="meta").half(), torch.empty(99, 16)
+            ids, address = torch.zeros(M).int(), torch.zeros(L, 4).long()
+            for given in (x, x[0]):
+                given = (given, torch.empty(M), ids, table, table, address)
+                _build_tma.launch(*given, (G * 32, 32), M, (G, 32), 16 * (i % 3))
+    assert_keys(found, 2)
 
 
 def test_rows():

@@ -343,6 +343,34 @@ def test_splits_of_a_decode_step_are_timed(monkeypatch):
     assert asked == [None, 1, 2, 3, 4, 8]
 
 
+def test_the_build_by_descriptors_is_timed_last_and_by_its_name(monkeypatch):
+    build = pytest.importorskip("comemo_kernels.build")
+    from comemo_kernels import _build_tma, _descriptors
+
+    if not _descriptors.AVAILABLE:
+        pytest.skip("triton below 3.4 makes no descriptors in a kernel")
+    kernels = {"plain": Nothing(), "project by TMA": Nothing()}
+    right = ops.build_memory
+
+    def build_memory(*given, **named):
+        kernels["project by TMA" if build.USE_TMA else "plain"].launch()
+        return right(*given, **named)
+
+    monkeypatch.setattr(ops, "build_memory", build_memory)
+    for name in ("norm_media", "project_media"):
+        monkeypatch.setattr(build, name, kernels["plain"])
+    monkeypatch.setattr(_build_tma, "project_tma", kernels["project by TMA"])
+    rows = list(memory.MemoryBench(clock(), 1).tune(("tiny", 2)))
+    assert [row["kernel"] for row in rows[::2]] == [
+        f"ours {form} {name}"
+        for names in (("norm", "project"), ("project by TMA",))
+        for form in ("exact", "folded")
+        for name in names
+    ]
+    assert kernels["project by TMA"].launched
+    assert not build.USE_TMA
+
+
 @pytest.mark.parametrize("module", [attend, memory, mixin])
 def test_tuning_needs_a_gpu(module):
     if torch.cuda.is_available():

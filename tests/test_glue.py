@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, GPU, TRACED
+from conftest import DTYPES, GPU, INTERPRET, TRACED
 from harness import assert_matches, evaluate
 from hypothesis import given
 from hypothesis import strategies as st
@@ -137,6 +137,40 @@ def test_a_row_alone_is_the_row_in_a_batch(device, form):
         for i in range(16):
             row = {name: inputs[name][i : i + 1] for name in ("x", "a") if name in inputs}
             assert torch.equal(both(form)[0](**inputs | row), whole[i : i + 1])
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("verb", ["norm_linear", "norm_swiglu"])
+def test_asking_ahead_changes_no_bit(device, verb):
+    kernel = glue.one_weight_kernel if verb == "norm_linear" else glue.two_weights_kernel
+    inputs = make_inputs(verb, (3,), 2048, 40, torch.float16, device=device)
+    for config in kernel.configs:
+        if config["AHEAD"]:
+            with kernel.using(config | {"AHEAD": 0}):
+                wanted = both(verb)[0](**inputs)
+            with kernel.using(config):
+                assert torch.equal(both(verb)[0](**inputs), wanted)
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(not INTERPRET, reason="only the interpreter's pointers can be seen")
+@pytest.mark.parametrize("K", [300, 2048])
+def test_what_is_asked_for_ahead_is_there(device, monkeypatch, K):
+    """Each line of 128 bytes from a row's begin, and nothing behind its end or the last row."""
+    asked = []
+    monkeypatch.setattr(glue, "prefetch", lambda ptrs: asked.extend(ptrs.handle.data.flatten()))
+    inputs = make_inputs("norm_swiglu", (1,), K, 20, torch.float16, device=device)
+    config = {"BLOCK_O": 16, "BLOCK_BYTES": 512, "AHEAD": 1024, "num_warps": 4}
+    with glue.two_weights_kernel.using(config):
+        comemo_kernels.norm_swiglu(**inputs)
+    wanted = {
+        weight.data_ptr() + 2 * (row * K + min(64 * line, K - 1))
+        for weight in (inputs["gate_weight"], inputs["up_weight"])
+        for row in range(20)
+        for line in range(8)
+    }
+    assert {int(address) for address in asked} == wanted
+    assert len(asked) == 2 * 32 * 8
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if "folded" in form])

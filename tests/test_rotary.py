@@ -109,6 +109,35 @@ def test_matches_reference(layout, kind, dtype, widths, published, B, N, H, G):
     check(layout, kind, dtype, widths, published, B, N, H, G)
 
 
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("kind", "N", "layout", "D"),
+    [
+        ("int64", 41, "bnhd", 10),
+        ("int32", 16, "tokens", 8),
+        ("grids", 29, "packed qkv", 8),
+        ("one table for all", 3, "bhnd", 10),
+    ],
+)
+def test_programs_of_several_blocks_change_no_bit(device, kind, N, layout, D):
+    """They end within a block, at one's end, and before their last one; forth, back, in place."""
+    several = [config for config in kernels.rotary_kernel.configs if config["STEPS"] > 1]
+    assert several
+    B = 1 if kind == "grids" else 2
+    inputs = make_inputs(B, N, 3, 1, D, 8, torch.float16, layout, kind, device)
+    wanted = evaluate(apply_rotary, inputs)
+    for config in several[:1] if INTERPRET else several:  # there their warps are all the same
+        with kernels.rotary_kernel.using(config):
+            found = evaluate(apply_rotary, inputs)
+            copies = {name: inputs[name].detach().clone() for name in "qk"}
+            with torch.no_grad():
+                apply_rotary(**inputs | copies, inplace=True)
+        for name, value in wanted.items():
+            assert torch.equal(found[name], value), name
+        for i, name in enumerate("qk"):
+            assert torch.equal(copies[name], wanted[f"output {i}"])
+
+
 @pytest.mark.parametrize("kind", ["int64", "grids", "table"])
 def test_gradients_of_any_order(device, kind):
     inputs = make_inputs(1, 2, 1, D=4, R=2, dtype=torch.float64, kind=kind, device=device)
