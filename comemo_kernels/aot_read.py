@@ -59,6 +59,14 @@ def read_accesses(kernel: Any) -> list[Access]:
     return found
 
 
+def name_pointer(kernel: Any, file: str, row: int) -> str:
+    """The pointer of the access at a row of a source file of a kernel; "" where there is none."""
+    source = _find_source(Path(file).name, Path(inspect.getfile(kernel.src.fn.fn)).parent)
+    found = _accesses_of(source) if source else []
+    around = [name for start, end, name in found if start[0] <= row <= end[0]]
+    return around[-1] if around else ""
+
+
 def _find_source(name: str, beside: Path) -> Path | None:
     """The source file of a kernel or of what it calls; None of Triton's own."""
     paths = (folder / name for folder in (beside, Path(__file__).parent))
