@@ -4,13 +4,13 @@ A pass of the loop is counted by kinds of instructions and set against what a mu
 a cycle: the resource that takes the most cycles binds. It is a bound and no forecast: it knows no
 latencies, bank conflicts or waits. It is there to argue about a change before it is measured.
 
-Taken as such: predicated instructions run; each thread reads global memory of its own, small tensors
-aside; where roles of specialised warps run loops of their own, they pass together; a branch is
-skipped unless tensor cores or asynchronous copies are behind it; a loop that the compiler unrolled
-is one pass.
+Taken as such: predicated instructions run; each thread reads global memory of its own, small
+tensors aside, and shared memory of its own but for FFMA, whose operands a warp shares; where roles
+of specialised warps run loops of their own, they pass together; a branch is skipped unless tensor
+cores or asynchronous copies are behind it; a loop that the compiler unrolled is one pass.
 """
 
-import math
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from comemo_kernels import aot_sass
-from comemo_kernels.aot_read import name_pointer
 from comemo_kernels.aot_sass import (
     KINDS,
     Instruction,
@@ -28,6 +27,7 @@ from comemo_kernels.aot_sass import (
     product_of,
     width_of,
 )
+from comemo_kernels.aot_traffic import Traffic
 
 # Of H100 SXM and H200, which share a multiprocessor. Cycles are those of 1.755 GHz, the clock of
 # products under load; the datasheets' 989 TFLOP/s are of 1.83.
@@ -40,8 +40,8 @@ TENSOR = {8: 8192, 16: 4096, 32: 2048}  # by bits of an element
 TENSOR_64 = 256  # float64, by single warps
 SINGLE_WARP = 0.62
 SHARED = 128  # bytes a cycle; a shuffle is a cycle as well (CUDA guide: 32 results)
-# Results a cycle (CUDA guide, arithmetic throughput); conversions but those that pack or unpack pairs
-# (F2FP, I2FP) run there too (Nsight Compute's guide, pipeline XU).
+# Results a cycle (CUDA guide, arithmetic throughput). Conversions run there too (Nsight Compute's
+# guide, pipeline XU) but those that pack or unpack pairs, as F2FP.
 SPECIAL = 16
 _SPECIAL = re.compile(r"MUFU|F2F|F2I|I2F|FRND")
 PORT = 64  # bytes a cycle from L2 (Hopper's L1 and L2 as described by NVIDIA)
@@ -66,6 +66,7 @@ class Loop:
     special: int  # instructions of each warp for the special function units
     shared_bytes: int  # read and written by all warps, tensor cores and copies; a shuffle is 128
     global_bytes: int  # that all warps ask for
+    memory_bytes: int  # of these, less what lies in L2
     grouped: bool  # products by warp groups
 
     def per(self, flops: float) -> float:
@@ -73,39 +74,40 @@ class Loop:
         return self.instructions * flops / self.flops
 
 
-def count_loops(kernel: Any, small: frozenset[str] = frozenset()) -> list[Loop]:
+def count_loops(
+    kernel: Any, small: frozenset[str] = frozenset(), cached: frozenset[str] = frozenset()
+) -> list[Loop]:
     """The main loop of a compiled kernel for sm_90, or those of each role of specialised warps.
 
     The main loop is the innermost one with tensor-core instructions, else the one that asks for
-    most bytes of global memory; where that is less than a quarter of the kernel's, all of the
-    kernel is counted. Several loops with products, as of masked keys and others, all count.
-    Bytes of the pointers in `small` do not count as global memory: they lie in a cache.
+    most bytes of memory; where none does, all of the kernel is counted. Several loops with
+    products, as of masked keys and others, all count. Bytes of the pointers in `small` do not
+    count unless there are no others; those in `cached` come from L2, as all blocks read them.
     """
     code, labels = aot_sass.parse(aot_sass.disassemble(kernel))
     blocks = aot_sass.find_blocks(code, labels)
-    boxes = _Boxes(kernel, code, small)
+    traffic = Traffic(kernel, code, small)
+    count = functools.partial(_count, traffic, cached)
     heavy = any(kind_of(i) == "tensor" for i in code)
 
     def weigh(i: Instruction) -> tuple[int, ...]:
         product, asynchronous = product_of(i), kind_of(i) == "copy"
-        moved = boxes.bytes_of(i) if asynchronous or not heavy else 0
+        moved = traffic.bytes_of(i) if asynchronous or not heavy else 0
         return (product.flops if product else 0, moved, -1)
 
     everything = aot_sass.whole(blocks, weigh)
     loops, warps = aot_sass.find_loops(blocks, weigh), kernel.metadata.num_warps
     products = _innermost([x for x in loops if any(map(product_of, x.code))])
     if any(i.stem == "USETMAXREG" for i in code):  # warp groups trade registers
-        copies = [x for x in loops if any(map(boxes.bytes_of, x.code))]
+        copies = [x for x in loops if any(map(traffic.bytes_of, x.code))]
         roles = [(("copies", "products")[x in products], x) for x in _innermost(products + copies)]
-        return [_count(part, x, _warps_of(x, warps), boxes) for part, x in roles]
+        return [count(part, x, _warps_of(x, warps)) for part, x in roles]
     if products:
-        return [_count("loop", x, warps, boxes) for x in products]
-    moved = {x: sum(map(boxes.bytes_of, x.code)) for x in loops}
-    loops = _innermost([x for x in loops if moved[x]]) or _innermost(loops)
-    main = max(loops, key=lambda x: (moved[x], len(x.code)), default=None)
-    if main is None or 4 * moved[main] < sum(map(boxes.bytes_of, everything.code)):
-        return [_count("whole", everything, warps, boxes)]
-    return [_count("loop", main, warps, boxes)]
+        return [count("loop", x, warps) for x in products]
+    moving = [x for x in loops if any(map(traffic.bytes_of, x.code))]
+    counted = [count("loop", x, warps) for x in _innermost(moving)]
+    main = max(counted, key=lambda x: (x.memory_bytes, x.global_bytes), default=None)
+    return [main or count("whole", everything, warps)]
 
 
 def _innermost(loops: list[aot_sass.Loop]) -> list[aot_sass.Loop]:
@@ -118,64 +120,12 @@ def _warps_of(loop: aot_sass.Loop, warps: int) -> int:
     return max((int(count[1], 16) // 32 for count in threads if count), default=min(warps, 4))
 
 
-_STORES = ("UTMASTG", "UTMAREDG")
-# Told to expect bytes; with ART0 or A1T0 it is told of none.
-_EXPECT = re.compile(r"SYNCS\.ARRIVE\.TRANS64(?!\S*(?:ART0|A1T0))")
-
-
-class _Boxes:
-    """Bytes of global memory: of a warp, or by a descriptor of its block."""
-
-    def __init__(self, kernel: Any, code: list[Instruction], small: frozenset[str]) -> None:
-        self.kernel, self.code, self.small = kernel, code, small
-        tiles = re.findall(
-            r"async_tma_(?:copy_local|reduce).*desc<tensor<([\dx]+)x[a-z]+(\d+)",
-            kernel.asm["ttgir"],
-        )
-        stored = sum(
-            math.prod(map(int, shape.split("x"))) * int(bits) // 8 for shape, bits in tiles
-        )
-        self.stored = stored // max(1, sum(i.stem in _STORES for i in code))  # by each, if alike
-
-    def bytes_of(self, instruction: Instruction) -> int:
-        if box := self.box_of(instruction):
-            return box
-        kind = kind_of(instruction)
-        by_thread = kind == "global" or (kind == "copy" and instruction.stem == "LDGSTS")
-        if not by_thread or self._is_small(instruction):
-            return 0
-        return 32 * width_of(instruction) // 8
-
-    def _is_small(self, instruction: Instruction) -> bool:
-        if not self.small:
-            return False
-        return name_pointer(self.kernel, instruction.file, instruction.row) in self.small
-
-    def box_of(self, instruction: Instruction) -> int:
-        """Of a copy by descriptor: where a barrier is told to expect it, or at the store."""
-        if instruction.stem in _STORES:
-            return self.stored
-        if _EXPECT.match(instruction.name):
-            return self._value(instruction.operands.split(", ")[-1], instruction.place)
-        return 0
-
-    def _value(self, register: str, place: int) -> int:
-        """The constant that a register was last set to."""
-        for before in reversed(self.code[:place]):
-            target, *_, source = before.operands.split(", ")
-            if target == register:
-                return (
-                    int(source, 16)
-                    if source.startswith("0x")
-                    else self._value(source, before.place)
-                )
-        raise ValueError(f"bytes of a copy by descriptor are no constant: {register}")
-
-
-def _shared_bytes(i: Instruction) -> int:
+def _shared_bytes(i: Instruction, fused: bool) -> int:
     """Of shared memory by a warp; less than 32 bits a thread take a cycle too."""
     if product := product_of(i):
         return product.shared
+    if fused and i.stem == "LDS":
+        return SHARED
     by_thread = kind_of(i) == "shared" or (kind_of(i) == "copy" and i.stem == "LDGSTS")
     return 4 * max(32, width_of(i)) if by_thread else 0
 
@@ -186,11 +136,19 @@ def _tensor_cycles(product: Product) -> float:
     return product.flops / (rate if product.grouped else rate * SINGLE_WARP)
 
 
-def _count(part: str, loop: aot_sass.Loop, warps: int, boxes: _Boxes) -> Loop:
+def _count(
+    traffic: Traffic, cached: frozenset[str], part: str, loop: aot_sass.Loop, warps: int
+) -> Loop:
+    def by_memory(i: Instruction) -> int:
+        """Of a warp, from memory itself."""
+        return 0 if traffic.lies_in(i, cached) else traffic.bytes_of(i)
+
     products = [product for product in map(product_of, loop.code) if product]
     flops = warps * sum(product.flops for product in products)
     fused = sum(i.stem == "FFMA" for i in loop.code)
-    box = sum(map(boxes.box_of, loop.code))
+    by_fused = not products and 3 * fused >= len(loop.code)
+    by_warp = sum(_shared_bytes(i, by_fused) for i in loop.code)
+    box = sum(map(traffic.box_of, loop.code))
     kinds = Counter(map(kind_of, loop.code))
     return Loop(
         part=part,
@@ -199,11 +157,12 @@ def _count(part: str, loop: aot_sass.Loop, warps: int, boxes: _Boxes) -> Loop:
         behind=len(loop.aside),
         kinds={kind: kinds[kind] for kind in KINDS},
         names=dict(Counter(filter(None, map(label_of, loop.code)))),
-        flops=flops or (warps * 64 * fused if 3 * fused >= len(loop.code) else 0),
+        flops=flops or warps * 64 * fused * by_fused,
         tensor_cycles=warps * sum(map(_tensor_cycles, products)),
         special=sum(_SPECIAL.fullmatch(i.stem) is not None for i in loop.code),
-        shared_bytes=warps * sum(map(_shared_bytes, loop.code)) + box,
-        global_bytes=warps * sum(boxes.bytes_of(i) - boxes.box_of(i) for i in loop.code) + box,
+        shared_bytes=warps * by_warp + box,
+        global_bytes=warps * sum(traffic.bytes_of(i) - traffic.box_of(i) for i in loop.code) + box,
+        memory_bytes=warps * sum(by_memory(i) - traffic.box_of(i) for i in loop.code) + box,
         grouped=any(product.grouped for product in products),
     )
 
@@ -212,9 +171,10 @@ def _count(part: str, loop: aot_sass.Loop, warps: int, boxes: _Boxes) -> Loop:
 class Bounds:
     """What a pass takes at least, of all resident blocks of a multiprocessor, and what binds."""
 
-    cycles: dict[str, float]  # by resource; "L2" and "memory ..." if all bytes come from there
+    cycles: dict[str, float]  # by resource; "L2", or a card's memory
     limit: str  # what such a loop is held against: "tensor", "float" or "memory"
     binding: dict[str, str]  # by card: the resource that takes the most cycles
+    following: dict[str, str]  # the resource that takes most beside it, and how much of its cycles
     share: dict[str, float]  # of the limit
     tflops: dict[str, float]  # 10^12 FLOP a second, of all multiprocessors
     apart: float  # share of the limit if tensor cores rest while other instructions are issued
@@ -224,9 +184,9 @@ class Bounds:
 def find_bounds(loops: list[Loop], blocks: int) -> Bounds:
     """Of loops that pass together, as those of specialised warps, in `blocks` resident blocks.
 
-    Products by warp groups, and loops of FFMA, are held against tensor cores and FFMA, and global
-    memory by what the port of a multiprocessor takes: their blocks read the same lines, which L2
-    holds. All others are held against device memory.
+    Products by warp groups are held against tensor cores, loops of FFMA that L2 can feed against
+    FFMA, and their global memory by what the port of a multiprocessor takes: blocks of products
+    read the same lines, which L2 holds. All others are held against device memory.
     """
 
     def add(count: Callable[[Loop], float]) -> float:
@@ -242,23 +202,24 @@ def find_bounds(loops: list[Loop], blocks: int) -> Bounds:
         "port": moved / PORT,
         "float": 0 if add(lambda x: x.tensor_cycles) else flops / (2 * 32 * SCHEDULERS),
     }
-    inside = max(cycles, key=cycles.__getitem__)
-    limit = "tensor" if any(x.grouped for x in loops) else "float" if cycles["float"] else "memory"
-    cycles["L2"] = moved / (L2 / second)
-    cycles |= {f"memory {card}": moved / (rate / second) for card, rate in MEMORY.items()}
-    binding, share, tflops = {}, {}, {}
-    for card in MEMORY:
-        held = cycles[f"memory {card}" if limit == "memory" else limit]
-        slower = limit == "memory" and held >= cycles[inside]
-        binding[card] = "memory" if slower else inside
-        most = max(cycles[inside], held)
-        share[card], tflops[card] = held / most, flops / most * second / 1e12
-    others = max(cycles["issue"], cycles["special"])
-    held = cycles.get(limit, 0.0)
+    cycles_l2 = moved / (L2 / second)
+    limit = "float" if cycles["float"] > cycles_l2 else "memory"
+    limit = "tensor" if any(x.grouped for x in loops) else limit
+    held_by = add(lambda x: x.memory_bytes)
+    from_memory = {card: held_by / (rate / second) for card, rate in MEMORY.items()}
+    binding, following, share, tflops = {}, {}, {}, {}
+    for card, slow in from_memory.items():
+        taken = cycles | ({"memory": slow} if limit == "memory" else {})
+        first, next_one = sorted(taken, key=taken.__getitem__, reverse=True)[:2]
+        binding[card], most = first, taken[first]
+        following[card] = f"{next_one} {taken[next_one] / most:.0%}"
+        share[card], tflops[card] = taken[limit] / most, flops / most * second / 1e12
+    held, inside = cycles.get(limit, 0.0), max(cycles.values())
+    cycles |= {"L2": cycles_l2, **from_memory}
     return Bounds(
-        *(cycles, limit, binding, share, tflops),
-        apart=held / (held + others),
-        through_l2=held / max(cycles["L2"], cycles[inside]),
+        *(cycles, limit, binding, following, share, tflops),
+        apart=held / (held + max(cycles["issue"], cycles["special"])),
+        through_l2=held / max(cycles["L2"], inside),
     )
 
 
@@ -277,9 +238,13 @@ class Counted(NamedTuple):
 COLUMNS = (
     *("kernel", "case", "config", "part", "warps", "registers", "shared", "blocks"),
     *("instructions", "behind", *(f"n_{kind}" for kind in KINDS), "flops"),
-    *("global_bytes", "shared_bytes", "names", "limit"),
+    *("global_bytes", "memory_bytes", "shared_bytes", "names", "limit"),
     *(f"cycles_{name}" for name in ("issue", "tensor", "shared", "special", "port", "L2")),
-    *(f"{name}_{card}" for card in MEMORY for name in ("cycles", "binding", "share", "tflops")),
+    *(
+        f"{name}_{card}"
+        for card in MEMORY
+        for name in ("cycles", "binding", "next", "share", "tflops")
+    ),
     *("apart", "through_l2"),
 )
 
@@ -303,8 +268,8 @@ def _bound_columns(loops: list[Loop], blocks: int) -> dict[str, Any]:
     bounds = find_bounds(loops, blocks)
     row: dict[str, Any] = {f"cycles_{name}": round(n) for name, n in bounds.cycles.items()}
     for card in MEMORY:
-        row[f"cycles_{card}"] = round(bounds.cycles[f"memory {card}"])
         row[f"binding_{card}"] = bounds.binding[card]
+        row[f"next_{card}"] = bounds.following[card]
         row[f"share_{card}"] = round(bounds.share[card], 3)
         row[f"tflops_{card}"] = round(bounds.tflops[card], 1)
     row |= {"apart": round(bounds.apart, 3), "through_l2": round(bounds.through_l2, 3)}
@@ -320,7 +285,8 @@ def tell(row: dict[str, Any]) -> str:
         lines.append(
             f"{row['instructions']} instructions, {row['behind']} more behind branches, of"
             f" {row['warps']} warps; {row['registers']} registers, {row['shared']} bytes of shared"
-            f" memory, {row['blocks']} blocks; {row['global_bytes']} bytes from global memory"
+            f" memory, {row['blocks']} blocks; {row['global_bytes']} bytes of global memory"
+            f" ({row['memory_bytes']} not from L2)"
         )
         lines.append(", ".join(f"{kind} {row[f'n_{kind}']}" for kind in KINDS if row[f"n_{kind}"]))
         lines.append(row["names"])
@@ -329,7 +295,7 @@ def tell(row: dict[str, Any]) -> str:
         lines.append("cycles: " + ", ".join(f"{n.split('_')[1]} {row[n]}" for n in names))
         for card in MEMORY:
             told = f"{card}: {row[f'binding_{card}']} binds,"
-            told += f" {row[f'share_{card}']:.0%} of {row['limit']}"
+            told += f" {row[f'share_{card}']:.0%} of {row['limit']}, next {row[f'next_{card}']}"
             told += f", {row[f'tflops_{card}']} TFLOP/s" if row[f"tflops_{card}"] else ""
             lines.append(told)
         if row["through_l2"] != "":

@@ -163,12 +163,13 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
     labels: dict[str, int] = {}
     file, row = "", 0
     for line in text.splitlines():
-        if name := _NAME.match(line):
-            labels[name[1]] = len(code)
+        if label := _NAME.match(line):
+            labels[label[1]] = len(code)
         elif place := _PLACE.search(line):
             file, row = place[1], int(place[2])
         elif found := _LINE.search(line):
-            code.append(Instruction(len(code), found[1] or "", *found.groups()[1:], file, row))
+            guard, name, operands = found.groups("")
+            code.append(Instruction(len(code), guard, name, operands, file, row))
     return code, labels
 
 
