@@ -44,7 +44,7 @@ SHARED = 128  # bytes a cycle; a shuffle is a cycle as well (CUDA guide: 32 resu
 # guide, pipeline XU) but those that pack or unpack pairs, as F2FP.
 SPECIAL = 16
 _SPECIAL = re.compile(r"MUFU|F2F|F2I|I2F|FRND")
-PORT = 64  # bytes a cycle from L2 (Hopper's L1 and L2 as described by NVIDIA)
+PORT = 64  # bytes a cycle from L2 to a multiprocessor; taken to be A100's
 # Bytes a second from L2, measured of reads that share nothing (chipsandcheese.com, H100 PCIe).
 # Blocks that read the same lines at about the same time get more: told, not part of the bound.
 L2 = 5.5e12
@@ -55,7 +55,7 @@ MEMORY = {"H100": 3.0e12, "H200": 4.3e12}  # bytes a second, measured copies
 class Loop:
     """What one pass asks for; a kernel without a loop is one pass."""
 
-    part: str  # "loop", "whole", or the role of specialised warps: "copies", "products"
+    part: str  # "loop", "loop 1 of 2", "whole", or specialised warps: "copies", "products"
     warps: int  # of a block that run it
     instructions: int  # of each of these warps
     behind: int  # more of them, behind branches that the pass does not take
@@ -103,7 +103,9 @@ def count_loops(
         roles = [(("copies", "products")[x in products], x) for x in _innermost(products + copies)]
         return [count(part, x, _warps_of(x, warps)) for part, x in roles]
     if products:
-        return [count("loop", x, warps) for x in products]
+        names = [f"loop {n + 1} of {len(products)}" for n in range(len(products))]
+        names = names if len(products) > 1 else ["loop"]
+        return [count(name, x, warps) for name, x in zip(names, products, strict=True)]
     moving = [x for x in loops if any(map(traffic.bytes_of, x.code))]
     counted = [count("loop", x, warps) for x in _innermost(moving)]
     main = max(counted, key=lambda x: (x.memory_bytes, x.global_bytes), default=None)
@@ -186,11 +188,12 @@ def find_bounds(loops: list[Loop], blocks: int) -> Bounds:
 
     Products by warp groups are held against tensor cores, loops of FFMA that L2 can feed against
     FFMA, and their global memory by what the port of a multiprocessor takes: blocks of products
-    read the same lines, which L2 holds. All others are held against device memory.
+    read the same lines, which L2 holds. All others are held against device memory. A block that
+    does not fit is counted as if it did.
     """
 
     def add(count: Callable[[Loop], float]) -> float:
-        return blocks * sum(map(count, loops))
+        return max(1, blocks) * sum(map(count, loops))
 
     moved, flops = add(lambda x: x.global_bytes), add(lambda x: x.flops)
     second = PROCESSORS * CLOCK  # cycles of all multiprocessors
