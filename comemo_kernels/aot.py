@@ -4,6 +4,9 @@
 spills, more shared memory than a block may have; on sm_90 no HGMMA where a dot should be one,
 accesses of less than 128 bits to a large tensor, a loop that is not pipelined, fewer blocks on a
 multiprocessor than the launcher counts on.
+`python -m comemo_kernels.aot --counts [--kernels NAME ...] [--cases TEXT ...] [--out FILE.csv]`
+prints for sm_90 what the main loop of each kernel asks of a multiprocessor, and what binds it on an
+H100 and an H200 (`aot_counts`).
 The launchers run on tensors without storage, under a driver that only names an architecture: what
 is compiled is what would be launched, and no signature is written down twice.
 """
@@ -24,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from comemo_kernels import aot_counts
 from comemo_kernels._op import Config
 from comemo_kernels.aot_cases import SMALL, Case, cases
 from comemo_kernels.aot_read import count_products, count_wide, read_accesses, read_usage
@@ -40,6 +44,19 @@ CHIPS = {
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 * 1024, 228 * 1024),
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 * 1024, 228 * 1024),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 * 1024, 64 * 1024),
+}
+
+
+# Pointers to what all blocks read, so that it comes from L2, beside those in SMALL.
+CACHED = {
+    name: frozenset(pointers.split())
+    for name, pointers in {
+        "_rotary_kernel": "cos_ptr sin_ptr",
+        "_turn_kernel": "cos_ptr sin_ptr",
+        "_rows_kernel": "x_ptrs",
+        "_fold_norm_kernel": "weight_ptr bias_ptr",
+        "_fold_norm_gradient_kernel": "weight_ptr",
+    }.items()
 }
 
 
@@ -94,12 +111,24 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
         vars(driver).update(previous)
 
 
-def compile_case(case: Case, config: Config, chip: str) -> Compiled:
-    """Compile one launch for one chip, and hold the result against the chip's limits."""
+def compile_kernel(case: Case, config: Config, chip: str) -> Any:
+    """The kernel of one launch for one chip, as Triton returns it."""
     with case.kernel.using(config), offline(CHIPS[chip].target) as compiled:
         case.launch()
     name = case.kernel.function.__name__  # a launcher may launch others besides
-    kernel = next(found for found in compiled if found.metadata.name == name)
+    return next(found for found in compiled if found.metadata.name == name)
+
+
+def name_config(config: Config) -> str:
+    """A configuration in a table."""
+    return " ".join(
+        f"{k.removeprefix('BLOCK_').removeprefix('num_')} {v}" for k, v in config.items()
+    )
+
+
+def compile_case(case: Case, config: Config, chip: str) -> Compiled:
+    """Compile one launch for one chip, and hold the result against the chip's limits."""
+    kernel = compile_kernel(case, config, chip)
     usage, shared, products = read_usage(kernel), kernel.metadata.shared, count_products(kernel)
     blocks = count_blocks(chip, usage.registers, shared, kernel.metadata.num_warps)
     faults = []
@@ -110,11 +139,9 @@ def compile_case(case: Case, config: Config, chip: str) -> Compiled:
     if chip == "sm_90":
         faults += _find_faults(case, config, kernel, blocks, products)
     return Compiled(
-        kernel=name,
+        kernel=kernel.metadata.name,
         case=case.name,
-        config=" ".join(
-            f"{k.removeprefix('BLOCK_').removeprefix('num_')} {v}" for k, v in config.items()
-        ),
+        config=name_config(config),
         chip=chip,
         registers=usage.registers,
         spilled=usage.spilled,
@@ -163,19 +190,77 @@ def compile_all(chips: list[str]) -> Iterator[Compiled]:
                 yield compile_case(case, config, chip)
 
 
+def count_case(case: Case, config: Config) -> aot_counts.Counted:
+    """What the main loop of a launch asks for on sm_90."""
+    kernel = compile_kernel(case, config, "sm_90")
+    name, shared = kernel.metadata.name, kernel.metadata.shared
+    registers = read_usage(kernel).registers
+    blocks = count_blocks("sm_90", registers, shared, kernel.metadata.num_warps)
+    loops = aot_counts.count_loops(kernel, SMALL[name], CACHED.get(name, frozenset()))
+    return aot_counts.Counted(
+        name, case.name, name_config(config), registers, shared, blocks, loops
+    )
+
+
+def choose_cases(kernels: list[str], texts: list[str]) -> list[Case]:
+    """Cases for sm_90 of these kernels with one of these texts in their names; no list means all.
+
+    ValueError: a kernel that is not there, or a text in no case.
+    """
+    found = [case for case in cases() if "sm_90" in case.chips]
+    there = sorted({case.kernel.function.__name__ for case in found})
+    if missing := sorted({*kernels} - {*there}):
+        raise ValueError(f"no kernel {', '.join(missing)}; there are {', '.join(there)}")
+    found = [c for c in found if not kernels or c.kernel.function.__name__ in kernels]
+    names = sorted({case.name for case in found})
+    if missing := [text for text in texts if not any(text in name for name in names)]:
+        raise ValueError(f"no case with {missing[0]!r}; there are {'; '.join(names)}")
+    return [case for case in found if not texts or any(text in case.name for text in texts)]
+
+
+def print_counts(chosen: list[Case], out: Path | None) -> None:
+    rows = []
+    for case in chosen:
+        for config in case.kernel.configs[: case.configs]:
+            for row in aot_counts.table_rows(count_case(case, config)):
+                rows.append(row)
+                print(aot_counts.tell(row), flush=True)
+    if out:
+        with out.open("w", newline="") as file:
+            file.write(f"# triton: {triton.__version__}\n")
+            writer = csv.DictWriter(file, aot_counts.COLUMNS, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m comemo_kernels.aot", description=__doc__)
-    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=list(CHIPS))
+    parser.add_argument("--chips", nargs="+", choices=CHIPS)
     parser.add_argument("--out", type=Path, help="CSV file to write the table to")
+    parser.add_argument("--counts", action="store_true", help="count the main loops, for sm_90")
+    parser.add_argument("--kernels", nargs="+", default=[], help="with --counts: these kernels")
+    parser.add_argument(
+        "--cases", nargs="+", default=[], help="with --counts: parts of their names"
+    )
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("python -m comemo_kernels.aot: TRITON_INTERPRET=1 replaces the compiler: unset it")
+    if not options.counts and (options.kernels or options.cases):
+        parser.error("--kernels and --cases go with --counts")
+    if options.counts and options.chips not in (None, ["sm_90"]):
+        parser.error(f"--counts knows sm_90 alone, got --chips {' '.join(options.chips)}")
     print(f"triton {triton.__version__}")
+    if options.counts:
+        try:
+            print_counts(choose_cases(options.kernels, options.cases), options.out)
+        except (ValueError, FileNotFoundError) as error:
+            sys.exit(f"python -m comemo_kernels.aot: {error}")
+        return
     columns = [name for name in Compiled.__dataclass_fields__ if name != "faults"]
     form = "{:18} {:31} {:18} {:7} {:>9} {:>7} {:>6} {:>6} {:>4} {:>5}"
     print(form.format(*columns))
     rows, broken = [], 0
-    for row in compile_all(options.chips):
+    for row in compile_all(options.chips or list(CHIPS)):
         rows.append([getattr(row, name) for name in columns])
         print(form.format(*map(str, rows[-1])), *row.faults, flush=True)
         broken += bool(row.faults)

@@ -14,8 +14,7 @@ import triton
 
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]+)"')
 _PLACE = re.compile(r"\s*\.loc\s+(\d+) (\d+) (\d+)")
-_ASSEMBLY = re.compile(r"// begin inline asm\n.*?// end inline asm\n", re.DOTALL)
-_DIRECT = re.compile(r"\b(?:ld|st)((?:\.\w+)*\.global(?:\.[\w:]+)*)\s")
+_DIRECT = re.compile(r"\b(ld|st)((?:\.\w+)*\.global(?:\.[\w:]+)*)\s")
 _COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S* \[[^\]]*\], \[[^\]]*\], (\w+)")
 
 
@@ -33,29 +32,49 @@ class Usage(NamedTuple):
     spilled: int  # bytes of a thread's stack, or registers on AMD
 
 
-def read_accesses(kernel: Any) -> list[Access]:
-    """Every access of an NVIDIA kernel in the order of its PTX, but those by tensor descriptors.
+class Place(NamedTuple):
+    """What machine code knows of an access."""
 
-    The compiler notes the source line of an instruction, and that line names the pointer.
-    Triton's cache goes by the text of a kernel, not by its place: the noted file may be that of
-    another copy of these sources, gone since. What counts is the file of that name here.
+    verb: str  # "ld", "st" or "cp"
+    file: str  # without its folder
+    row: int
+
+
+def read_accesses(kernel: Any) -> list[Access]:
+    """Every access of an NVIDIA kernel in the order of its PTX, but those by tensor descriptors."""
+    return [access for access, _ in place_accesses(kernel)]
+
+
+def place_accesses(kernel: Any) -> list[tuple[Access, Place]]:
+    """The same, each with its place.
+
+    The compiler notes the source line of an instruction, and that line names the pointer. Each line
+    of inline assembly counts as one source line more: machine code hears of those, the names come
+    from the first. Triton's cache goes by the text of a kernel, not by its place: the noted file
+    may be that of another copy of these sources, gone since. What counts is the file of that name
+    here.
     """
-    code = _ASSEMBLY.sub(_place_once, kernel.asm["ptx"])
+    code = kernel.asm["ptx"]
     beside = Path(inspect.getfile(kernel.src.fn.fn)).parent
-    files = {number: _find_source(Path(file).name, beside) for number, file in _FILE.findall(code)}
-    tensor, found = "", []
+    names = {number: Path(file).name for number, file in _FILE.findall(code)}
+    files = {number: _find_source(name, beside) for number, name in names.items()}
+    tensor, file, row, assembly, found = "", "", 0, 0, []
     for line in code.splitlines():
+        begins, ends = "// begin inline asm" in line, "// end inline asm" in line
+        assembly = 0 if ends else assembly + (begins or assembly > 0)  # its lines so far
         if place := _PLACE.match(line):
-            file, row, column = place.groups()
-            tensor = _name_pointer(files[file], int(row), int(column)) or tensor
+            file, row = names[place[1]], int(place[2])
+            if assembly <= 2:
+                tensor = _name_pointer(files[place[1]], row, int(place[3])) or tensor
         elif copy := _COPY.search(line):
-            found.append(Access(tensor, int(copy[1], 0)))
+            found.append((Access(tensor, int(copy[1], 0)), Place("cp", file, row)))
         elif direct := _DIRECT.search(line):
             count, bits = (
-                re.search(form, direct[1]) for form in (r"\.v(\d+)\b", r"\.[bfsu](\d+)\b")
+                re.search(form, direct[2]) for form in (r"\.v(\d+)\b", r"\.[bfsu](\d+)\b")
             )
             if bits:  # else a declaration
-                found.append(Access(tensor, int(count[1] if count else 1) * int(bits[1]) // 8))
+                size = int(count[1] if count else 1) * int(bits[1]) // 8
+                found.append((Access(tensor, size), Place(direct[1], file, row)))
     return found
 
 
@@ -63,12 +82,6 @@ def _find_source(name: str, beside: Path) -> Path | None:
     """The source file of a kernel or of what it calls; None of Triton's own."""
     paths = (folder / name for folder in (beside, Path(__file__).parent))
     return next((path for path in paths if path.is_file()), None)
-
-
-def _place_once(assembly: re.Match[str]) -> str:
-    """Inline assembly without the places of all but its first line: they count source lines on."""
-    first, *rest = assembly[0].splitlines(keepends=True)[1:]
-    return first + "".join(line for line in rest if not _PLACE.match(line))
 
 
 def _name_pointer(file: Path | None, row: int, column: int) -> str:

@@ -1,0 +1,356 @@
+"""What is counted in machine code is what arithmetic says, for kernels whose counts are known."""
+
+import csv
+import sys
+
+import pytest
+import torch
+from conftest import INTERPRET
+
+if INTERPRET:
+    pytest.skip("the interpreter replaces the compiler", allow_module_level=True)
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from comemo_kernels import _descriptors, _specialized, aot, aot_counts, aot_sass, attention, build
+from comemo_kernels._op import Kernel
+
+
+def count(function, *args, small="", cached="", **config):
+    """The loops of a launch."""
+    kernel = Kernel(function, [config])
+    with aot.offline(aot.CHIPS["sm_90"].target) as compiled:
+        kernel.launch(1, *args)
+    return aot_counts.count_loops(compiled[0], frozenset(small.split()), frozenset(cached.split()))
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    return torch.empty(*shape, device="meta", dtype=dtype)
+
+
+def count_case(kernel, name, config=0):
+    case = next(case for case in aot.cases() if case.kernel is kernel and case.name == name)
+    return aot.count_case(case, kernel.configs[config])
+
+
+def unshuffled(loop):
+    """Bytes of shared memory less those of shuffles: older compilers tell warps their number so."""
+    return loop.shared_bytes - loop.names.get("SHFL", 0) * loop.warps * 128
+
+
+# --- loops ---
+
+
+@triton.jit(do_not_specialize=["n"])
+def _copy_kernel(y_ptr, x_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    for i in range(n):
+        x = tl.load(x_ptr + i * BLOCK + offs)
+        tl.store(y_ptr + i * BLOCK + offs, x)
+
+
+def test_a_copy_is_bound_by_memory():
+    (loop,) = count(_copy_kernel, meta(9999), meta(9999), 9, 1024, num_warps=4)
+    steps = loop.names["LDG.128"]  # of the source, of which ptxas makes one pass
+    assert loop.part == "loop"
+    assert loop.names == {"LDG.128": steps, "STG.128": steps}
+    assert loop.global_bytes == loop.memory_bytes == steps * 2 * 1024 * 2
+    for blocks in (1, 4):
+        bounds = aot_counts.find_bounds([loop], blocks)
+        assert bounds.limit == "memory"
+        for card, rate in aot_counts.MEMORY.items():
+            assert (bounds.binding[card], bounds.share[card]) == ("memory", 1)
+            seconds = bounds.cycles[card] / aot_counts.CLOCK / aot_counts.PROCESSORS
+            assert blocks * loop.memory_bytes / seconds == pytest.approx(rate)
+
+
+def test_what_lies_in_a_cache_is_no_traffic_of_memory():
+    args = (_copy_kernel, meta(9999), meta(9999), 9, 1024)
+    (loop,) = count(*args, cached="x_ptr", num_warps=4)
+    assert loop.global_bytes == 2 * loop.memory_bytes
+    (loop,) = count(*args, small="x_ptr", num_warps=4)
+    assert loop.global_bytes == loop.memory_bytes == loop.names["STG.128"] * 1024 * 2
+    (loop,) = count(*args, small="x_ptr y_ptr", num_warps=4)  # there is nothing else
+    assert loop.global_bytes == 2 * loop.names["STG.128"] * 1024 * 2
+
+
+@triton.jit(do_not_specialize=["n"])
+def _product_kernel(c_ptr, a_ptr, b_ptr, n, N: tl.constexpr):
+    offs_m, offs_n, offs_k = tl.arange(0, 128)[:, None], tl.arange(0, N), tl.arange(0, 64)
+    acc = tl.zeros([128, N], tl.float32)
+    for i in range(n):
+        a = tl.load(a_ptr + offs_m * 2048 + i * 64 + offs_k[None, :])
+        b = tl.load(b_ptr + offs_n[:, None] * 2048 + i * 64 + offs_k[None, :])
+        acc = tl.dot(a, b.T, acc)
+    tl.store(c_ptr + offs_m * N + offs_n[None, :], acc)
+
+
+@pytest.mark.parametrize(("N", "binding", "share"), [(128, "shared", 0.8), (256, "tensor", 1)])
+def test_a_product_is_bound_by_arithmetic(N, binding, share):
+    """Two warp groups of 64 rows each; a step of 64 is four instructions of 16."""
+    args = (meta(128, N, dtype=torch.float32), meta(128, 2048), meta(N, 2048), 32, N)
+    (loop,) = count(_product_kernel, *args, num_warps=8, num_stages=3)
+    copies, operands = (128 + N) * 64 * 2, 2 * 4 * (64 + N) * 16 * 2
+    assert loop.names[f"HGMMA.64x{N}x16"] == loop.kinds["tensor"] == 4
+    assert loop.names["LDGSTS.128"] == loop.kinds["copy"] == copies // (256 * 16)
+    assert loop.flops == 2 * 128 * N * 64
+    assert loop.tensor_cycles == loop.flops / 4096
+    assert (loop.global_bytes, unshuffled(loop)) == (copies, copies + operands)
+    bounds = aot_counts.find_bounds([loop], 1)
+    peak = 4096 * aot_counts.PROCESSORS * aot_counts.CLOCK / 1e12
+    assert bounds.limit == "tensor"
+    for card in aot_counts.MEMORY:
+        assert bounds.binding[card] in (binding, "shared")
+        assert bounds.share[card] == pytest.approx(share, rel=0.02)
+        assert bounds.tflops[card] == pytest.approx(bounds.share[card] * peak)
+    issue = loop.instructions * 8 / 4
+    assert bounds.apart == loop.tensor_cycles / (loop.tensor_cycles + issue)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _two_loops_kernel(c_ptr, a_ptr, n):
+    offs_m, offs_k = tl.arange(0, 64)[:, None], tl.arange(0, 64)[None, :]
+    acc = tl.zeros([64, 64], tl.float32)
+    for i in range(n):
+        a = tl.load(a_ptr + offs_m * 2048 + i * 64 + offs_k)
+        acc = tl.dot(a, a.T, acc)
+    for i in range(n):
+        a = tl.load(a_ptr + offs_m * 2048 + i * 64 + offs_k)
+        acc = tl.dot(tl.math.exp2(a.to(tl.float32)).to(a.dtype), a.T, acc)
+    tl.store(c_ptr + offs_m * 64 + offs_k, acc)
+
+
+def test_several_loops_with_products_all_count():
+    args = (meta(64, 64, dtype=torch.float32), meta(64, 2048), 32)
+    plain, other = count(_two_loops_kernel, *args, num_warps=4, num_stages=3)
+    assert (plain.part, other.part) == ("loop 1 of 2", "loop 2 of 2")
+    assert sorted([plain.special, other.special]) == [0, 64 * 64 // 128]
+    assert plain.flops == other.flops == 2 * 64 * 64 * 64
+
+
+@triton.jit
+def _exp_kernel(y_ptr, x_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.math.exp2(tl.load(x_ptr + offs)))
+
+
+def test_a_kernel_without_a_loop_is_one_pass():
+    x = meta(4096, dtype=torch.float32)
+    (loop,) = count(_exp_kernel, x, x, 1024, num_warps=2)
+    assert (loop.part, loop.warps, loop.behind) == ("whole", 2, 0)
+    assert loop.names["MUFU.EX2"] == loop.kinds["special"] == loop.special == 1024 // 64
+    assert loop.global_bytes == 2 * 1024 * 4
+    cycles = aot_counts.find_bounds([loop], 3).cycles
+    assert cycles["special"] == 3 * 1024 / 16
+    assert aot_counts.find_bounds([loop], 0) == aot_counts.find_bounds([loop], 1)
+    assert cycles["issue"] == 3 * 2 * loop.instructions / 4
+
+
+@triton.jit(do_not_specialize=["n", "rare"])
+def _branch_kernel(y_ptr, x_ptr, n, rare, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for i in range(n):
+        acc += tl.load(x_ptr + i * BLOCK + offs)
+        if i == rare:
+            acc = tl.math.exp2(acc - tl.max(acc, 0))
+    tl.store(y_ptr + offs, acc)
+
+
+def test_a_branch_is_counted_apart():
+    x = meta(4096, dtype=torch.float32)
+    (loop,) = count(_branch_kernel, x, x, 9, 3, 1024, num_warps=4)
+    assert loop.part == "loop"
+    assert loop.kinds["special"] == loop.kinds["wait"] == loop.kinds["shared"] == 0
+    assert loop.behind > 8 + 2  # eight exponentials, two barriers
+    assert loop.global_bytes == 1024 * 4
+
+
+@triton.jit(do_not_specialize=["n"])
+def _tiles_kernel(y_ptr, x_ptr, n, N: tl.constexpr):
+    x_tiles = tl.make_tensor_descriptor(x_ptr, [n * 64, N], [N, 1], [64, N])
+    y_tiles = tl.make_tensor_descriptor(y_ptr, [n * 64, N], [N, 1], [64, N])
+    for i in range(n):
+        y_tiles.store([i * 64, 0], x_tiles.load([i * 64, 0]) * 2)
+
+
+@pytest.mark.skipif(not _descriptors.AVAILABLE, reason="no descriptors in a kernel")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_copies_by_descriptor_have_the_bytes_of_their_boxes(dtype):
+    x = meta(4096, 64, dtype=dtype)
+    with _descriptors.allocated():
+        (loop,) = count(_tiles_kernel, x, x, 9, 64, num_warps=4)
+    assert loop.names["UTMALDG"] == loop.names["UTMASTG"] == 1
+    assert loop.global_bytes == loop.memory_bytes == 2 * x.itemsize * 64 * 64
+
+
+def test_roles_of_warps_are_counted_apart():
+    """One group of warps copies 128 keys and values; two multiply them by 64 queries each."""
+    if not _descriptors.AVAILABLE:
+        pytest.skip("triton below 3.4 makes no descriptors in a kernel")
+    found = count_case(_specialized.attend_specialized, "bf16 prefill")
+    assert sorted(loop.part for loop in found.loops) == ["copies", "products", "products"]
+    (copies,) = (loop for loop in found.loops if loop.part == "copies")
+    assert copies.memory_bytes == copies.shared_bytes == 2 * 128 * 128 * 2
+    assert (copies.flops, copies.names["UTMALDG"]) == (0, 2)
+    for loop in found.loops:
+        assert loop.warps == 4
+        if loop.part == "products":
+            assert loop.flops == 2 * 2 * 64 * 128 * 128
+            assert loop.names["HGMMA.64x128x16"] == 8  # queries by keys
+            assert loop.names["HGMMA.64x128x16, A in registers"] == 8
+            assert loop.memory_bytes == 0
+    *roles, together = aot_counts.table_rows(found)
+    assert [row["part"] for row in roles] == [loop.part for loop in found.loops]
+    assert together["part"] == "together"
+    assert together["cycles_tensor"] == 4 * 128 * 128 * 128 / 4096
+    assert "limit" not in roles[0]
+    assert "instructions" not in together
+
+
+def test_shipped_kernels_count_as_published():
+    """bench/NOTES.md: 32 KiB written and 48 KiB read in 512 cycles. About 400 instructions and 3
+    barriers for 64 keys."""
+    (loop,) = count_case(build.project_media, "bf16 folded").loops
+    assert (unshuffled(loop), loop.tensor_cycles) == (80 * 1024, 512)
+    (loop,) = count_case(attention.attend_many, "bf16 prefill").loops
+    assert loop.per(4 * 128 * 64 * 128) < 500  # 409 by triton 3.6
+    assert loop.names["BAR.SYNC"] <= 4  # 3 by triton 3.6
+    assert 150 < loop.behind < 250  # keys that a row may not see
+
+
+# --- machine code ---
+
+CODE = """
+.text.kernel:
+    /*0000*/ MOV R1, 0x1 ;
+.L_x_1:
+    /*0010*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R1 ;
+    /*0020*/ @!P0 BRA `(.L_x_3) ;
+.L_x_2:
+    /*0030*/ FADD R2, R2, R3 ;
+    /*0040*/ @!P2 BRA P1, `(.L_x_4) ;
+    /*0050*/ FMUL R2, R2, R3 ;
+    /*0060*/ FMUL R2, R2, R3 ;
+.L_x_4:
+    /*0070*/ @P3 BRA `(.L_x_1) ;
+    /*0080*/ EXIT ;
+.L_x_3:
+    /*0090*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R1 ;
+    /*00a0*/ @!P0 BRA `(.L_x_3) ;
+    /*00b0*/ BRA `(.L_x_2) ;
+.L_x_5:
+    /*00c0*/ BRA `(.L_x_5) ;
+"""
+
+
+def test_a_loop_is_no_matter_of_addresses():
+    """A wait is laid out behind the end and jumps back: no loop but for the wait's own."""
+    code, labels = aot_sass.parse(CODE)
+    blocks = aot_sass.find_blocks(code, labels)
+    wait, main = aot_sass.find_loops(blocks, lambda i: (-1,))
+    assert [i.place for i in wait.code] == [9, 10]
+    assert [i.place for i in main.code] == [1, 2, 3, 4, 7]
+    assert [i.place for i in main.aside] == [5, 6, 9, 10, 11]
+    heavy = aot_sass.find_loops(blocks, lambda i: (i.stem == "FMUL", -1))[1]
+    assert [i.place for i in heavy.code] == [1, 2, 3, 4, 5, 6, 7]
+    whole = aot_sass.whole(blocks, lambda i: (-1,))
+    assert [i.place for i in whole.code] == [0, 1, 2, 3, 4, 7, 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "operands", "flops", "cycles", "shared"),
+    [
+        ("HGMMA.64x64x16.F32.BF16", "R88, gdesc[UR8], RZ, !UPT", 2 * 64 * 64 * 16, 32, 4096),
+        ("HGMMA.64x64x16.F32", "R24, R120, gdesc[UR8].tnspB, R24", 2 * 64 * 64 * 16, 32, 2048),
+        ("HGMMA.64x64x8.F32.TF32", "R88, gdesc[UR8], R88", 2 * 64 * 64 * 8, 32, 4096),
+        ("QGMMA.64x64x32.F32.E4M3.E4M3", "R88, gdesc[UR8], R88", 2 * 64 * 64 * 32, 32, 4096),
+        ("HMMA.16816.F32.BF16", "R4, R8, R12, R4", 4 * 4096, 4 / 0.62, 0),
+        ("HMMA.1688.F32.TF32", "R4, R8, R12, R4", 4 * 2048, 4 / 0.62, 0),
+        ("IMMA.16832.S8.S8", "R4, R8, R12, R4", 4 * 8192, 4 / 0.62, 0),
+        ("DMMA.884", "R4, R8, R12, R4", 4 * 512, 8, 0),
+    ],
+)
+def test_products_of_tensor_cores(name, operands, flops, cycles, shared):
+    """Of four warps, which are one group."""
+    product = aot_sass.product_of(aot_sass.Instruction(0, "", name, operands, "", 0))
+    assert (4 * product.flops, 4 * product.shared) == (flops, shared)
+    assert 4 * aot_counts._tensor_cycles(product) == pytest.approx(cycles)
+
+
+def test_an_unknown_product_is_an_error():
+    with pytest.raises(ValueError, match=r"unknown shape: HGMMA\.SP"):
+        aot_sass.product_of(aot_sass.Instruction(0, "", "HGMMA.SP", "R4, R8", "", 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "guard", "kind", "bits"),
+    [
+        ("LDG.E.128.STRONG.GPU", "@P0", "global", 128),
+        ("LDG.E.LTC128B.64", "", "global", 64),
+        ("LDGSTS.E.BYPASS.LTC128B.128", "", "copy", 128),
+        ("LDS.U8", "", "shared", 8),
+        ("LDSM.16.MT88.4", "", "shared", 128),
+        ("STSM.16.M88", "", "shared", 32),
+        ("LDS", "@!PT", "other", 32),  # never runs
+        ("FMNMX", "", "float", 32),
+        ("F2FP.BF16.F32.PACK_AB", "", "convert", 32),
+        ("IMAD.MOV.U32", "", "other", 32),
+        ("UMOV", "", "other", 32),
+    ],
+)
+def test_kinds_and_widths(name, guard, kind, bits):
+    instruction = aot_sass.Instruction(0, guard, name, "", "", 0)
+    assert aot_sass.kind_of(instruction) == kind
+    assert aot_sass.width_of(instruction) == bits
+
+
+# --- the command ---
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["aot", *words])
+    aot.main()
+
+
+def test_the_table(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "counts.csv"
+    words = ("--kernels", "_gelu_gradient_kernel", "--cases", "bf16", "--out", str(out))
+    run(monkeypatch, "--counts", *words)
+    with out.open() as file:
+        assert next(file) == f"# triton: {triton.__version__}\n"
+        (row,) = csv.DictReader(file)
+    assert tuple(row) == aot_counts.COLUMNS
+    assert [row[name] for name in ("kernel", "case", "part")] == [
+        *("_gelu_gradient_kernel", "bf16", "whole")
+    ]
+    assert int(row["memory_bytes"]) == 4 * 2048 * 2
+    assert "MUFU.EX2" in row["names"]
+    assert row["binding_H100"] == "memory"
+    told = capsys.readouterr().out
+    assert "16384 bytes of global memory" in told
+    assert "H100: memory binds, 100% of memory" in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--counts", "--chips", "sm_80"), "--counts knows sm_90 alone, got --chips sm_80"),
+        (("--counts", "--kernels", "_gelu"), r"no kernel _gelu; there are _attend_kernel, "),
+        (("--counts", "--cases", "bf99"), "no case with 'bf99'; there are bf16; "),
+        (("--kernels", "_gelu_gradient_kernel"), "--kernels and --cases go with --counts"),
+    ],
+)
+def test_what_cannot_be_counted_is_told(monkeypatch, capsys, words, message):
+    with pytest.raises(SystemExit) as error:
+        run(monkeypatch, *words)
+    assert error.value.code
+    assert message in capsys.readouterr().err + str(error.value.code)
+
+
+def test_a_wheel_without_the_tool_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(triton, "__file__", str(tmp_path / "__init__.py"))
+    with pytest.raises(FileNotFoundError, match="brings no nvdisasm: no "):
+        aot_sass.disassemble(None)
