@@ -232,7 +232,6 @@ attend_tma = Kernel(
     [
         {"SPECIALIZE": 0, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
         {"SPECIALIZE": 0, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-        {"SPECIALIZE": 0, "BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
         {"SPECIALIZE": 1, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
         {"SPECIALIZE": 1, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
     ],

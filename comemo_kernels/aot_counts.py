@@ -40,8 +40,9 @@ TENSOR = {8: 8192, 16: 4096, 32: 2048}  # by bits of an element
 TENSOR_64 = 256  # float64, by single warps
 SINGLE_WARP = 0.62
 SHARED = 128  # bytes a cycle; a shuffle is a cycle as well (CUDA guide: 32 results)
-# Results a cycle (CUDA guide, arithmetic throughput). Conversions run there too (Nsight Compute's
-# guide, pipeline XU) but those that pack or unpack pairs, as F2FP.
+# Results a cycle (CUDA guide, arithmetic throughput). Conversions to and from integers run there
+# (Nsight Compute's guide, pipeline XU); those of one float to another are assumed to, but for what
+# packs or unpacks pairs, as F2FP.
 SPECIAL = 16
 _SPECIAL = re.compile(r"MUFU|F2F|F2I|I2F|FRND")
 PORT = 64  # bytes a cycle from L2 to a multiprocessor; taken to be A100's

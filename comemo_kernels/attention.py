@@ -282,7 +282,6 @@ attend_many = Kernel(
     [
         {"BLOCK_M": 128, "BLOCK_N": 64, **PLAIN, "num_warps": 8, "num_stages": 3},
         {"BLOCK_M": 128, "BLOCK_N": 64, **PLAIN, "num_warps": 8, "num_stages": 2},
-        {"BLOCK_M": 64, "BLOCK_N": 64, **PLAIN, "num_warps": 8, "num_stages": 3},
     ],
 )
 attend_few = Kernel(

@@ -170,7 +170,7 @@ one_weight_kernel = Kernel(
     [
         {"BLOCK_O": o, "BLOCK_BYTES": 512, "AHEAD": ahead, "num_warps": w, "num_stages": n}
         for o, ahead, w, n in (
-            *((16, 0, 4, 5), (16, 0, 4, 4), (16, 0, 8, 5), (32, 0, 8, 3)),
+            *((16, 0, 4, 5), (16, 0, 4, 4), (32, 0, 8, 3)),
             # All that memory delivers while a norm is taken: of 128 programs, and of 256.
             *((16, 4096, 4, 5), (16, 2048, 4, 4)),
         )
