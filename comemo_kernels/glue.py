@@ -171,18 +171,20 @@ one_weight_kernel = Kernel(
         {"BLOCK_O": o, "BLOCK_BYTES": 512, "AHEAD": ahead, "num_warps": w, "num_stages": n}
         for o, ahead, w, n in (
             *((16, 0, 4, 5), (16, 0, 4, 4), (32, 0, 8, 3)),
-            # All that memory delivers while a norm is taken: of 128 programs, and of 256.
-            *((16, 4096, 4, 5), (16, 2048, 4, 4)),
+            # Every warp reads all rows from shared memory, and two cover 16 outputs.
+            (16, 0, 2, 5),
+            # All that memory delivers while a norm is taken, by 128 programs.
+            *((16, 4096, 4, 5), (16, 4096, 2, 5)),
         )
     ],
 )
 two_weights_kernel = Kernel(
     _rows_kernel,
     [
-        {"BLOCK_O": o, "BLOCK_BYTES": size, "AHEAD": ahead, "num_warps": 4, "num_stages": n}
-        for o, size, ahead, n in (
-            *((16, 512, 0, 4), (16, 512, 0, 3), (32, 256, 0, 4)),
-            *((16, 512, 1024, 4), (16, 512, 1024, 3)),
+        {"BLOCK_O": o, "BLOCK_BYTES": size, "AHEAD": ahead, "num_warps": w, "num_stages": n}
+        for o, size, ahead, w, n in (
+            *((16, 512, 0, 4, 4), (16, 512, 0, 4, 3), (32, 256, 0, 4, 4), (16, 512, 0, 2, 4)),
+            *((16, 512, 1024, 4, 4), (16, 512, 1024, 2, 4)),
         )
     ],
 )
