@@ -182,7 +182,10 @@ def test_every_configuration_and_split(rows):
     rotation = QueryRotation(inputs.pop("cos"), inputs.pop("sin"), **rest)
     wanted = reference.attend_images(**inputs, rotation=rotation)
     kernel = attention._kernel_for(torch.float16, 2 * rows)
-    for config in kernel.configs:
+    # What L2 is asked for, and when a launch begins, is nothing to the interpreter.
+    hidden = {"AHEAD", "EARLY"} if INTERPRET else set()
+    distinct = {str({n: v for n, v in c.items() if n not in hidden}): c for c in kernel.configs}
+    for config in distinct.values():
         with kernel.using(config):
             for splits in (1, 3, 64) if rows == 1 else (1, 7):
                 workspace = attention_workspace(inputs["q"], inputs["k"], splits)

@@ -11,7 +11,7 @@ import sys
 import harness
 import pytest
 import torch
-from conftest import GPU, INTERPRET, SLOW
+from conftest import GPU, INTERPRET
 
 import comemo_kernels as ops
 from bench import measure, plot, positions, rotary, ways
@@ -202,7 +202,7 @@ def test_an_installed_package_of_tests_is_not_the_harness(tmp_path):
     assert harness.assert_matches is rotary.assert_matches
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.skipif(GPU or INTERPRET, reason="replaces the driver of a machine without a GPU")
 def test_what_a_call_costs_the_host(tmp_path):
     """In a process of its own: the operators stay registered for the CPU."""

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import TRACED
+from conftest import SLOW, TRACED
 from harness import LOGITS, assert_relative
 from torch._dynamo.testing import CompileCounter
 
@@ -106,8 +106,9 @@ def test_folded_tokens_are_the_references(model, on_reference):
     assert torch.equal(ours, model.generate(**batch, **options))
 
 
+@pytest.mark.parametrize("tokens", [pytest.param(2, marks=SLOW)])
 @TRACED
-def test_decode_step_compiles_whole(model):
+def test_decode_step_compiles_whole(model, tokens):
     counter, eager = CompileCounter(), model.forward
     compiled = torch.compile(eager, fullgraph=True, backend=counter)
 
@@ -117,7 +118,7 @@ def test_decode_step_compiles_whole(model):
 
     forward.__signature__ = inspect.signature(eager)
     frames = []
-    options = {"max_new_tokens": 2, "do_sample": False, "cache_implementation": "static"}
+    options = {"max_new_tokens": tokens, "do_sample": False, "cache_implementation": "static"}
     for text in (6, 7, 8):
         batch = prompts(model, [(1, 1)], text)
         model.forward = forward

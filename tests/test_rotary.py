@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, GPU, INTERPRET, TRACED
+from conftest import DEVICE, DTYPES, GPU, INTERPRET, SLOW, TRACED
 from harness import assert_matches, evaluate
 from hypothesis import given
 from hypothesis import strategies as st
@@ -138,7 +138,9 @@ def test_programs_of_several_blocks_change_no_bit(device, kind, N, layout, D):
             assert torch.equal(copies[name], wanted[f"output {i}"])
 
 
-@pytest.mark.parametrize("kind", ["int64", "grids", "table"])
+@pytest.mark.parametrize(
+    "kind", ["int64", pytest.param("grids", marks=SLOW if INTERPRET else ()), "table"]
+)
 def test_gradients_of_any_order(device, kind):
     inputs = make_inputs(1, 2, 1, D=4, R=2, dtype=torch.float64, kind=kind, device=device)
     q, k = inputs.pop("q"), inputs.pop("k")
@@ -369,7 +371,7 @@ def test_operator_contract(real_device, layout, kind):
     [
         ("int64", False, "inductor"),
         ("int64", True, "aot_eager"),
-        ("grids", True, "aot_eager"),
+        pytest.param("grids", True, "aot_eager", marks=SLOW),
         ("table", True, "inductor" if GPU else "aot_eager"),
     ],
 )
