@@ -110,7 +110,7 @@ def attend_by_descriptors(draw: Callable[..., Tensor]) -> Any:
                 mock.patch.object(attention, "USE_TMA", True),
                 mock.patch.object(attention, "_choose_splits", lambda q, k, n=splits: n),
             ):
-                found.append(_attend(draw(1, 130, 2, 64), draw(70, 1, 64), draw(70, 1, 64), starts))
+                found.append(_attend(draw(1, 70, 2, 64), draw(70, 1, 64), draw(70, 1, 64), starts))
     return found
 
 
