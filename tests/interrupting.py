@@ -5,6 +5,7 @@ error comes from a call. A profiler is told of these moments, and what it raises
 `with` of a lock is entered and left in one of them.
 """
 
+import gc
 import os
 import sys
 from contextlib import contextmanager
@@ -59,12 +60,16 @@ def _place_of(frame, event, arg):
 
 @contextmanager
 def _profiler(watch):
-    before = sys.getprofile()
+    """No garbage is collected meanwhile: what it finalises is called from wherever that happens."""
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()
     sys.setprofile(watch)
     try:
         yield
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
 
 
 def find_places(call):
