@@ -139,7 +139,8 @@ def test_programs_of_several_blocks_change_no_bit(device, kind, N, layout, D):
 
 
 @pytest.mark.parametrize(
-    "kind", ["int64", pytest.param("grids", marks=SLOW if INTERPRET else ()), "table"]
+    "kind",
+    ["int64", *(pytest.param(x, marks=SLOW if INTERPRET else ()) for x in ("grids", "table"))],
 )
 def test_gradients_of_any_order(device, kind):
     inputs = make_inputs(1, 2, 1, D=4, R=2, dtype=torch.float64, kind=kind, device=device)
@@ -370,7 +371,7 @@ def test_operator_contract(real_device, layout, kind):
     ("kind", "dynamic", "backend"),
     [
         ("int64", False, "inductor"),
-        ("int64", True, "aot_eager"),
+        pytest.param("int64", True, "aot_eager", marks=SLOW),
         pytest.param("grids", True, "aot_eager", marks=SLOW),
         ("table", True, "inductor" if GPU else "aot_eager"),
     ],
