@@ -25,7 +25,7 @@ from torch import Tensor
 
 from comemo_kernels import _descriptors
 from comemo_kernels._blocks import offset_of
-from comemo_kernels._blocks_attention import load_rotated, narrow_ids, share_of
+from comemo_kernels._blocks_attention import LOG2E, load_rotated, narrow_ids, share_of
 from comemo_kernels._op import INTERPRET, Kernel
 
 # --- kernel ---
@@ -301,8 +301,8 @@ def launch(
     if cos is not None and sin is not None and ids is not None:
         images = 0 if starts is None else starts.shape[0]
         placed = (ids, ids) if starts is None or biases is None else (starts, biases)
-        rows = (t.stride(0) if t.shape[0] > 1 else 0 for t in (ids, placed[1]))
-        strides = (next(rows), ids.stride(1), next(rows), spans.stride(0), cos.stride(0))
+        ids_stride, biases_stride = (t.stride(0) if t.shape[0] > 1 else 0 for t in (ids, placed[1]))
+        strides = (ids_stride, ids.stride(1), biases_stride, spans.stride(0), cos.stride(0))
 
         def turned(x: Tensor, keys: bool) -> Tensor:
             """x [B, N, H, D] at other ids."""
@@ -322,5 +322,5 @@ def launch(
         attend_tma.launch(
             *(B * H * splits * -(-N // config["BLOCK_M"]), out, lse, parts, part_lse, q, k, v),
             *(spans, *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], spans.stride(0)),
-            *(B, N, M, H, H // G, splits, 1.4426950408889634 / D**0.5, D, splits > 1),
+            *(B, N, M, H, H // G, splits, LOG2E / D**0.5, D, splits > 1),
         )

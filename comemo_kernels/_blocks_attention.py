@@ -5,6 +5,8 @@ import triton.language as tl
 
 from comemo_kernels._blocks import offset_of
 
+LOG2E = 1.4426950408889634
+
 
 @triton.jit
 def columns(HALF: tl.constexpr, BLOCK_D: tl.constexpr):

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-AVAILABLE = hasattr(tl, "make_tensor_descriptor")  # from triton 3.4 on
+# From triton 3.4 on; some of AMD's chips have the capability 9.0 as well.
+AVAILABLE = hasattr(tl, "make_tensor_descriptor") and torch.version.hip is None
 
 
 @contextlib.contextmanager

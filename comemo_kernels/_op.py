@@ -53,6 +53,13 @@ def has_float8(device: int) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
+@functools.cache
+def launches_early(device: int) -> bool:
+    """Whether a kernel may begin while the one before it ends (`launch_pdl`); below 0 taken so."""
+    hopper = device < 0 or torch.cuda.get_device_capability(device) >= (9, 0)
+    return torch.version.hip is None and hopper
+
+
 def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Make `launch` the operator `torch.ops.comemo.<name>` of `schema`, and return it.
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from comemo_kernels import _attend_tma, reference
 from comemo_kernels._blocks import NEW, await_previous, let_next_begin, offset_of, prefetch
 from comemo_kernels._blocks_attention import (
+    LOG2E,
     attend_keys,
     columns,
     combine_parts,
@@ -47,6 +48,7 @@ from comemo_kernels._op import (
     Kernel,
     documented,
     has_float8,
+    launches_early,
     multiprocessors,
     on_triton,
     register,
@@ -323,7 +325,6 @@ if NEW:
 ONE, FEW = 4, 64  # rows of a key head, up to which attend_one and attend_few are taken
 MAX_SPLITS = 64
 USE_TMA = False  # for prompts that `_attend_tma` takes; off until a GPU has decided
-LOG2E = 1.4426950408889634
 
 
 def _kernel_for(dtype: torch.dtype, rows: int) -> Kernel:
@@ -423,7 +424,8 @@ def _launch_into(
     pointers += [q if t is None else t for t in tensors]
     kernel.launch(programs, *pointers, *numbers, *constants)
     if splits > 1 and not kernel.config["FUSED"]:
-        way = combine_early if kernel.config["EARLY"] else combine
+        early = kernel.config["EARLY"] and launches_early(q.get_device())
+        way = combine_early if early else combine
         _launch_combine(way, out, lse, parts, part_lse, q, k)
 
 

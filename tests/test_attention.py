@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, DTYPES, GPU, INTERPRET, TRACED, every_two
@@ -196,6 +197,35 @@ def test_every_configuration_and_split(rows):
                     assert out is workspace.out
                     torch.testing.assert_close(out, wanted, atol=2e-3, rtol=2e-3)
                 assert not workspace.counts.any()
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(not INTERPRET, reason="only the interpreter's pointers can be seen")
+@pytest.mark.parametrize("span", [(0, 300), (70, 290), (300, 300)])
+def test_what_is_asked_for_ahead_is_there(monkeypatch, span):
+    """Each line of 128 bytes of every key and value of a span, once, and nothing else."""
+    inputs, rest = make_inputs(1, 1, 2, 2, 128, 300, "prompt", (0,), dtype=torch.float16)
+    inputs["spans"][:] = torch.tensor(span)
+    asked = []
+
+    def prefetch(ptrs, mask):
+        there = np.broadcast_to(mask.handle.data, ptrs.handle.data.shape)
+        asked.extend(ptrs.handle.data[there.astype(bool)])
+
+    monkeypatch.setattr(attention, "prefetch", prefetch)
+    config = next(config for config in attention.attend_one.configs if config["AHEAD"])
+    with attention.attend_one.using(config):
+        monkeypatch.setattr(attention, "_choose_splits", lambda q, k: 2)
+        ways(rest)[0](**inputs)
+    wanted = {
+        inputs[name].data_ptr() + ((key * 2 + head) * 128 + line * 64) * 2
+        for name in ("k", "v")
+        for key in range(*span)
+        for head in range(2)
+        for line in range(2)
+    }
+    assert {int(address) for address in asked} == wanted
+    assert len(asked) == len(wanted)
 
 
 @pytest.mark.kernel
@@ -454,8 +484,7 @@ def test_what_descriptors_do_not_take(change):
 
 @DESCRIPTORS
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", range(4))
-def test_descriptors_give_the_same_bits(monkeypatch, config):
+def test_descriptors_give_the_same_bits(monkeypatch):
     """What has to pass, with a race check, before a configuration may come first."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is for Hopper alone")
@@ -465,8 +494,9 @@ def test_descriptors_give_the_same_bits(monkeypatch, config):
     inputs["spans"][:] = torch.tensor([0, 3328])
     plain = ways(rest)[0](**inputs)
     monkeypatch.setattr(attention, "USE_TMA", True)
-    with _attend_tma.attend_tma.using(_attend_tma.attend_tma.configs[config]):
-        assert_repeats(lambda: ways(rest)[0](**inputs), plain)
+    for config in _attend_tma.attend_tma.configs:
+        with _attend_tma.attend_tma.using(config):
+            assert_repeats(lambda: ways(rest)[0](**inputs), plain)
 
 
 @pytest.mark.gpu
