@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(
@@ -18,9 +18,9 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["comemo", "comemo_kernels", "comemo_kernels.reference"],
+    packages=find_packages(include=["comemo", "comemo.*", "comemo_kernels", "comemo_kernels.*"]),
     package_data={"comemo": ["py.typed"], "comemo_kernels": ["py.typed"]},
-    entry_points={"console_scripts": ["comemo = comemo.cli:main"]},
+    entry_points={"console_scripts": ["comemo = comemo.cli.main:main"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.3; platform_system == 'Linux'",

@@ -79,16 +79,16 @@ class AttendWays(Attending):
 
         def ours(i: int) -> Any:
             s = self.sets[i]
-            return ops.attend_images(s.q, s.k, s.v, self.spans, self.rotation, workspace=room)
+            return ops.attend_spans(s.q, s.k, s.v, self.spans, self.rotation, workspace=room)
 
         def ours_no_rotation(i: int) -> Any:
             s = self.sets[i]
-            return ops.attend_images(s.turned, s.absolute, s.v, self.spans, workspace=room)
+            return ops.attend_spans(s.turned, s.absolute, s.v, self.spans, workspace=room)
 
         def ours_fp8(i: int) -> Any:
             assert self.float8 is not None
             q, kv, scales = self.sets[i].q, self.float8_sets[i], self.float8[2]
-            return ops.attend_images(q, *kv, self.spans, self.rotation, scales, workspace=room)
+            return ops.attend_spans(q, *kv, self.spans, self.rotation, scales, workspace=room)
 
         ways: Ways = {"ours": ours, "ours no rotation": ours_no_rotation}
         return ways | ({"ours fp8": ours_fp8} if self.float8 is not None else {})

@@ -108,7 +108,7 @@ class Attending:
         def exact(k: Tensor, v: Tensor, scales: MemoryScales | None = None) -> Tensor:
             if scales is None:
                 k, v = k.double(), v.double()
-            out = reference.attend_images(q, k, v, spans, rotation, scales)
+            out = reference.attend_spans(q, k, v, spans, rotation, scales)
             assert isinstance(out, Tensor)
             return out[0]
 

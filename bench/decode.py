@@ -19,7 +19,7 @@ import comemo_kernels as ops
 from bench import measure
 from bench.models import SIZES, draw_model, draw_prompts
 from comemo import CoMemoForConditionalGeneration
-from comemo.demo import RecomputedMemory
+from comemo.cli.demo import RecomputedMemory
 from comemo.mixin import MixinLayer
 
 

@@ -28,7 +28,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime import driver
 
-    from comemo_kernels import _op, aot, attention, glue, rotary
+    from comemo_kernels import _op, aot, attention, rotary
+    from comemo_kernels import fused_linear as glue
 
     if torch.cuda.is_available():
         raise SystemExit("python -m bench host: there is a GPU, `bench rotary` measures this")
@@ -63,7 +64,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def cases(heads: str) -> dict[str, tuple[Any, Callable[[], Any]]]:
     """Name -> a kernel, and a call that launches it."""
-    from comemo_kernels import attention, glue, rotary
+    from comemo_kernels import attention, rotary
+    from comemo_kernels import fused_linear as glue
 
     new = functools.partial(torch.empty, dtype=torch.bfloat16)
     cos, sin = (t[0] for t in ops.rotary_table(torch.arange(4096)[None], HEAD_DIM))
@@ -80,7 +82,7 @@ def cases(heads: str) -> dict[str, tuple[Any, Callable[[], Any]]]:
     rotation = QueryRotation(cos, sin, torch.tensor([[5]]), place, place[None])
     spans = torch.tensor([[[0, 3328]]])
     room = attention._allocate(q, k, attention._choose_splits(q, k), lasting=True)
-    attend = functools.partial(ops.attend_images, q, k, k, spans, rotation, workspace=room)
-    found["attend_images"] = attention.attend_one, attend
+    attend = functools.partial(ops.attend_spans, q, k, k, spans, rotation, workspace=room)
+    found["attend_spans"] = attention.attend_one, attend
     call = functools.partial(ops.norm_linear, new(1, 1, d), new(d), new(d, d))
     return found | {"norm_linear": (glue.one_weight_kernel, call)}

@@ -239,8 +239,9 @@ class MemoryBench:
     @torch.no_grad()
     def tune(self, case: tuple[str, int]) -> Iterator[Row]:
         """Every shipped configuration of the kernels; the fastest belongs first in its list."""
-        from comemo_kernels import _build_tma, _descriptors
-        from comemo_kernels import build as kernels
+        from comemo_kernels import _descriptors
+        from comemo_kernels import _memory_build_tma as _build_tma
+        from comemo_kernels import memory_build as kernels
 
         build, name = self.inputs(*case)
         found = build.ways(compiled=False)
@@ -267,7 +268,7 @@ class MemoryBench:
 
 def by_tma(way: Callable[[int], Any]) -> Callable[[int], Any]:
     """The same with the product by tensor descriptors allowed."""
-    from comemo_kernels import build
+    from comemo_kernels import memory_build as build
 
     def call(i: int) -> Any:
         with mock.patch.object(build, "USE_TMA", True):

@@ -267,7 +267,7 @@ def time_case(size: str, case: str, clock: Clock, compiled: bool) -> Iterator[Ro
 @torch.no_grad()
 def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
     """Every configuration of every kernel of the parts; the fastest belongs first in its list."""
-    from comemo_kernels import glue
+    from comemo_kernels import fused_linear as glue
 
     mixing = Mixing(size, case, clock)
     kernels = {n: kernel for n, kernel in vars(glue).items() if isinstance(kernel, Kernel)}

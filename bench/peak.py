@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from comemo.session import ChatSession
+from comemo.chat.session import ChatSession
 
 
 def reset() -> None:

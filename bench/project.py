@@ -132,7 +132,7 @@ class Projection:
         return multiply(_normed(x, weights), weights)
 
     def norm_ours(self) -> tuple[Tensor, Tensor]:
-        from comemo_kernels._fold import launch_fold_norm
+        from comemo_kernels._unshuffle_norm import launch_fold_norm
 
         w = self.weights
         x = self.media.new_empty(len(self.media), 4 * CHANNELS)
@@ -233,7 +233,8 @@ class ProjectBench:
     @torch.no_grad()
     def tune(self, case: tuple[str, int]) -> Iterator[Row]:
         """Every shipped configuration of the kernels; the fastest belongs first in its list."""
-        from comemo_kernels import _fold, _product
+        from comemo_kernels import _gemm as _product
+        from comemo_kernels import _unshuffle_norm as _fold
 
         inputs, name = Projection(*case, self.clock), f"{case[0]} {case[1]} tiles"
         for backward, kernels in (

@@ -95,7 +95,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Any:
     ids = torch.arange(q.shape[1], device=q.device)[None]
     rotation = QueryRotation(cos, sin, ids, places[0], places % 7)
     spans = torch.tensor([[[3, len(k)]]], device=q.device)
-    return ops.attend_images(q, k, v, spans, rotation)
+    return ops.attend_spans(q, k, v, spans, rotation)
 
 
 def attend_by_descriptors(draw: Callable[..., Tensor]) -> Any:
@@ -129,8 +129,8 @@ def build(draw: Callable[..., Tensor], stored: torch.dtype) -> Any:
 
 def build_by_descriptors(draw: Callable[..., Tensor]) -> Any:
     """In each form of it; more tiles than programs, each of them ends in the midst."""
-    from comemo_kernels import _build_tma
-    from comemo_kernels import build as kernels
+    from comemo_kernels import _memory_build_tma as _build_tma
+    from comemo_kernels import memory_build as kernels
 
     found = []
     for config in _build_tma.project_tma.configs:
@@ -154,7 +154,7 @@ def project(draw: Callable[..., Tensor]) -> Any:
 
 def fold_wide(draw: Callable[..., Tensor]) -> Any:
     """Tokens so wide that they take kernels of more warps, without the products behind them."""
-    from comemo_kernels import _fold
+    from comemo_kernels import _unshuffle_norm as _fold
 
     tokens, W = draw(1, 17, 2056), 4 * 2056
     normed, stats = draw(4, W), draw(4, 2).float()

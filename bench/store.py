@@ -17,7 +17,7 @@ from bench import measure
 from bench.models import draw_model
 from bench.ways import Row
 from comemo import MemoryStore
-from comemo.store_keys import identify_model, identify_picture, stamp_weights, weights_of
+from comemo.store.keys import identify_model, identify_picture, stamp_weights, weights_of
 
 GRIDS = {1: (1, 1), 13: (3, 4)}  # by tiles, thumbnail included
 

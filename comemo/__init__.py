@@ -1,18 +1,18 @@
 """CoMemo on current transformers: `import comemo`, then the Auto classes know the model."""
 
-import comemo.starting  # isort: skip  # noqa: F401  (Ctrl-C while the others are imported)
+import comemo.cli.starting  # isort: skip  # noqa: F401  (Ctrl-C while the others are imported)
 
 from comemo import auto
+from comemo.chat.session import ChatSession
+from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig, MixinConfig
-from comemo.core import CoMemoModel
-from comemo.decode import DecodeLoop
+from comemo.decode.loop import DecodeLoop
 from comemo.image_processor import CoMemoImageProcessor
 from comemo.images import load_image
-from comemo.model import CoMemoForConditionalGeneration
+from comemo.model import CoMemoModel
 from comemo.outputs import CoMemoModelOutput, CoMemoOutput
 from comemo.processor import CoMemoProcessor
-from comemo.session import ChatSession
-from comemo.store import MemoryStore, MemoryStoreWarning
+from comemo.store.store import MemoryStore, MemoryStoreWarning
 from comemo.tokenizer import InternLM2Tokenizer
 from comemo_kernels import ImageMemory, __version__
 

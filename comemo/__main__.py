@@ -1,5 +1,5 @@
 import sys
 
-from comemo.cli import main
+from comemo.cli.main import main
 
 sys.exit(main())

@@ -21,11 +21,11 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
+from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig
-from comemo.files import hub_options, is_published
 from comemo.image_processor import CoMemoImageProcessor
-from comemo.model import CoMemoForConditionalGeneration
 from comemo.processor import CoMemoProcessor
+from comemo.safety.files import hub_options, is_published
 from comemo.tokenizer import InternLM2Tokenizer
 
 # What reads a checkpoint of this model in the place of each; None for what it has no use for.

@@ -12,8 +12,6 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
-from comemo import config_checks as checks
-from comemo.config_checks import check_settings, shorten
 from comemo.config_parts import (
     LLM_KEYS,
     VISION_RENAMED,
@@ -26,6 +24,8 @@ from comemo.config_parts import (
     text_from_published,
     told,
 )
+from comemo.safety import settings as checks
+from comemo.safety.settings import check_settings, shorten
 
 # What a published checkpoint was trained and measured with, whether its config says so or not.
 PUBLISHED_BEHAVIOUR = {

@@ -9,7 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
-from comemo.config_checks import (
+from comemo.safety.settings import (
     GENERAL,
     MIXIN,
     TEXT,

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from comemo.fusable import is_fusable, refuse_folded
 from comemo.mixin import MixinLayer
-from comemo.plain import is_plain, refuse_folded
 
 OPEN = 20.0  # a gate whose tanh is exactly 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -218,7 +218,7 @@ def check_foldable(model: Any) -> None:
         parts = [(fold.module, fold.name), *((linear, "weight") for linear in fold.linears)]
         for module, name in parts:
             title = f"{modules[id(module)]}.{name}"
-            if type(module) is not MixinLayer and not is_plain(module, biased=True):
+            if type(module) is not MixinLayer and not is_fusable(module, biased=True):
                 raise ValueError(
                     f"{verb}: modules must be as they were made (no adapter, quantisation,"
                     f" sharding, offloading or hook), got {title} of a {type(module).__name__}"

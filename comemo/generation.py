@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comemo.cache import ROOM_FOR_ANSWER, RoomyCache
-from comemo.decode import DecodeLoop, check_loop, why_not
+from comemo.decode.cache import ROOM_FOR_ANSWER, RoomyCache
+from comemo.decode.loop import DecodeLoop, check_loop, why_not
+from comemo.decode.prefill import read_prompt
 from comemo.generation_inputs import PreparesInputs, refuse_beside_drafts, refuse_right_padding
 from comemo.outputs import CACHE, one_cache, take_cache
-from comemo.prefill import read_prompt
 from comemo_kernels import ImageMemory
 
 # What transformers hands on to the model with all else: the memory was built before the loop, and

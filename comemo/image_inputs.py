@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import comemo_kernels as ops
-from comemo.store import MemoryStore
+from comemo.store.store import MemoryStore
 from comemo.tracing import traced_memory, with_media
 from comemo.vision import check_tiles
 from comemo_kernels import ImageMemory

@@ -17,7 +17,7 @@ from transformers.utils import TensorType
 
 from comemo import images as pictures
 from comemo.config import CoMemoConfig
-from comemo.files import HUB_OPTIONS, hub_options, is_published
+from comemo.safety.files import HUB_OPTIONS, hub_options, is_published
 
 TILING = ("input_size", "min_num", "max_num", "use_thumbnail", "published")
 PIXELS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from comemo.opening import Source, open_image
+from comemo.processing.image_files import Source, open_image
 
 __all__ = [
     "Source",

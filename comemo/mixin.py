@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import comemo_kernels as ops
 from comemo.config import MixinConfig
-from comemo.plain import is_plain
+from comemo.fusable import is_fusable
 from comemo_kernels import ImageMemory, MemoryScales, QueryRotation
 
 Table = tuple[Tensor, Tensor]  # cos, sin [B, N, D/2]
@@ -112,7 +112,7 @@ class MixinLayer(nn.Module):
         rotation: QueryRotation,
         scales: MemoryScales | None,
     ) -> Tensor:
-        plain = is_plain(self.attn_norm, self.q_proj, self.o_proj, self.mlp_norm, self.mlp)
+        plain = is_fusable(self.attn_norm, self.q_proj, self.o_proj, self.mlp_norm, self.mlp)
         norms: tuple[Any, Any] = (self.attn_norm.weight, self.mlp_norm.weight)
         gates: tuple[Any, Any] = (self.attn_gate, self.mlp_gate)
         if self.folded:
@@ -123,7 +123,7 @@ class MixinLayer(nn.Module):
         else:
             q = self.q_proj(self.attn_norm(x))
         q = q.unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, H, D]
-        read = ops.attend_images(q, key, value, spans, rotation, scales).flatten(2)
+        read = ops.attend_spans(q, key, value, spans, rotation, scales).flatten(2)
         if plain:
             mlp = self.mlp
             y = ops.gated_residual(x, read, self.o_proj.weight, gates[0])

@@ -1,53 +1,88 @@
-"""CoMemo: a language model that sees each image twice.
+"""The model without its head: vision tower, projector and decoder, and how images enter them.
 
-Context path: image tokens stand in the sequence. Memory path: before every n-th decoder layer a
-mixin layer lets all tokens read the image memory through gated cross-attention.
-Source: CoMemo (arXiv:2506.06279). The vision tower is transformers' InternVL and the decoder is
-made of Llama's blocks; the image memory is an argument, never state of a module.
-
-Letters: B prompts, N tokens of a prompt, M tokens of the image memory, H heads, D head
-dimension, T tiles, d width of the language model.
+Letters: B prompts, N tokens of a prompt, M tokens of the image memory, T tiles, d width of the
+language model.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 from transformers.utils.generic import can_return_tuple
 
-from comemo.chat import CoMemoChat
+import comemo_kernels as ops
+from comemo.checkpoint import PublishedCheckpoint
 from comemo.config import CoMemoConfig
-from comemo.core import CoMemoModel, CoMemoPreTrainedModel
-from comemo.folding import FoldsForInference
-from comemo.generation import CoMemoGeneration
-from comemo.loss import next_token_loss
-from comemo.outputs import CACHE, CoMemoOutput, one_cache, told_of_old_name
+from comemo.fusable import in_step, offloaded_to
+from comemo.image_inputs import CoMemoImages
+from comemo.language_model import CoMemoTextModel
+from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache, told_of_old_name
+from comemo.packing import (
+    VARLEN,
+    find_begins,
+    find_bounds,
+    places_from_begins,
+    prompt_positions,
+    take_bounds,
+    within_samples,
+)
+from comemo.vision import CoMemoVision
 from comemo_kernels import ImageMemory
 
+# What a forward takes beside the arguments that it names.
+KEYWORDS = {"output_attentions", "output_hidden_states", *VARLEN}
 
-class CoMemoForConditionalGeneration(
-    CoMemoChat, CoMemoGeneration, FoldsForInference, CoMemoPreTrainedModel, GenerationMixin
-):
-    """CoMemo with a language modelling head: `generate`, `chat`, training forward."""
 
-    _tied_weights_keys: dict[str, str] = {}
+class CoMemoPreTrainedModel(PublishedCheckpoint, PreTrainedModel):
+    config: CoMemoConfig
+    config_class = CoMemoConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CoMemoDecoderLayer", "InternVLVisionLayer"]
+    _skip_keys_device_placement = ["cache", OLD_NAME, "image_memory"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: of the first weight, or where offloaded weights are brought to."""
+        device = super().device
+        return device if device.type != "meta" else offloaded_to(self) or device
+
+
+class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
+    """Vision tower, projector and decoder."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def __init__(self, config: CoMemoConfig) -> None:
+        config.check()
         super().__init__(config)
-        text = config.text_config
-        self.model = CoMemoModel(config)
-        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        channels = config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2
+        width = config.text_config.hidden_size
+        self.vision_tower = InternVLVisionModel(config.vision_config)
+        if config.vision_config.use_qk_norm:
+            for layer in self.vision_tower.encoder.layer:  # published: every norm has one eps
+                for norm in (layer.attention.q_norm, layer.attention.k_norm):
+                    norm.variance_epsilon = config.vision_config.layer_norm_eps
+        self.multi_modal_projector = nn.Sequential(
+            nn.LayerNorm(channels), nn.Linear(channels, width), nn.GELU(), nn.Linear(width, width)
+        )
+        self.language_model = CoMemoTextModel(config)
         self.post_init()
 
-    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """As of `CoMemoModel`."""
-        return self.model.get_image_features(*args, **kwargs)
-
     def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
+        return self.language_model.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
+        self.language_model.embed_tokens = value
 
     @told_of_old_name
     @can_return_tuple
@@ -61,81 +96,129 @@ class CoMemoForConditionalGeneration(
         past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
         image_memory: ImageMemory | None = None,
-        labels: Tensor | None = None,
-        loss_weights: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
         query_position_ids: Tensor | None = None,
         token_counts: Tensor | None = None,
         rope_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
-        num_items_in_batch: Tensor | int | None = None,
         cache: Any = None,
         **kwargs: Any,
-    ) -> CoMemoOutput:
-        """One pass over prompts, packed samples or new tokens.
-
-        Args:
-            input_ids: [B, N]; prompts of different lengths are padded on the left.
-            pixel_values: [T, 3, side, side], tiles of all images in reading order.
-            tile_grid: (cols, rows) of each image; None for original RoPE.
-            attention_mask: [B, past + N], 0 at padding.
-            position_ids: [B, N]; computed by `config.rope` if None.
-            past_key_values, cache: two names of the cache of the self-attention alone.
-            inputs_embeds: [B, N, d] instead of `input_ids`; beside them only with `pixel_values`,
-                whose places the ids tell.
-            image_memory: of an earlier call, instead of `pixel_values`; filled on first use.
-            labels: [B, N], -100 where nothing is to be learned; shifted here.
-            loss_weights: [B, N], weight of each label: loss = sum(w * l) / sum(w).
-            num_items_in_batch, shift_labels: as of `next_token_loss`.
-            use_cache: whether to keep past_key_values and the memory's keys and values.
-            logits_to_keep: last positions, or indices, to compute logits for; 0 for all.
-            query_position_ids: [B, N], where the mixin queries stand if not at `position_ids`.
-            token_counts: [B], tokens so far; derived if None.
-            rope_lengths: [B], what dynamic scaling goes by, where that is more than these tokens
-                and the cache tell; derived if None.
-            cu_seqlens: [samples + 1] bounds of packed samples over all rows. As transformers packs,
-                `cu_seq_lens_q` and `cu_seq_lens_k` say the same, and so do, without a mask and a
-                cache, position_ids that begin anew.
-            kwargs: `shift_labels`, `output_attentions`, `output_hidden_states`, `return_dict`, and
-                the arguments of packing.
-
-        Returns:
-            `CoMemoOutput` with loss, logits [B, N, vocabulary], the cache by both its names,
-            image_memory.
-
-        Raises:
-            ValueError: arguments that exclude each other or do not fit, or an unknown one.
-        """
-        # No argument: Trainer takes every one with "label" in its name for one that must be there.
-        shift_labels = kwargs.pop("shift_labels", None)
-        output = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            tile_grid=tile_grid,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+    ) -> CoMemoModelOutput:
+        """The last hidden states [B, N, d]; arguments as of `CoMemoForConditionalGeneration`."""
+        _check_keywords(kwargs)
+        cache = one_cache("CoMemo", cache, past_key_values)
+        if input_ids is None and inputs_embeds is None:
+            raise ValueError("CoMemo: give either input_ids or inputs_embeds")
+        if pixel_values is None and input_ids is not None and inputs_embeds is not None:
+            raise ValueError("CoMemo: input_ids beside inputs_embeds need pixel_values to place")
+        if pixel_values is not None and (input_ids is None or image_memory is not None):
+            raise ValueError("CoMemo: pixel_values need input_ids and exclude an image_memory")
+        past = 0 if cache is None else cache.get_seq_length()
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        assert given is not None
+        B, N = given.shape[:2]
+        if position_ids is not None:
+            position_ids = position_ids.expand(B, N)
+        image_mask = None
+        # Image tokens are looked for where images may stand: in a prompt, not while decoding.
+        if pixel_values is not None or (
+            image_memory is not None and inputs_embeds is None and N > 1 and past == 0
+        ):
+            assert input_ids is not None
+            image_mask = self.find_image_tokens(input_ids)
+        bounds, places = take_bounds(cu_seqlens, kwargs, B, N), None
+        if (bounds, cache, attention_mask) == (None,) * 3 and position_ids is not None and N > 1:
+            bounds, places = self._find_samples(input_ids, image_mask, position_ids)
+        if bounds is not None:
+            attention_mask, use_cache = _check_pack(attention_mask, use_cache, cache)
+        if position_ids is None:
+            position_ids = self._number(given, image_mask, attention_mask, tile_grid, bounds, past)
+        if pixel_values is not None:
+            assert image_mask is not None
+            inputs_embeds, image_memory = self._embed_images(
+                input_ids, pixel_values, image_mask, position_ids, tile_grid, inputs_embeds
+            )
+        elif inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, image_mask, image_memory)
+        if bounds is not None and image_memory is not None:
+            image_memory = within_samples(image_memory, image_mask, bounds, N)
+        read = image_memory
+        if read is None and past == 0 and in_step(self):
+            read = self._blank_memory(B)
+        output = self.language_model(
             inputs_embeds=inputs_embeds,
-            image_memory=image_memory,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            image_memory=read,
             use_cache=use_cache,
             query_position_ids=query_position_ids,
             token_counts=token_counts,
             rope_lengths=rope_lengths,
-            cu_seqlens=cu_seqlens,
-            **{CACHE: one_cache("CoMemo", cache, past_key_values)},
+            cu_seqlens=bounds,
+            sample_places=places,
+            **{CACHE: cache},
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = next_token_loss(logits, labels, loss_weights, shift_labels, num_items_in_batch)
-        return CoMemoOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-            image_memory=output.image_memory,
-            image_outputs=output.image_outputs,
-            **{CACHE: output.cache},
+        output.image_memory = image_memory
+        if pixel_values is not None and len(pixel_values) and image_memory is not None:
+            media = image_memory.media
+            assert media is not None
+            media = media.unflatten(0, (len(pixel_values), -1))
+            output.image_outputs = BaseModelOutputWithPooling(pooler_output=media)
+        return output
+
+    def _find_samples(
+        self, input_ids: Tensor | None, image_mask: Tensor | None, position_ids: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Bounds of packed samples whose ids begin anew; while tracing, each token's place."""
+        if image_mask is None and input_ids is not None and self.config.image_token_id is not None:
+            image_mask = self.find_image_tokens(input_ids)
+        begins = find_begins(position_ids, image_mask)
+        if torch.compiler.is_compiling():  # which cannot ask how many samples there are
+            return None, places_from_begins(begins)
+        return find_bounds(begins), None
+
+    def _number(
+        self,
+        given: Tensor,
+        image_mask: Tensor | None,
+        attention_mask: Any,
+        tile_grid: Any,
+        bounds: Tensor | None,
+        past: int,
+    ) -> Tensor:
+        """Position ids [B, N] of ids or embeddings that came without."""
+        (B, N), device = given.shape[:2], given.device
+        if bounds is not None:
+            mask = torch.zeros(B, N, dtype=torch.bool, device=device)
+            return prompt_positions(
+                *(self, mask if image_mask is None else image_mask, bounds, tile_grid),
+                lambda grid: ops.image_tokens(grid, self.config.side, self.config.use_thumbnail),
+            )
+        if image_mask is not None:
+            ones = torch.ones(B, N, dtype=torch.long, device=device)
+            mask = ones if attention_mask is None else attention_mask
+            return self.prompt_position_ids(image_mask, mask, tile_grid)
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, -N:]
+        return past + torch.arange(N, device=device).expand(B, N)
+
+
+def _check_keywords(kwargs: dict[str, Any]) -> None:
+    if unknown := kwargs.keys() - KEYWORDS:
+        raise ValueError(
+            f"CoMemo: a forward takes the arguments that it names and {sorted(KEYWORDS)}, got"
+            f" {sorted(unknown)}"
         )
+
+
+def _check_pack(attention_mask: Any, use_cache: bool | None, cache: Any) -> tuple[None, bool]:
+    """Of packed rows: no mask and no cache, which know of no samples."""
+    padded = attention_mask is not None and not bool((torch.as_tensor(attention_mask) == 1).all())
+    if padded or use_cache or cache is not None:
+        got = "padding in attention_mask" if padded else "use_cache=True or a cache"
+        raise ValueError(
+            "CoMemo: packed rows (cu_seqlens, cu_seq_lens_q or position_ids that begin anew) are"
+            f" read at once, without padding and without a cache, got {got}"
+        )
+    return None, False

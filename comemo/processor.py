@@ -9,10 +9,11 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 
 import comemo_kernels as ops
-from comemo import messages, prompts
+from comemo import prompts
 from comemo.image_processor import CoMemoImageProcessor, check_options, flatten_images
 from comemo.images import choose_grid
-from comemo.options import (
+from comemo.processing import messages
+from comemo.processing.options import (
     CALL_NAMES,
     GENERATION_NAMES,
     TEMPLATE_NAMES,
@@ -21,7 +22,7 @@ from comemo.options import (
     sort_options,
     without_generation,
 )
-from comemo.processor_files import PUBLISHED_TEMPLATES, LoadsProcessor, scale_tokens
+from comemo.processing.processor_files import PUBLISHED_TEMPLATES, LoadsProcessor, scale_tokens
 
 __all__ = ["CoMemoImageProcessor", "CoMemoProcessor", "CoMemoProcessorKwargs"]
 
@@ -214,7 +215,7 @@ class CoMemoProcessor(LoadsProcessor, ProcessorMixin):
 
         Args:
             conversation: messages, or a list of several conversations, in the forms that
-                `comemo.messages` reads.
+                `comemo.processing.messages` reads.
             chat_template: instead of the processor's own.
             tools, documents: for a template that knows them; the published ones do not.
             processor_kwargs: options as of a call. They may stand among `kwargs` too.

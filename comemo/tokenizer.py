@@ -19,7 +19,7 @@ from transformers import AddedToken
 from transformers.processing_utils import TextKwargs
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from comemo.files import check_class, hub_options, read_json
+from comemo.safety.files import check_class, hub_options, read_json
 
 MARKER = "\ufdd0"  # a Unicode noncharacter: no valid text holds one
 MARKER_PIECES = [f"<0x{byte:02X}>" for byte in MARKER.encode()]

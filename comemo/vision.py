@@ -16,7 +16,7 @@ from transformers.models.internvl.modeling_internvl import (
 from transformers.utils.generic import can_return_tuple
 
 import comemo_kernels as ops
-from comemo.plain import is_own, is_plain
+from comemo.fusable import is_fusable, is_own
 
 PROJECTOR = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear)
 
@@ -176,7 +176,7 @@ def _layer_of(vision: Any, tiles: Tensor, depth: int, **kwargs: Any) -> tuple[Te
 
 def _is_as_made(projector: nn.Module) -> bool:
     """Whether a projector may be computed from its weights."""
-    if not is_plain(projector, biased=True):
+    if not is_fusable(projector, biased=True):
         return False
     parts = tuple(projector.children())
     return (

@@ -5,11 +5,11 @@ from importlib.util import find_spec
 import comemo_kernels.trees  # noqa: F401, for torch.export
 from comemo_kernels import reference
 from comemo_kernels.append import append_images
+from comemo_kernels.attention_types import AttentionWorkspace, MemoryScales, QueryRotation
 from comemo_kernels.graphs import HostFlag, capture, runs_ahead
 from comemo_kernels.grids import TEXT, ImageGrids
 from comemo_kernels.memory import ImageMemory, distance_table, memory_buffers
-from comemo_kernels.pictures import join_images, split_images
-from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
+from comemo_kernels.memory_split import join_images, split_images
 from comemo_kernels.reference import (
     fold_tiles,
     image_position_ids,
@@ -20,16 +20,16 @@ from comemo_kernels.reference import (
 from comemo_kernels.spans import spans_from_cu_seqlens, spans_from_images
 
 if find_spec("triton"):
-    from comemo_kernels.attention import attend_images, attention_workspace
-    from comemo_kernels.build import build_memory
-    from comemo_kernels.glue import gated_residual, norm_linear, norm_swiglu
+    from comemo_kernels.attention import attend_spans, attention_workspace
+    from comemo_kernels.fused_linear import gated_residual, norm_linear, norm_swiglu
+    from comemo_kernels.memory_build import build_memory
     from comemo_kernels.positions import rope_dhr_positions
     from comemo_kernels.rotary import apply_rotary
     from comemo_kernels.tiles import project_tiles
 else:  # macOS, Windows: the same functions, unfused
     from comemo_kernels.reference import (
         apply_rotary,
-        attend_images,
+        attend_spans,
         attention_workspace,
         build_memory,
         gated_residual,
@@ -50,7 +50,7 @@ __all__ = [
     "QueryRotation",
     "append_images",
     "apply_rotary",
-    "attend_images",
+    "attend_spans",
     "attention_workspace",
     "build_memory",
     "capture",

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from comemo_kernels._op import check, check_count
 from comemo_kernels._writes import check_writable
+from comemo_kernels.attention_types import AttentionWorkspace, MemoryScales, QueryRotation
 from comemo_kernels.grids import Grid, ImageGrids, check_grid, check_tile_order
-from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
 
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 MASKS = DTYPES | {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -165,10 +165,10 @@ def check_attention(
     scales: MemoryScales | None,
     workspace: AttentionWorkspace | None,
 ) -> None:
-    """Raise the errors of `attend_images` that do not depend on where it runs."""
+    """Raise the errors of `attend_spans` that do not depend on where it runs."""
     if q.ndim != 4 or q.dtype not in DTYPES or not q.shape[3]:
         raise ValueError(
-            "attend_images: q must be [B, N, H, D], D not 0, of float16, bfloat16, float32 or"
+            "attend_spans: q must be [B, N, H, D], D not 0, of float16, bfloat16, float32 or"
             f" float64, got {q.dtype} {tuple(q.shape)}"
         )
     B, N, H, D = q.shape
@@ -184,13 +184,13 @@ def check_attention(
         or v.device != device
     ):
         raise ValueError(
-            f"attend_images: k and v must be [M, G, {D}] with G dividing {H}, of one dtype, on"
+            f"attend_spans: k and v must be [M, G, {D}] with G dividing {H}, of one dtype, on"
             f" {device}, got {k.dtype} {tuple(k.shape)} on {k.device} and {v.dtype}"
             f" {tuple(v.shape)} on {v.device}"
         )
     if k.dtype != (FLOAT8 if scales is not None else q.dtype):
         raise ValueError(
-            f"attend_images: k and v must be of {q.dtype} as q, or of {FLOAT8} with scales, got"
+            f"attend_spans: k and v must be of {q.dtype} as q, or of {FLOAT8} with scales, got"
             f" {k.dtype} with" + ("out scales" if scales is None else " scales")
         )
     if (
@@ -199,17 +199,17 @@ def check_attention(
         or spans.device != device
     ):
         raise ValueError(
-            f"attend_images: spans must be int32 or int64 {(B, N, 2)} or {(B, 1, 2)} on {device},"
+            f"attend_spans: spans must be int32 or int64 {(B, N, 2)} or {(B, 1, 2)} on {device},"
             f" got {spans.dtype} {tuple(spans.shape)} on {spans.device}"
         )
     M, G = k.shape[:2]
     if scales is not None:
-        check_count("attend_images", "scales.tile", scales.tile, 1)
+        check_count("attend_spans", "scales.tile", scales.tile, 1)
         tiles = -(-M // scales.tile)
         for name, scale in (("keys", scales.keys), ("values", scales.values)):
             if scale.shape != (tiles, G) or scale.dtype != torch.float32 or scale.device != device:
                 raise ValueError(
-                    f"attend_images: scales.{name} must be float32 {(tiles, G)} on {device}, for"
+                    f"attend_spans: scales.{name} must be float32 {(tiles, G)} on {device}, for"
                     f" {M} rows in tiles of {scales.tile}, got {scale.dtype} {tuple(scale.shape)}"
                     f" on {scale.device}"
                 )
@@ -231,7 +231,7 @@ def check_attention(
         ):
             told = [f"{t.dtype} {tuple(t.shape)} on {t.device}" for t in workspace]
             raise ValueError(
-                f"attend_images: the workspace must be that of attention_workspace for {q.dtype}"
+                f"attend_spans: the workspace must be that of attention_workspace for {q.dtype}"
                 f" {tuple(q.shape)} on {device} and {G} key heads, got {', '.join(told)}"
             )
 
@@ -261,7 +261,7 @@ def _check_rotation(rotation: QueryRotation, q: Tensor) -> None:
         or not 0 < 2 * cos.shape[1] <= D
     ):
         raise ValueError(
-            "attend_images: rotation.cos and .sin must be [P, R/2] of a floating dtype with R at"
+            "attend_spans: rotation.cos and .sin must be [P, R/2] of a floating dtype with R at"
             f" most {D}, on {q.device}, got {cos.dtype} {tuple(cos.shape)} on {cos.device} and"
             f" {sin.dtype} {tuple(sin.shape)} on {sin.device}"
         )
@@ -271,7 +271,7 @@ def _check_rotation(rotation: QueryRotation, q: Tensor) -> None:
         or ids.device != q.device
     ):
         raise ValueError(
-            f"attend_images: rotation.positions must be int32 or int64 {(B, N)} on {q.device}, got"
+            f"attend_spans: rotation.positions must be int32 or int64 {(B, N)} on {q.device}, got"
             f" {ids.dtype} {tuple(ids.shape)} on {ids.device}"
         )
     if (starts is None) != (biases is None) or (
@@ -286,19 +286,19 @@ def _check_rotation(rotation: QueryRotation, q: Tensor) -> None:
     ):
         told = [None if t is None else f"{t.dtype} {tuple(t.shape)}" for t in (starts, biases)]
         raise ValueError(
-            f"attend_images: rotation.starts and .biases must be int32 [I] and [{B} or 1, I] on"
+            f"attend_spans: rotation.starts and .biases must be int32 [I] and [{B} or 1, I] on"
             f" {q.device}, or both None, got {told[0]} and {told[1]}"
         )
 
 
 def check_read(M: int, spans: Tensor, starts: Tensor | None) -> None:
-    """Raise the errors of `attend_images` that depend on values: a GPU has to be waited for."""
+    """Raise the errors of `attend_spans` that depend on values: a GPU has to be waited for."""
     if spans.numel() and not bool(((spans >= 0) & (spans <= M)).all()):
         low, high = (int(bound) for bound in spans.aminmax())
         raise ValueError(
-            f"attend_images: spans must lie in [0, {M}], the memory, got {low} to {high}"
+            f"attend_spans: spans must lie in [0, {M}], the memory, got {low} to {high}"
         )
     if starts is not None and len(starts):
         listed = starts.tolist()
         if listed[0] != 0 or listed != sorted(set(listed)):
-            raise ValueError(f"attend_images: rotation.starts must ascend from 0, got {listed}")
+            raise ValueError(f"attend_spans: rotation.starts must ascend from 0, got {listed}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from comemo_kernels._checks import DTYPES, FLOAT8
 from comemo_kernels._op import check_count
 from comemo_kernels._writes import check_writable
-from comemo_kernels.reading import MemoryScales
+from comemo_kernels.attention_types import MemoryScales
 
 INTEGERS = {torch.int32, torch.int64}
 

@@ -8,19 +8,12 @@ from typing import Any
 
 import torch
 
-from comemo_kernels import (
-    _attend_tma,
-    _build_tma,
-    _descriptors,
-    _fold,
-    _product,
-    attention,
-    build,
-    glue,
-    positions,
-    rotary,
-    tiles,
-)
+from comemo_kernels import _attend_tma, _descriptors, attention, positions, rotary, tiles
+from comemo_kernels import _gemm as _product
+from comemo_kernels import _memory_build_tma as _build_tma
+from comemo_kernels import _unshuffle_norm as _fold
+from comemo_kernels import fused_linear as glue
+from comemo_kernels import memory_build as build
 from comemo_kernels._op import Config, Kernel
 
 NVIDIA = ("sm_80", "sm_90", "sm_100")

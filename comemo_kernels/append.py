@@ -12,7 +12,7 @@ from comemo_kernels._op import check, check_count, to_device
 from comemo_kernels.memory import ImageMemory
 
 if find_spec("triton"):
-    from comemo_kernels.build import build_memory
+    from comemo_kernels.memory_build import build_memory
 else:
     from comemo_kernels.reference import build_memory
 

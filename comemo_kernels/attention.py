@@ -53,7 +53,7 @@ from comemo_kernels._op import (
     on_triton,
     register,
 )
-from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
+from comemo_kernels.attention_types import AttentionWorkspace, MemoryScales, QueryRotation
 
 # --- kernel ---
 
@@ -494,8 +494,8 @@ _attend_ = register(
 # --- public ---
 
 
-@documented(reference.attend_images)
-def attend_images(
+@documented(reference.attend_spans)
+def attend_spans(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -508,7 +508,7 @@ def attend_images(
 ) -> Tensor | tuple[Tensor, Tensor]:
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if not on_triton(q) or (differentiable and workspace is None):
-        return reference.attend_images(
+        return reference.attend_spans(
             q, k, v, spans, rotation, scales, return_lse, validate, workspace
         )
     check_attention(q, k, v, spans, rotation, scales, workspace)
@@ -588,6 +588,6 @@ def _check_kernel(
         reasons.append("float8 needs a GPU of compute capability 8.9")
     if reasons:
         raise ValueError(
-            f"attend_images: on a GPU {'; '.join(reasons)}: or use"
-            " comemo_kernels.reference.attend_images"
+            f"attend_spans: on a GPU {'; '.join(reasons)}: or use"
+            " comemo_kernels.reference.attend_spans"
         )

@@ -20,7 +20,7 @@ from comemo_kernels._checks_memory import (
     check_spans,
 )
 from comemo_kernels._op import INTERPRET, check, check_count, to_device
-from comemo_kernels.reading import MemoryScales, QueryRotation
+from comemo_kernels.attention_types import MemoryScales, QueryRotation
 from comemo_kernels.reference import rotary_table
 
 Table = tuple[Tensor, Tensor]
@@ -252,7 +252,7 @@ class ImageMemory:
 
     @public
     def rotation(self, positions: Tensor) -> QueryRotation:
-        """How `attend_images` rotates queries at `positions` [B, N] for this memory.
+        """How `attend_spans` rotates queries at `positions` [B, N] for this memory.
 
         Raises:
             ValueError: a memory without a table.
@@ -310,7 +310,7 @@ def memory_buffers(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tensor:
-    """Room for keys and values, in the layout that `attend_images` reads fastest on a device.
+    """Room for keys and values, in the layout that `attend_spans` reads fastest on a device.
 
     Args:
         layers, capacity, heads, head_dim: L, C, G and D.

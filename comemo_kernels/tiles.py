@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from comemo_kernels import reference
-from comemo_kernels._fold import WIDEST, fold_norm_gradient_op, launch_fold_norm, padded
+from comemo_kernels._gemm import multiply
 from comemo_kernels._op import Kernel, documented, on_triton, register
-from comemo_kernels._product import multiply
+from comemo_kernels._unshuffle_norm import WIDEST, fold_norm_gradient_op, launch_fold_norm, padded
 
 # --- kernel ---
 

@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
 import comemo
-from comemo import demo
+from comemo.cli import demo
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 

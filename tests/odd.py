@@ -179,8 +179,8 @@ GRID = {"side": 2, "tile_order": "row", "thumbnail": True}
 RIGHT: dict[str, Callable[[str], Call]] = {
     "apply_rotary": lambda d: (ops.apply_rotary, rotated(d)),
     "apply_rotary by grids": lambda d: (ops.apply_rotary, rotated_by_grids(d)),
-    "attend_images": lambda d: (ops.attend_images, attended(d)),
-    "attend_images in float8": lambda d: (ops.attend_images, attended_in_float8(d)),
+    "attend_spans": lambda d: (ops.attend_spans, attended(d)),
+    "attend_spans in float8": lambda d: (ops.attend_spans, attended_in_float8(d)),
     "attention_workspace": lambda d: (
         ops.attention_workspace,
         {"q": attended(d)["q"], "k": attended(d)["k"], "splits": 2},

@@ -9,7 +9,7 @@ from small import make_model, place
 from transformers.generation.streamers import BaseStreamer
 
 from comemo import ChatSession
-from comemo.session import _State
+from comemo.chat.session import _State
 
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 

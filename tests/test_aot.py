@@ -22,17 +22,9 @@ import triton
 import triton.language as tl
 
 import comemo_kernels
-from comemo_kernels import (
-    _attend_tma,
-    _blocks,
-    _build_tma,
-    _descriptors,
-    aot,
-    aot_read,
-    attention,
-    glue,
-    rotary,
-)
+from comemo_kernels import _attend_tma, _blocks, _descriptors, aot, aot_read, attention, rotary
+from comemo_kernels import _memory_build_tma as _build_tma
+from comemo_kernels import fused_linear as glue
 from comemo_kernels._blocks import prefetch
 from comemo_kernels._op import Kernel
 

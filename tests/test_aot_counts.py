@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from comemo_kernels import _attend_tma, _descriptors, aot, aot_counts, aot_sass, attention, build
+from comemo_kernels import _attend_tma, _descriptors, aot, aot_counts, aot_sass, attention
+from comemo_kernels import memory_build as build
 from comemo_kernels._op import Kernel
 
 

@@ -13,19 +13,12 @@ pytest.importorskip("triton")
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from comemo_kernels import (
-    _build_tma,
-    _descriptors,
-    _fold,
-    _product,
-    aot,
-    attention,
-    build,
-    glue,
-    positions,
-    rotary,
-    tiles,
-)
+from comemo_kernels import _descriptors, aot, attention, positions, rotary, tiles
+from comemo_kernels import _gemm as _product
+from comemo_kernels import _memory_build_tma as _build_tma
+from comemo_kernels import _unshuffle_norm as _fold
+from comemo_kernels import fused_linear as glue
+from comemo_kernels import memory_build as build
 
 
 class Chooser(aot.OfflineDriver):

@@ -125,7 +125,7 @@ def test_an_error_that_no_type_explains_comes_as_it_is(monkeypatch):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(reference.glue, "product", fail)
+    monkeypatch.setattr(reference.fused_linear, "product", fail)
     assert raised(reference.norm_linear, right) is error
     with pytest.raises(TypeError, match=r"norm_linear\(\) missing 1 required"):
         ops.norm_linear(right["x"], right["norm_weight"])
@@ -198,7 +198,7 @@ def test_a_workspace_of_gradients_is_refused_before_anything_is_written():
         for kind in ("a leaf", "an inference tensor", "sparse"):
             room = right["workspace"]
             room = room._replace(**{part: UNWRITABLE[kind](getattr(room, part))})
-            refuses(ops.attend_images, right | {"workspace": room}, told=f"workspace.{part}")
+            refuses(ops.attend_spans, right | {"workspace": room}, told=f"workspace.{part}")
 
 
 @kernel
@@ -227,7 +227,7 @@ def test_a_tile_of_nothing_is_refused(tile, device):
     refuses(ops.build_memory, right | {"scales": scales}, told="the tile of scales must be")
     right = odd.attended_in_float8(device)
     scales = MemoryScales(*right["scales"][:2], tile)
-    refuses(ops.attend_images, right | {"scales": scales}, told="scales.tile must be")
+    refuses(ops.attend_spans, right | {"scales": scales}, told="scales.tile must be")
     memory = odd.memory(device, odd.FLOAT8)
     memory.scales = {n: s._replace(tile=tile) for n, s in memory.scales.items()}
     refuses(ops.append_images, odd.appended(device, memory), told="the tile of the memory must")
@@ -253,7 +253,7 @@ def test_a_query_beyond_the_table_is_nan(far, way, device):
         rotation = QueryRotation(cos, sin, torch.tensor([[far, 5]], dtype=dtype, device=device))
         if images:
             rotation = rotation._replace(starts=starts[:images], biases=biases[:, :images] + 4)
-        for op in (ops.attend_images, reference.attend_images):
+        for op in (ops.attend_spans, reference.attend_spans):
             out, lse = op(**right | {"rotation": rotation})
             assert out[:, 0].isnan().all()
             assert lse[:, 0].isnan().all()
@@ -284,7 +284,7 @@ def test_no_query_reads_nothing(shape, rotated, device):
     spans = torch.tensor([[[0, 8]]], device=device).expand(shape[0], 1, 2)
     right |= {"q": torch.zeros(shape, device=device), "spans": spans, "workspace": None}
     right["rotation"] = rotation._replace(biases=rotation.biases) if rotated else None
-    for op in (ops.attend_images, reference.attend_images):
+    for op in (ops.attend_spans, reference.attend_spans):
         out, lse = op(**right)
         assert (out.shape, lse.shape) == (shape, shape[:3])
         assert op(**right | {"return_lse": False}).shape == shape

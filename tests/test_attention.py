@@ -1,4 +1,4 @@
-"""attend_images: softmax(q k^T) v over spans, queries rotated on load."""
+"""attend_spans: softmax(q k^T) v over spans, queries rotated on load."""
 
 import math
 
@@ -20,7 +20,7 @@ from comemo_kernels import (
     AttentionWorkspace,
     MemoryScales,
     QueryRotation,
-    attend_images,
+    attend_spans,
     attention_workspace,
     capture,
     reference,
@@ -49,7 +49,7 @@ def make_inputs(
     ids=torch.int64,
     device=DEVICE,
 ):
-    """Arguments of `attend_images`; `starts` None for queries that are rotated already."""
+    """Arguments of `attend_spans`; `starts` None for queries that are rotated already."""
     g = torch.Generator().manual_seed(B * N + M + D)
 
     def draw(*shape):
@@ -85,8 +85,8 @@ def ways(rest, **kwargs):
         return attend(q, k, v, spans, rotation, **kwargs)
 
     return (
-        lambda **inputs: call(attend_images, **inputs),
-        lambda **inputs: call(reference.attend_images, **inputs),
+        lambda **inputs: call(attend_spans, **inputs),
+        lambda **inputs: call(reference.attend_spans, **inputs),
     )
 
 
@@ -181,7 +181,7 @@ def test_every_configuration_and_split(rows):
     inputs, rest = make_inputs(rows, 1, 2, 1, 32, 400, "prompt", (0, 256, 300))
     inputs = {n: t if n == "spans" or t is None else t.half() for n, t in inputs.items()}
     rotation = QueryRotation(inputs.pop("cos"), inputs.pop("sin"), **rest)
-    wanted = reference.attend_images(**inputs, rotation=rotation)
+    wanted = reference.attend_spans(**inputs, rotation=rotation)
     kernel = attention._kernel_for(torch.float16, 2 * rows)
     # What L2 is asked for, and when a launch begins, is nothing to the interpreter.
     hidden = {"AHEAD", "EARLY"} if INTERPRET else set()
@@ -193,7 +193,7 @@ def test_every_configuration_and_split(rows):
                 for tensor in workspace[:-1]:
                     tensor.fill_(math.nan) if splits > 1 else None
                 for _ in range(2):  # a workspace is left as it was found
-                    out = attend_images(**inputs, rotation=rotation, workspace=workspace)
+                    out = attend_spans(**inputs, rotation=rotation, workspace=workspace)
                     assert out is workspace.out
                     torch.testing.assert_close(out, wanted, atol=2e-3, rtol=2e-3)
                 assert not workspace.counts.any()
@@ -292,14 +292,14 @@ def test_float8_memory(dtype, N, tile):
         name: inputs[name].double() * scale.double().repeat_interleave(tile, 0)[..., None]
         for name, scale in (("k", scales.keys), ("v", scales.values))
     }
-    rounded = reference.attend_images(
+    rounded = reference.attend_spans(
         **{name: x if name == "spans" else x.to(dtype) for name, x in exact.items()},
         rotation=rotation,
     )
     exact["q"] = exact["q"].double()
     turned = rotation._replace(cos=rotation.cos.double(), sin=rotation.sin.double())
-    truth = reference.attend_images(**exact, rotation=turned)
-    for attend in (attend_images, reference.attend_images):
+    truth = reference.attend_spans(**exact, rotation=turned)
+    for attend in (attend_spans, reference.attend_spans):
         out = attend(**inputs, rotation=rotation, scales=scales)
         assert_errs_no_more(out, rounded, truth)
 
@@ -341,9 +341,9 @@ def test_a_row_is_blind_to_others_scales(tile):
         inputs[name] = inputs[name].to(torch.float8_e4m3fn)
     scales = MemoryScales(*(torch.rand(2, 4, 1, device=DEVICE) + 0.5), tile=tile)
     rotation = QueryRotation(inputs.pop("cos"), inputs.pop("sin"), **rest)
-    clean = attend_images(**inputs, rotation=rotation, scales=scales)
+    clean = attend_spans(**inputs, rotation=rotation, scales=scales)
     scales.keys[2], scales.values[2] = math.nan, 0
-    out = attend_images(**inputs, rotation=rotation, scales=scales)
+    out = attend_spans(**inputs, rotation=rotation, scales=scales)
     torch.testing.assert_close(out, clean)
 
 
@@ -407,10 +407,10 @@ def test_spans_outside_the_memory_read_nothing_there():
     inside = k[100:140]
     spans = torch.tensor([[[-50, 20], [30, 90]]], device=DEVICE)
     clamped = torch.tensor([[[0, 20], [30, 40]]], device=DEVICE)
-    out = attend_images(q, inside, inside, spans)
-    torch.testing.assert_close(out, attend_images(q, inside, inside, clamped))
+    out = attend_spans(q, inside, inside, spans)
+    torch.testing.assert_close(out, attend_spans(q, inside, inside, clamped))
     with pytest.raises(ValueError, match=r"must lie in \[0, 40\], the memory, got -50 to 90"):
-        attend_images(q, inside, inside, spans, validate=True)
+        attend_spans(q, inside, inside, spans, validate=True)
 
 
 # --- by tensor descriptors ---
@@ -507,12 +507,12 @@ def test_a_decode_step_gives_the_same_bits():
     )
     inputs["spans"][:] = torch.tensor([0, 3328])
     rotation = QueryRotation(inputs.pop("cos"), inputs.pop("sin"), **rest)
-    plain = attend_images(**inputs, rotation=rotation)
+    plain = attend_spans(**inputs, rotation=rotation)
     for config in attention.attend_one.configs:
         with attention.attend_one.using(config):
             room = attention_workspace(inputs["q"], inputs["k"])
             assert_repeats(
-                lambda room=room: attend_images(**inputs, rotation=rotation, workspace=room), plain
+                lambda room=room: attend_spans(**inputs, rotation=rotation, workspace=room), plain
             )
 
 
@@ -596,7 +596,7 @@ def test_compiles_whole_for_any_length(real_device):
 
 
 def ways_compiled(q, k, v, spans, cos, sin, positions, starts, biases):
-    return attend_images(q, k, v, spans, QueryRotation(cos, sin, positions, starts, biases))
+    return attend_spans(q, k, v, spans, QueryRotation(cos, sin, positions, starts, biases))
 
 
 @pytest.mark.gpu
@@ -647,7 +647,7 @@ def test_says_what_is_wrong():
 
     def wrong(message, *, rotation=rotation, **changes):
         with pytest.raises(ValueError, match=message):
-            attend_images(**inputs | changes, rotation=rotation)
+            attend_spans(**inputs | changes, rotation=rotation)
 
     q, k, spans = inputs["q"], inputs["k"], inputs["spans"]
     wrong(r"q must be \[B, N, H, D\]", q=q[0])
@@ -672,7 +672,7 @@ def test_says_what_is_wrong():
             validate=True,
         )
     with pytest.raises(ValueError, match="the workspace must be that of attention_workspace for"):
-        attend_images(**inputs, workspace=attention_workspace(q[:1], k))
+        attend_spans(**inputs, workspace=attention_workspace(q[:1], k))
     workspace = attention_workspace(q, k, 2)
     for wrong_part in (
         {"lse": workspace.lse[:1]},
@@ -681,7 +681,7 @@ def test_says_what_is_wrong():
         *([{"counts": workspace.counts[:1]}] if INTERPRET or GPU else []),
     ):
         with pytest.raises(ValueError, match="the workspace must be that of attention_workspace"):
-            attend_images(**inputs, workspace=workspace._replace(**wrong_part))
+            attend_spans(**inputs, workspace=workspace._replace(**wrong_part))
     with pytest.raises(ValueError, match="splits must be an integer from 1 to 65536, got 0"):
         attention_workspace(q, k, 0)
     with pytest.raises(ValueError, match="with G dividing H"):
@@ -710,9 +710,9 @@ def test_says_what_a_kernel_cannot_do():
         ),
     ):
         with pytest.raises(ValueError, match=f"on a GPU .*{message}"):
-            attend_images(**{**inputs, "rotation": rotation, **changes})
+            attend_spans(**{**inputs, "rotation": rotation, **changes})
     inputs["q"].requires_grad_()
     workspace = attention_workspace(inputs["q"], inputs["k"])
     with pytest.raises(ValueError, match="a workspace excludes gradients"):
-        attend_images(**inputs, workspace=workspace)
+        attend_spans(**inputs, workspace=workspace)
     assert isinstance(workspace, AttentionWorkspace)

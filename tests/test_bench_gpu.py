@@ -94,7 +94,7 @@ def test_what_ships_is_compiled_to_where_a_launch_finds_it(monkeypatch, tmp_path
     kernels = {case.kernel for case in cases if "sm_90" in case.chips}
     assert held == {(kernel, j) for kernel in kernels for j in range(len(kernel.configs))}
     assert [cases[i].dot for i, _ in places] == sorted((cases[i].dot for i, _ in places))[::-1]
-    from comemo_kernels import glue
+    from comemo_kernels import fused_linear as glue
 
     place = next(p for p in places if cases[p[0]].kernel is glue.one_weight_kernel)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -162,13 +162,13 @@ def test_mixin_rows():
 
 
 def test_a_wrong_way_of_ours_is_not_timed_and_the_next_case_is(monkeypatch, capsys):
-    right = ops.attend_images
+    right = ops.attend_spans
 
     def wrong(q, k, v, *others, **options):
         out = right(q, k, v, *others, **options)
         return 1.01 * out if q.shape[0] == 2 else out
 
-    monkeypatch.setattr(ops, "attend_images", wrong)
+    monkeypatch.setattr(ops, "attend_spans", wrong)
     rows, failed = rows_of(attend, "--sizes", "tiny", "--cases", "small_decode", "small_shared")
     assert failed
     assert {row["case"] for row in rows} == {"small_shared tiny"}
@@ -176,8 +176,8 @@ def test_a_wrong_way_of_ours_is_not_timed_and_the_next_case_is(monkeypatch, caps
 
 
 def test_what_is_read_where_there_is_nothing_is_wrong(monkeypatch):
-    right = ops.attend_images
-    monkeypatch.setattr(ops, "attend_images", lambda *given, **named: right(*given, **named) + 1e-9)
+    right = ops.attend_spans
+    monkeypatch.setattr(ops, "attend_spans", lambda *given, **named: right(*given, **named) + 1e-9)
     rows, failed = rows_of(attend, "--sizes", "tiny", "--cases", "small_pack")
     assert failed
     assert rows == []
@@ -209,9 +209,9 @@ def test_a_wrong_memory_is_not_timed(monkeypatch):
 
 def test_a_wrong_layer_is_not_timed(monkeypatch):
     """Attention is a share of what a layer adds that the comparison sees."""
-    right = ops.attend_images
+    right = ops.attend_spans
     monkeypatch.setattr(
-        ops, "attend_images", lambda q, k, v, *given, **named: right(-q, k, v, *given, **named)
+        ops, "attend_spans", lambda q, k, v, *given, **named: right(-q, k, v, *given, **named)
     )
     assert rows_of(mixin, "--sizes", "tiny", "--cases", "decode_1", "--no-compile") == ([], True)
 
@@ -301,13 +301,13 @@ def test_descriptors_are_timed_where_they_are_launched(monkeypatch):
     if not _descriptors.AVAILABLE:
         pytest.skip("triton below 3.4 makes no descriptors in a kernel")
     kernels = {"plain": Nothing(), "descriptors": Nothing()}
-    right = ops.attend_images
+    right = ops.attend_spans
 
-    def attend_images(*given, **named):
+    def attend_spans(*given, **named):
         kernels["descriptors" if attention.USE_TMA else "plain"].launch()
         return right(*given, **named)
 
-    monkeypatch.setattr(ops, "attend_images", attend_images)
+    monkeypatch.setattr(ops, "attend_spans", attend_spans)
     monkeypatch.setattr(attention, "attend_many", kernels["plain"])
     monkeypatch.setattr(attention, "_kernel_for", lambda *_: kernels["plain"])
     monkeypatch.setattr(_attend_tma, "attend_tma", kernels["descriptors"])
@@ -321,9 +321,9 @@ def test_descriptors_are_timed_where_they_are_launched(monkeypatch):
 def test_splits_of_a_decode_step_are_timed(monkeypatch):
     attention = pytest.importorskip("comemo_kernels.attention")
     kernel, asked = Nothing(), []
-    right = ops.attend_images
+    right = ops.attend_spans
 
-    def attend_images(*given, **named):
+    def attend_spans(*given, **named):
         kernel.launch()
         return right(*given, **named)
 
@@ -331,7 +331,7 @@ def test_splits_of_a_decode_step_are_timed(monkeypatch):
         asked.append(splits)
         return
 
-    monkeypatch.setattr(ops, "attend_images", attend_images)
+    monkeypatch.setattr(ops, "attend_spans", attend_spans)
     monkeypatch.setattr(ops, "attention_workspace", attention_workspace)
     monkeypatch.setattr(attention, "_kernel_for", lambda *_: kernel)
     monkeypatch.setattr(attention, "_choose_splits", lambda *_: 3)
@@ -344,8 +344,9 @@ def test_splits_of_a_decode_step_are_timed(monkeypatch):
 
 
 def test_the_build_by_descriptors_is_timed_last_and_by_its_name(monkeypatch):
-    build = pytest.importorskip("comemo_kernels.build")
-    from comemo_kernels import _build_tma, _descriptors
+    build = pytest.importorskip("comemo_kernels.memory_build")
+    from comemo_kernels import _descriptors
+    from comemo_kernels import _memory_build_tma as _build_tma
 
     if not _descriptors.AVAILABLE:
         pytest.skip("triton below 3.4 makes no descriptors in a kernel")

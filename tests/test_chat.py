@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import TextIteratorStreamer
 
 from comemo import prompts
-from comemo.chat import check_pictures
+from comemo.chat.published import check_pictures
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 

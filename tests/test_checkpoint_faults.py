@@ -11,7 +11,7 @@ from test_cli import QUICK, broken, fails, run
 from transformers import LlamaConfig
 
 import comemo
-from comemo import info
+from comemo.cli import info
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SLOW = pytest.mark.slow

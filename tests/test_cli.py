@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 import comemo
-from comemo import cli, info, progress
-from comemo.terminal import plain
+from comemo.cli import info, progress
+from comemo.cli import main as cli
+from comemo.cli.terminal import plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = ["--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu"]

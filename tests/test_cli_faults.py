@@ -17,7 +17,8 @@ from test_cli import QUICK, fails, run
 from transformers.utils import logging
 
 import comemo
-from comemo import chat_cli, info, terminal
+from comemo.cli import chat as chat_cli
+from comemo.cli import info, terminal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,7 +190,7 @@ def test_numbers_that_end_in_a_crash(capsys, option, value, said):
 
 STREAMS = """
 import os, sys
-from comemo import cli
+from comemo.cli import main as cli
 
 def closed(number, name):
     os.close(number)
@@ -255,7 +256,7 @@ def test_ctrl_c_while_the_libraries_are_imported(tmp_path, command):
     stub = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
     (tmp_path / "transformers.py").write_text(stub)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "comemo").write_text("from comemo.cli import main\n")
+    (tmp_path / "bin" / "comemo").write_text("from comemo.cli.main import main\n")
     here = str(Path(comemo.__file__).parents[1])
     ended = subprocess.run(
         [sys.executable, *command, "info", "x"],

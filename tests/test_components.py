@@ -92,7 +92,7 @@ def test_cross_attention(golden, model, mixin, case):
     key, value = mixin.kv_proj(media).flatten(0, 1).unflatten(-1, (2, 4, 32)).unbind(1)
     key = ops.apply_rotary(key.view(B, M, 4, 32), None, *table(model, media_ids))[0].flatten(0, 1)
     q, _ = ops.apply_rotary(mixin.q_proj(x).unflatten(-1, (4, 32)), None, *table(model, text_ids))
-    out = mixin.o_proj(ops.attend_images(q, key, value, spans_of(tensors, B, N, M)).flatten(2))
+    out = mixin.o_proj(ops.attend_spans(q, key, value, spans_of(tensors, B, N, M)).flatten(2))
     check(
         tensors,
         out,

@@ -15,10 +15,13 @@ from transformers.generation.streamers import BaseStreamer
 
 import comemo
 import comemo_kernels as ops
-from comemo import ChatSession, CoMemoProcessor, DecodeLoop, decode, decode_answer, decode_memory
-from comemo.cache import RoomyCache
-from comemo.decode_memory import capacity_for
-from comemo.decode_step import DecodeStep
+from comemo import ChatSession, CoMemoProcessor, DecodeLoop
+from comemo.decode import answer as decode_answer
+from comemo.decode import arena as decode_memory
+from comemo.decode import loop as decode
+from comemo.decode.arena import capacity_for
+from comemo.decode.cache import RoomyCache
+from comemo.decode.step import DecodeStep
 from comemo_kernels import MemoryScales
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,8 @@ from transformers import AutoProcessor, AutoTokenizer
 
 import comemo
 import comemo_kernels as ops
-from comemo import cli, demo, progress
+from comemo.cli import demo, progress
+from comemo.cli import main as cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -128,7 +128,7 @@ def attention(kind):
         if kind == "workspace":
             rest["counts"].zero_()
             workspace = ops.AttentionWorkspace(*(rest[name] for name in written))
-        return ops.attend_images(
+        return ops.attend_spans(
             *(q, k, v, spans, rotation, scales), return_lse=True, workspace=workspace
         )
 
@@ -205,8 +205,8 @@ CASES = {
     "apply_rotary by grids": functools.partial(rotary, "grids"),
     "apply_rotary in place": rotary_in_place,
     "rope_dhr_positions": numbering,
-    "attend_images with a workspace": functools.partial(attention, "workspace"),
-    "attend_images float8": functools.partial(attention, "float8"),
+    "attend_spans with a workspace": functools.partial(attention, "workspace"),
+    "attend_spans float8": functools.partial(attention, "float8"),
     "build_memory": functools.partial(memory, torch.float32),
     "build_memory folded": functools.partial(memory, torch.float32, exact=False),
     "build_memory float8": functools.partial(memory, torch.float8_e4m3fn),

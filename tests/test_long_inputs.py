@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 import comemo
 import comemo_kernels as ops
-from comemo.cache import ROOM, RoomyCache
-from comemo.prefill import read_prompt
+from comemo.decode.cache import ROOM, RoomyCache
+from comemo.decode.prefill import read_prompt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}

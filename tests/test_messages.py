@@ -14,7 +14,7 @@ from PIL import Image
 
 import comemo
 from comemo import CoMemoProcessor, prompts
-from comemo.conversation import load_pictures
+from comemo.chat.conversation import load_pictures
 
 ASK = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
 

@@ -12,7 +12,7 @@ import torch
 from small import make_model, make_prompts
 
 from comemo import ChatSession, DecodeLoop, MemoryStore
-from comemo.progress import count_calls
+from comemo.cli.progress import count_calls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HOW = {

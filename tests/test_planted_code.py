@@ -34,9 +34,9 @@ from comemo import (
     CoMemoModel,
     CoMemoProcessor,
     InternLM2Tokenizer,
-    cli,
     prompts,
 )
+from comemo.cli import main as cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -8,7 +8,7 @@ import torch
 from conftest import DEVICE
 
 import comemo
-from comemo import progress
+from comemo.cli import progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

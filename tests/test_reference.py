@@ -110,14 +110,14 @@ def memory_case(B, N, H, G, D, M, seed, per_token=True, dtype=torch.float32):
 )
 def test_attention_is_its_definition(B, N, heads, D, M, seed, per_token, compiling):
     case = memory_case(B, N, *heads, D, M, seed, per_token)
-    op = reference.attention._attend_masked if compiling else ops.attend_images
+    op = reference.attention._attend_masked if compiling else ops.attend_spans
     assert_matches(op, naive_attention, case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_attention_in_half_precision(dtype):
     assert_matches(
-        ops.attend_images, naive_attention, memory_case(2, 5, 4, 4, 64, 33, 7, dtype=dtype)
+        ops.attend_spans, naive_attention, memory_case(2, 5, 4, 4, 64, 33, 7, dtype=dtype)
     )
 
 
@@ -125,8 +125,8 @@ def test_attention_gradients_are_zero_for_empty_spans():
     case = memory_case(2, 3, 2, 2, 4, 6, 3, dtype=torch.float64)
     case["spans"] = torch.tensor([[[0, 4]], [[4, 4]]])
     leaves = [case[name].requires_grad_() for name in "qkv"]
-    assert gradcheck(lambda q, k, v: ops.attend_images(q, k, v, case["spans"]), leaves)
-    out = ops.attend_images(**case)
+    assert gradcheck(lambda q, k, v: ops.attend_spans(q, k, v, case["spans"]), leaves)
+    out = ops.attend_spans(**case)
     assert (out[1] == 0).all()
     grads = torch.autograd.grad(out.square().sum(), leaves)
     assert (grads[0][1] == 0).all()
@@ -135,11 +135,11 @@ def test_attention_gradients_are_zero_for_empty_spans():
 
 def test_a_row_alone_is_the_row_in_a_batch():
     case = memory_case(4, 3, 2, 2, 8, 30, 5, per_token=False)
-    whole = ops.attend_images(**case)
+    whole = ops.attend_spans(**case)
     for b in range(4):
         start, end = case["spans"][b, 0].tolist()
         alone = (
-            ops.attend_images(
+            ops.attend_spans(
                 case["q"][b : b + 1],
                 case["k"][start:end],
                 case["v"][start:end],
@@ -153,19 +153,19 @@ def test_a_row_alone_is_the_row_in_a_batch():
 
 @TRACED
 def test_attention_compiles_whole():
-    compiled = torch.compile(ops.attend_images, fullgraph=True, backend="eager")
+    compiled = torch.compile(ops.attend_spans, fullgraph=True, backend="eager")
     case = memory_case(2, 3, 2, 2, 8, 30, 5)
-    torch.testing.assert_close(compiled(**case), ops.attend_images(**case), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compiled(**case), ops.attend_spans(**case), rtol=1e-5, atol=1e-6)
 
 
 def test_attention_says_what_is_wrong():
     case = memory_case(2, 3, 2, 2, 8, 30, 5)
     with pytest.raises(ValueError, match=r"spans must be .* \(2, 3, 2\) or \(2, 1, 2\)"):
-        ops.attend_images(**case | {"spans": case["spans"][:, :2]})
+        ops.attend_spans(**case | {"spans": case["spans"][:, :2]})
     with pytest.raises(ValueError, match=r"must lie in \[0, 30\]"):
-        ops.attend_images(**case | {"spans": case["spans"] + 31})
+        ops.attend_spans(**case | {"spans": case["spans"] + 31})
     with pytest.raises(ValueError, match="dividing 2"):
-        ops.attend_images(**case | {"k": random(30, 3, 8), "v": random(30, 3, 8)})
+        ops.attend_spans(**case | {"k": random(30, 3, 8), "v": random(30, 3, 8)})
 
 
 # --- tile projection ---

@@ -9,7 +9,7 @@ from small import place
 from talks import GREEDY, At, afresh, check_same, make_chatty, make_picture, shown_in, start, throw
 
 from comemo import DecodeLoop, MemoryStore
-from comemo.cache import RoomyCache
+from comemo.decode.cache import RoomyCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STATE = {"session.py", "conversation.py", "transcript.py", "cache.py", "prefill.py", "decode.py"}

@@ -18,7 +18,7 @@ from talks import At, afresh, check_same, make_chatty, make_picture, start, thro
 from transformers import StoppingCriteria
 
 from comemo import DecodeLoop, MemoryStore
-from comemo.session import _State
+from comemo.chat.session import _State
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -10,7 +10,9 @@ import torch
 from test_cli import QUICK, expected, fails, run
 
 import comemo
-from comemo import cli, store_directory, store_files
+from comemo.cli import main as cli
+from comemo.store import directory as store_directory
+from comemo.store import files as store_files
 from comemo_kernels import ImageMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,8 +17,10 @@ from known import assert_same, batch_of, counts, files_of, memory_of, tiles, wor
 from safetensors.torch import load_file, save_file
 
 import comemo
-from comemo import cli, store_directory, store_files
-from comemo.store_directory import BadFileError
+from comemo.cli import main as cli
+from comemo.store import directory as store_directory
+from comemo.store import files as store_files
+from comemo.store.directory import BadFileError
 from comemo_kernels import ImageMemory
 
 pytestmark = [
@@ -426,7 +428,7 @@ def test_leftovers_of_dead_writers_are_swept(tmp_path):
 CHILD = """
 import sys, time, torch
 from pathlib import Path
-from comemo import store_files
+from comemo.store import files as store_files
 path = Path(sys.argv[1])
 header, old = store_files.read_header(path), store_files.chunks_of
 image = store_files.read_image(path, {}, header.tensors)

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from known import assert_same, batch_of, counts, files_of, memory_of
 
 import comemo
-from comemo import cli, store, store_directory
+from comemo.cli import main as cli
+from comemo.store import directory as store_directory
+from comemo.store import store
 from comemo_kernels import ImageMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from known import assert_same, batch_of, counts, key_of, memory_of, tiles, work_on
 
 import comemo
-from comemo import store_keys
-from comemo.progress import reading_bar
+from comemo.cli.progress import reading_bar
+from comemo.store import keys as store_keys
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -154,7 +154,7 @@ def test_the_same_weights_are_the_same_model(loaded, demo_checkpoint, fresh):
 def test_weights_are_hashed_once(fresh, monkeypatch):
     asked, identify = [], store_keys.identify_model
     monkeypatch.setattr(
-        "comemo.store.identify_model", lambda model: asked.append(0) or identify(model)
+        "comemo.store.store.identify_model", lambda model: asked.append(0) or identify(model)
     )
     store = comemo.MemoryStore()
     for name in ("square", "wide", "square"):

@@ -74,7 +74,7 @@ def test_matches_reference(dtype, T, side, n, C, d, version, gradients):
 @pytest.mark.parametrize("slots", [1, 3, 4, 1000])
 def test_split_waves_are_whole_ones(monkeypatch, slots, dtype):
     """2 x 2 blocks and 17 steps or more, on multiprocessors that they fill or do not."""
-    from comemo_kernels import _product
+    from comemo_kernels import _gemm as _product
 
     monkeypatch.setattr(_product, "multiprocessors", lambda _: slots)
     monkeypatch.setattr(_product, "STEPS", 2)
@@ -91,7 +91,7 @@ def test_split_waves_are_whole_ones(monkeypatch, slots, dtype):
 @pytest.mark.kernel
 def test_rows_for_more_warps(monkeypatch):
     """Kernels of wide towers: the gradient takes a pass for the tokens and one for the norm."""
-    from comemo_kernels import _fold
+    from comemo_kernels import _unshuffle_norm as _fold
 
     monkeypatch.setattr(_fold, "NARROW", 16)
     assert _fold._Plan.of(make_inputs()["tokens"], 2, False).wide
@@ -294,7 +294,8 @@ def test_v1_is_the_transposed_raster_of_v2():
 @pytest.mark.kernel
 @TRACED
 def test_operator_contract(real_device):
-    from comemo_kernels import _fold, tiles
+    from comemo_kernels import _unshuffle_norm as _fold
+    from comemo_kernels import tiles
 
     operands = tuple(make_inputs(T=3, dtype=torch.float16, device=real_device).values())
     media, embeds = (torch.zeros(n, 24, device=real_device).half() for n in (12, 42))

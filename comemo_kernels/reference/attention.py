@@ -9,14 +9,14 @@ from torch import Tensor
 from comemo_kernels._arguments import public
 from comemo_kernels._checks import check_attention, check_read, check_workspace
 from comemo_kernels._writes import check_writable
-from comemo_kernels.reading import AttentionWorkspace, MemoryScales, QueryRotation
+from comemo_kernels.attention_types import AttentionWorkspace, MemoryScales, QueryRotation
 from comemo_kernels.reference.rotary import rotate_halves
 
 ROWS = 256  # queries whose scores are held at once where SDPA cannot be used
 
 
 @public
-def attend_images(
+def attend_spans(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -64,7 +64,7 @@ def attend_images(
     if workspace is not None:
         learns = any(t.requires_grad for t in (q, k, v))
         check_writable(
-            *("attend_images", {"workspace.out": workspace.out, "workspace.lse": workspace.lse}),
+            *("attend_spans", {"workspace.out": workspace.out, "workspace.lse": workspace.lse}),
             learns,
         )
     starts = None if rotation is None else rotation.starts
@@ -89,7 +89,7 @@ def attend_images(
 
 @public
 def attention_workspace(q: Tensor, k: Tensor, splits: int | None = None) -> AttentionWorkspace:
-    """What `attend_images` needs to allocate nothing for queries like `q` and keys like `k`.
+    """What `attend_spans` needs to allocate nothing for queries like `q` and keys like `k`.
 
     Args:
         q: [B, N, H, D]; only shape, dtype and device matter.

@@ -9,9 +9,9 @@ from torch import Tensor
 from comemo_kernels._arguments import public
 from comemo_kernels._checks import FLOAT8
 from comemo_kernels._checks_memory import check_build
-from comemo_kernels.reading import MemoryScales
+from comemo_kernels.attention_types import MemoryScales
 from comemo_kernels.reference.attention import turn
-from comemo_kernels.reference.glue import rms_norm
+from comemo_kernels.reference.fused_linear import rms_norm
 
 FLOAT8_MAX = 448.0  # of float8_e4m3fn
 

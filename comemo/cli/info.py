@@ -1,0 +1,178 @@
+"""What a checkpoint says of itself, read without its weights."""
+
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from comemo.cli.terminal import plain
+from comemo.config import CoMemoConfig
+from comemo.safety.regular import check_checkpoint, check_path, read_json
+from comemo.safety.settings import shorten
+
+PARTS = {  # part -> its weights, in the published names or in ours
+    "vision tower": r"^(model\.)?vision_",
+    "projector": r"^(mlp1|model\.multi_modal_projector)\.",
+    "mixin layers": r"\.(gated_cross_attn_layer|mixin)\.",
+    "language model": r"^(model\.)?(language_model|lm_head)",
+}
+
+
+def read_config(directory: str | os.PathLike[str]) -> CoMemoConfig:
+    """Read the config of a checkpoint, or say why there is none.
+
+    Args:
+        directory: of a checkpoint.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: no such directory, no readable config in it, or one of another model; files
+            that are pipes or devices.
+        OSError: what may not be read.
+    """
+    check_path("read_config", directory)
+    if not os.path.isdir(directory):
+        raise ValueError(
+            f"there is no directory {str(directory)!r}; MODEL is the directory of a checkpoint, got"
+            " for example by `hf download OWNER/NAME --local-dir DIRECTORY`"
+        )
+    file = Path(directory) / "config.json"
+    if not file.exists():
+        raise ValueError(f"{str(directory)!r} holds no config.json: it is no checkpoint")
+    check_checkpoint(directory)
+    content = read_json(file)
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind != CoMemoConfig.model_type:
+        raise ValueError(
+            f"{str(directory)!r} is a checkpoint of another model: wanted model_type"
+            f" {CoMemoConfig.model_type!r}, got {shorten(kind)}"
+        )
+    return CoMemoConfig.from_pretrained(directory)
+
+
+def describe_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what a checkpoint says of itself: its config, and the headers of its weights.
+
+    Args:
+        directory: of a checkpoint.
+
+    Returns:
+        Facts that can be written as JSON.
+
+    Raises:
+        ValueError: no checkpoint of this model, no safetensors in it, or damaged ones.
+    """
+    config = read_config(directory)
+    text, vision, mixin = config.text_config, config.vision_config, config.mixin_config
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{str(directory)!r} holds no safetensors: its weights are missing")
+    parts: dict[str, dict[str, Any]] = {}
+    for file in files:
+        for name, shape, dtype in _headers(file):
+            _add(parts, _part_of(name), math.prod(shape), dtype)
+    total = {
+        "parameters": sum(part["parameters"] for part in parts.values()),
+        "bytes": sum(part["bytes"] for part in parts.values()),
+        "dtypes": sorted({dtype for part in parts.values() for dtype in part["dtypes"]}),
+    }
+    entries = 2 * len(config.mixin_layers) * mixin.num_heads * mixin.head_dim
+    entries *= config.tokens_per_tile
+    return {
+        "directory": str(directory),
+        "language_model": {
+            "architecture": config.llm_architecture,
+            "layers": text.num_hidden_layers,
+            "width": text.hidden_size,
+            "heads": text.num_attention_heads,
+            "kv_heads": text.num_key_value_heads,
+            "vocabulary": text.vocab_size,
+        },
+        "vision_tower": {
+            "layers": vision.num_hidden_layers,
+            "width": vision.hidden_size,
+            "heads": vision.num_attention_heads,
+            "tile_pixels": config.force_image_size,
+        },
+        "mixin": {
+            "before_layers": [index + 1 for index in config.mixin_layers],  # counted from 1
+            "heads": mixin.num_heads,
+            "head_dim": mixin.head_dim,
+        },
+        "template": config.template,
+        "tokens_per_tile": config.tokens_per_tile,
+        "max_tiles": config.max_dynamic_patch,
+        "use_thumbnail": config.use_thumbnail,
+        **{
+            name: getattr(config, name)
+            for name in ("rope", "tile_order", "decode_positions", "ntk_length")
+        },
+        "memory_bytes_per_tile": {"float32": 4 * entries, "bfloat16": 2 * entries},
+        "parts": {name: parts[name] for name in (*PARTS, "other") if name in parts},
+        "total": total,
+    }
+
+
+def _headers(file: Path) -> list[tuple[str, list[int], str]]:
+    """Name, shape and dtype of every tensor in a file."""
+    try:
+        with safe_open(file, framework="pt") as weights:
+            slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
+            return [(name, s.get_shape(), s.get_dtype()) for name, s in slices.items()]
+    except SafetensorError as error:
+        raise ValueError(f"{str(file)!r} is no whole file of weights: {error}") from error
+
+
+def _part_of(weight: str) -> str:
+    return next((part for part, names in PARTS.items() if re.search(names, weight)), "other")
+
+
+def _add(parts: dict[str, dict[str, Any]], name: str, size: int, dtype: str) -> None:
+    part = parts.setdefault(name, {"parameters": 0, "bytes": 0, "dtypes": []})
+    bits = re.search(r"\d+", dtype)  # BF16, F32, F8_E4M3
+    part["parameters"] += size
+    part["bytes"] += size * (int(bits[0]) if bits else 8) // 8
+    part["dtypes"] = sorted({*part["dtypes"], dtype})
+
+
+def table(facts: dict[str, Any]) -> str:
+    """Lay out the facts for reading.
+
+    Args:
+        facts: of `describe_checkpoint`.
+
+    Returns:
+        Lines of text.
+    """
+    directory, template = plain(facts["directory"]), plain(facts["template"])
+    llm, vision, mixin = (facts[name] for name in ("language_model", "vision_tower", "mixin"))
+    memory = facts["memory_bytes_per_tile"]
+    rows = {
+        "language model": f"{llm['architecture']}, {llm['layers']} layers, width {llm['width']:,},"
+        f" {llm['heads']} heads ({llm['kv_heads']} of keys and values)",
+        "vocabulary": f"{llm['vocabulary']:,} tokens, template {template}",
+        "vision tower": f"{vision['layers']} layers, width {vision['width']:,},"
+        f" {vision['heads']} heads, tiles of {vision['tile_pixels']} px",
+        "mixin layers": f"{len(mixin['before_layers'])}, before layers"
+        f" {', '.join(map(str, mixin['before_layers']))}; {mixin['heads']} heads of"
+        f" {mixin['head_dim']}",
+        "tokens per tile": f"{facts['tokens_per_tile']}, up to {facts['max_tiles']} tiles"
+        + (" and a thumbnail" if facts["use_thumbnail"] else ""),
+        "positions": ", ".join(
+            f"{name} {facts[name]}"
+            for name in ("rope", "tile_order", "decode_positions", "ntk_length")
+        ),
+        "image memory": f"{memory['float32'] / 1e6:,.1f} MB per tile in float32,"
+        f" {memory['bfloat16'] / 1e6:,.1f} MB in bfloat16",
+    }
+    lines = [directory, *(f"  {name:16}{text}" for name, text in rows.items())]
+    lines += ["", f"  {'':16}{'parameters':>16}{'bytes':>18}   dtype"]
+    for name, part in {**facts["parts"], "total": facts["total"]}.items():
+        dtypes = ", ".join(part["dtypes"])
+        lines.append(f"  {name:16}{part['parameters']:16,}{part['bytes']:18,}   {dtypes}")
+    return "\n".join(lines)

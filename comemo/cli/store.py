@@ -1,0 +1,237 @@
+"""`comemo store`: what a directory of known pictures holds, told and tidied without a model."""
+
+import argparse
+import contextlib
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from comemo.cli.terminal import note, plain, tell
+from comemo.store import directory as store_directory
+from comemo.store.directory import BadFileError
+from comemo.store.files import read_header
+from comemo.store.store import MemoryStore, MemoryStoreWarning
+
+SHOWN = 12  # characters of a key or a model's digest in a table
+DAY = 86400.0
+
+
+def add_options(chat: argparse.ArgumentParser, number: Callable[[str], Any]) -> None:
+    """Add `--store` and `--store-budget`.
+
+    Args:
+        chat: the command that asks.
+        number: reads a number above 0.
+    """
+    chat.add_argument(
+        "--store", metavar="DIR", help="keep what pictures become here, and know them again"
+    )
+    chat.add_argument(
+        "--store-budget",
+        type=number,
+        metavar="GB",
+        help="of its files; those unused longest make room (default: no limit)",
+    )
+
+
+def open_store(args: argparse.Namespace) -> MemoryStore | None:
+    """The store that the options of `add_options` ask for.
+
+    Raises:
+        ValueError: a budget without a directory, or beyond all numbers; an empty directory.
+        NotADirectoryError: the directory is a file.
+    """
+    if args.store is None:
+        if args.store_budget is not None:
+            raise ValueError("--store-budget needs --store DIR")
+        return None
+    budget = None if args.store_budget is None else args.store_budget * 1e9
+    if budget == math.inf:
+        raise ValueError(f"--store-budget must be finite, got {args.store_budget:g}")
+    with told_warnings():
+        return MemoryStore(directory=args.store, disk_budget=budget)
+
+
+@contextlib.contextmanager
+def told_warnings() -> Iterator[None]:
+    """Tell what is wrong with a store in a line on stderr, once the block is done."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MemoryStoreWarning)
+        try:
+            yield
+        finally:
+            told = list(caught)
+    for warning in told:
+        if issubclass(warning.category, MemoryStoreWarning):
+            text = str(warning.message).removeprefix("MemoryStore: ")
+            note(f"comemo: warning: {plain(text)}")
+        else:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+
+
+def add_commands(store: argparse.ArgumentParser, number: Callable[[str], Any]) -> None:
+    """Add ls, rm and stats.
+
+    Args:
+        store: the command that they are of.
+        number: reads a number of at least 0.
+    """
+    actions = store.add_subparsers(
+        dest="action", metavar="ACTION", required=True, parser_class=type(store)
+    )
+    for name, text in (
+        ("ls", "list pictures, those unused longest first"),
+        ("rm", "remove pictures"),
+        ("stats", "sum up what the directory holds"),
+    ):
+        added = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.add_argument("directory", metavar="DIR")
+        if name == "rm":
+            added.add_argument("keys", nargs="*", metavar="KEY", help="its first letters will do")
+            added.add_argument("--all", action="store_true", help="every picture")
+            added.add_argument(
+                "--older-than", type=number, metavar="DAYS", help="those unused for longer"
+            )
+        added.add_argument("--json", action="store_true", help="the same for programs")
+        # Given behind `store` already, it is not to be taken back here.
+        added.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the action that was asked for; returns the exit status.
+
+    Raises:
+        ValueError: no such directory, or keys that name no picture or several.
+        OSError: a directory that cannot be read, or a file that cannot be removed.
+    """
+    return {"ls": _ls, "rm": _rm, "stats": _stats}[args.action](args)
+
+
+def describe(directory: str | Path) -> list[dict[str, Any]]:
+    """Read what the files of a store say of themselves, not their tensors.
+
+    Args:
+        directory: of the store.
+
+    Returns:
+        Of each file `key`, `bytes` and `used` (seconds since the epoch), those unused longest
+        first; `tokens`, `dtype` and `model` of a good one, the reason as `broken` of another.
+
+    Raises:
+        ValueError: there is no such directory.
+    """
+    if not str(directory) or not Path(directory).is_dir():  # "" would be the current one
+        raise ValueError(f"there is no directory {str(directory)!r}")
+    rows = []
+    for path, status in store_directory.list_files(Path(directory)):
+        row = {"key": path.stem, "bytes": status.st_size, "used": status.st_mtime}
+        try:
+            header = read_header(path)
+            facts = header.facts
+            if facts["key"] != path.stem:
+                raise BadFileError(f"its key is {facts['key'][:SHOWN]}")
+            row |= {"tokens": header.tokens, "dtype": facts["dtype"], "model": facts["model"]}
+        except FileNotFoundError:
+            continue
+        except (OSError, BadFileError) as error:
+            row["broken"] = str(getattr(error, "strerror", None) or error)
+        rows.append(row)
+    return rows
+
+
+def _ls(args: argparse.Namespace) -> int:
+    rows = describe(args.directory)
+    if args.json:
+        tell(json.dumps([row | {"used": _date(row["used"])} for row in rows], indent=2))
+        return 0
+    if rows:
+        tell(f"{'key':14}{'tokens':>8}{'bytes':>16}  {'dtype':10}{'model':14}last use")
+    for row in rows:
+        about = f"broken: {plain(row.get('broken'))}"
+        if "broken" not in row:
+            about = f"{row['dtype']:10}{row['model'][:SHOWN]:14}{_date(row['used'])}"
+        tell(f"{row['key'][:SHOWN]:14}{row.get('tokens', '-'):>8}{row['bytes']:>16,}  {about}")
+    return 0
+
+
+def _rm(args: argparse.Namespace) -> int:
+    if [bool(args.keys), args.all, args.older_than is not None].count(True) != 1:
+        raise ValueError("wanted either KEYs, --all or --older-than DAYS")
+    rows = describe(args.directory)
+    if args.keys:
+        chosen = [_find(key, rows) for key in args.keys]
+    else:
+        oldest = time.time() - (args.older_than or 0) * DAY
+        chosen = [row for row in rows if args.all or row["used"] < oldest]
+    chosen = list({row["key"]: row for row in chosen}.values())
+    for row in chosen:
+        store_directory.remove(Path(args.directory) / f"{row['key']}{store_directory.ENDING}")
+    store_directory.sweep(Path(args.directory))
+    size = sum(row["bytes"] for row in chosen)
+    if args.json:
+        tell(json.dumps({"removed": [row["key"] for row in chosen], "bytes": size}, indent=2))
+    else:
+        tell(f"removed {_count(len(chosen), 'picture')}, {size:,} bytes")
+    return 0
+
+
+def _find(start: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The one picture whose key begins so."""
+    found = [row for row in rows if row["key"].startswith(start.lower())]
+    if len(found) != 1 or not start:
+        fault = "begins several keys" if found else "begins no key"
+        raise ValueError(f"{start!r} {fault} of the directory; nothing was removed")
+    return found[0]
+
+
+def _stats(args: argparse.Namespace) -> int:
+    rows = describe(args.directory)
+    good = [row for row in rows if "broken" not in row]
+    models: dict[str, dict[str, int]] = {}
+    for row in good:
+        about = models.setdefault(row["model"], {"pictures": 0, "bytes": 0})
+        about["pictures"] += 1
+        about["bytes"] += row["bytes"]
+    facts = {
+        "directory": args.directory,
+        "pictures": len(good),
+        "broken": len(rows) - len(good),
+        "bytes": sum(row["bytes"] for row in rows),
+        "first_use": _date(rows[0]["used"]) if rows else None,
+        "last_use": _date(rows[-1]["used"]) if rows else None,
+        "models": models,
+    }
+    if args.json:
+        tell(json.dumps(facts, indent=2))
+        return 0
+    tell(
+        f"{plain(args.directory)}\n  {_count(len(good), 'picture')},"
+        f" {_count(len(rows) - len(good), 'broken file')}, {facts['bytes']:,} bytes"
+    )
+    if rows:
+        tell(f"  last used {facts['first_use']} to {facts['last_use']}")
+    for model, about in models.items():
+        tell(
+            f"  model {model[:SHOWN]}: {_count(about['pictures'], 'picture')},"
+            f" {about['bytes']:,} bytes"
+        )
+    return 0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _date(seconds: float) -> str:
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(seconds, timezone.utc).isoformat(" ", "seconds")
+    return f"{seconds:.0f} s since 1970"  # anyone may set any time

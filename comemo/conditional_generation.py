@@ -1,0 +1,141 @@
+"""CoMemo: a language model that sees each image twice.
+
+Context path: image tokens stand in the sequence. Memory path: before every n-th decoder layer a
+mixin layer lets all tokens read the image memory through gated cross-attention.
+Source: CoMemo (arXiv:2506.06279). The vision tower is transformers' InternVL and the decoder is
+made of Llama's blocks; the image memory is an argument, never state of a module.
+
+Letters: B prompts, N tokens of a prompt, M tokens of the image memory, H heads, D head
+dimension, T tiles, d width of the language model.
+"""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.utils.generic import can_return_tuple
+
+from comemo.chat.published import CoMemoChat
+from comemo.config import CoMemoConfig
+from comemo.folding import FoldsForInference
+from comemo.generation import CoMemoGeneration
+from comemo.loss import next_token_loss
+from comemo.model import CoMemoModel, CoMemoPreTrainedModel
+from comemo.outputs import CACHE, CoMemoOutput, one_cache, told_of_old_name
+from comemo_kernels import ImageMemory
+
+
+class CoMemoForConditionalGeneration(
+    CoMemoChat, CoMemoGeneration, FoldsForInference, CoMemoPreTrainedModel, GenerationMixin
+):
+    """CoMemo with a language modelling head: `generate`, `chat`, training forward."""
+
+    _tied_weights_keys: dict[str, str] = {}
+
+    def __init__(self, config: CoMemoConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        self.model = CoMemoModel(config)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
+        """As of `CoMemoModel`."""
+        return self.model.get_image_features(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    @told_of_old_name
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        tile_grid: Any = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        image_memory: ImageMemory | None = None,
+        labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        query_position_ids: Tensor | None = None,
+        token_counts: Tensor | None = None,
+        rope_lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> CoMemoOutput:
+        """One pass over prompts, packed samples or new tokens.
+
+        Args:
+            input_ids: [B, N]; prompts of different lengths are padded on the left.
+            pixel_values: [T, 3, side, side], tiles of all images in reading order.
+            tile_grid: (cols, rows) of each image; None for original RoPE.
+            attention_mask: [B, past + N], 0 at padding.
+            position_ids: [B, N]; computed by `config.rope` if None.
+            past_key_values, cache: two names of the cache of the self-attention alone.
+            inputs_embeds: [B, N, d] instead of `input_ids`; beside them only with `pixel_values`,
+                whose places the ids tell.
+            image_memory: of an earlier call, instead of `pixel_values`; filled on first use.
+            labels: [B, N], -100 where nothing is to be learned; shifted here.
+            loss_weights: [B, N], weight of each label: loss = sum(w * l) / sum(w).
+            num_items_in_batch, shift_labels: as of `next_token_loss`.
+            use_cache: whether to keep past_key_values and the memory's keys and values.
+            logits_to_keep: last positions, or indices, to compute logits for; 0 for all.
+            query_position_ids: [B, N], where the mixin queries stand if not at `position_ids`.
+            token_counts: [B], tokens so far; derived if None.
+            rope_lengths: [B], what dynamic scaling goes by, where that is more than these tokens
+                and the cache tell; derived if None.
+            cu_seqlens: [samples + 1] bounds of packed samples over all rows. As transformers packs,
+                `cu_seq_lens_q` and `cu_seq_lens_k` say the same, and so do, without a mask and a
+                cache, position_ids that begin anew.
+            kwargs: `shift_labels`, `output_attentions`, `output_hidden_states`, `return_dict`, and
+                the arguments of packing.
+
+        Returns:
+            `CoMemoOutput` with loss, logits [B, N, vocabulary], the cache by both its names,
+            image_memory.
+
+        Raises:
+            ValueError: arguments that exclude each other or do not fit, or an unknown one.
+        """
+        # No argument: Trainer takes every one with "label" in its name for one that must be there.
+        shift_labels = kwargs.pop("shift_labels", None)
+        output = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            tile_grid=tile_grid,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            image_memory=image_memory,
+            use_cache=use_cache,
+            query_position_ids=query_position_ids,
+            token_counts=token_counts,
+            rope_lengths=rope_lengths,
+            cu_seqlens=cu_seqlens,
+            **{CACHE: one_cache("CoMemo", cache, past_key_values)},
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = next_token_loss(logits, labels, loss_weights, shift_labels, num_items_in_batch)
+        return CoMemoOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            image_memory=output.image_memory,
+            image_outputs=output.image_outputs,
+            **{CACHE: output.cache},
+        )

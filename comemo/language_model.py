@@ -1,0 +1,369 @@
+"""The decoder: Llama's blocks, and before every n-th of them a mixin layer.
+
+Source: CoMemo (arXiv:2506.06279), sections on the memory path and RoPE-DHR.
+
+Letters: B prompts, N tokens of a prompt, M tokens of the image memory, H heads, D head
+dimension, d width of the language model.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaPreTrainedModel,
+    LlamaRMSNorm,
+    eager_attention_forward,
+)
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+import comemo_kernels as ops
+from comemo.config import CoMemoConfig
+from comemo.fusable import are_joined, is_fusable, is_own, is_untouched, join_weights
+from comemo.mixin import MixinLayer, Table
+from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache
+from comemo.packing import VARLEN, places_in_samples
+from comemo_kernels import ImageMemory, QueryRotation
+
+
+class CoMemoAttention(LlamaAttention):
+    """Llama's self-attention with the rotation in float32, as published."""
+
+    qkv: Tensor | None = None  # [(H + 2 G) D, d], of which the weights of all three are views
+
+    def join(self) -> None:
+        """Lay the weights of q, k and v behind one another, for one product."""
+        self.qkv = join_weights(self.q_proj, self.k_proj, self.v_proj)
+
+    def joined(self) -> bool:
+        """Whether `qkv` still is what q, k and v are computed from."""
+        if self.qkv is None:
+            return False
+        # A compiled step has no addresses; it trusts what it was compiled for.
+        return torch.compiler.is_compiling() or are_joined(
+            self.qkv, self.q_proj, self.k_proj, self.v_proj
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "CoMemoAttention":
+        super()._apply(fn, recurse)  # moves or converts each weight by itself
+        if self.qkv is not None and not self.joined():
+            self.join()
+        return self
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Table,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        residual: Tensor | None = None,
+        eps: float | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Llama's, on normed hidden_states [B, N, d]; or on plain modules in fewer launches.
+
+        With `residual` [B, N, d] the output has it added. With `eps`, of a norm that is folded
+        into `qkv`, hidden_states are not normed yet.
+        """
+        cache = one_cache("CoMemoAttention", cache, past_key_values)
+        B, N, _ = hidden_states.shape
+        projections = self.q_proj, self.k_proj, self.v_proj
+        if eps is None or self.qkv is None:
+            q, k, v = (proj(hidden_states) for proj in projections)
+        else:
+            qkv = ops.norm_linear(hidden_states, None, self.qkv, eps)
+            q, k, v = qkv.split([proj.out_features for proj in projections], -1)
+        q, k, v = (t.view(B, N, -1, self.head_dim) for t in (q, k, v))
+        q, k = ops.apply_rotary(q, k, *position_embeddings)
+        if hasattr(cache, "attend"):  # of a decode loop: spans instead of a mask
+            out, weights = cache.attend(q, k, v, self.layer_idx), None
+        else:
+            out, weights = self._attend(q, k, v, attention_mask, cache, **kwargs)
+        out = out.reshape(B, N, -1)
+        if residual is None:
+            return self.o_proj(out), weights
+        return ops.gated_residual(residual, out, self.o_proj.weight, None), weights
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Any, cache: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """q [B, N, H, D] on keys and values [B, N, G, D] behind those of the cache."""
+        N = q.shape[1]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
+        dropout = self.attention_dropout if self.training else 0.0
+        if N == 1 and self.config._attn_implementation == "sdpa" and not dropout:
+            # Query heads that share a key head are rows of one: no key is repeated or read twice.
+            q = q.view(len(q), k.shape[1], -1, self.head_dim)
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scaling), None
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return attend(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)
+
+
+class CoMemoDecoderLayer(LlamaDecoderLayer):
+    """A decoder layer, behind a mixin layer where there is one."""
+
+    folded = False  # whether the projections hold the norms' weights
+
+    def __init__(self, config: CoMemoConfig, layer_idx: int) -> None:
+        super().__init__(config.text_config, layer_idx)
+        self.layer_idx = layer_idx
+        self.self_attn = CoMemoAttention(config.text_config, layer_idx)
+        has_mixin = layer_idx in config.mixin_layers
+        self.mixin = MixinLayer(config.mixin_config, layer_idx) if has_mixin else None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        media: Tensor | None = None,
+        image_memory: ImageMemory | None = None,
+        rotation: QueryRotation | None = None,
+        media_table: Table | None = None,
+        use_cache: bool | None = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """One layer on hidden_states [B, N, d]; `media` to `use_cache` are the mixin layer's."""
+        if self.mixin is not None and image_memory is not None:
+            hidden_states = self.mixin(
+                *(hidden_states, media, image_memory, rotation, media_table, bool(use_cache))
+            )
+        x = self._attend(hidden_states, use_cache=use_cache, **kwargs)
+        norm, mlp = self.post_attention_layernorm, self.mlp
+        if not is_fusable(norm, mlp):
+            return x + mlp(norm(x))
+        weight = None if self.folded else norm.weight
+        gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
+        wide = ops.norm_swiglu(x, weight, gate, up, norm.variance_epsilon)
+        return ops.gated_residual(x, wide, mlp.down_proj.weight, None)
+
+    def _attend(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """x [B, N, d] and what the self-attention reads."""
+        norm, attention = self.input_layernorm, self.self_attn
+        parts = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        if not (is_untouched(attention) and is_fusable(norm, *parts)):
+            return x + attention(hidden_states=norm(x), **kwargs)[0]
+        if self.folded and attention.joined():
+            eps = norm.variance_epsilon
+            return attention(hidden_states=x, residual=x, eps=eps, **kwargs)[0]
+        # By the modules, for three launches would norm three times over.
+        return attention(hidden_states=norm(x), residual=x, **kwargs)[0]
+
+
+class CoMemoTextModel(LlamaPreTrainedModel):
+    """The decoder: embeddings, layers with their mixin layers, final norm."""
+
+    _no_split_modules = ["CoMemoDecoderLayer"]
+    _skip_keys_device_placement = ["cache", OLD_NAME, "image_memory"]
+    _can_record_outputs = {"hidden_states": CoMemoDecoderLayer, "attentions": CoMemoAttention}
+
+    def __init__(self, config: CoMemoConfig) -> None:
+        text = config.text_config
+        super().__init__(text)  # its attention implementation can then be set like any model's
+        self.comemo_config = config
+        self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size, text.pad_token_id)
+        self.layers = nn.ModuleList(
+            CoMemoDecoderLayer(config, i) for i in range(text.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, MixinLayer):  # a fresh mixin layer is the identity
+            init.zeros_(module.attn_gate)
+            init.zeros_(module.mlp_gate)
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Any = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        image_memory: ImageMemory | None = None,
+        query_position_ids: Tensor | None = None,
+        token_counts: Tensor | None = None,
+        rope_lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        sample_places: Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> CoMemoModelOutput:
+        text, x = self.config, inputs_embeds
+        cache = one_cache("CoMemo", cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=text)
+        places = sample_places
+        if cu_seqlens is not None:
+            token_counts = self._longest_sample(cu_seqlens, position_ids)
+            places = places_in_samples(cu_seqlens, x.shape[0], x.shape[1], x.device)
+            lengths, longest = cu_seqlens.to(x.device, torch.int32), int(cu_seqlens.diff().max())
+            kwargs.update(zip(VARLEN, (lengths, lengths, longest, longest), strict=True))
+        if rope_lengths is None:
+            if token_counts is None:
+                token_counts = _count_tokens(x, attention_mask, cache)
+            rope_lengths = self.rope_lengths(position_ids, token_counts)
+        mask = None
+        if not hasattr(cache, "attend"):
+            mask = create_causal_mask(
+                config=text,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                # Of a packed row only: RoPE-DHR ids repeat and would be taken for packed samples.
+                position_ids=places,
+                **{CACHE: cache},
+            )
+        tables: dict[str, Any] = {
+            "position_embeddings": self._self_table(x, position_ids, rope_lengths)
+        }
+        media = None
+        if image_memory is not None:
+            tokens = position_ids if query_position_ids is None else query_position_ids
+            tables |= self._prepare_memory(image_memory, x, tokens, bool(use_cache))
+            # By itself, for the sake of gradient checkpointing.
+            media = image_memory.media if torch.is_grad_enabled() else None
+        for layer in self.layers:
+            x = layer(
+                x,
+                media,
+                image_memory=image_memory,
+                attention_mask=mask,
+                use_cache=use_cache,
+                **{CACHE: cache},
+                **tables,
+                **kwargs,
+            )
+        return CoMemoModelOutput(last_hidden_state=self.norm(x), **{CACHE: cache})
+
+    def _longest_sample(self, bounds: Tensor, position_ids: Tensor) -> Tensor:
+        """[B], the tokens of the longest sample: packing changes no angle."""
+        longest = bounds.diff().max()
+        if (self.comemo_config.rope_scaling or {}).get("type") == "dynamic" and len(bounds) > 2:
+            highest = self.rope_lengths(position_ids, longest[None]).max()
+            if int(highest) > (limit := self.config.max_position_embeddings):
+                raise ValueError(
+                    f"CoMemo: samples of a pack must be within the trained range of {limit}, for"
+                    f" dynamic scaling is of a whole row, got one of {int(highest)}: pass it alone"
+                )
+        return longest.to(position_ids.device).expand(len(position_ids))
+
+    def rope_lengths(self, position_ids: Tensor, token_counts: Tensor) -> Tensor:
+        """[B], what dynamic scaling goes by, of prompts with ids [B, N] and so many tokens [B]."""
+        by_position = self.comemo_config.ntk_length == "position"
+        return position_ids.amax(1) + 1 if by_position else token_counts
+
+    def _self_table(self, x: Tensor, position_ids: Tensor, rope_lengths: Tensor) -> Table:
+        text, scaling = self.config, self.comemo_config.rope_scaling or {"type": None}
+        if scaling["type"] == "linear":
+            position_ids = position_ids / scaling["factor"]
+        dynamic = {}
+        if scaling["type"] == "dynamic":
+            dynamic = {
+                "factor": scaling["factor"],
+                "length": rope_lengths,
+                "max_length": text.max_position_embeddings,
+            }
+        table = ops.rotary_table(
+            position_ids, text.head_dim, text.rope_parameters["rope_theta"], **dynamic
+        )
+        # Published: the angles' sine and cosine are rounded to the activations' dtype.
+        return table[0].to(x.dtype), table[1].to(x.dtype)
+
+    def _prepare_memory(
+        self, memory: ImageMemory, x: Tensor, places: Tensor, use_cache: bool
+    ) -> dict[str, Any]:
+        """What mixin layers need beside the memory; its keys and values, if that can be now."""
+        self._give_table(memory, x)
+        tables: dict[str, Any] = {"rotation": memory.rotation(places)}
+        if len(memory.keys) == len(self.comemo_config.mixin_layers) or memory.media is None:
+            return tables
+        if not (use_cache and memory.keeps and self.build_memory(memory)):
+            cos, sin = memory.key_table()
+            tables["media_table"] = cos[None], sin[None]
+        return tables
+
+    def _give_table(self, memory: ImageMemory, x: Tensor) -> None:
+        if memory.table is None:
+            # Generated text may go on behind the trained range.
+            mixin = self.comemo_config.mixin_config
+            length = 2 * mixin.max_position_embeddings
+            cos, sin = ops.distance_table(mixin.head_dim, mixin.rope_theta, length, x.device)
+            if memory.absolute:  # published: rounded to the activations' dtype
+                cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+            memory.table = cos, sin
+
+    def build_memory(self, memory: ImageMemory) -> bool:
+        """Build keys and values of all mixin layers at once, ahead of the first forward.
+
+        Args:
+            memory: one with media and without keys, which is filled. A memory with media gets its
+                table of angles in any case.
+
+        Returns:
+            Whether that was possible: the layers' weights have to be at hand, of one dtype and on
+            one device, and no gradients be asked for. Otherwise each layer builds its own when it
+            is first called.
+        """
+        if memory.media is None or memory.ids is None:
+            return False
+        self._give_table(memory, memory.media)  # copies for readers must have it
+        if memory.keys:
+            return False
+        media, ids, table = memory.media, memory.ids, memory.table
+        layers = {i: self.layers[i].mixin for i in self.comemo_config.mixin_layers}
+        assert table is not None
+        if not all(
+            is_own(mixin, MixinLayer) and is_fusable(mixin.attn_norm, mixin.kv_proj)
+            for mixin in layers.values()
+        ):
+            return False
+        weights = [mixin.kv_proj.weight for mixin in layers.values()]
+        norms = [mixin.attn_norm.weight for mixin in layers.values() if not mixin.folded]
+        parameters = (media, *weights, *norms)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in parameters):
+            return False
+        devices = {t.device for t in (*parameters, *table)}
+        if devices != {media.device} or {t.dtype for t in parameters} != {media.dtype}:
+            return False
+        if len(eps := {mixin.attn_norm.variance_epsilon for mixin in layers.values()}) != 1:
+            return False
+        mixin = self.comemo_config.mixin_config
+        shape = (len(layers), len(media), mixin.num_heads, mixin.head_dim)
+        keys, values = ops.memory_buffers(*shape, media.dtype, media.device).unbind(0)
+        ops.build_memory(
+            media,
+            weights,
+            norms or None,
+            *table,
+            ids,
+            list(keys.unbind(0)),
+            list(values.unbind(0)),
+            eps=eps.pop(),
+        )
+        for index, key, value in zip(layers, keys.unbind(0), values.unbind(0), strict=True):
+            memory.update(index, key, value)
+        return True
+
+
+def _count_tokens(x: Tensor, attention_mask: Any, cache: Any) -> Tensor:
+    """[B] tokens so far, padding not counted."""
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return attention_mask.sum(1)
+    past = 0 if cache is None else cache.get_seq_length()
+    return torch.zeros(x.shape[0], device=x.device, dtype=torch.long) + (past + x.shape[1])

@@ -1,0 +1,97 @@
+"""A processor from the files of a checkpoint: data for classes of ours, and for no other."""
+
+import math
+import warnings
+from typing import Any
+
+from comemo import prompts
+from comemo.config import CoMemoConfig
+from comemo.image_processor import IMAGE_NAMES, CoMemoImageProcessor
+from comemo.processing.options import TEXT_NAMES
+from comemo.safety.files import check_class, find_file, hub_options, read_json
+from comemo.tokenizer import InternLM2Tokenizer, check_keywords
+
+PUBLISHED_TEMPLATES = {prompts.chat_template(name) for name in prompts.TEMPLATES}
+
+
+class LoadsProcessor:
+    """`from_pretrained` for a `ProcessorMixin`."""
+
+    @classmethod
+    def get_processor_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As of transformers, but that no other class is loaded, and no other chat template used.
+
+        A template is a program: one that is none of the published is left out with a warning,
+        unless there is a `chat_template` to use instead.
+
+        Raises:
+            ValueError: files of another processor, or with an audio tokenizer.
+        """
+        path, hub = pretrained_model_name_or_path, hub_options(kwargs)
+        function = f"{cls.__name__}.from_pretrained"
+        told = read_json(path, "processor_config.json", **hub)
+        check_class(function, path, told.get("processor_class"), (cls.__name__, "CoMemoProcessor"))
+        if "audio_tokenizer" in told or find_file(path, "audio_tokenizer_config.json", **hub):
+            raise ValueError(f"{function}: the model knows pictures alone, got an audio_tokenizer")
+        found, rest = super().get_processor_dict(path, **kwargs)  # type: ignore[misc]
+        template = found.pop("chat_template", None)
+        if isinstance(template, str) and template in PUBLISHED_TEMPLATES:
+            found["chat_template"] = template
+        elif template is not None and kwargs.get("chat_template") is None:
+            warnings.warn(
+                f"{function}: the chat template in {str(path)!r} is none of the published ones and"
+                " not used: pass it as chat_template if you trust it",
+                stacklevel=3,
+            )
+        return found, rest
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
+    ) -> list[Any]:
+        """Published checkpoints hold no processor files: the config says it all."""
+        path, hub = pretrained_model_name_or_path, hub_options(kwargs)
+        config = CoMemoConfig.from_pretrained(path, **hub)
+        known = processor_dict if processor_dict is not None else {}
+        known.setdefault("chat_template", prompts.chat_template(config.template))
+        known.setdefault("tokens_per_tile", config.tokens_per_tile)
+        settings = known.pop("image_processor", None)
+        if settings is None:
+            settings, _ = CoMemoImageProcessor.get_image_processor_dict(path, **hub)
+        tokenizer = kwargs.pop("tokenizer", None)
+        for name in ("chat_template", "tokens_per_tile", "image_processor"):
+            kwargs.pop(name, None)  # of the class itself
+        shown = {n: kwargs.pop(n) for n in list(kwargs) if n in IMAGE_NAMES - TEXT_NAMES}
+        images = CoMemoImageProcessor.from_dict(settings, **shown)
+        known["tokens_per_tile"] = scale_tokens(
+            known["tokens_per_tile"], settings["input_size"], images.input_size
+        )
+        if "_from_pipeline" not in kwargs:  # which hands on what is for the model
+            check_keywords(f"{cls.__name__}.from_pretrained", kwargs)
+        if tokenizer is None:
+            tokenizer = InternLM2Tokenizer.from_pretrained(path, **kwargs)
+        return [images, tokenizer]
+
+
+def scale_tokens(tokens: int, size: int, other: int) -> int:
+    """Image tokens of a tile of another size.
+
+    Args:
+        tokens: of a tile of `size` pixels.
+        size, other: sides of tiles in pixels.
+
+    Raises:
+        ValueError: the other tile holds no whole number of tokens along a side.
+    """
+    if size == other:
+        return tokens
+    side, rest = divmod(math.isqrt(tokens) * other, size)
+    if rest or not side:
+        step = size // math.gcd(math.isqrt(tokens), size)
+        raise ValueError(
+            f"CoMemoProcessor: input_size must be a multiple of {step}, got {other}: a tile of"
+            f" {size} pixels has {math.isqrt(tokens)} tokens along its side"
+        )
+    return side**2
