@@ -23,8 +23,8 @@ import comemo_kernels as ops
 from bench import measure, peak
 from bench.models import SIZES, draw_model, draw_prompts, give_words
 from comemo import ChatSession, DecodeLoop, MemoryStore
+from comemo.chat.streamers import TokenClock
 from comemo.cli.demo import RecomputedMemory
-from comemo.cli.progress import TokenClock
 
 QUESTIONS = ("What is in this picture?", "And who is on the boat?")
 WAYS = ("ours", "eager, memory kept", "torch.compile, static cache", "published")

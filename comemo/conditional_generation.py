@@ -1,9 +1,9 @@
 """CoMemo: a language model that sees each image twice.
 
-Context path: image tokens stand in the sequence. Memory path: before every n-th decoder layer a
+Context path: image tokens are part of the sequence. Memory path: before every n-th decoder layer a
 mixin layer lets all tokens read the image memory through gated cross-attention.
-Source: CoMemo (arXiv:2506.06279). The vision tower is transformers' InternVL and the decoder is
-made of Llama's blocks; the image memory is an argument, never state of a module.
+Source: CoMemo (arXiv:2506.06279). The vision tower is transformers' InternVL and the language model
+is made of Llama's layers. The image memory is an argument, never state of a module.
 
 Letters: B prompts, N tokens of a prompt, M tokens of the image memory, H heads, D head
 dimension, T tiles, d width of the language model.
@@ -28,7 +28,7 @@ from comemo_kernels import ImageMemory
 class CoMemoForConditionalGeneration(
     CoMemoChat, CoMemoGeneration, FoldsForInference, CoMemoPreTrainedModel, GenerationMixin
 ):
-    """CoMemo with a language modelling head: `generate`, `chat`, training forward."""
+    """CoMemo with a language modelling head: `generate`, `chat` and the training forward."""
 
     _tied_weights_keys: dict[str, str] = {}
 
@@ -40,7 +40,7 @@ class CoMemoForConditionalGeneration(
         self.post_init()
 
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
-        """As of `CoMemoModel`."""
+        """See `CoMemoModel.get_image_features`."""
         return self.model.get_image_features(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -77,26 +77,26 @@ class CoMemoForConditionalGeneration(
 
         Args:
             input_ids: [B, N]; prompts of different lengths are padded on the left.
-            pixel_values: [T, 3, side, side], tiles of all images in reading order.
+            pixel_values: [T, 3, side, side], the tiles of all images in reading order.
             tile_grid: (cols, rows) of each image; None for original RoPE.
             attention_mask: [B, past + N], 0 at padding.
             position_ids: [B, N]; computed by `config.rope` if None.
-            past_key_values, cache: two names of the cache of the self-attention alone.
-            inputs_embeds: [B, N, d] instead of `input_ids`; beside them only with `pixel_values`,
-                whose places the ids tell.
+            past_key_values, cache: two names of the KV cache, which is that of the self-attention.
+            inputs_embeds: [B, N, d] instead of `input_ids`; both only with `pixel_values`, when the
+                ids say where images are.
             image_memory: of an earlier call, instead of `pixel_values`; filled on first use.
-            labels: [B, N], -100 where nothing is to be learned; shifted here.
+            labels: [B, N], -100 where there is no loss; shifted here.
             loss_weights: [B, N], weight of each label: loss = sum(w * l) / sum(w).
-            num_items_in_batch, shift_labels: as of `next_token_loss`.
-            use_cache: whether to keep past_key_values and the memory's keys and values.
+            num_items_in_batch, shift_labels: see `next_token_loss`.
+            use_cache: whether to keep the KV cache and the memory's keys and values.
             logits_to_keep: last positions, or indices, to compute logits for; 0 for all.
-            query_position_ids: [B, N], where the mixin queries stand if not at `position_ids`.
+            query_position_ids: [B, N], positions of the mixin queries; None for `position_ids`.
             token_counts: [B], tokens so far; derived if None.
-            rope_lengths: [B], what dynamic scaling goes by, where that is more than these tokens
-                and the cache tell; derived if None.
-            cu_seqlens: [samples + 1] bounds of packed samples over all rows. As transformers packs,
-                `cu_seq_lens_q` and `cu_seq_lens_k` say the same, and so do, without a mask and a
-                cache, position_ids that begin anew.
+            rope_lengths: [B], lengths for dynamic scaling; derived from these tokens and the cache
+                if None.
+            cu_seqlens: [samples + 1] bounds of packed samples over all rows. transformers' names
+                `cu_seq_lens_q` and `cu_seq_lens_k` mean the same, and so do position_ids that
+                restart, if there is no mask and no cache.
             kwargs: `shift_labels`, `output_attentions`, `output_hidden_states`, `return_dict`, and
                 the arguments of packing.
 
@@ -107,7 +107,7 @@ class CoMemoForConditionalGeneration(
         Raises:
             ValueError: arguments that exclude each other or do not fit, or an unknown one.
         """
-        # No argument: Trainer takes every one with "label" in its name for one that must be there.
+        # Not a named argument: Trainer requires every one whose name contains "label".
         shift_labels = kwargs.pop("shift_labels", None)
         output = self.model(
             input_ids=input_ids,

@@ -1,4 +1,4 @@
-"""Generation with an image memory: positions, beams, drafts, and the published `chat`."""
+"""Generation with an image memory: positions, beams, speculative decoding, decode loops."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,55 +7,71 @@ import torch
 from torch import Tensor
 
 from comemo.decode.cache import ROOM_FOR_ANSWER, RoomyCache
+from comemo.decode.interface import Prefilled
 from comemo.decode.loop import DecodeLoop, check_loop, why_not
-from comemo.decode.prefill import read_prompt
-from comemo.generation_inputs import PreparesInputs, refuse_beside_drafts, refuse_right_padding
-from comemo.outputs import CACHE, one_cache, take_cache
+from comemo.decode.prefill import prefill
+from comemo.generation_inputs import (
+    PreparesInputs,
+    check_prefilled,
+    refuse_beside_drafts,
+    refuse_right_padding,
+)
+from comemo.image_inputs import queries_at_count
+from comemo.outputs import CACHE, CoMemoOutput, one_cache, take_cache
 from comemo_kernels import ImageMemory
 
-# What transformers hands on to the model with all else: the memory was built before the loop, and
-# the rest is of the loop itself.
-NOT_THE_MODELS = ("pixel_values", "tokenizer", "assistant_tokenizer", "assistant_model", "streamer")
+# Arguments that transformers passes on to the model although they are not the model's: the image
+# memory was built before the loop, and the rest belongs to the loop itself.
+NOT_FOR_THE_MODEL = (
+    "pixel_values",
+    "tokenizer",
+    "assistant_tokenizer",
+    "assistant_model",
+    "streamer",
+)
 
 
 class CoMemoGeneration(PreparesInputs):
-    """`generate` for prompts with images; everything it needs travels in its arguments."""
-
-    config: Any
-    device: Any
-    generation_config: Any
-    model: Any
+    """`generate` for prompts with images. All state is in its arguments."""
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate`, plus `pixel_values`, `tile_grid` and `image_memory`.
 
         Args:
-            inputs: [B, N] token ids (or `input_ids`), padded on the left; without them and without
-                `inputs_embeds` the start token alone.
-            pixel_values: [T, 3, side, side], all prompts' tiles in reading order.
+            inputs: [B, N] token ids (or `input_ids`), padded on the left. Without them and without
+                `inputs_embeds`: the start token alone.
+            pixel_values: [T, 3, side, side], the tiles of all prompts in reading order.
             tile_grid: (cols, rows) of each image; None for original RoPE.
-            image_memory: of an earlier call on the same images, wherever they stood.
-            memory_store: a `MemoryStore`, where known pictures are looked up and new ones kept. An
-                assistant model builds its own memory without it.
-            prompt_output: what the model returned for a prompt that the cache holds whole; its last
-                logits begin. With it go `position_ids` and `attention_mask` of the whole
-                prompt, and `inputs` may be as short as one token.
+            image_memory: of an earlier call with the same images, at any position.
+            memory_store: a `MemoryStore` to look images up in. An assistant model builds its own
+                memory without it.
+            prefilled: a `Prefilled`, prompts that a KV cache holds already. It excludes all other
+                inputs. Returned ids, which logits processors see, begin with the start token.
             decode_loop: a `DecodeLoop` of this model, for greedy decoding or sampling without
-                drafts. `cache_implementation="static"` makes one for the call, unless there is a
-                `compile_config`.
-            kwargs: everything that `generate` takes, the cache by either of its names;
-                `custom_generate` as a function, never as a repository. `inputs_embeds` are numbered
-                by their mask, if there are no `position_ids`; with `pixel_values` the ids beside
-                them tell where images stand.
+                speculative decoding. `cache_implementation="static"` makes one for the call, unless
+                there is a `compile_config`.
+            kwargs: everything that `generate` takes, the KV cache by either of its names;
+                `custom_generate` as a function, never as a repository. Position ids of
+                `inputs_embeds` are derived from their mask if there are none; with `pixel_values`,
+                `input_ids` beside them say where images are.
 
         Raises:
             ValueError: tiles, grids and image tokens that disagree; a prompt beyond the position
                 range or padded on the right; a memory of images of other grids; arguments that
-                exclude each other or that a decode loop cannot follow. Nothing was computed then.
+                exclude each other or that a decode loop does not support. Nothing was computed.
         """
         if isinstance(custom := kwargs.get("custom_generate"), str):
             self.load_custom_generate(custom)
+        chosen = kwargs.get("generation_config") or self.generation_config
+
+        def option(name: str) -> Any:
+            value = kwargs.get(name)
+            return getattr(chosen, name, None) if value is None else value
+
+        prefilled: Prefilled | None = kwargs.pop("prefilled", None)
+        if prefilled is not None:
+            check_prefilled(prefilled, {"inputs": inputs, **kwargs}, option)
         input_ids = self._take_inputs(inputs, kwargs)
         take_cache("generate", kwargs)
         refuse_right_padding(kwargs)
@@ -63,19 +79,17 @@ class CoMemoGeneration(PreparesInputs):
         memory: ImageMemory | None = kwargs.get("image_memory")
         pixel_values = kwargs.get("pixel_values")
         embeds, assistant = kwargs.get("inputs_embeds"), kwargs.get("assistant_model")
-        chosen = kwargs.get("generation_config") or self.generation_config
-
-        def option(name: str) -> Any:
-            value = kwargs.get(name)
-            return getattr(chosen, name, None) if value is None else value
-
         if kwargs.get("decode_loop") is not None:
             check_loop("generate", self, kwargs["decode_loop"], option)
         rows: Any = input_ids if embeds is None else embeds
+        if prefilled is not None:
+            rows = input_ids = rows.expand(len(prefilled.position_ids), 1)
         refuse_beside_drafts(option, len(rows))
         if pixel_values is not None and memory is not None and assistant is None:
             raise ValueError("generate: give either pixel_values or image_memory, got both")
-        if embeds is not None:
+        if prefilled is not None:
+            kwargs |= prefilled.inputs(option("num_beams") or 1)
+        elif embeds is not None:
             input_ids = self._prepare_embeds(input_ids, grid, kwargs, store, option)
         elif pixel_values is not None or kwargs.get("position_ids") is None:
             self._prepare_prompt(input_ids, grid, kwargs, store)
@@ -84,10 +98,10 @@ class CoMemoGeneration(PreparesInputs):
         if kwargs.get("position_ids") is not None:
             kwargs.setdefault("prompt_length", kwargs["position_ids"].shape[1])
         self._make_room(option, kwargs)
-        return super().generate(input_ids, **kwargs)  # type: ignore[misc]
+        return super().generate(input_ids, **kwargs)  # type: ignore[safe-super]
 
     def load_custom_generate(self, pretrained_model_name_or_path: Any = None, **_: Any) -> Any:
-        """Refused: the code of a repository is not run.
+        """Refuse: the code of a repository is never run.
 
         Raises:
             ValueError: always.
@@ -98,8 +112,8 @@ class CoMemoGeneration(PreparesInputs):
         )
 
     def _make_room(self, option: Callable[[str], Any], kwargs: dict[str, Any]) -> None:
-        """Bring a cache that nothing is copied in, unless another kind is asked for."""
-        given = kwargs.get(CACHE) is not None  # though it be empty, and so false
+        """Provide a cache that grows without copies, unless another kind is asked for."""
+        given = kwargs.get(CACHE) is not None  # an empty cache is false
         if given or option("cache_implementation") is not None:
             return
         if option("use_cache") is False or kwargs.get("position_ids") is None:
@@ -118,24 +132,35 @@ class CoMemoGeneration(PreparesInputs):
         streamer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
-        """By a decode loop where there is one, or where static buffers are asked for."""
+        """With a decode loop if there is one, or if static buffers are asked for."""
 
         def option(name: str) -> Any:
             return synced_gpus if name == "synced_gpus" else getattr(generation_config, name, None)
 
-        loop = model_kwargs.pop("decode_loop", None)
+        loop: DecodeLoop | None = model_kwargs.pop("decode_loop", None)
         if loop is not None:
             check_loop("generate", self, loop, option)
         elif option("cache_implementation") == "static" and not why_not(self, option):
             loop = DecodeLoop(self)
         if loop is None:
             return super()._sample(  # type: ignore[misc]
-                *(input_ids, logits_processor, stopping_criteria, generation_config),
-                *(synced_gpus, streamer),
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus,
+                streamer,
                 **model_kwargs,
             )
-        rules = logits_processor, stopping_criteria, generation_config
-        return loop.answer(input_ids, *rules, streamer, model_kwargs)
+        return loop.answer(
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            streamer,
+            model_kwargs,
+            lambda: self._prefill(input_ids, generation_config, model_kwargs),
+        )
 
     def _prefill(
         self,
@@ -145,14 +170,17 @@ class CoMemoGeneration(PreparesInputs):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Prompts with images in pieces too: their embeddings are taken from the memory's media."""
-        if (read := model_kwargs.pop("prompt_output", None)) is not None:
-            return read
+        """Embeddings, and whole prompts that are read in chunks, go through our own `prefill`."""
+        prefilled: Prefilled | None = model_kwargs.pop("prefilled", None)
+        if prefilled is not None:
+            return CoMemoOutput(logits=prefilled.logits, **{CACHE: prefilled.cache})
         chunk, memory = generation_config.prefill_chunk_size, model_kwargs.get("image_memory")
         ids, given = model_kwargs.get("position_ids"), model_kwargs.get("inputs_embeds")
         cache = model_kwargs.get(CACHE)
         whole = given is not None or (ids is not None and input_ids.shape[1] == ids.shape[1])
-        if chunk is None or cache is None or ids is None or not whole:
+        embedded = given is not None and type(cache) is RoomyCache
+        ours = whole and (chunk is not None or (embedded and not _records(generation_config)))
+        if not ours or cache is None or ids is None:
             return super()._prefill(  # type: ignore[misc]
                 input_ids, generation_config, model_kwargs, *args, **kwargs
             )
@@ -166,7 +194,7 @@ class CoMemoGeneration(PreparesInputs):
                 return given[:, first:last]
             return self.model.embed(input_ids, image_mask, memory, first, last)
 
-        return read_prompt(
+        return prefill(
             self,
             embed,
             ids,
@@ -188,13 +216,13 @@ class CoMemoGeneration(PreparesInputs):
         position_ids: Tensor | None = None,
         image_memory: ImageMemory | None = None,
         prompt_length: int | None = None,
-        prompt_output: Any = None,
-        decode_loop: Any = None,
+        prefilled: Prefilled | None = None,
+        decode_loop: DecodeLoop | None = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         cache = one_cache("prepare_inputs_for_generation", cache, past_key_values)
-        for name in NOT_THE_MODELS:
+        for name in NOT_FOR_THE_MODEL:
             kwargs.pop(name, None)
         inputs = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids,
@@ -210,11 +238,11 @@ class CoMemoGeneration(PreparesInputs):
             # Newer transformers drop a mask of ones.
             mask = torch.ones_like(position_ids) if attention_mask is None else attention_mask
             inputs["token_counts"] = mask.sum(1)
-            raw = self.config.decode_positions == "raw"
-            if raw and image_memory is not None and prompt_length is not None:
-                # Published: behind the prompt, mixin queries stand at the count of tokens.
-                place = torch.arange(mask.shape[1], device=mask.device)
-                query = torch.where(place < prompt_length, position_ids, mask.long().cumsum(1) - 1)
+            has_images = image_memory is not None and prompt_length is not None
+            if queries_at_count(self.config, has_images):
+                column = torch.arange(mask.shape[1], device=mask.device)
+                count = mask.long().cumsum(1) - 1
+                query = torch.where(column < prompt_length, position_ids, count)
                 tokens = inputs["position_ids"].shape[1]
                 inputs["query_position_ids"] = query[:, -tokens:].clone()
         return inputs
@@ -222,7 +250,7 @@ class CoMemoGeneration(PreparesInputs):
     def _expand_inputs_for_generation(
         self, input_ids: Tensor | None = None, expand_size: int = 1, **model_kwargs: Any
     ) -> tuple[Tensor | None, dict[str, Any]]:
-        # Tiles and memory are shared by a prompt's beams, everything else is repeated.
+        # The beams of a prompt share tiles and memory; everything else is repeated.
         memory, pixel_values = (model_kwargs.pop(k, None) for k in ("image_memory", "pixel_values"))
         input_ids, model_kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]
             input_ids=input_ids, expand_size=expand_size, **model_kwargs
@@ -236,7 +264,7 @@ class CoMemoGeneration(PreparesInputs):
     def _get_candidate_generator(
         self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any
     ) -> Any:
-        """Drafts of an assistant come from its own view of the images, or from the text alone."""
+        """An assistant drafts tokens from its own image memory, or from the text alone."""
         assistant, theirs = kwargs.get("assistant_model"), dict(model_kwargs)
         pixel_values = theirs.pop("pixel_values", None)
         theirs.pop("image_memory", None)  # of this model's weights
@@ -250,3 +278,8 @@ class CoMemoGeneration(PreparesInputs):
         return super()._get_candidate_generator(  # type: ignore[misc]
             *args, model_kwargs=theirs, **kwargs
         )
+
+
+def _records(generation_config: Any) -> bool:
+    """Whether attentions or hidden states of the prefill are returned."""
+    return bool(generation_config.output_attentions or generation_config.output_hidden_states)

@@ -1,4 +1,4 @@
-"""How images enter: position ids, image memory and embeddings of prompts.
+"""How images enter the model: position ids, image memory and embeddings of prompts.
 
 Letters: B prompts, N tokens of a prompt, M tokens of the image memory, T tiles, d width of the
 language model.
@@ -12,16 +12,26 @@ import torch
 from torch import Tensor
 
 import comemo_kernels as ops
+from comemo import tracing
+from comemo.config import CoMemoConfig
 from comemo.store.store import MemoryStore
-from comemo.tracing import traced_memory, with_media
 from comemo.vision import check_tiles
 from comemo_kernels import ImageMemory
+
+
+def queries_at_count(config: CoMemoConfig, has_images: bool) -> bool:
+    """Whether mixin queries of generated tokens are at the token count, not at the position id.
+
+    This is the published `decode_positions="raw"`. Only mixin layers have these queries, so that
+    it matters with images alone.
+    """
+    return has_images and config.decode_positions == "raw"
 
 
 class CoMemoImages:
     """Images for a model with `project_images`, `multi_modal_projector` and embeddings."""
 
-    config: Any
+    config: CoMemoConfig
     device: Any
     dtype: Any
     get_input_embeddings: Any
@@ -36,8 +46,8 @@ class CoMemoImages:
     ) -> Tensor:
         """Position ids [B, N] of whole prompts by the rule that `config.rope` names.
 
-        Without `tile_grid` ((cols, rows) of each image) tokens are numbered 0..N-1, whatever the
-        rule: that is original RoPE.
+        Without `tile_grid` ((cols, rows) of each image) tokens are numbered 0..N-1 under any rule,
+        as in original RoPE.
         """
         if tile_grid is None or self.config.rope == "original":
             counted = attention_mask.long()
@@ -45,7 +55,7 @@ class CoMemoImages:
         if torch.compiler.is_compiling() and isinstance(tile_grid, Tensor):
             raise ValueError(
                 "CoMemo: torch.compile and torch.export need tile_grid as a list of (cols, rows),"
-                " which they take for constants, got a tensor"
+                " because it is a constant of the graph, got a tensor"
             )
         return ops.rope_dhr_positions(
             image_mask,
@@ -66,22 +76,22 @@ class CoMemoImages:
         memory_store: MemoryStore | None = None,
         embeds: Tensor | None = None,
     ) -> ImageMemory:
-        """Memory of a batch of prompts: image features now, keys and values at first use.
+        """Memory of a batch of prompts: image features now, keys and values on first use.
 
         Args:
-            pixel_values: [T, 3, side, side], all prompts' tiles in reading order.
+            pixel_values: [T, 3, side, side], the tiles of all prompts in reading order.
             image_mask: bool [B, N], True at image tokens.
             position_ids: [B, N].
-            tile_grid: (cols, rows) of each image; None takes a prompt's images for one, which then
-                can only be reused together.
-            memory_store: where known pictures are looked up and new ones kept. Keys and values are
-                then built at once, and nothing of it carries gradients.
+            tile_grid: (cols, rows) of each image. None treats the images of a prompt as one, so
+                that they can only be reused together.
+            memory_store: a `MemoryStore` to look images up in. Keys and values are then built at
+                once, without gradients.
             embeds: [B, N, d], contiguous: the image tokens are written at `image_mask`, together
-                with the memory's media. Excludes a store; `embed` does it afterwards.
+                with the memory's media. Excludes a store; use `embed` after it.
 
         Raises:
-            ValueError: no tiles, or others than the image tokens ask for, or a model whose
-                memories cannot be stored, before anything is computed.
+            ValueError: no tiles, tiles that do not match the image tokens, or a model whose
+                memories cannot be stored. Nothing was computed.
         """
         if memory_store is not None and embeds is not None:
             raise ValueError("build_image_memory: embeds exclude a memory_store")
@@ -96,7 +106,7 @@ class CoMemoImages:
             ]
         if torch.compiler.is_compiling():
             media = self.project_images(pixel_values.to(self.dtype)).flatten(0, 1)
-            return traced_memory(media, image_mask, position_ids, sizes, absolute)
+            return tracing.traced_memory(media, image_mask, position_ids, sizes, absolute)
         lengths = image_mask.sum(1).tolist()
         wanted = pixel_values.shape[0] * config.tokens_per_tile
         if sum(lengths) != wanted:
@@ -120,21 +130,21 @@ class CoMemoImages:
         first: int = 0,
         last: int | None = None,
     ) -> Tensor:
-        """Embeddings [B, n, d] of whole prompts, image tokens taken from the memory's media.
+        """Embeddings [B, n, d] of whole prompts; image tokens are the memory's media.
 
         Args:
             input_ids: [B, N].
             image_mask: bool [B, N], True at image tokens.
             memory: of the prompts.
-            first, last: embed the tokens from one index to another, of all N.
+            first, last: the slice of the N tokens to embed.
 
         Raises:
             ValueError: prompts with fewer image tokens than their memory, or spans per token.
         """
         embeds = self.get_input_embeddings()(input_ids[:, first:last])
-        return self._with_media(embeds, image_mask, memory, first, last)
+        return self.with_media(embeds, image_mask, memory, first, last)
 
-    def _with_media(
+    def with_media(
         self,
         embeds: Tensor,
         image_mask: Tensor | None,
@@ -142,9 +152,10 @@ class CoMemoImages:
         first: int = 0,
         last: int | None = None,
     ) -> Tensor:
+        """Embeddings [B, n, d] with the memory's media at image tokens; arguments as in `embed`."""
         if memory is None or memory.media is None or memory.spans is None or image_mask is None:
             return embeds
-        # Token j of prompt b's images is media[start_b + j]: beams share their prompt's media.
+        # Image token j of prompt b is media[start_b + j]. Beams share the media of their prompt.
         spans = memory.spans.to(embeds.device)
         start, end = spans[:, 0].split(1, dim=-1)  # [B, 1]
         torn = spans.shape[1] != 1
@@ -156,9 +167,9 @@ class CoMemoImages:
                 f" image memory, whose spans are {tuple(spans.shape)}: {spans[:, 0].tolist()}"
             )
         index = start + image_mask.long().cumsum(1) - 1
-        image_mask = image_mask & (index < end)  # an image token that was generated is a word
+        image_mask = image_mask & (index < end)  # a generated image token is a plain word
         index, image_mask = index[:, first:last], image_mask[:, first:last]
-        if torch.compiler.is_compiling():  # which cannot ask how many there are
+        if torch.compiler.is_compiling():  # the number of image tokens is unknown
             found = memory.media[index.clamp(0, len(memory.media) - 1)]
             return torch.where(image_mask[..., None], found.to(embeds), embeds)
         return embeds.masked_scatter(
@@ -166,11 +177,11 @@ class CoMemoImages:
         )
 
     def _blank_memory(self, rows: int) -> ImageMemory:
-        """A memory of one blank tile of which nothing is kept, for training in several processes.
+        """A memory of one blank tile, whose result is discarded, for distributed training.
 
-        There every process has to call the same modules and bring a gradient, though it be zero,
-        for every weight: with pictures in another process's batch and none in this one, sharded
-        weights would otherwise wait for ever and DDP refuse the next step.
+        Every process must call the same modules and contribute a gradient, possibly zero, for
+        every weight. Without this, a batch without images beside one with images would make
+        sharded weights wait forever and DDP refuse the next step.
         """
         side = self.config.vision_config.image_size
         tile = torch.zeros(1, 3, *side, device=self.device, dtype=self.dtype)
@@ -182,7 +193,7 @@ class CoMemoImages:
             absolute=self.config.memory_positions == "absolute",
         ).repeat_interleave(rows)
         nobody = torch.zeros(rows, 1, 1, dtype=torch.bool, device=media.device)
-        return replace(memory, active=nobody)  # what is read is not passed on
+        return replace(memory, active=nobody)  # the layers' output is discarded
 
     def _embed_images(
         self,
@@ -193,18 +204,18 @@ class CoMemoImages:
         tile_grid: Any,
         embeds: Tensor | None = None,
     ) -> tuple[Tensor, ImageMemory]:
-        """Embeddings and image memory of whole prompts, their image tokens written once."""
+        """Embeddings and image memory of whole prompts; the image tokens are written once."""
         if torch.compiler.is_compiling():
             embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
             memory = self.build_image_memory(pixel_values, image_mask, position_ids, tile_grid)
-            return with_media(embeds, image_mask, memory), memory
+            return tracing.with_media(embeds, image_mask, memory), memory
         given = embeds is not None
         embeds = self.get_input_embeddings()(input_ids) if embeds is None else embeds
         where = next(self.multi_modal_projector.parameters()).device
         if embeds.device != where:
             memory = self.build_image_memory(pixel_values, image_mask, position_ids, tile_grid)
-            return self._with_media(embeds, image_mask, memory), memory
-        # A hook of the embeddings may have made them a leaf, which cannot be written.
+            return self.with_media(embeds, image_mask, memory), memory
+        # A hook of the embeddings may have made them a leaf, which cannot be written in place.
         embeds = embeds.clone() if given or embeds.requires_grad else embeds.contiguous()
         memory = self.build_image_memory(
             pixel_values, image_mask, position_ids, tile_grid, embeds=embeds

@@ -1,4 +1,4 @@
-"""The decoder: Llama's blocks, and before every n-th of them a mixin layer.
+"""The language model: Llama's decoder layers, with a mixin layer before every n-th of them.
 
 Source: CoMemo (arXiv:2506.06279), sections on the memory path and RoPE-DHR.
 
@@ -27,7 +27,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
-from comemo.fusable import are_joined, is_fusable, is_own, is_untouched, join_weights
+from comemo.fusable import are_joined, is_fusable, is_untouched, join_weights
+from comemo.memory_building import BuildsMemory
 from comemo.mixin import MixinLayer, Table
 from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache
 from comemo.packing import VARLEN, places_in_samples
@@ -37,23 +38,23 @@ from comemo_kernels import ImageMemory, QueryRotation
 class CoMemoAttention(LlamaAttention):
     """Llama's self-attention with the rotation in float32, as published."""
 
-    qkv: Tensor | None = None  # [(H + 2 G) D, d], of which the weights of all three are views
+    qkv: Tensor | None = None  # [(H + 2 G) D, d]; the weights of q, k and v are views of it
 
     def join(self) -> None:
-        """Lay the weights of q, k and v behind one another, for one product."""
+        """Concatenate the q, k and v weights, for one GEMM."""
         self.qkv = join_weights(self.q_proj, self.k_proj, self.v_proj)
 
     def joined(self) -> bool:
-        """Whether `qkv` still is what q, k and v are computed from."""
+        """Whether the q, k and v weights still are views of `qkv`."""
         if self.qkv is None:
             return False
-        # A compiled step has no addresses; it trusts what it was compiled for.
+        # Tracing has no addresses; a compiled step assumes what it was compiled for.
         return torch.compiler.is_compiling() or are_joined(
             self.qkv, self.q_proj, self.k_proj, self.v_proj
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "CoMemoAttention":
-        super()._apply(fn, recurse)  # moves or converts each weight by itself
+        super()._apply(fn, recurse)  # moves or converts each weight separately
         if self.qkv is not None and not self.joined():
             self.join()
         return self
@@ -69,10 +70,10 @@ class CoMemoAttention(LlamaAttention):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """As Llama's, on normed hidden_states [B, N, d]; or on plain modules in fewer launches.
+        """Llama's self-attention of normed hidden_states [B, N, d].
 
-        With `residual` [B, N, d] the output has it added. With `eps`, of a norm that is folded
-        into `qkv`, hidden_states are not normed yet.
+        `residual` [B, N, d] is added to the output. With `eps`, of a norm that is folded into
+        `qkv`, hidden_states are not normed yet.
         """
         cache = one_cache("CoMemoAttention", cache, past_key_values)
         B, N, _ = hidden_states.shape
@@ -84,7 +85,7 @@ class CoMemoAttention(LlamaAttention):
             q, k, v = qkv.split([proj.out_features for proj in projections], -1)
         q, k, v = (t.view(B, N, -1, self.head_dim) for t in (q, k, v))
         q, k = ops.apply_rotary(q, k, *position_embeddings)
-        if hasattr(cache, "attend"):  # of a decode loop: spans instead of a mask
+        if hasattr(cache, "attend"):  # a decode loop: spans instead of a mask
             out, weights = cache.attend(q, k, v, self.layer_idx), None
         else:
             out, weights = self._attend(q, k, v, attention_mask, cache, **kwargs)
@@ -96,14 +97,14 @@ class CoMemoAttention(LlamaAttention):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Any, cache: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """q [B, N, H, D] on keys and values [B, N, G, D] behind those of the cache."""
+        """q [B, N, H, D] reads the cache and new keys and values [B, N, G, D]."""
         N = q.shape[1]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H, N, D]
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
         if N == 1 and self.config._attn_implementation == "sdpa" and not dropout:
-            # Query heads that share a key head are rows of one: no key is repeated or read twice.
+            # Query heads of one key head become its rows: keys are neither repeated nor read twice.
             q = q.view(len(q), k.shape[1], -1, self.head_dim)
             return F.scaled_dot_product_attention(q, k, v, mask, scale=self.scaling), None
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -113,7 +114,7 @@ class CoMemoAttention(LlamaAttention):
 
 
 class CoMemoDecoderLayer(LlamaDecoderLayer):
-    """A decoder layer, behind a mixin layer where there is one."""
+    """A decoder layer, after its mixin layer if it has one."""
 
     folded = False  # whether the projections hold the norms' weights
 
@@ -134,10 +135,10 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
         use_cache: bool | None = False,
         **kwargs: Any,
     ) -> Tensor:
-        """One layer on hidden_states [B, N, d]; `media` to `use_cache` are the mixin layer's."""
+        """One layer on hidden_states [B, N, d]; `media` to `use_cache` go to the mixin layer."""
         if self.mixin is not None and image_memory is not None:
             hidden_states = self.mixin(
-                *(hidden_states, media, image_memory, rotation, media_table, bool(use_cache))
+                hidden_states, media, image_memory, rotation, media_table, bool(use_cache)
             )
         x = self._attend(hidden_states, use_cache=use_cache, **kwargs)
         norm, mlp = self.post_attention_layernorm, self.mlp
@@ -149,7 +150,7 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
         return ops.gated_residual(x, wide, mlp.down_proj.weight, None)
 
     def _attend(self, x: Tensor, **kwargs: Any) -> Tensor:
-        """x [B, N, d] and what the self-attention reads."""
+        """x [B, N, d] plus the self-attention of its norm."""
         norm, attention = self.input_layernorm, self.self_attn
         parts = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
         if not (is_untouched(attention) and is_fusable(norm, *parts)):
@@ -157,12 +158,12 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
         if self.folded and attention.joined():
             eps = norm.variance_epsilon
             return attention(hidden_states=x, residual=x, eps=eps, **kwargs)[0]
-        # By the modules, for three launches would norm three times over.
+        # By the modules, because three fused launches would compute the norm three times.
         return attention(hidden_states=norm(x), residual=x, **kwargs)[0]
 
 
-class CoMemoTextModel(LlamaPreTrainedModel):
-    """The decoder: embeddings, layers with their mixin layers, final norm."""
+class CoMemoTextModel(BuildsMemory, LlamaPreTrainedModel):
+    """Embeddings, decoder layers with their mixin layers, final norm."""
 
     _no_split_modules = ["CoMemoDecoderLayer"]
     _skip_keys_device_placement = ["cache", OLD_NAME, "image_memory"]
@@ -170,7 +171,7 @@ class CoMemoTextModel(LlamaPreTrainedModel):
 
     def __init__(self, config: CoMemoConfig) -> None:
         text = config.text_config
-        super().__init__(text)  # its attention implementation can then be set like any model's
+        super().__init__(text)  # so that its attention implementation can be set
         self.comemo_config = config
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size, text.pad_token_id)
         self.layers = nn.ModuleList(
@@ -225,7 +226,7 @@ class CoMemoTextModel(LlamaPreTrainedModel):
                 config=text,
                 inputs_embeds=x,
                 attention_mask=attention_mask,
-                # Of a packed row only: RoPE-DHR ids repeat and would be taken for packed samples.
+                # Only for packed rows: repeating RoPE-DHR ids would look like packed samples.
                 position_ids=places,
                 **{CACHE: cache},
             )
@@ -236,7 +237,7 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         if image_memory is not None:
             tokens = position_ids if query_position_ids is None else query_position_ids
             tables |= self._prepare_memory(image_memory, x, tokens, bool(use_cache))
-            # By itself, for the sake of gradient checkpointing.
+            # A separate argument, because gradient checkpointing ignores tensors inside objects.
             media = image_memory.media if torch.is_grad_enabled() else None
         for layer in self.layers:
             x = layer(
@@ -252,19 +253,19 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         return CoMemoModelOutput(last_hidden_state=self.norm(x), **{CACHE: cache})
 
     def _longest_sample(self, bounds: Tensor, position_ids: Tensor) -> Tensor:
-        """[B], the tokens of the longest sample: packing changes no angle."""
+        """[B], tokens of the longest sample, so that packing does not change angles."""
         longest = bounds.diff().max()
         if (self.comemo_config.rope_scaling or {}).get("type") == "dynamic" and len(bounds) > 2:
             highest = self.rope_lengths(position_ids, longest[None]).max()
             if int(highest) > (limit := self.config.max_position_embeddings):
                 raise ValueError(
-                    f"CoMemo: samples of a pack must be within the trained range of {limit}, for"
-                    f" dynamic scaling is of a whole row, got one of {int(highest)}: pass it alone"
+                    f"CoMemo: packed samples must be within the trained range of {limit}, because"
+                    f" dynamic scaling applies to a whole row, got {int(highest)}: pass it alone"
                 )
         return longest.to(position_ids.device).expand(len(position_ids))
 
     def rope_lengths(self, position_ids: Tensor, token_counts: Tensor) -> Tensor:
-        """[B], what dynamic scaling goes by, of prompts with ids [B, N] and so many tokens [B]."""
+        """[B], the lengths for dynamic scaling, of prompts with ids [B, N] and token_counts [B]."""
         by_position = self.comemo_config.ntk_length == "position"
         return position_ids.amax(1) + 1 if by_position else token_counts
 
@@ -282,87 +283,12 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         table = ops.rotary_table(
             position_ids, text.head_dim, text.rope_parameters["rope_theta"], **dynamic
         )
-        # Published: the angles' sine and cosine are rounded to the activations' dtype.
+        # Published: cosine and sine are rounded to the activations' dtype.
         return table[0].to(x.dtype), table[1].to(x.dtype)
-
-    def _prepare_memory(
-        self, memory: ImageMemory, x: Tensor, places: Tensor, use_cache: bool
-    ) -> dict[str, Any]:
-        """What mixin layers need beside the memory; its keys and values, if that can be now."""
-        self._give_table(memory, x)
-        tables: dict[str, Any] = {"rotation": memory.rotation(places)}
-        if len(memory.keys) == len(self.comemo_config.mixin_layers) or memory.media is None:
-            return tables
-        if not (use_cache and memory.keeps and self.build_memory(memory)):
-            cos, sin = memory.key_table()
-            tables["media_table"] = cos[None], sin[None]
-        return tables
-
-    def _give_table(self, memory: ImageMemory, x: Tensor) -> None:
-        if memory.table is None:
-            # Generated text may go on behind the trained range.
-            mixin = self.comemo_config.mixin_config
-            length = 2 * mixin.max_position_embeddings
-            cos, sin = ops.distance_table(mixin.head_dim, mixin.rope_theta, length, x.device)
-            if memory.absolute:  # published: rounded to the activations' dtype
-                cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-            memory.table = cos, sin
-
-    def build_memory(self, memory: ImageMemory) -> bool:
-        """Build keys and values of all mixin layers at once, ahead of the first forward.
-
-        Args:
-            memory: one with media and without keys, which is filled. A memory with media gets its
-                table of angles in any case.
-
-        Returns:
-            Whether that was possible: the layers' weights have to be at hand, of one dtype and on
-            one device, and no gradients be asked for. Otherwise each layer builds its own when it
-            is first called.
-        """
-        if memory.media is None or memory.ids is None:
-            return False
-        self._give_table(memory, memory.media)  # copies for readers must have it
-        if memory.keys:
-            return False
-        media, ids, table = memory.media, memory.ids, memory.table
-        layers = {i: self.layers[i].mixin for i in self.comemo_config.mixin_layers}
-        assert table is not None
-        if not all(
-            is_own(mixin, MixinLayer) and is_fusable(mixin.attn_norm, mixin.kv_proj)
-            for mixin in layers.values()
-        ):
-            return False
-        weights = [mixin.kv_proj.weight for mixin in layers.values()]
-        norms = [mixin.attn_norm.weight for mixin in layers.values() if not mixin.folded]
-        parameters = (media, *weights, *norms)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in parameters):
-            return False
-        devices = {t.device for t in (*parameters, *table)}
-        if devices != {media.device} or {t.dtype for t in parameters} != {media.dtype}:
-            return False
-        if len(eps := {mixin.attn_norm.variance_epsilon for mixin in layers.values()}) != 1:
-            return False
-        mixin = self.comemo_config.mixin_config
-        shape = (len(layers), len(media), mixin.num_heads, mixin.head_dim)
-        keys, values = ops.memory_buffers(*shape, media.dtype, media.device).unbind(0)
-        ops.build_memory(
-            media,
-            weights,
-            norms or None,
-            *table,
-            ids,
-            list(keys.unbind(0)),
-            list(values.unbind(0)),
-            eps=eps.pop(),
-        )
-        for index, key, value in zip(layers, keys.unbind(0), values.unbind(0), strict=True):
-            memory.update(index, key, value)
-        return True
 
 
 def _count_tokens(x: Tensor, attention_mask: Any, cache: Any) -> Tensor:
-    """[B] tokens so far, padding not counted."""
+    """[B] tokens so far, without padding."""
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         return attention_mask.sum(1)
     past = 0 if cache is None else cache.get_seq_length()

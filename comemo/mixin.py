@@ -1,4 +1,4 @@
-"""The mixin layer: what a token reads in the image memory, and what it makes of it.
+"""The mixin layer: gated cross-attention over the image memory and a gated feed-forward network.
 
 Source: CoMemo (arXiv:2506.06279), section on the memory path.
 
@@ -19,27 +19,27 @@ from comemo.fusable import is_fusable
 from comemo_kernels import ImageMemory, MemoryScales, QueryRotation
 
 Table = tuple[Tensor, Tensor]  # cos, sin [B, N, D/2]
-EPS = 1e-5  # of both norms of a mixin layer
+EPS = 1e-5  # of both norms
 
 
 def on_device(
     device: torch.device, spans: Tensor | None, rotation: QueryRotation
 ) -> tuple[Tensor, QueryRotation]:
-    """Spans and rotation where a layer is: layers may lie on several devices."""
+    """Spans and rotation on the device of a layer: layers may be on several devices."""
     if spans is None:
-        raise ValueError("CoMemo: the image memory says by no spans who may read it")
+        raise ValueError("CoMemo: image_memory.spans must say which tokens read what, got None")
     moved = (None if t is None else t.to(device) for t in rotation)
     return spans.to(device), QueryRotation(*moved)
 
 
 class MixinLayer(nn.Module):
-    """Gated image cross-attention and a gated feed-forward network; the identity at gates 0."""
+    """Gated image cross-attention and a gated feed-forward network; identity if the gates are 0."""
 
-    folded = False  # whether the projections hold the norms' weights and the gates
+    folded = False  # whether norm weights and gates are folded into the projections
 
     def __init__(self, config: MixinConfig, layer_idx: int) -> None:
         super().__init__()
-        self.layer_idx = layer_idx  # of the decoder layer that it stands before
+        self.layer_idx = layer_idx  # of the decoder layer after it
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         width, inner = config.language_dim, config.num_heads * config.head_dim
         self.attn_norm = LlamaRMSNorm(width, eps=EPS)
@@ -49,16 +49,16 @@ class MixinLayer(nn.Module):
         self.attn_gate = nn.Parameter(torch.zeros(1))
         self.mlp_norm = LlamaRMSNorm(width, eps=EPS)
         wide = config.intermediate_size
-        self.mlp = LlamaMLP(  # which has no heads; the default number need not divide the width
+        self.mlp = LlamaMLP(  # has no heads; the default number might not divide the width
             LlamaConfig(hidden_size=width, intermediate_size=wide, num_attention_heads=1)
         )
         self.mlp_gate = nn.Parameter(torch.zeros(1))
 
     def build(self, media: Tensor, table: Table) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values [M, H, D] of `media` [M, d], by the norm of the text."""
+        """Rotated keys and values [M, H, D] of `media` [M, d], which get the norm of the text."""
         kv = self.kv_proj(self.attn_norm(media)).unflatten(-1, (2, self.num_heads, self.head_dim))
         key, value = kv.unbind(1)
-        # A view of `value` would keep the unrotated keys alive for as long as the memory.
+        # A view of `value` would keep the unrotated keys alive as long as the memory.
         return ops.apply_rotary(key[None], None, *table)[0][0], value.contiguous()
 
     def forward(
@@ -70,22 +70,22 @@ class MixinLayer(nn.Module):
         table: Table | None = None,
         keep: bool = False,
     ) -> Tensor:
-        """x [B, N, d] -> [B, N, d]; prompts without any image pass unchanged.
+        """x [B, N, d] -> [B, N, d]; prompts without images are unchanged.
 
-        Keys and values that the memory has not yet are built here and not ahead of the layers:
-        sharding and offloading hooks make a module's weights whole only while its forward runs.
+        Keys and values that the memory lacks are built here, not before the layers run: sharding
+        and offloading hooks provide the whole weights of a module only during its forward.
 
         Args:
             x: [B, N, d].
-            media: [M, d] of the memory, by itself, for the sake of gradient checkpointing, which
-                follows no gradient into an object; None if the memory's own will do.
-            memory: what is read.
+            media: [M, d] of the memory as a separate argument, because gradient checkpointing
+                ignores tensors inside objects; None to use the memory's own.
+            memory: the image memory to read.
             rotation: of the queries.
-            table: cos, sin [1, M, D/2] of the keys; None if they are built.
-            keep: whether the memory keeps what is built.
+            table: cos, sin [1, M, D/2] of the keys; None if the keys are built already.
+            keep: whether the memory keeps the new keys and values.
 
         Raises:
-            ValueError: a memory with neither keys of this layer nor what they are built from.
+            ValueError: a memory with neither keys of this layer nor media to build them from.
         """
         scales = None
         if self.layer_idx in memory.keys:
@@ -112,19 +112,19 @@ class MixinLayer(nn.Module):
         rotation: QueryRotation,
         scales: MemoryScales | None,
     ) -> Tensor:
-        plain = is_fusable(self.attn_norm, self.q_proj, self.o_proj, self.mlp_norm, self.mlp)
+        fusable = is_fusable(self.attn_norm, self.q_proj, self.o_proj, self.mlp_norm, self.mlp)
         norms: tuple[Any, Any] = (self.attn_norm.weight, self.mlp_norm.weight)
         gates: tuple[Any, Any] = (self.attn_gate, self.mlp_gate)
         if self.folded:
             norms = gates = (None, None)
         spans, rotation = on_device(x.device, memory.spans, rotation)
-        if plain:
+        if fusable:
             q = ops.norm_linear(x, norms[0], self.q_proj.weight, self.attn_norm.variance_epsilon)
         else:
             q = self.q_proj(self.attn_norm(x))
         q = q.unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, H, D]
         read = ops.attend_spans(q, key, value, spans, rotation, scales).flatten(2)
-        if plain:
+        if fusable:
             mlp = self.mlp
             y = ops.gated_residual(x, read, self.o_proj.weight, gates[0])
             eps = self.mlp_norm.variance_epsilon

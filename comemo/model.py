@@ -1,4 +1,4 @@
-"""The model without its head: vision tower, projector and decoder, and how images enter them.
+"""The model without its head: vision tower, projector and language model.
 
 Letters: B prompts, N tokens of a prompt, M tokens of the image memory, T tiles, d width of the
 language model.
@@ -32,7 +32,7 @@ from comemo.packing import (
 from comemo.vision import CoMemoVision
 from comemo_kernels import ImageMemory
 
-# What a forward takes beside the arguments that it names.
+# Keyword arguments of a forward beside its named ones.
 KEYWORDS = {"output_attentions", "output_hidden_states", *VARLEN}
 
 
@@ -52,13 +52,13 @@ class CoMemoPreTrainedModel(PublishedCheckpoint, PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs go: of the first weight, or where offloaded weights are brought to."""
+        """Where inputs go: device of the first weight, or where offloaded weights are loaded to."""
         device = super().device
         return device if device.type != "meta" else offloaded_to(self) or device
 
 
 class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
-    """Vision tower, projector and decoder."""
+    """Vision tower, projector and language model."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
@@ -69,7 +69,7 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
         width = config.text_config.hidden_size
         self.vision_tower = InternVLVisionModel(config.vision_config)
         if config.vision_config.use_qk_norm:
-            for layer in self.vision_tower.encoder.layer:  # published: every norm has one eps
+            for layer in self.vision_tower.encoder.layer:  # published: one eps for all norms
                 for norm in (layer.attention.q_norm, layer.attention.k_norm):
                     norm.variance_epsilon = config.vision_config.layer_norm_eps
         self.multi_modal_projector = nn.Sequential(
@@ -77,6 +77,23 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
         )
         self.language_model = CoMemoTextModel(config)
         self.post_init()
+
+    def vision_layers(self) -> list[nn.Module]:
+        """Layers of the vision tower that run, see `config.select_layer`."""
+        layers = self.vision_tower.encoder.layer
+        return list(layers[: self.config.select_layer % (len(layers) + 1)])
+
+    def decoder_layers(self) -> list[nn.Module]:
+        """All layers of the language model."""
+        return list(self.language_model.layers)
+
+    def rope_lengths(self, position_ids: Tensor, token_counts: Tensor) -> Tensor:
+        """[B], the lengths for dynamic scaling, of prompts with ids [B, N] and token_counts [B]."""
+        return self.language_model.rope_lengths(position_ids, token_counts)
+
+    def build_memory(self, memory: ImageMemory) -> bool:
+        """Build keys and values of all mixin layers at once, see `BuildsMemory.build_memory`."""
+        return self.language_model.build_memory(memory)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.embed_tokens
@@ -104,13 +121,13 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
         cache: Any = None,
         **kwargs: Any,
     ) -> CoMemoModelOutput:
-        """The last hidden states [B, N, d]; arguments as of `CoMemoForConditionalGeneration`."""
+        """The last hidden states [B, N, d]; arguments as in `CoMemoForConditionalGeneration`."""
         _check_keywords(kwargs)
         cache = one_cache("CoMemo", cache, past_key_values)
         if input_ids is None and inputs_embeds is None:
             raise ValueError("CoMemo: give either input_ids or inputs_embeds")
         if pixel_values is None and input_ids is not None and inputs_embeds is not None:
-            raise ValueError("CoMemo: input_ids beside inputs_embeds need pixel_values to place")
+            raise ValueError("CoMemo: input_ids beside inputs_embeds need pixel_values")
         if pixel_values is not None and (input_ids is None or image_memory is not None):
             raise ValueError("CoMemo: pixel_values need input_ids and exclude an image_memory")
         past = 0 if cache is None else cache.get_seq_length()
@@ -120,7 +137,7 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
         if position_ids is not None:
             position_ids = position_ids.expand(B, N)
         image_mask = None
-        # Image tokens are looked for where images may stand: in a prompt, not while decoding.
+        # Image tokens are searched for in prompts, not while decoding.
         if pixel_values is not None or (
             image_memory is not None and inputs_embeds is None and N > 1 and past == 0
         ):
@@ -170,11 +187,11 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
     def _find_samples(
         self, input_ids: Tensor | None, image_mask: Tensor | None, position_ids: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Bounds of packed samples whose ids begin anew; while tracing, each token's place."""
+        """Bounds of packed samples, where ids restart; while tracing, positions in the samples."""
         if image_mask is None and input_ids is not None and self.config.image_token_id is not None:
             image_mask = self.find_image_tokens(input_ids)
         begins = find_begins(position_ids, image_mask)
-        if torch.compiler.is_compiling():  # which cannot ask how many samples there are
+        if torch.compiler.is_compiling():  # the number of samples is unknown
             return None, places_from_begins(begins)
         return find_bounds(begins), None
 
@@ -187,12 +204,15 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
         bounds: Tensor | None,
         past: int,
     ) -> Tensor:
-        """Position ids [B, N] of ids or embeddings that came without."""
+        """Position ids [B, N] of ids or embeddings that were given without them."""
         (B, N), device = given.shape[:2], given.device
         if bounds is not None:
             mask = torch.zeros(B, N, dtype=torch.bool, device=device)
             return prompt_positions(
-                *(self, mask if image_mask is None else image_mask, bounds, tile_grid),
+                self,
+                mask if image_mask is None else image_mask,
+                bounds,
+                tile_grid,
                 lambda grid: ops.image_tokens(grid, self.config.side, self.config.use_thumbnail),
             )
         if image_mask is not None:
@@ -207,18 +227,18 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
 def _check_keywords(kwargs: dict[str, Any]) -> None:
     if unknown := kwargs.keys() - KEYWORDS:
         raise ValueError(
-            f"CoMemo: a forward takes the arguments that it names and {sorted(KEYWORDS)}, got"
+            f"CoMemo: a forward takes its named arguments and {sorted(KEYWORDS)}, got"
             f" {sorted(unknown)}"
         )
 
 
 def _check_pack(attention_mask: Any, use_cache: bool | None, cache: Any) -> tuple[None, bool]:
-    """Of packed rows: no mask and no cache, which know of no samples."""
+    """Mask and use_cache of packed rows, which have neither padding nor a cache."""
     padded = attention_mask is not None and not bool((torch.as_tensor(attention_mask) == 1).all())
     if padded or use_cache or cache is not None:
         got = "padding in attention_mask" if padded else "use_cache=True or a cache"
         raise ValueError(
-            "CoMemo: packed rows (cu_seqlens, cu_seq_lens_q or position_ids that begin anew) are"
-            f" read at once, without padding and without a cache, got {got}"
+            "CoMemo: packed rows (cu_seqlens, cu_seq_lens_q or position_ids that restart) must come"
+            f" whole, without padding and without a cache, got {got}"
         )
     return None, False

@@ -313,7 +313,7 @@ def _of_rows(
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """`reference.fused_linear.rms_norm` in one or two passes over the rows instead of five or six."""
+    """The reference's `rms_norm` in one or two passes over the rows instead of five or six."""
     normed = F.rms_norm(x, x.shape[-1:], None, eps)
     return normed if weight is None else weight * normed
 

@@ -33,9 +33,9 @@ def start(chatty, **options):
 def afresh(session, shown):
     """A session of the same conversation that holds nothing yet; `shown` is pixels by number."""
     fresh = ChatSession(session.model, session.processor, prefill_chunk_size=None, **GREEDY)
-    said = session._state.said
-    pictures = tuple(replace(p, pixel_values=place(shown[p.number])) for p in said.pictures)
-    fresh._state = _State(replace(said, pictures=pictures))
+    said = session._state.conversation
+    images = tuple(replace(p, pixel_values=place(shown[p.number])) for p in said.images)
+    fresh._state = _State(replace(said, images=images))
     fresh._numbers = itertools.count(1000)
     return fresh
 
@@ -56,7 +56,7 @@ def check_same(session, fresh):
 
 def shown_in(session, *pictures):
     """Pixels by number, of the pictures of a conversation in order."""
-    numbers = [picture.number for picture in session._state.said.pictures]
+    numbers = [picture.number for picture in session._state.conversation.images]
     return dict(zip(numbers, (tiles for tiles, _ in pictures), strict=True))
 
 

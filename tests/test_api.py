@@ -68,7 +68,7 @@ def test_two_caches_are_one_too_many(model, prompts):
 
 def test_an_unknown_keyword_is_an_error(model, prompts):
     for whole in (model, model.model):
-        with pytest.raises(ValueError, match=r"takes the arguments that it names.*'cash'"):
+        with pytest.raises(ValueError, match=r"takes its named arguments.*'cash'"):
             whole(**prompts, cash=DynamicCache())
     with pytest.raises(ValueError, match="cash"):
         model.generate(**prompts, **GREEDY, cash=1)
@@ -177,7 +177,7 @@ def test_embeddings_need_a_cache_and_no_drafts(model):
     embeds = place(torch.randn(1, 5, 64))
     with pytest.raises(ValueError, match=r"inputs_embeds need a cache.*use_cache=False"):
         model.generate(inputs_embeds=embeds, use_cache=False, **GREEDY)
-    with pytest.raises(ValueError, match=r"drafts are of ids.*got inputs_embeds"):
+    with pytest.raises(ValueError, match=r"speculative decoding needs.*got inputs_embeds"):
         model.generate(inputs_embeds=embeds, prompt_lookup_num_tokens=2, **GREEDY)
     with pytest.raises(ValueError, match="need pixel_values"):
         model(input_ids=place(torch.ones(1, 5).long()), inputs_embeds=embeds)

@@ -6,7 +6,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import TextIteratorStreamer
 
 from comemo import prompts
-from comemo.chat.published import check_pictures
+from comemo.chat.published import check_images
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
@@ -166,8 +166,8 @@ def test_wrong_sizes_are_refused_before_anything_is_computed(model, tokenizer, t
 
 
 def test_video_frames_and_pictures_without_thumbnail(tiles):
-    assert check_pictures(tiles, [1, 1, 1], [(0, 0)] * 3) == ([1, 1, 1], [(0, 0)] * 3)
-    assert check_pictures(tiles, None, [(3, 1)], use_thumbnail=False) == ([3], [(3, 1)])
+    assert check_images(tiles, [1, 1, 1], [(0, 0)] * 3) == ([1, 1, 1], [(0, 0)] * 3)
+    assert check_images(tiles, None, [(3, 1)], use_thumbnail=False) == ([3], [(3, 1)])
 
 
 def test_an_exception_in_the_middle_leaves_the_next_answer_right(model, tokenizer, tiles):

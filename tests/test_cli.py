@@ -101,7 +101,7 @@ def test_options_reach_the_model(capsys, checkpoint, picture, monkeypatch):
 
     def ask(self, question, images, *, streamer):
         seen.update(self.options, dtype=self.model.dtype, tiles=len(images[0][0]))
-        seen.update(said=self._state.said, streamer=streamer)
+        seen.update(said=self._state.conversation, streamer=streamer)
         return "answer"
 
     monkeypatch.setattr(comemo.ChatSession, "ask", ask)

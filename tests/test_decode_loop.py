@@ -1,4 +1,6 @@
-"""The decode loop against transformers' own: tokens, logits, scores and the cache left behind."""
+"""The decode loop against transformers' own: tokens, logits, scores and the resulting cache."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from comemo.decode import arena as decode_memory
 from comemo.decode import loop as decode
 from comemo.decode.arena import capacity_for
 from comemo.decode.cache import RoomyCache
+from comemo.decode.interface import Prefilled
 from comemo.decode.step import DecodeStep
 from comemo_kernels import MemoryScales
 
@@ -274,11 +277,8 @@ def test_embeddings_and_a_prompt_read_before(model, loop, ahead):
     cache = RoomyCache(4)
     with torch.no_grad():
         read = model(**batch, past_key_values=cache, use_cache=True)
-    given["image_memory"] = read.image_memory
-    short = torch.zeros(2, 1, dtype=torch.long, device=DEVICE)
-    out = model.generate(
-        short, **given, prompt_output=read, past_key_values=cache, decode_loop=loop, **GREEDY
-    )
+    prefilled = Prefilled(read.logits[:, -1:], cache, ids, read.image_memory, mask)
+    out = model.generate(prefilled=prefilled, decode_loop=loop, **GREEDY)
     assert torch.equal(out[:, 1:], whole.sequences)
     assert_same_cache(cache, whole.past_key_values)
 
@@ -437,7 +437,7 @@ def test_one_call_at_a_time(model, loop):
             if len(self.given) > 1:
                 model.generate(**batch, **GREEDY, decode_loop=loop)
 
-    with pytest.raises(RuntimeError, match="another call is at work on this loop"):
+    with pytest.raises(RuntimeError, match="another call uses this loop"):
         model.generate(**batch, **GREEDY, decode_loop=loop, streamer=Asks())
     assert_same(model, loop, batch)
 
@@ -470,8 +470,8 @@ def test_static_buffers_are_a_loop(model, monkeypatch):
     [
         ({"num_beams": 2}, "num_beams=2"),
         ({"use_cache": False}, "use_cache=False"),
-        ({"prompt_lookup_num_tokens": 3}, "drafts from the prompt"),
-        ({"assistant_model": 0}, "drafts of an assistant"),
+        ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
+        ({"assistant_model": 0}, "assistant_model"),
         ({"output_attentions": True, "num_beams": 3}, "output_attentions, num_beams=3"),
         ({"output_hidden_states": True}, "output_hidden_states"),
         ({"synced_gpus": True}, "synced_gpus"),
@@ -512,21 +512,20 @@ def test_what_a_loop_cannot_take_over(model, loop):
     places = core.prompt_position_ids(
         core.find_image_tokens(ids), batch["attention_mask"], batch["tile_grid"]
     )
-    given = {"position_ids": places, "attention_mask": batch["attention_mask"]}
-    given |= {"image_memory": read.image_memory, "prompt_output": read}
-    with pytest.raises(ValueError, match=r"must hold the 41 tokens of position_ids .* got 0"):
-        model.generate(ids[:, :1], **given, **options)
-    short = read.image_memory.reading(read.image_memory.spans[:1])
-    given |= {"past_key_values": read.past_key_values, "image_memory": short}
+    memory, cache = read.image_memory, read.past_key_values
+    whole = Prefilled(read.logits[:, -1:], cache, places, memory, batch["attention_mask"])
+    empty = replace(whole, cache=RoomyCache(4))
+    with pytest.raises(ValueError, match=r"must hold the 41 tokens of position_ids, got 0"):
+        model.generate(prefilled=empty, **options)
+    short = replace(whole, image_memory=memory.reading(memory.spans[:1]))
     with pytest.raises(ValueError, match=r"spans \(2, 1, 2\), got \(1, 1, 2\)"):
-        model.generate(ids[:, :1], **given, **options)
-    held = read.image_memory.keys.pop(1)
-    given["image_memory"] = read.image_memory
+        model.generate(prefilled=short, **options)
+    held = memory.keys.pop(1)
     with pytest.raises(ValueError, match=r"mixin layers \[1, 3\] .* got layers \[3\] and a table"):
-        model.generate(ids[:, :1], **given, **options)
-    read.image_memory.keys[1], read.image_memory.table = held, None
+        model.generate(prefilled=whole, **options)
+    memory.keys[1], memory.table = held, None
     with pytest.raises(ValueError, match=r"table of angles, got layers \[1, 3\] and no table"):
-        model.generate(ids[:, :1], **given, **options)
+        model.generate(prefilled=whole, **options)
     assert_same(model, loop, batch)
 
 

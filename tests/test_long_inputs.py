@@ -14,7 +14,7 @@ from transformers import DynamicCache
 import comemo
 import comemo_kernels as ops
 from comemo.decode.cache import ROOM, RoomyCache
-from comemo.decode.prefill import read_prompt
+from comemo.decode.prefill import prefill
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
@@ -95,7 +95,7 @@ def test_forks_and_uneven_layers():
     new = torch.randn(1, 2, 9, 4)
     for layer in range(2):
         cache.update(new, new, layer)
-    fork = cache.fork(9)
+    fork = RoomyCache.copy_of(cache, 9)
     cache.update(new, new, 0)  # as if the second layer had failed
     cache.crop_to(7)
     assert [layer.get_seq_length() for layer in cache.layers] == [7, 7]
@@ -210,7 +210,7 @@ def test_reading_goes_on_from_a_cache(model):
     for splits in ((60,), (20, 60), (1, 59, 60)):
         cache, start = RoomyCache(4), 0
         for end in splits:
-            output = read_prompt(
+            output = prefill(
                 model, lambda a, b: embeds[:, a:b], places[:, :end], cache, start=start, chunk=16
             )
             start = end
@@ -219,8 +219,8 @@ def test_reading_goes_on_from_a_cache(model):
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0], rtol=1e-3, atol=1e-4)
     for start, chunk in ((60, None), (0, 0)):
-        with pytest.raises(ValueError, match="chunk and the tokens behind start must be positive"):
-            read_prompt(model, lambda a, b: embeds, places, cache, start=start, chunk=chunk)
+        with pytest.raises(ValueError, match="chunk and the tokens after start must be positive"):
+            prefill(model, lambda a, b: embeds, places, cache, start=start, chunk=chunk)
 
 
 # --- pictures in rounds ---

@@ -11,8 +11,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import comemo
 import comemo_kernels as ops
+from bench.counting import count_calls
 from comemo import ChatSession, prompts
-from comemo.cli.progress import count_calls
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,10 +175,10 @@ def test_compressed_answers_are_not_read_again(model, processor):
     session = ChatSession(model, processor, **GREEDY)
     session.ask("hello world")
     held, answer = len(session._held.transcript), session.history[-1][1]
-    again, ids = session._state.said.prompt("go on", model, processor.tokenizer)
+    again, _ = session._state.conversation.prompt("go on", model, processor.tokenizer)
     expected = session._held.transcript.common(again)
     session.ask("go on")
-    assert session.report.read_tokens == len(ids) - expected
+    assert session.report.read_tokens == len(again) - expected
     assert expected <= held
     assert answer in session.history[0]
 
@@ -378,7 +378,7 @@ def test_one_thread_at_a_time(session):
     answer = session.ask("hello", streamer=Recorder(2, from_another_thread))
     verbs = ["ask", "regenerate", "fork", "reset"]
     for verb, error in zip(verbs, errors, strict=True):
-        assert error.startswith(f"ChatSession.{verb}: another thread is at work on this session")
+        assert error.startswith(f"ChatSession.{verb}: another thread uses this session")
     assert session.history == [("hello", answer)]
 
 
@@ -426,7 +426,9 @@ def test_pictures_from_files(model, processor, picture_file):
     twin = ChatSession(model, processor, **GREEDY)
     twin.ask("what is this?", [(tiles, grid)])
     assert session.history == twin.history
-    assert session._state.said.pictures[0].pixel_values is None  # a session does not keep pixels
+    assert (
+        session._state.conversation.images[0].pixel_values is None
+    )  # a session does not keep pixels
 
 
 def test_says_what_is_wrong(session, model, processor, pictures):

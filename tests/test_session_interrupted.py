@@ -145,10 +145,10 @@ def interrupt_everywhere(chatty, name, choose):
         assert reached or name == "stream", f"{at} was not reached"  # how often that waits varies
         for thread in {*threading.enumerate()} - others:  # of a stream that was left
             thread.join()
-        said = session._state.said
-        state = said.turns, len(said.pictures)
+        said = session._state.conversation
+        state = said.turns, len(said.images)
         if state not in afterwards:
-            new = {p.number: make_picture(5)[0] for p in said.pictures if p.number not in shown}
+            new = {p.number: make_picture(5)[0] for p in said.images if p.number not in shown}
             fresh = afresh(session, shown | new)
             fresh.ask("now this")
             afterwards[state] = fresh.fork(), fresh

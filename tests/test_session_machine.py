@@ -73,8 +73,8 @@ class Talk(RuleBasedStateMachine):
 
     def pictures_for(self, session, words, seed):
         """What the marks of a question want, beyond pictures that were kept."""
-        said = session._state.said
-        waiting = len(said.pictures) - sum(text.count("<image>") for text, _ in said.turns)
+        said = session._state.conversation
+        waiting = len(said.images) - sum(text.count("<image>") for text, _ in said.turns)
         more = max(words.count("<image>") - waiting, 0)
         words = words if words.count("<image>") >= waiting else words.replace("<image>", "")
         grids = (1, 1), (2, 1)
@@ -83,7 +83,7 @@ class Talk(RuleBasedStateMachine):
     def note(self, session, before, pictures):
         """Remember the pixels of pictures that a session has learnt to know."""
         known = {p.number for p in before}
-        new = [p.number for p in session._state.said.pictures if p.number not in known]
+        new = [p.number for p in session._state.conversation.images if p.number not in known]
         tiles = [tiles for tiles, _ in pictures]
         self.shown.setdefault(session, {}).update(zip(new, tiles, strict=False))
 
@@ -91,7 +91,7 @@ class Talk(RuleBasedStateMachine):
     def ask(self, which, words, seed, how, stop):
         session = self.session(which)
         words, pictures = self.pictures_for(session, words, seed)
-        before, options = session._state.said.pictures, dict(HOW[how])
+        before, options = session._state.conversation.images, dict(HOW[how])
         if self.looped and how == "beams":
             with pytest.raises(ValueError, match="num_beams"):
                 session.ask(words, list(pictures), **options)
@@ -109,7 +109,7 @@ class Talk(RuleBasedStateMachine):
     def stream(self, which, words, seed, leave):
         session = self.session(which)
         words, pictures = self.pictures_for(session, words, seed)
-        before = session._state.said.pictures
+        before = session._state.conversation.images
         for pieces, _ in enumerate(session.stream(words, list(pictures))):
             if pieces == leave:
                 break
@@ -132,7 +132,7 @@ class Talk(RuleBasedStateMachine):
     def interrupt(self, which, words, seed, moments, again):
         session = self.session(which)
         words, pictures = self.pictures_for(session, words, seed)
-        before = session._state.said.pictures
+        before = session._state.conversation.images
         if again and session.history:
             interrupt_after(session.regenerate, moments)
         else:
@@ -147,7 +147,7 @@ class Talk(RuleBasedStateMachine):
                 session.regenerate()
             return
         fresh = afresh(session, self.shown.get(session, {}))
-        said = fresh._state.said
+        said = fresh._state.conversation
         fresh._state = _State(replace(said, turns=said.turns[:-1]))
         session.regenerate()
         fresh.ask(said.turns[-1][0])

@@ -1,6 +1,6 @@
-"""A conversation as data: what was said and shown, and the prompt that it makes."""
+"""A conversation as data: turns and images, and the prompt that they make."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,22 +9,28 @@ from torch import Tensor
 
 import comemo_kernels as ops
 from comemo import prompts
-from comemo.chat.transcript import NOBODY, Transcript
+from comemo.chat.driver import Prompt, build_prompt
+from comemo.chat.transcript import NO_IMAGES, Transcript
+from comemo.config import CoMemoConfig
+from comemo.decode.interface import GeneratingModel
+from comemo.image_inputs import queries_at_count
+from comemo.image_processor import CoMemoImageProcessor
+from comemo.tokenizer import InternLM2Tokenizer
 from comemo.vision import check_tiles
 
 CHOICES = {"visibility": ("causal", "all"), "rope": ("dhr", "original")}
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of a conversation.
+class ShownImage:
+    """An image of a conversation.
 
     Attributes:
-        number: that no other picture of the conversation ever had.
+        number: unique within the conversation, never reused.
         grid: (cols, rows).
         tokens: image tokens.
         turn: index of the question that it came with.
-        pixel_values: [T, 3, side, side] until its memory is built.
+        pixel_values: [T, 3, side, side] until its memory is built, then None.
     """
 
     number: int
@@ -36,14 +42,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Conversation:
-    """What was said and shown so far.
+    """Turns and images so far.
 
     Attributes:
         system_message: instead of the template's own.
         rope: "dhr" or "original".
-        visibility: "causal" or "all", as of `ChatSession`.
+        visibility: "causal" or "all", see `ChatSession`.
         turns: (question, answer) pairs, `<image>` marks in the questions.
-        pictures: in the order of their marks.
+        images: in the order of their marks.
 
     Raises:
         ValueError: an unknown choice.
@@ -53,7 +59,7 @@ class Conversation:
     rope: str = "dhr"
     visibility: str = "causal"
     turns: tuple[tuple[str, str], ...] = ()
-    pictures: tuple[Picture, ...] = ()
+    images: tuple[ShownImage, ...] = ()
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
@@ -61,95 +67,118 @@ class Conversation:
                 raise ValueError(f"ChatSession: {name} must be one of {allowed}, got {value!r}")
 
     def answered(self, question: str, answer: str) -> "Conversation":
-        """The conversation one turn later."""
+        """The conversation with one more turn."""
         return replace(self, turns=(*self.turns, (question, answer)))
 
     def built(self) -> "Conversation":
-        """The same without pixels, of which the memory is built."""
-        pictures = tuple(replace(picture, pixel_values=None) for picture in self.pictures)
-        return replace(self, pictures=pictures)
+        """The conversation without pixels, once the memory is built."""
+        return replace(self, images=tuple(replace(im, pixel_values=None) for im in self.images))
 
-    def prompt(self, question: str, model: Any, tokenizer: Any) -> tuple[Transcript, list[int]]:
-        """All of it up to the answer to a question.
+    def prompt(
+        self, question: str, model: GeneratingModel, tokenizer: InternLM2Tokenizer
+    ) -> tuple[Transcript, Prompt]:
+        """Everything up to the answer to a question.
 
         Args:
             question: the next one.
-            model: whose config says how prompts are written and numbered.
+            model: whose config determines template and positions.
             tokenizer: of its checkpoint.
 
         Returns:
-            The tokens as a transcript, and their ids.
+            The tokens as a transcript, and the prompt, both on the CPU.
 
         Raises:
-            ValueError: marks and pictures that differ in number.
+            ValueError: see `build_prompt`.
         """
-        template = model.config.template
-        turns: Sequence[tuple[str, str | None]] = (*self.turns, (question, None))
-        counts = [picture.tokens for picture in self.pictures]
-        ids, _ = prompts.encode_turns(tokenizer, turns, template, self.system_message, counts)
-        tokens = torch.tensor(ids)
-        image_mask = tokens == tokenizer.convert_tokens_to_ids(prompts.IMAGE_CONTEXT)
-        grids = [picture.grid for picture in self.pictures]
-        positions = model.model.prompt_position_ids(
-            image_mask[None], torch.ones(1, len(ids)), grids if self.rope == "dhr" else None
-        )[0]
-        numbers = torch.tensor([-1 - picture.number for picture in self.pictures]).long()
-        tokens[image_mask] = numbers.repeat_interleave(torch.tensor(counts, dtype=torch.long))
-        stop = tokenizer.convert_tokens_to_ids(prompts.stop_text(template))
-        visible = self._visible(torch.tensor(ids) == stop)
-        scaling = scaled_length(model, positions.max()[None], torch.tensor([len(ids)]))
-        first = [int((tokens == number).nonzero()[0]) for number in numbers]
-        pictures = tuple(
-            (picture.number, int(positions[place]))
-            for picture, place in zip(self.pictures, first, strict=True)
+        counts = [image.tokens for image in self.images]
+        prompt = build_prompt(
+            model,
+            tokenizer,
+            (*self.turns, (question, None)),
+            self.system_message,
+            counts,
+            [image.grid for image in self.images] if self.rope == "dhr" else None,
         )
-        return Transcript.of(tokens, positions, positions, visible, scaling, pictures), ids
+        ids, positions, image_mask = (
+            t[0] for t in (prompt.input_ids, prompt.position_ids, prompt.image_mask)
+        )
+        tokens = ids.clone()
+        numbers = torch.tensor([-1 - image.number for image in self.images]).long()
+        tokens[image_mask] = numbers.repeat_interleave(torch.tensor(counts, dtype=torch.long))
+        stop = tokenizer.convert_tokens_to_ids(prompts.stop_text(model.config.template))
+        visible = self._visible(ids == stop)
+        scaling = scaled_lengths(model, positions.max()[None], torch.tensor([len(ids)]))
+        first = [int((tokens == number).nonzero()[0]) for number in numbers]
+        images = tuple(
+            (image.number, int(positions[index]))
+            for image, index in zip(self.images, first, strict=True)
+        )
+        return Transcript.of(tokens, positions, positions, visible, scaling, images), prompt
 
     def _visible(self, separators: Tensor) -> Tensor:
-        """[N] or a number: how many pictures each token sees."""
-        if not self.pictures:
-            return torch.tensor(NOBODY)
+        """[N] or a number: how many images each token reads."""
+        if not self.images:
+            return torch.tensor(NO_IMAGES)
         if self.visibility == "all":
-            return torch.tensor(len(self.pictures))
-        # Every message that holds anything ends with one separator, the system message always.
+            return torch.tensor(len(self.images))
+        # Every message that is not empty ends with one separator, the system message always.
         closed = separators.long().cumsum(0) - separators.long()  # messages before each token
         before = [1]  # messages before each question
         for turn in self.turns:
             before.append(before[-1] + sum(bool(text) for text in turn))
-        # What comes with the first question is seen by the system message too, as published.
-        first = [before[picture.turn] if picture.turn else 0 for picture in self.pictures]
+        # As published, the system message reads images of the first question too.
+        first = [before[image.turn] if image.turn else 0 for image in self.images]
         return torch.searchsorted(torch.tensor(first), closed, right=True)
 
 
-def scaled_length(model: Any, positions: Tensor, tokens: Tensor) -> Tensor:
-    """The lengths that dynamic scaling goes by, where it scales, else 0.
+def transcribe(tokens: Tensor, prompt: Transcript, model: GeneratingModel) -> Transcript:
+    """The transcript of generated tokens [n], which follow a prompt."""
+    count = len(prompt) + torch.arange(len(tokens))
+    positions = prompt.positions[-1] + 1 + torch.arange(len(tokens))
+    at_count = queries_at_count(model.config, bool(prompt.images))
+    return Transcript.of(
+        tokens.cpu(),
+        positions,
+        count if at_count else positions,
+        prompt.visible[-1],
+        scaled_lengths(model, positions, count + 1),
+        prompt.images,
+    )
+
+
+def scaled_lengths(model: GeneratingModel, positions: Tensor, tokens: Tensor) -> Tensor:
+    """[T], lengths for dynamic scaling where it takes effect, else 0.
 
     Args:
-        model: a `CoMemoForConditionalGeneration`.
+        model: whose config determines them.
         positions: [T], highest position ids so far.
-        tokens: [T], how many tokens there are so far.
+        tokens: [T], tokens so far.
     """
     config = model.config
-    length = model.model.language_model.rope_lengths(positions[:, None], tokens)
+    length = model.model.rope_lengths(positions[:, None], tokens)
     if (config.rope_scaling or {}).get("type") != "dynamic":
         return torch.zeros_like(length)
     return torch.where(length > config.text_config.max_position_embeddings, length, 0)
 
 
-def load_pictures(
-    images: Any, turn: int, numbers: Any, image_processor: Any, config: Any
-) -> tuple[Picture, ...]:
-    """Read and tile the pictures of a question.
+def load_images(
+    images: Any,
+    turn: int,
+    numbers: Iterator[int],
+    image_processor: CoMemoImageProcessor,
+    config: CoMemoConfig,
+) -> tuple[ShownImage, ...]:
+    """Read and tile the images of a question.
 
     Args:
-        images: one or a list: what the image processor takes, or (pixel_values, grid).
+        images: one or a list: inputs of the image processor, or (pixel_values, grid).
         turn: index of the question.
-        numbers: an iterator of fresh numbers.
-        image_processor: a `CoMemoImageProcessor`.
-        config: a `CoMemoConfig`.
+        numbers: an iterator of unused numbers.
+        image_processor: of the checkpoint.
+        config: of the model.
 
     Raises:
-        ValueError: a bad picture, or tiles that do not fit their grid.
+        ValueError: a bad image, or tiles that do not match their grid.
     """
     found = []
     for image in images if isinstance(images, list) else [] if images is None else [images]:
@@ -160,8 +189,8 @@ def load_pictures(
             pixel_values, grids = loaded["pixel_values"], loaded["tile_grid"].tolist()
             if len(grids) != 1:
                 raise ValueError(
-                    f"ChatSession.ask: an item of images must be one picture, got {len(grids)}:"
-                    " pass a list of pictures"
+                    f"ChatSession.ask: an item of images must be one image, got {len(grids)}:"
+                    " pass a list of images"
                 )
             ((cols, rows),) = grids
         check_tiles("ChatSession.ask", pixel_values, config.vision_config.image_size[0])
@@ -169,8 +198,8 @@ def load_pictures(
         tokens = ops.image_tokens(grid, config.side, config.use_thumbnail)
         if tokens != len(pixel_values) * config.tokens_per_tile:
             raise ValueError(
-                f"ChatSession.ask: a picture of grid {grid} must have"
+                f"ChatSession.ask: an image of grid {grid} must have"
                 f" {tokens // config.tokens_per_tile} tiles, got {len(pixel_values)}"
             )
-        found.append(Picture(next(numbers), grid, tokens, turn, pixel_values))
+        found.append(ShownImage(next(numbers), grid, tokens, turn, pixel_values))
     return tuple(found)

@@ -1,37 +1,40 @@
-"""Options of `generate` where an answer is text: what can be done, and what is refused before."""
+"""Options of `generate` for an answer as text: checked before any work."""
 
 from typing import Any
 
+from comemo.decode.interface import GeneratingModel
 from comemo.decode.loop import check_loop
-from comemo.generation_inputs import DRAFTS
+from comemo.generation_inputs import DRAFTS, PROMPT_INPUTS
+from comemo.tokenizer import InternLM2Tokenizer
 
 NEED_IDS = (*DRAFTS, "custom_generate")
 OUTPUTS = (
-    *("return_dict_in_generate", "output_scores", "output_logits"),
-    *("output_attentions", "output_hidden_states"),
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
 )
-# What a chat makes itself.
-INPUTS = (
-    *("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids", "pixel_values"),
-    *("tile_grid", "image_memory", "cache", "past_key_values", "prompt_output", "memory_store"),
-)
+# Inputs that a chat makes itself.
+INPUTS = (*PROMPT_INPUTS, "prefilled")
 
 
-def text_options(verb: str, options: dict[str, Any], model: Any, tokenizer: Any) -> dict[str, Any]:
+def text_options(
+    verb: str, options: dict[str, Any], model: GeneratingModel, tokenizer: InternLM2Tokenizer
+) -> dict[str, Any]:
     """Options for one answer as text.
 
     Args:
         verb: the function to name.
-        options: what `generate` takes; neither changed nor copied in depth.
-        model: whose `generation_config` fills in what is not given.
-        tokenizer: handed over where `stop_strings` need one.
+        options: of `generate`; neither changed nor deep-copied.
+        model: whose `generation_config` has the defaults.
+        tokenizer: passed on if `stop_strings` need it.
 
     Returns:
         The options to call `generate` with.
 
     Raises:
-        ValueError: options that would answer otherwise than by one text, or that a chat makes
-            itself.
+        ValueError: options that would not give one text, or inputs that a chat makes itself.
     """
     chosen = options.get("generation_config")
 
@@ -64,7 +67,7 @@ def text_options(verb: str, options: dict[str, Any], model: Any, tokenizer: Any)
     options = dict(options)
     if option("stop_strings") is not None:
         options.setdefault("tokenizer", tokenizer)
-    # A model's own defaults are for generate.
+    # Outputs that the model's own defaults ask for are not wanted here.
     return options | {
         name: False for name in OUTPUTS if getattr(model.generation_config, name, None)
     }

@@ -1,4 +1,4 @@
-"""The published `chat` call: questions about pictures, several turns, and text alone."""
+"""The published `chat` call: questions about images, several turns, and text alone."""
 
 import re
 from collections.abc import Sequence
@@ -10,20 +10,17 @@ from transformers import GenerationConfig
 
 import comemo_kernels as ops
 from comemo import prompts
+from comemo.chat.driver import build_prompt, check_tokenizer, generate_answer
 from comemo.chat.options import text_options
+from comemo.decode.interface import ModelMixin
 from comemo.vision import check_tiles
 
 History = list[tuple[str, str]]
+Grids = Sequence[tuple[int, int]]
 
 
-class CoMemoChat:
+class CoMemoChat(ModelMixin):
     """`chat` for a model with `generate`."""
-
-    config: Any
-    model: Any
-    device: Any
-    generate: Any
-    _check_range: Any
 
     def chat(
         self,
@@ -34,41 +31,41 @@ class CoMemoChat:
         history: Sequence[tuple[str, str]] | None = None,
         return_history: bool = False,
         num_patches_list: Sequence[int] | None = None,
-        target_aspect_ratio: Sequence[tuple[int, int]] | tuple[int, int] | None = None,
+        target_aspect_ratio: Grids | tuple[int, int] | None = None,
         verbose: bool = False,
         *,
         system_message: str | None = None,
         streamer: Any = None,
         memory_store: Any = None,
     ) -> str | tuple[str, History]:
-        """Answer a question about pictures.
+        """Answer a question about images.
 
         Args:
             tokenizer: of the checkpoint.
-            pixel_values: [T, 3, side, side], the tiles of all pictures of the conversation in
-                order; None to chat about text alone.
-            question: text; `<image>` marks where a picture goes. Without any mark in the
-                conversation a line with one is put before its first question. Names of control
-                tokens in it stay text.
-            generation_config: what `generate` takes, as a dictionary or a GenerationConfig, as far
-                as it gives one text; not changed.
+            pixel_values: [T, 3, side, side], the tiles of all images of the conversation in order;
+                None to chat about text alone.
+            question: text; `<image>` marks the position of an image. If the conversation has no
+                mark, one is put on a line before its first question. Names of control tokens in
+                it remain text.
+            generation_config: options of `generate` that give one text, as a dictionary or a
+                GenerationConfig; not changed.
             history: earlier (question, answer) pairs; not changed.
             return_history: whether to return the history with this turn added.
-            num_patches_list: tiles of each picture; None for one picture.
-            target_aspect_ratio: (cols, rows) of each picture, for RoPE-DHR; None for original
-                RoPE (recommended for reading text in pictures).
+            num_patches_list: tiles of each image; None for one image.
+            target_aspect_ratio: (cols, rows) of each image, for RoPE-DHR; None for original RoPE
+                (recommended for reading text in images).
             verbose: print the prompt and the answer.
             system_message: instead of the template's own.
-            streamer: receives tokens as they come.
-            memory_store: a `MemoryStore`, where known pictures are looked up and new ones kept.
+            streamer: receives tokens as they are generated.
+            memory_store: a `MemoryStore` to look images up in.
 
         Returns:
             The answer, or (answer, new history).
 
         Raises:
-            ValueError: pictures, marks, tiles and grids that disagree, a prompt beyond the position
-                range, or an option that does not give one text (drafts, `use_cache=False`, outputs
-                beside the text); nothing was computed then.
+            ValueError: images, marks, tiles and grids that disagree, a prompt beyond the position
+                range, or an option that does not give one text (speculative decoding,
+                `use_cache=False`, outputs beside the text). Nothing was computed.
         """
         options: dict[str, Any] = {"generation_config": generation_config}
         if not isinstance(generation_config, GenerationConfig):
@@ -78,15 +75,17 @@ class CoMemoChat:
         if pixel_values is not None and not any(prompts.IMAGE_MARK in q for q, _ in turns):
             turns[0] = (prompts.with_image_mark(turns[0][0]), turns[0][1])
         prompt, inputs = self.prepare_chat(
-            *(tokenizer, pixel_values, turns, num_patches_list, target_aspect_ratio),
+            tokenizer,
+            pixel_values,
+            turns,
+            num_patches_list,
+            target_aspect_ratio,
             system_message=system_message,
             memory_store=memory_store,
         )
-        stop = prompts.stop_text(self.config.template)
-        options["eos_token_id"] = tokenizer.convert_tokens_to_ids(stop)
-        output = self.generate(**inputs, **options, streamer=streamer)
-        text = tokenizer.decode(output[0, 1:], skip_special_tokens=True)
-        answer = text.split(stop)[0].strip()
+        stop = tokenizer.convert_tokens_to_ids(prompts.stop_text(self.config.template))
+        options["eos_token_id"] = stop
+        _, answer = generate_answer(self, tokenizer, inputs | {"streamer": streamer}, options)
         if verbose:
             print(_shorten(prompt), answer)
         if not return_history:
@@ -100,86 +99,63 @@ class CoMemoChat:
         pixel_values: Tensor | None,
         turns: Sequence[tuple[str, str | None]],
         num_patches_list: Sequence[int] | None = None,
-        target_aspect_ratio: Sequence[tuple[int, int]] | tuple[int, int] | None = None,
+        target_aspect_ratio: Grids | tuple[int, int] | None = None,
         system_message: str | None = None,
         memory_store: Any = None,
     ) -> tuple[str, dict[str, Any]]:
-        """The prompt of a conversation, and what `generate` takes to go on with it.
+        """The prompt of a conversation, and the inputs of `generate` for its next answer.
 
         Args:
             turns: (question, answer) pairs, the last answer None.
             tokenizer, pixel_values, num_patches_list, target_aspect_ratio, system_message,
-                memory_store: as of `chat`.
+                memory_store: see `chat`.
 
         Returns:
-            prompt: the text, pictures expanded.
-            inputs: embeddings, positions and the image memory. The ids that `generate` goes on
-                from are the start token alone: as published, penalties on repetition see what
-                was generated, not the prompt.
+            prompt: the text, with image tokens.
+            inputs: embeddings, positions and the image memory. `input_ids` is the start token
+                alone: as published, penalties on repetition see generated tokens, not the prompt.
 
         Raises:
-            ValueError: as of `chat`.
+            ValueError: see `chat`.
         """
         config, model = self.config, self.model
         check_tokenizer(tokenizer, prompts.stop_text(config.template))
-        tiles, grids = check_pictures(
+        tiles, grids = check_images(
             pixel_values, num_patches_list, target_aspect_ratio, config.use_thumbnail
         )
         counts = [count * config.tokens_per_tile for count in tiles]
-        ids, prompt = prompts.encode_turns(
-            tokenizer, turns, config.template, system_message, counts
-        )
-        input_ids = torch.tensor([ids], device=self.device)
-        image_mask = input_ids == tokenizer.convert_tokens_to_ids(prompts.IMAGE_CONTEXT)
-        attention_mask = torch.ones_like(input_ids)
-        position_ids = model.prompt_position_ids(image_mask, attention_mask, grids)
-        self._check_range(position_ids, attention_mask, bool(tiles))
+        prompt = build_prompt(self, tokenizer, turns, system_message, counts, grids)
+        prompt = prompt.to(self.device)
         memory = None
         if pixel_values is not None:
             memory = model.build_image_memory(
-                pixel_values, image_mask, position_ids, grids, memory_store
+                pixel_values, prompt.image_mask, prompt.position_ids, grids, memory_store
             )
-        return prompts.expand_images(prompt, counts).replace(prompts.MARKER, ""), {
-            "input_ids": input_ids[:, :1],
-            "inputs_embeds": model.embed(input_ids, image_mask, memory),
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
+        return prompts.expand_images(prompt.text, counts).replace(prompts.MARKER, ""), {
+            "input_ids": prompt.input_ids[:, :1],
+            "inputs_embeds": model.embed(prompt.input_ids, prompt.image_mask, memory),
+            "attention_mask": torch.ones_like(prompt.input_ids),
+            "position_ids": prompt.position_ids,
             "image_memory": memory,
         }
 
 
-def check_tokenizer(tokenizer: Any, stop: str) -> None:
-    """Refuse a tokenizer in which control tokens are no tokens: prompts would be wrong words.
-
-    Raises:
-        ValueError: naming what is missing.
-    """
-    wanted = (prompts.IMAGE_START, prompts.IMAGE_CONTEXT, prompts.IMAGE_END, stop)
-    known = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    missing = [name for name in wanted if name not in known]
-    if missing:
-        raise ValueError(
-            f"chat: the tokenizer must hold {list(wanted)} as added tokens, {missing} are missing:"
-            " is the checkpoint's tokenizer_config.json there?"
-        )
-
-
-def check_pictures(
+def check_images(
     pixel_values: Tensor | None,
     num_patches_list: Sequence[int] | None,
     grids: Any,
     use_thumbnail: bool = True,
 ) -> tuple[list[int], list[tuple[int, int]] | None]:
-    """Tiles of each picture and its grid, or one clear error.
+    """Tiles and grid of each image, checked.
 
     Args:
         pixel_values: [T, 3, side, side] or None.
-        num_patches_list: tiles of each picture; None for one picture, or as the grids say.
-        grids: (cols, rows) of each picture, a bare pair for one picture, or None.
-        use_thumbnail: whether pictures of more than one tile carry a thumbnail.
+        num_patches_list: tiles of each image; None for one image, or to derive them from `grids`.
+        grids: (cols, rows) of each image, a bare pair for one image, or None.
+        use_thumbnail: whether images of more than one tile have a thumbnail.
 
     Raises:
-        ValueError: pictures, counts and grids that disagree.
+        ValueError: images, counts and grids that disagree.
     """
     if grids is not None and len(grids) == 2 and all(isinstance(n, int) for n in grids):
         grids = [grids]
@@ -211,6 +187,6 @@ def check_pictures(
 
 
 def _shorten(prompt: str) -> str:
-    """The prompt with each picture back to its mark."""
+    """The prompt with a mark in place of each image's tokens."""
     start, context, end = prompts.IMAGE_START, prompts.IMAGE_CONTEXT, prompts.IMAGE_END
     return re.sub(f"{start}({context})+{end}", prompts.IMAGE_MARK, prompt)

@@ -1,7 +1,8 @@
-"""What a cache holds, token by token: enough to tell how much of it a new prompt can go on from.
+"""What a KV cache holds, token by token: enough to find the prefix that a new prompt can reuse.
 
-Keys and values of a token depend on all tokens before it, on where it and they stand, and on which
-pictures they see, where. A transcript notes these: a column a token, and the pictures.
+Keys and values of a token depend on all tokens before it, on their positions, and on the images
+that they read and the positions of those. A transcript records this: a column per token, and the
+images.
 """
 
 from dataclasses import dataclass
@@ -11,23 +12,23 @@ from torch import Tensor
 
 from comemo.decode.cache import RoomyCache
 
-NOBODY = -1  # pictures that a token sees in a conversation without any: its mixin layers are passed
+NO_IMAGES = -1  # images that a token reads where there are none: mixin layers are skipped
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """Columns of N tokens, and the pictures that they see.
+    """Columns of N tokens, and the images that they read.
 
     Attributes:
-        columns: int64 [5, N] on the CPU. Rows: the token's id, or -1 - the number of its picture;
-            its position id; where its mixin queries stand; how many pictures it sees, or `NOBODY`;
-            the length by which dynamic scaling turned it, 0 within the trained range.
-        pictures: (number, position id of the first token) of each picture. A token that sees k of
-            them sees the first k.
+        columns: int64 [5, N] on the CPU. Rows: the token's id, or -1 - the number of its image;
+            its position id; the position of its mixin queries; how many images it reads, or
+            `NO_IMAGES`; the length for dynamic scaling, 0 within the trained range.
+        images: (number, position id of the first token) of each image. A token that reads k images
+            reads the first k.
     """
 
     columns: Tensor
-    pictures: tuple[tuple[int, int], ...] = ()
+    images: tuple[tuple[int, int], ...] = ()
 
     @classmethod
     def of(
@@ -37,11 +38,11 @@ class Transcript:
         queries: Tensor,
         visible: Tensor,
         scaling: Tensor,
-        pictures: tuple[tuple[int, int], ...],
+        images: tuple[tuple[int, int], ...],
     ) -> "Transcript":
-        """From its rows, each [N] or one number for all."""
+        """Make one from its rows, each [N] or one number for all."""
         rows = (tokens, positions, queries, visible, scaling)
-        return cls(torch.stack([row.long().expand(len(tokens)) for row in rows]), pictures)
+        return cls(torch.stack([row.long().expand(len(tokens)) for row in rows]), images)
 
     @classmethod
     def empty(cls) -> "Transcript":
@@ -51,18 +52,18 @@ class Transcript:
         return self.columns.shape[1]
 
     def __add__(self, other: "Transcript") -> "Transcript":
-        """Both behind each other; they see the same pictures."""
-        return Transcript(torch.cat([self.columns, other.columns], 1), self.pictures)
+        """Concatenate; both read the same images."""
+        return Transcript(torch.cat([self.columns, other.columns], 1), self.images)
 
     def first(self, length: int) -> "Transcript":
         """The first `length` tokens."""
-        return Transcript(self.columns[:, :length], self.pictures)
+        return Transcript(self.columns[:, :length], self.images)
 
     def common(self, other: "Transcript") -> int:
-        """How many tokens both begin with: the same ones, that saw the same pictures."""
+        """Length of the common prefix: the same tokens, which read the same images."""
         length = min(len(self), len(other))
         shared = 0
-        for mine, theirs in zip(self.pictures, other.pictures, strict=False):
+        for mine, theirs in zip(self.images, other.images, strict=False):
             if mine != theirs:
                 break
             shared += 1
@@ -82,31 +83,31 @@ class Transcript:
 
     @property
     def visible(self) -> Tensor:
-        """[N], how many pictures each token sees."""
+        """[N], how many images each token reads."""
         return self.columns[3]
 
 
 class HeldTokens:
-    """A cache, and a transcript that never claims a token that the cache does not hold.
+    """A KV cache, and a transcript that never claims a token that the cache does not hold.
 
-    Tokens are claimed when they are in all layers, and given up before any layer is touched: the
-    transcript is true whatever interrupts, wherever. The cache may hold more.
+    Tokens are claimed when all layers hold them, and released before any layer changes. So the
+    transcript is true wherever an interrupt comes. The cache may hold more.
 
     Args:
-        layers: of the decoder.
+        layers: number of decoder layers.
 
     Attributes:
-        cache: of the self-attention.
-        transcript: of the tokens that can be gone on from.
+        cache: the KV cache.
+        transcript: of the tokens that can be reused.
     """
 
     def __init__(self, layers: int) -> None:
         self.cache, self.transcript = RoomyCache(layers), Transcript.empty()
 
     def go_back(self, wanted: Transcript) -> int:
-        """Keep what a prompt can go on from; how many of its tokens that are.
+        """Keep the reusable prefix of a prompt, and return its length.
 
-        One is left to be read at least: its logits begin the answer.
+        At least one token remains to be read, because its logits begin the answer.
         """
         kept = min(self.transcript.common(wanted), len(wanted) - 1)
         self.transcript = wanted.first(kept)
@@ -114,12 +115,12 @@ class HeldTokens:
         return kept
 
     def claim(self, transcript: Transcript) -> None:
-        """Note what the cache holds, as far as it does."""
+        """Record the tokens that the cache holds, at most those of `transcript`."""
         self.transcript = transcript.first(self.cache.get_seq_length())
 
     def fork(self) -> "HeldTokens":
-        """The same tokens in buffers of their own."""
+        """A copy with buffers of its own."""
         other = HeldTokens(0)
-        other.cache = self.cache.fork(len(self.transcript))
+        other.cache = RoomyCache.copy_of(self.cache, len(self.transcript))
         other.transcript = self.transcript
         return other

@@ -12,9 +12,11 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 import comemo_kernels as ops
+from bench.counting import count_calls
 from comemo import images, prompts
+from comemo.chat.streamers import TokenClock
 from comemo.cli.device import default_device
-from comemo.cli.progress import AnswerStreamer, TokenClock, count_calls
+from comemo.cli.progress import AnswerStreamer
 from comemo.cli.terminal import plain, tell
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.safety.regular import check_path

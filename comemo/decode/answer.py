@@ -1,4 +1,4 @@
-"""An answer as it grows: how its next token is chosen, and when it ends."""
+"""Tokens of an answer: how the next one is chosen, and when the answer ends."""
 
 from typing import Any
 
@@ -10,21 +10,21 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from comemo.decode.step import MAX_ENDS, DecodeStep
 from comemo.outputs import CACHE
 
-ROOM = 4096  # tokens that the ids have room for, ahead of those there are
+ROOM = 4096  # tokens; capacity of the ids beyond the current length
 
 
 class Answer:
-    """The tokens of a call, by the rules of transformers' sampling loop.
+    """The tokens of a call, under the rules of transformers' sampling loop.
 
     Args:
-        input_ids: [B, n] of the prompts, as far as `generate` was given them.
+        input_ids: [B, n], the ids that `generate` was called with.
         processors, criteria: prepared by `generate`.
         config: the `GenerationConfig` of the call.
 
     Attributes:
-        length: of the ids so far, those given included.
+        length: number of ids so far, the given ones included.
         limit: length at which every answer ends.
-        in_step: whether the decode step chooses by itself.
+        in_step: whether the decode step chooses the token itself.
     """
 
     def __init__(self, input_ids: Tensor, processors: Any, criteria: Any, config: Any) -> None:
@@ -38,7 +38,7 @@ class Answer:
         if sum(len(ids) for ids in self._ends) > MAX_ENDS:
             known, self._ends = [], []
         self._others = [c for c in criteria if type(c) is not MaxLengthCriteria and c not in known]
-        # As in transformers: only where there is an end token do ended answers go on as padding.
+        # As in transformers: ended answers continue as padding only if there is a stop token.
         self._pad = config._pad_token_tensor
         self._pads = any(hasattr(c, "eos_token_id") for c in criteria)
         dictionary = config.return_dict_in_generate
@@ -57,7 +57,7 @@ class Answer:
         return self._ids[:, : self.length]
 
     def begin(self, step: DecodeStep) -> None:
-        """Tell a step's buffers when answers end, and what follows then."""
+        """Set stop tokens and padding in a step's buffers."""
         step.unfinished.fill_(True)
         step.report.fill_(1)
         step.ends.fill_(-1)
@@ -72,8 +72,8 @@ class Answer:
         """Take the next token from the step's logits.
 
         Args:
-            step: whose `report` tells the tokens then.
-            chosen: whether the step has taken it already.
+            step: its `report` then holds the tokens.
+            chosen: whether the step has chosen the token already.
         """
         if not chosen or self.logits is not None or self.scores is not None:
             self._select(step, chosen)
@@ -99,13 +99,13 @@ class Answer:
             step.take(scores.argmax(-1))
             return
         probabilities = scores.softmax(-1)
-        # As `torch.multinomial` draws one token, but that it makes the host wait to look at them.
+        # Same distribution as `torch.multinomial`, which would sync to check the probabilities.
         noise = torch.empty_like(probabilities).exponential_()
         step.take((probabilities / noise).argmax(-1))
         step.report[-1].copy_(~probabilities.isnan().any())
 
     def result(self, cache: Any) -> Any:
-        """What `generate` returns."""
+        """The return value of `generate`."""
         sequences = self.ids.clone()
         if not self._dictionary:
             return sequences

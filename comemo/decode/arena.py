@@ -1,4 +1,4 @@
-"""An image memory in buffers that stay where they are, for a decode step that is recorded once."""
+"""An image memory in static buffers, for a decode step that is captured once."""
 
 from dataclasses import dataclass
 
@@ -11,28 +11,28 @@ CAPACITY, IMAGES = 1024, 16  # of the smallest bucket, in tokens and in images
 
 
 def capacity_for(wanted: int, least: int = CAPACITY) -> int:
-    """The rule of all buckets: `least`, doubled until `wanted` fit.
+    """Capacity of a bucket: `least`, doubled until `wanted` tokens fit.
 
-    Whatever fits the same capacity shares buffers and recorded steps, and a bucket is never more
-    than twice as large as what it was made for.
+    Everything that fits the same capacity shares buffers and captured steps. A bucket is at most
+    twice as large as needed.
     """
     return least << max(0, (max(wanted, 1) - 1) // least).bit_length()
 
 
 @dataclass(frozen=True)
 class MemoryKind:
-    """All of an image memory that a recorded step depends on.
+    """Everything about an image memory that a captured step depends on.
 
     Attributes:
         capacity: tokens that the buffers hold.
-        images: how many, 0 of a memory whose keys are rotated by ids of the prompt.
+        images: number of images that fit, 0 if keys are rotated by ids of the prompt.
         rows: B, prompts that read.
-        bias_rows: B, or 1 where images stand at the same ids in every prompt.
-        masked: whether some prompt may have no image at all.
+        bias_rows: B, or 1 if images have the same ids in every prompt.
+        masked: whether some prompt may have no image.
         layers, heads, head_dim, dtype, device: of keys and values.
         tile: tokens that share a scale, 0 without scales.
-        table: rows and dtype of the angles.
-        absolute: as of `ImageMemory`.
+        table: shape and dtype of the table of angles.
+        absolute: see `ImageMemory`.
     """
 
     capacity: int
@@ -51,7 +51,7 @@ class MemoryKind:
 
     @classmethod
     def of(cls, memory: ImageMemory, rows: int) -> "MemoryKind":
-        """The kind of a memory that `rows` prompts have read already."""
+        """The kind of a memory that `rows` prompts have read in their prefill."""
         layers = tuple(sorted(memory.keys))
         key, images, bias_rows = memory.keys[layers[0]], 0, 1
         if memory.starts is not None and memory.biases is not None and not memory.absolute:
@@ -75,10 +75,10 @@ class MemoryKind:
 
 
 class MemoryArena:
-    """Buffers for memories of one kind.
+    """Static buffers for memories of one kind.
 
     Args:
-        kind: what they hold.
+        kind: sizes of the buffers.
 
     Attributes:
         memory: the `ImageMemory` that steps read; its tensors are the buffers.
@@ -89,14 +89,20 @@ class MemoryArena:
         cos, sin = (torch.zeros(kind.table[0], dtype=kind.table[1], device=device) for _ in "cs")
         self._table_of: Tensor | None = None
         self.memory = memory = ImageMemory.allocate(
-            *(M, kind.layers, kind.heads, kind.head_dim, (cos, sin), kind.dtype),
-            *(kind.tile or 1, kind.absolute),
+            M,
+            kind.layers,
+            kind.heads,
+            kind.head_dim,
+            (cos, sin),
+            kind.dtype,
+            kind.tile or 1,
+            kind.absolute,
         )
         for held in (*memory.keys.values(), *memory.values.values()):
             held.zero_()
         memory.sizes = (M,)
         memory.spans = torch.zeros(kind.rows, 1, 2, dtype=torch.int64, device=device)
-        # No image begins behind the memory, so that these are never reached; they ascend.
+        # Starts of unused images: ascending, and after the memory, so that no token reaches them.
         self._beyond = M + torch.arange(kind.images, dtype=torch.int32, device=device)
         if kind.masked:
             memory.active = torch.ones(kind.rows, 1, 1, dtype=torch.bool, device=device)
@@ -107,7 +113,7 @@ class MemoryArena:
             )
 
     def fill(self, memory: ImageMemory) -> None:
-        """Copy a memory of this kind in; nothing behind its tokens can be read."""
+        """Copy a memory of this kind in; nothing after its tokens can be read."""
         mine, M = self.memory, len(memory)
         assert mine.spans is not None
         assert mine.table is not None
@@ -134,11 +140,11 @@ class MemoryArena:
             mine.biases.zero_()
             mine.biases[:, :images].copy_(memory.biases)
         if self._table_of is not memory.table[0]:
-            self._table_of = None  # until all of it is there
+            self._table_of = None  # until the copy is complete
             for table, given in zip(mine.table, memory.table, strict=True):
                 table.copy_(given)
             self._table_of = memory.table[0]
 
     def adopt(self, other: "MemoryArena") -> None:
-        """Take what another arena of this kind holds."""
+        """Copy the memory of another arena of this kind."""
         self.fill(other.memory)

@@ -1,6 +1,7 @@
-"""The cache of the self-attention: keys and values of all tokens so far, with room for more.
+"""The KV cache: keys and values of all tokens so far in buffers with room for more.
 
-transformers' dynamic cache copies all that it holds for every token. This one writes behind it.
+transformers' dynamic cache copies everything it holds for each new token. This one appends in
+place.
 """
 
 from typing import Any
@@ -9,20 +10,20 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-ROOM = 256  # tokens that a layer grows by, at least
-ROOM_FOR_ANSWER = 1024  # tokens, at most, that callers reserve ahead
+ROOM = 256  # tokens; a layer grows by at least as many
+ROOM_FOR_ANSWER = 1024  # tokens; callers reserve at most as many ahead
 
 
 class RoomyLayer(DynamicLayer):
     """Keys and values of one layer, at the front of buffers [B, G, C, D] that hold C tokens.
 
-    What transformers does to a dynamic layer it can do to this one: `keys` and `values`
-    [B, G, N, D] are views of the buffers, and where something replaced them (beams that are
-    reordered) the next `update` moves them into new buffers. There are as many tokens as there
-    are keys: of values there may be more, where something interrupted.
+    It can be used like transformers' dynamic layer: `keys` and `values` [B, G, N, D] are views of
+    the buffers. If something replaced them (reordered beams), the next `update` copies them into
+    new buffers. The number of keys is the number of tokens; an interrupted update may leave more
+    values than keys.
 
     Args:
-        capacity: C of the first buffers, at least; more tokens take larger ones.
+        capacity: least C of the first buffers; more tokens allocate larger ones.
     """
 
     def __init__(self, capacity: int = 0, **kwargs: Any) -> None:
@@ -33,7 +34,7 @@ class RoomyLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Put keys and values [B, G, n, D] behind the others; [B, G, N + n, D] of all."""
+        """Append keys and values [B, G, n, D]; returns all, [B, G, N + n, D]."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start = self.get_seq_length()
@@ -42,7 +43,7 @@ class RoomyLayer(DynamicLayer):
         for buffer, new in zip(held, (key_states, value_states), strict=True):
             buffer[:, :, start:end] = new
         keys, values = (buffer[:, :, :end] for buffer in held)
-        self.values = values  # before the keys, which say how many there are
+        self.values = values  # before the keys, which define the number of tokens
         self.keys = keys
         return keys, values
 
@@ -51,7 +52,7 @@ class RoomyLayer(DynamicLayer):
     ) -> tuple[Tensor, Tensor]:
         held = self.buffers
         if held is not None and start and self.keys.data_ptr() != held[0].data_ptr():
-            held = None  # somebody replaced the views
+            held = None  # the views were replaced
         if held is not None and held[0].shape[0] == keys.shape[0] and end <= held[0].shape[2]:
             return held
         room = max(ROOM, min(end // 8, 16 * ROOM))
@@ -74,16 +75,16 @@ class RoomyLayer(DynamicLayer):
             self.values = self.values[:, :, :length]
 
     def reset(self) -> None:
-        """Forget all tokens and keep the buffers."""
+        """Drop all tokens and keep the buffers."""
         self.crop_to(0)
 
 
 class RoomyCache(DynamicCache):
-    """A dynamic cache that copies nothing to grow, but where its room runs out.
+    """A dynamic cache that copies nothing to grow, except when its room runs out.
 
     Args:
-        layers: how many decoder layers there are.
-        capacity: tokens to make room for at once, if known.
+        layers: number of decoder layers.
+        capacity: tokens to allocate at once, if known.
     """
 
     def __init__(self, layers: int, capacity: int = 0) -> None:
@@ -92,7 +93,7 @@ class RoomyCache(DynamicCache):
         self.layers = [RoomyLayer(capacity) for _ in range(layers)]
 
     def reserve(self, capacity: int) -> None:
-        """Make room for so many tokens at once, the next time that there is not enough.
+        """Set the capacity of the next allocation.
 
         Args:
             capacity: tokens in all.
@@ -101,7 +102,7 @@ class RoomyCache(DynamicCache):
             layer.capacity = max(layer.capacity, capacity)
 
     def crop_to(self, length: int) -> None:
-        """Keep the first `length` tokens, also where a call that failed left layers of two lengths.
+        """Keep the first `length` tokens, even if a failed call left layers of two lengths.
 
         Args:
             length: tokens, at most as many as every layer holds.
@@ -109,12 +110,13 @@ class RoomyCache(DynamicCache):
         for layer in self.layers:
             layer.crop_to(length)
 
-    def fork(self, length: int) -> "RoomyCache":
-        """The first `length` tokens in buffers of their own."""
-        other = RoomyCache(len(self.layers))
+    @classmethod
+    def copy_of(cls, cache: Any, length: int) -> "RoomyCache":
+        """The first `length` tokens of a cache with `layers`, in buffers of their own."""
+        other = cls(len(cache.layers))
         if length:
-            for mine, theirs in zip(self.layers, other.layers, strict=True):
-                theirs.update(mine.keys[:, :, :length], mine.values[:, :, :length])
+            for theirs, ours in zip(cache.layers, other.layers, strict=True):
+                ours.update(theirs.keys[:, :, :length], theirs.values[:, :, :length])
         return other
 
     @property

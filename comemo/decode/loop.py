@@ -1,4 +1,4 @@
-"""The decode loop: a recorded step for every token, and a host that does not wait for it."""
+"""The decode loop: one CUDA graph replay per token, without a sync after every step."""
 
 import threading
 from collections import OrderedDict
@@ -15,38 +15,40 @@ import comemo_kernels as ops
 from comemo.decode.answer import Answer
 from comemo.decode.arena import MemoryKind, capacity_for
 from comemo.decode.cache import ROOM_FOR_ANSWER, RoomyLayer
+from comemo.decode.interface import GeneratingModel
 from comemo.decode.step import DecodeStep, StepKind
-from comemo.outputs import CACHE
+from comemo.image_inputs import queries_at_count
+from comemo.outputs import CACHE, CoMemoOutput
 from comemo_kernels import ImageMemory
 
 LAYERS = (DynamicLayer, RoomyLayer, StaticLayer)
-# Options of `generate` with which its own loops have to run, and what they ask for.
+# Options of `generate` that need its own loops, and how errors name them.
 ELSEWHERE = {
-    "assistant_model": "drafts of an assistant",
-    "assistant_early_exit": "drafts of early layers",
-    "use_mtp": "drafts of further heads",
-    "prompt_lookup_num_tokens": "drafts from the prompt",
+    "assistant_model": "assistant_model",
+    "assistant_early_exit": "assistant_early_exit",
+    "use_mtp": "use_mtp",
+    "prompt_lookup_num_tokens": "prompt_lookup_num_tokens",
     "penalty_alpha": "contrastive search",
     "dola_layers": "DoLa",
     "constraints": "constraints",
-    "force_words_ids": "forced words",
+    "force_words_ids": "force_words_ids",
     "compile_config": "torch.compile",
-    "custom_generate": "a custom_generate",
+    "custom_generate": "custom_generate",
     "synced_gpus": "synced_gpus",
     "output_attentions": "output_attentions",
     "output_hidden_states": "output_hidden_states",
 }
 
 
-def why_not(model: Any, option: Callable[[str], Any]) -> list[str]:
-    """Why a `DecodeLoop` cannot do a call.
+def why_not(model: GeneratingModel, option: Callable[[str], Any]) -> list[str]:
+    """Reasons why a `DecodeLoop` does not support a call of `generate`.
 
     Args:
         model: that generates.
-        option: the value of an argument of `generate` by its name, None where it has none.
+        option: returns the value of an argument of `generate` by name, None if unset.
 
     Returns:
-        Reasons; none if it can.
+        The reasons; empty if it does.
     """
     reasons = [told for name, told in ELSEWHERE.items() if option(name)]
     if (option("num_beams") or 1) > 1:
@@ -63,27 +65,27 @@ def why_not(model: Any, option: Callable[[str], Any]) -> list[str]:
 
 
 class DecodeLoop:
-    """Decodes token by token in buffers of its own; on a GPU a step is one replay of a CUDA graph.
+    """Decodes token by token in static buffers; on a GPU a step is one replay of a CUDA graph.
 
-    Hand it to `generate(..., decode_loop=loop)`, call after call: prompts, pictures and answers of
-    other lengths share buffers and graph as long as they fit the same bucket. Tokens, logits and
-    the cache that is left behind are those of `generate` without it.
+    Pass it to any number of calls, `generate(..., decode_loop=loop)`. Prompts, images and answers
+    of other lengths share buffers and graph if they fit the same bucket. Tokens, logits and the
+    resulting KV cache are those of `generate` without it.
 
     A graph repeats what the model did when it was captured. New weights, modules and hooks are
-    noticed at the next call; whatever else changes the forward needs a new loop.
+    detected at the next call. Any other change of the forward needs a new loop.
 
     Args:
         model: a `CoMemoForConditionalGeneration`, all on one device.
-        keep: buckets whose buffers and graphs are kept, those used last.
+        keep: number of buckets whose buffers and graphs are kept, most recently used first.
 
     Attributes:
-        captures: steps that were captured so far.
+        captures: number of captured steps so far.
 
     Raises:
         ValueError: `keep` below 1.
     """
 
-    def __init__(self, model: Any, keep: int = 4) -> None:
+    def __init__(self, model: GeneratingModel, keep: int = 4) -> None:
         if keep < 1:
             raise ValueError(f"DecodeLoop: keep must be at least 1, got {keep}")
         self.model, self.keep, self.captures = model, keep, 0
@@ -93,7 +95,7 @@ class DecodeLoop:
 
     @property
     def buckets(self) -> int:
-        """How many buckets have buffers."""
+        """Number of buckets that have buffers."""
         return len(self._steps)
 
     @property
@@ -113,43 +115,44 @@ class DecodeLoop:
         generation_config: Any,
         streamer: Any,
         model_kwargs: dict[str, Any],
+        prefill: Callable[[], CoMemoOutput],
     ) -> Any:
-        """Read the prompts, then answer; what `generate` calls with all it has prepared.
+        """Prefill, then decode; called by `generate` with everything it has prepared.
 
         Args:
             input_ids: [B, n].
             logits_processor, stopping_criteria, generation_config, streamer: of the call.
-            model_kwargs: what the model is called with.
+            model_kwargs: inputs of the model.
+            prefill: reads the prompts into the cache of `model_kwargs` and returns their logits.
 
         Returns:
-            As `generate`.
+            See `generate`.
 
         Raises:
-            ValueError: a cache, mask or image memory that the loop cannot take over; probabilities
-                that are no numbers.
-            RuntimeError: another call is at work on this loop.
+            ValueError: a cache, mask or image memory that the loop does not support; NaN
+                probabilities.
+            RuntimeError: another call uses this loop.
         """
         if self._lock.locked():
             raise RuntimeError(
-                "DecodeLoop: another call is at work on this loop: wait for it, or make a second"
+                "DecodeLoop: another call uses this loop: wait for it, or make a second loop"
             )
-        with self._lock:  # which no interrupt can part from its release
-            self._forget_what_changed()
+        with self._lock:  # released after any interrupt
+            self._drop_stale_steps()
             prompt = _Prompt(self.model, model_kwargs)
-            output = self.model._prefill(input_ids, generation_config, model_kwargs)
-            prompt.take_output(output)
+            prompt.take_output(prefill())
             answer = Answer(input_ids, logits_processor, stopping_criteria, generation_config)
             with self._begin(prompt, answer) as run:
-                self._speak(run, answer, streamer)
+                self._decode(run, answer, streamer)
                 if streamer is not None:
                     streamer.end()
             return answer.result(prompt.cache)
 
-    def _speak(self, run: "_Run", answer: Answer, streamer: Any) -> None:
-        """Token after token until every answer has ended.
+    def _decode(self, run: "_Run", answer: Answer, streamer: Any) -> None:
+        """One token after another until every answer has ended.
 
-        Where the device runs behind the host a step is queued before it is known whether there is
-        any need of it: the last one is then in vain, and nothing of it is kept.
+        On an asynchronous device a step is queued before the host knows whether it is needed. The
+        result of an unneeded last step is discarded.
         """
         ahead = ops.runs_ahead(run.step.kind.device)
         flag = ops.HostFlag(run.step.report)
@@ -174,7 +177,7 @@ class DecodeLoop:
             answer.choose(run.step, chosen=answer.in_step)
 
     def _advance(self, run: "_Run", answer: Answer) -> None:
-        """One step, in the next bucket where this one is full."""
+        """One step, in the next larger bucket if this one is full."""
         if run.written == run.step.kind.capacity:
             kind = run.step.kind
             larger = self._step(replace(kind, capacity=capacity_for(kind.capacity + 1)), answer)
@@ -185,7 +188,7 @@ class DecodeLoop:
 
     @contextmanager
     def _begin(self, prompt: "_Prompt", answer: Answer) -> Iterator["_Run"]:
-        """Fill buffers with the prompt; at the end, whatever it is, the cache gets what is new."""
+        """Fill the buffers with the prompt; at the end the cache gets the new tokens, always."""
         more = min(answer.limit - answer.length - 1, ROOM_FOR_ANSWER)
         step = self._step(prompt.kind(capacity_for(prompt.length + max(more, 1))), answer)
         answer.begin(step)
@@ -197,11 +200,11 @@ class DecodeLoop:
             run.step.give(prompt.cache, prompt.length, prompt.length + run.kept)
 
     def _step(self, kind: StepKind, answer: Answer) -> DecodeStep:
-        """The buffers of a bucket, with a step that is ready."""
+        """The step of a bucket, captured."""
         if kind not in self._steps:
             while len(self._steps) >= self.keep:
                 _, old = self._steps.popitem(last=False)
-                last = ops.HostFlag(old.report)  # a graph must not go while it is at work
+                last = ops.HostFlag(old.report)  # a graph must not be freed while it runs
                 last.post(old.report)
                 last.read()
             with torch.inference_mode(False):
@@ -210,43 +213,43 @@ class DecodeLoop:
         self.captures += self._steps[kind].prepare(answer.in_step)
         return self._steps[kind]
 
-    def _forget_what_changed(self) -> None:
-        """Drop everything that was recorded of a model that is another now."""
+    def _drop_stale_steps(self) -> None:
+        """Drop all captured steps if the model has changed since."""
         state = _state_of(self.model)
         if state != self._state:
             self._steps.clear()
             self._state = state
 
 
-def check_loop(verb: str, model: Any, loop: Any, option: Callable[[str], Any]) -> None:
-    """Raise for a loop that cannot do a call of this model's.
+def check_loop(verb: str, model: GeneratingModel, loop: Any, option: Callable[[str], Any]) -> None:
+    """Raise if a loop does not support a call of this model.
 
     Args:
         verb: the function to name.
-        model, option: as of `why_not`.
-        loop: what was handed over as one.
+        model, option: see `why_not`.
+        loop: the argument that was passed.
     """
     reasons = why_not(model, option)
     if not isinstance(loop, DecodeLoop) or loop.model is not model:
         reasons.append("a loop of another model")
     if reasons:
         raise ValueError(
-            f"{verb}: decode_loop must be a DecodeLoop of this model, for greedy decoding or"
-            f" sampling that nothing else takes part in, got {', '.join(reasons)}"
+            f"{verb}: decode_loop must be a DecodeLoop of this model, for plain greedy decoding or"
+            f" sampling, got {', '.join(reasons)}"
         )
 
 
 class _Run:
-    """Where an answer is: its step, tokens in the buffers, and those of them that are kept."""
+    """State of an answer: its step, tokens written to the buffers, and how many are kept."""
 
     def __init__(self, step: DecodeStep, written: int) -> None:
         self.step, self.written, self.kept = step, written, 0
 
 
 class _Prompt:
-    """What the loop takes over from a prompt; refused before anything is computed."""
+    """What the loop takes from a prompt. Unsupported prompts are refused before any work."""
 
-    def __init__(self, model: Any, given: dict[str, Any]) -> None:
+    def __init__(self, model: GeneratingModel, given: dict[str, Any]) -> None:
         cache = given.get(CACHE)
         memory: ImageMemory | None = given.get("image_memory")
         mask, ids = given.get("attention_mask"), given.get("position_ids")
@@ -272,18 +275,18 @@ class _Prompt:
         self.length, count = N, mask.sum(1)  # of the tokens before the first new one
         self._start, self._count = N - count, count + 1
         self._position = self._query = ids[:, -1] + 1
-        raw = model.config.decode_positions == "raw" and given.get("prompt_length") is not None
-        if raw and memory is not None:  # published: mixin queries stand at the count of tokens
+        has_images = memory is not None and given.get("prompt_length") is not None
+        if queries_at_count(model.config, has_images):
             self._query = count
 
-    def take_output(self, output: Any) -> None:
-        """The first logits, and a look at what the model left behind."""
+    def take_output(self, output: CoMemoOutput) -> None:
+        """Take the first logits, and check cache and memory after the prefill."""
         self._logits = output.logits[:, -1]
         held, memory = int(self.cache.get_seq_length()), self._memory
         if held != self.length:
             raise ValueError(
                 f"DecodeLoop: {CACHE} must hold the {self.length} tokens of position_ids"
-                f" when the prompt is read, got {held}"
+                f" after the prefill, got {held}"
             )
         layers = set(self._model.config.mixin_layers)
         if memory is not None and (memory.keys.keys() != layers or memory.table is None):
@@ -318,8 +321,8 @@ class _Prompt:
             step.arena.fill(self._memory)
 
 
-def _state_of(model: Any) -> tuple[Any, ...]:
-    """What a recorded step of the model holds on to: addresses, modules, hooks, settings."""
+def _state_of(model: GeneratingModel) -> tuple[Any, ...]:
+    """What a captured step depends on: addresses, modules, hooks, settings."""
     modules = list(model.modules())
     weights = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values())]
     addresses = tuple(t.data_ptr() if type(t) in (nn.Parameter, Tensor) else id(t) for t in weights)

@@ -1,4 +1,7 @@
-"""Reading a prompt into the cache, in pieces of bounded memory."""
+"""Prefill: a prompt is read into the KV cache, in chunks that bound memory.
+
+Letters: B prompts, N tokens of a prompt, d width of the language model.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from comemo.decode.interface import GeneratingModel
+from comemo.outputs import CoMemoOutput
+from comemo_kernels import ImageMemory
+
+
+def _no_memory(first: int, last: int) -> None:
+    return None
+
 
 @torch.no_grad()
-def read_prompt(
-    model: Any,
+def prefill(
+    model: GeneratingModel,
     embed: Callable[[int, int], Tensor],
     position_ids: Tensor,
     cache: Any,
@@ -18,23 +29,23 @@ def read_prompt(
     chunk: int | None = None,
     attention_mask: Tensor | None = None,
     token_counts: Tensor | None = None,
-    memory: Callable[[int, int], Any] = lambda first, last: None,
-) -> Any:
-    """Run a model over a prompt's tokens from `start` on, as if over all of them at once.
+    memory: Callable[[int, int], ImageMemory | None] = _no_memory,
+) -> CoMemoOutput:
+    """Run the model over the tokens of prompts from `start` on. Results are those of one pass.
 
     Args:
         model: a `CoMemoForConditionalGeneration`.
-        embed: embeddings [B, n, d] of the tokens from one index to another.
-        position_ids: [B, N] of the whole prompt.
-        cache: of the first `start` tokens; filled.
-        start: tokens that the cache holds.
-        chunk: tokens of a piece, None for all at once: what lies between two layers is as large.
-        attention_mask: [B, N], 0 at padding; None for prompts without any.
+        embed: returns the embeddings [B, last - first, d] of tokens first to last.
+        position_ids: [B, N] of whole prompts.
+        cache: a KV cache that holds the first `start` tokens; filled.
+        start: tokens in the cache.
+        chunk: tokens of one pass, None for all; activations grow with it.
+        attention_mask: [B, N], 0 at padding; None without padding.
         token_counts: [B], tokens of each prompt; None for N.
-        memory: the image memory as the tokens from one index to another read it.
+        memory: returns the image memory as tokens first to last read it.
 
     Returns:
-        What the model returned for the last piece, with the logits of the last token.
+        The output of the last pass, with the logits [B, 1, V] of the last token.
 
     Raises:
         ValueError: no token to read, or a chunk below 1.
@@ -43,14 +54,13 @@ def read_prompt(
     size = N - start if chunk is None else chunk
     if size < 1 or start >= N:
         raise ValueError(
-            f"read_prompt: chunk and the tokens behind start must be positive, got {chunk} and"
+            f"prefill: chunk and the tokens after start must be positive, got {chunk} and"
             f" {N} - {start}"
         )
     if token_counts is None:
         token_counts = torch.full((B,), N, device=position_ids.device)
-    # All pieces share the angles of the whole prompt.
-    lengths = model.model.language_model.rope_lengths(position_ids, token_counts)
-    output = None
+    # All chunks use the angles of the whole prompt.
+    lengths = model.model.rope_lengths(position_ids, token_counts)
     for first in range(start, N, size):
         last = min(first + size, N)
         output = model(

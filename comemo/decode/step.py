@@ -1,7 +1,7 @@
-"""One decode step over buffers that stay where they are: what a CUDA graph records.
+"""One decode step over static buffers, which a CUDA graph captures.
 
-Everything that changes from token to token lies on the device and is advanced there: lengths,
-positions, spans, the place where the next keys and values go.
+Everything that changes from token to token is on the device and advanced there: lengths,
+positions, spans, the row of the next keys and values.
 
 Letters: B prompts, C tokens that the buffers hold, G key heads, D head dimension, V vocabulary.
 """
@@ -15,22 +15,23 @@ from torch import Tensor
 
 import comemo_kernels as ops
 from comemo.decode.arena import MemoryArena, MemoryKind
+from comemo.decode.interface import GeneratingModel
 
-MAX_ENDS = 8  # end tokens that a step knows
-# Columns of a step's counters; all but the start advance by one.
+MAX_ENDS = 8  # stop tokens that a step checks
+# Columns of a step's counters; all except the start advance by one.
 POSITION, QUERY, COUNT, SLOT, START, END = range(6)
 
 
 @dataclass(frozen=True)
 class StepKind:
-    """All that a recorded step depends on, beside the model.
+    """Everything that a captured step depends on, except the model.
 
     Attributes:
         rows: B.
         capacity: C.
         layers, heads, head_dim, dtype, device: of the self-attention's keys and values.
         vocabulary: V.
-        memory: None without any image memory.
+        memory: None without an image memory.
     """
 
     rows: int
@@ -45,11 +46,11 @@ class StepKind:
 
 
 class StepCache:
-    """What a step hands to the model as its cache: keys and values are written and read in place.
+    """The KV cache that a step passes to the model: keys and values in static buffers.
 
     Args:
         keys, values: of each layer [B * C, G, D].
-        slot: int64 [B], the row where the token at hand goes.
+        slot: int64 [B], the row of the current token.
         spans: int64 [B, 1, 2], rows that it reads, its own included.
     """
 
@@ -59,11 +60,11 @@ class StepCache:
         self.keys, self.values, self.slot, self.spans = keys, values, slot, spans
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """1: there is a past. How long it is, the device alone knows."""
+        """1, because there is a past. Its length is known on the device only."""
         return 1
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer_idx: int) -> Tensor:
-        """Keep keys and values [B, 1, G, D] of a token, and let its queries [B, 1, H, D] read."""
+        """Write keys and values [B, 1, G, D] of a token, and attend with q [B, 1, H, D]."""
         keys, values = self.keys[layer_idx], self.values[layer_idx]
         keys.index_copy_(0, self.slot, k[:, 0])
         values.index_copy_(0, self.slot, v[:, 0])
@@ -73,26 +74,26 @@ class StepCache:
 
 
 class DecodeStep:
-    """Buffers of one kind, and the step that works on them.
+    """Static buffers of one kind, and the step over them.
 
     Args:
         model: a `CoMemoForConditionalGeneration`.
         kind: sizes of the buffers.
 
     Attributes:
-        logits: float32 [B, V] of the token to come.
-        token: int64 [B, 1], chosen last; the next step reads it.
-        unfinished: bool [B], prompts whose answer goes on.
-        report: int64 [B + 2]: the chosen tokens, whether any answer goes on, whether the
-            probabilities were numbers.
+        logits: float32 [B, V] of the next token.
+        token: int64 [B, 1], the last chosen token, input of the next step.
+        unfinished: bool [B], prompts whose answer continues.
+        report: int64 [B + 2]: the chosen tokens, whether any answer continues, whether the
+            probabilities were free of NaN.
     """
 
-    def __init__(self, model: Any, kind: StepKind) -> None:
+    def __init__(self, model: GeneratingModel, kind: StepKind) -> None:
         self.model, self.kind = model, kind
         B, C, device = kind.rows, kind.capacity, kind.device
         self._records: dict[bool, Callable[[], object]] = {}
         self.arena = None if kind.memory is None else MemoryArena(kind.memory)
-        # Values that nobody may read are multiplied with zero where rows share a block.
+        # Zeros, because values outside a span are multiplied with zero where rows share a block.
         shape = (2, kind.layers, B, C, kind.heads, kind.head_dim)
         self.buffers = torch.zeros(shape, dtype=kind.dtype, device=device)
         self.logits = torch.zeros(B, kind.vocabulary, device=device)
@@ -115,13 +116,13 @@ class DecodeStep:
         )
 
     def prepare(self, chooses: bool) -> bool:
-        """Make the step ready; whatever the buffers hold is lost where it was not.
+        """Capture the step if it is not captured yet, which clears the buffers.
 
         Args:
-            chooses: whether the step takes the likeliest token itself.
+            chooses: whether the step itself takes the most likely token.
 
         Returns:
-            Whether it had to be captured.
+            Whether it was captured now.
         """
         if chooses in self._records:
             return False
@@ -141,14 +142,14 @@ class DecodeStep:
         query: Tensor,
         count: Tensor,
     ) -> None:
-        """Take over a prompt.
+        """Copy a prompt into the buffers.
 
         Args:
-            cache: of transformers', copied.
+            cache: KV cache of transformers.
             held: tokens that it holds.
-            start: int64 [B], tokens of padding ahead of each prompt.
-            position, query: int64 [B], where the first new token stands, for the self-attention
-                and for the image memory.
+            start: int64 [B], padding tokens before each prompt.
+            position, query: int64 [B], position of the first new token, for the self-attention and
+                for the image memory.
             count: int64 [B], tokens of each prompt, the new one included.
         """
         for i, layer in enumerate(cache.layers):
@@ -165,7 +166,7 @@ class DecodeStep:
         self.counters[:, END] = self._first + held + 1
 
     def adopt(self, other: "DecodeStep", held: int) -> None:
-        """Go on from where another step of smaller buffers is, which hold so many tokens."""
+        """Continue from another step with smaller buffers, which hold `held` tokens."""
         self.buffers[:, :, :, :held].copy_(other.buffers[:, :, :, :held])
         self.buffers[1, :, :, held:].zero_()
         for name in ("logits", "token", "unfinished", "report", "ends", "pad", "pads", "counters"):
@@ -175,7 +176,7 @@ class DecodeStep:
             self.arena.adopt(other.arena)
 
     def give(self, cache: Any, first: int, last: int) -> None:
-        """Append the tokens from one index to another to a cache of transformers'."""
+        """Append tokens first to last to a KV cache of transformers."""
         if first == last:
             return
         for i in range(self.kind.layers):
@@ -183,22 +184,22 @@ class DecodeStep:
             cache.update(keys, values, i)
 
     def run(self, chooses: bool) -> None:
-        """Read `token`: logits of the next, and where the step chooses, that token."""
+        """Read `token`; write the logits of the next one, and that token if the step chooses."""
         self._records[chooses]()
 
     def choose(self) -> None:
-        """Take the likeliest token."""
+        """Take the most likely token."""
         self.take(self.logits.argmax(-1))
 
     def take(self, chosen: Tensor) -> None:
-        """Take a token [B] of each prompt, padding where an answer has ended."""
+        """Take a token [B] for each prompt, padding for answers that have ended."""
         chosen = torch.where(self.unfinished | ~self.pads, chosen, self.pad)
         self.token.copy_(chosen[:, None])
         self.stop((chosen[:, None] == self.ends).any(1))
         self.report[: len(chosen)].copy_(chosen)
 
     def stop(self, done: Tensor) -> None:
-        """End the answers [B] that are done."""
+        """End the answers where `done` [B] is True."""
         self.unfinished.logical_and_(~done)
         self.report[-2].copy_(self.unfinished.any())
 

@@ -1,0 +1,97 @@
+"""Keys and values of the image memory, built for all mixin layers at once.
+
+Letters: M tokens of the image memory, d width of the language model, D head dimension.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import comemo_kernels as ops
+from comemo.config import CoMemoConfig
+from comemo.fusable import is_fusable, is_own
+from comemo.mixin import MixinLayer
+from comemo_kernels import ImageMemory
+
+
+class BuildsMemory:
+    """For a decoder with `layers` and the config of the whole model."""
+
+    comemo_config: CoMemoConfig
+    layers: nn.ModuleList
+
+    def _prepare_memory(
+        self, memory: ImageMemory, x: Tensor, places: Tensor, use_cache: bool
+    ) -> dict[str, Any]:
+        """Arguments of the mixin layers beside the memory; its keys and values, if possible now."""
+        self._give_table(memory, x)
+        tables: dict[str, Any] = {"rotation": memory.rotation(places)}
+        if len(memory.keys) == len(self.comemo_config.mixin_layers) or memory.media is None:
+            return tables
+        if not (use_cache and self.build_memory(memory)):
+            cos, sin = memory.key_table()
+            tables["media_table"] = cos[None], sin[None]
+        return tables
+
+    def _give_table(self, memory: ImageMemory, x: Tensor) -> None:
+        if memory.table is None:
+            # Generated text may continue beyond the trained range.
+            mixin = self.comemo_config.mixin_config
+            length = 2 * mixin.max_position_embeddings
+            cos, sin = ops.distance_table(mixin.head_dim, mixin.rope_theta, length, x.device)
+            if memory.absolute:  # published: rounded to the activations' dtype
+                cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+            memory.table = cos, sin
+
+    def build_memory(self, memory: ImageMemory) -> bool:
+        """Build keys and values of all mixin layers at once, before the first forward.
+
+        Args:
+            memory: has media [M, d] and no keys; it is filled. It gets its table of angles in any
+                case.
+
+        Returns:
+            False if it was not possible: the layers must be fusable, with weights of one dtype on
+            one device, and no gradients may be required. Each layer then builds its own keys and
+            values when it is first called.
+        """
+        if memory.media is None or memory.ids is None:
+            return False
+        self._give_table(memory, memory.media)  # readers copy it
+        if memory.keys:
+            return False
+        media, ids, table = memory.media, memory.ids, memory.table
+        layers = {i: self.layers[i].mixin for i in self.comemo_config.mixin_layers}
+        assert table is not None
+        if not all(
+            is_own(mixin, MixinLayer) and is_fusable(mixin.attn_norm, mixin.kv_proj)
+            for mixin in layers.values()
+        ):
+            return False
+        weights = [mixin.kv_proj.weight for mixin in layers.values()]
+        norms = [mixin.attn_norm.weight for mixin in layers.values() if not mixin.folded]
+        parameters = (media, *weights, *norms)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in parameters):
+            return False
+        devices = {t.device for t in (*parameters, *table)}
+        if devices != {media.device} or {t.dtype for t in parameters} != {media.dtype}:
+            return False
+        if len(eps := {mixin.attn_norm.variance_epsilon for mixin in layers.values()}) != 1:
+            return False
+        mixin = self.comemo_config.mixin_config
+        shape = (len(layers), len(media), mixin.num_heads, mixin.head_dim)
+        keys, values = ops.memory_buffers(*shape, media.dtype, media.device).unbind(0)
+        ops.build_memory(
+            media,
+            weights,
+            norms or None,
+            *table,
+            ids,
+            list(keys.unbind(0)),
+            list(values.unbind(0)),
+            eps=eps.pop(),
+        )
+        for index, key, value in zip(layers, keys.unbind(0), values.unbind(0), strict=True):
+            memory.update(index, key, value)
+        return True
