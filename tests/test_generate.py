@@ -326,7 +326,7 @@ def test_arguments_that_exclude_each_other(model, prompts_of):
     with pytest.raises(ValueError, match="exclude an image_memory"):
         model(**batch, image_memory=memory)
     embeds = model.get_input_embeddings()(batch["input_ids"])
-    with pytest.raises(ValueError, match=r"need input_ids \(1, 865\), which tell where"):
+    with pytest.raises(ValueError, match=r"need input_ids \(1, 865\), which say where"):
         model.generate(inputs_embeds=embeds, pixel_values=batch["pixel_values"])
     with pytest.raises(ValueError, match="pixel_values need input_ids"):
         model(inputs_embeds=embeds, pixel_values=batch["pixel_values"])
@@ -361,7 +361,7 @@ def test_memory_of_other_images_is_refused(model, prompts_of):
     with torch.no_grad():
         memory = model(**other, use_cache=True).image_memory
     del batch["pixel_values"]
-    with pytest.raises(ValueError, match="whose images lie otherwise than the prompts'"):
+    with pytest.raises(ValueError, match="which do not match the prompts'"):
         model.generate(**batch, image_memory=memory)
     del other["pixel_values"]
     twice = {name: tensor.repeat(2, 1) for name, tensor in other.items()}

@@ -102,7 +102,7 @@ def test_forks_and_uneven_layers():
     cache.update(-new, -new, 0)
     assert torch.equal(fork.layers[0].keys, new)
     assert torch.equal(fork.layers[1].values, new)
-    assert RoomyCache(2).fork(0).get_seq_length() == 0
+    assert RoomyCache.copy_of(RoomyCache(2), 0).get_seq_length() == 0
 
 
 # --- prompts in pieces ---

@@ -43,7 +43,7 @@ def why_refused(row):
     if row.get("store") and row.get("memory_positions") == "absolute":
         return "memory_positions"
     if row.get("loop") == "loop" and row.get("how") in ("beams", "drafts"):
-        return "num_beams" if row["how"] == "beams" else "drafts"
+        return "num_beams" if row["how"] == "beams" else "prompt_lookup_num_tokens"
     if row.get("how") == "drafts" and row.get("prompts") == 2:
         return "2 prompts"
     if row.get("how") == "drafts" and row.get("loop") == "static":

@@ -479,6 +479,6 @@ def test_report_is_a_record(session):
 
 def test_an_item_of_images_is_one_picture(session):
     several = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="ask: an item of images must be one picture, got 2"):
+    with pytest.raises(ValueError, match="ask: an item of images must be one image, got 2"):
         session.ask("what is this?", several)
     assert session.history == []

@@ -123,7 +123,7 @@ class Talk(RuleBasedStateMachine):
         with pytest.raises((Injected, ValueError)):
             session.ask(words, list(pictures), **WHERE[where]())
         assert session._state is state
-        if state.said.turns and where != "streamer":
+        if state.conversation.turns and where != "streamer":
             with pytest.raises((Injected, ValueError)):
                 session.regenerate(**WHERE[where]())
             assert session._state is state

@@ -127,11 +127,11 @@ class Talk:
                     answer = self.session.ask(question, self.shown, streamer=receiver)
                     self.shown = []
             except KeyboardInterrupt:
-                if streamer.printed:
+                if streamer.passed_on:
                     tell()
                 raise
             if not streams:
-                streamer.write(answer)
+                streamer.extend_to(answer)
                 streamer.end()
         self._tell_time()
 
