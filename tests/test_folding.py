@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from chats import CHATS, case_of
 from conftest import TRACED
 from harness import assert_errs_no_more, assert_relative
 from small import logits_of, make_model, make_prompts, one_more, place
-from test_generate import CHATS, case_of
 from torch._dynamo.testing import CompileCounter
 
 import comemo_kernels as ops

@@ -118,7 +118,8 @@ def test_streamed_text_is_the_answer(text):
 def test_answers_cannot_steer_a_terminal():
     """Nor the program that reads them from a pipe."""
     out = io.StringIO()
-    progress.AnswerStreamer(Letters(), "<|im_end|>", out).extend_to("\x1b[2J\tx\n\x9b\r\u202e\ud800")
+    streamer = progress.AnswerStreamer(Letters(), "<|im_end|>", out)
+    streamer.extend_to("\x1b[2J\tx\n\x9b\r\u202e\ud800")
     assert out.getvalue() == r"\x1b[2J" + "\tx\n" + r"\x9b\x0d\u202e\ud800"
 
 
