@@ -12,7 +12,7 @@ def main(checkpoint: str, image: str, directory: str) -> None:
     model = comemo.CoMemoForConditionalGeneration.from_pretrained(checkpoint).eval()
     processor = comemo.CoMemoProcessor.from_pretrained(checkpoint)
     store = comemo.MemoryStore(directory=directory)
-    session = comemo.ChatSession(model, processor, memory_store=store, max_new_tokens=64)
+    session = comemo.ChatSession(model, processor, memory_store=store, max_new_tokens=32)
     for question, images in (("What is in this image?", image), ("And what is below it?", None)):
         print(f"Q: {question}\nA: ", end="")
         for piece in session.stream(question, images):
