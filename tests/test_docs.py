@@ -194,8 +194,10 @@ def test_the_index_has_every_page():
 def test_every_public_name_is_documented(package):
     _, *sections = re.split(r"^## ", PAGES["docs/api.md"], flags=re.MULTILINE)
     (section,) = [text for text in sections if text.startswith(f"`{package.__name__}`\n")]
-    told = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)))
-    assert sorted(told) == sorted(package.__all__)
+    documented = re.findall(
+        r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE))
+    )
+    assert sorted(documented) == sorted(package.__all__)
 
 
 def test_every_file_is_in_the_structure():
@@ -206,8 +208,8 @@ def test_every_file_is_in_the_structure():
     assert set(tables) == {str(folder.relative_to(ROOT)) for folder in folders}
     for folder, table in tables.items():
         first = " ".join(re.findall(r"^\| (`.*?) \|", table, re.MULTILINE))
-        told, held = re.findall(r"`(.*?)`", first), (ROOT / folder).glob("*.py")
-        assert sorted(told) == sorted(file.name for file in held), folder
+        listed, files = re.findall(r"`(.*?)`", first), (ROOT / folder).glob("*.py")
+        assert sorted(listed) == sorted(file.name for file in files), folder
 
 
 def python_files(package):

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import pytest
 import comemo
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY_NOTICES.md")
+FILES = ("*.md", "*.in", "*.cff", "*.txt", "*.toml", "setup.py", "Makefile", "LICENSE")
+SOURCES = sorted(file.name for pattern in FILES for file in ROOT.glob(pattern))
 PACKAGES = ("comemo", "comemo_kernels")
+FOLDERS = (*PACKAGES, "docs", "examples")
 OFFLINE = ("--no-deps", "--no-index", "--disable-pip-version-check", "--quiet")
 
 USE = """
@@ -48,16 +51,20 @@ def run(*command, **options):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """Built from a copy of the sources, so that no earlier build is in it."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
+def source(tmp_path_factory):
+    """A copy of the sources, so that no earlier build gets into a new one."""
+    folder = tmp_path_factory.mktemp("source")
     for name in SOURCES:
-        shutil.copy(ROOT / name, source)
-    for name in PACKAGES:
+        shutil.copy(ROOT / name, folder)
+    for name in FOLDERS:
         ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "wheel", *OFFLINE, "--no-build-isolation")
     run(*pip, "--wheel-dir", folder, source)
     (built,) = folder.glob("*.whl")
@@ -81,6 +88,18 @@ def test_the_wheel_holds_both_packages_and_the_licences(wheel):
 
 
 @pytest.mark.slow
+def test_the_source_archive_holds_what_builds_and_documents(source, tmp_path):
+    build = "import sys, setuptools.build_meta as backend; backend.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, tmp_path, cwd=source)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as held:
+        names = {name.partition("/")[2] for name in held.getnames()}
+    assert {*SOURCES, "docs/README.md", "docs/images/position_map.png"} <= names
+    code = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    assert {path.relative_to(ROOT).as_posix() for path in code} <= names
+
+
+@pytest.mark.slow
 def test_the_installed_wheel_works_in_an_empty_folder(wheel, tmp_path):
     target, empty = tmp_path / "installed", tmp_path / "empty"
     empty.mkdir()
@@ -89,5 +108,5 @@ def test_the_installed_wheel_works_in_an_empty_folder(wheel, tmp_path):
     ours = {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     options = {"cwd": empty, "env": {**os.environ, **ours}}
     run(sys.executable, "-c", USE, target, tmp_path / "checkpoint", **options)
-    told = run(sys.executable, target / "bin" / "comemo", "--version", **options)
-    assert told == f"comemo {comemo.__version__}\n"
+    version = run(sys.executable, target / "bin" / "comemo", "--version", **options)
+    assert version == f"comemo {comemo.__version__}\n"
