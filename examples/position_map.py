@@ -9,16 +9,17 @@ from pathlib import Path
 
 from PIL import Image
 
+from comemo.cli import main as cli
 from comemo.cli.demo import draw_picture
-from comemo.cli.map import save_map
 
 
 def main(path: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        image = Path(folder) / "harbour.png"
+        image, drawing = Path(folder) / "harbour.png", Path(folder) / "map.png"
         draw_picture().save(image)  # 1024 x 768 pixels
-        drawing = Image.open(save_map(image, Path(folder) / "map.png", max_num=4))
-        drawing.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+        cli.main(["map", str(image), "-o", str(drawing), "--max-tiles", "4"])
+        reduced = Image.open(drawing).quantize(128, dither=Image.Dither.NONE)
+        reduced.save(path, optimize=True)
 
 
 if __name__ == "__main__":

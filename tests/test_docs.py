@@ -180,6 +180,13 @@ def test_links_lead_somewhere(page):
             assert anchor in [anchor_of(title) for title in titles], target
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    folders = "bench|comemo|comemo_kernels|docs|examples|tests"
+    for path in re.findall(rf"`((?:{folders})/[\w/.]+\.\w+)`", PAGES[page]):
+        assert (ROOT / path).is_file(), path
+
+
 def anchor_of(title):
     """As GitHub makes it of a heading."""
     return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
