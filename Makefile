@@ -1,22 +1,22 @@
 # Each target sets up what it needs: a virtual environment in the clone, pinned packages.
-# PYTHON picks the interpreter; TORCH another build, as in `make TORCH=torch==2.11.0 test`.
+# PYTHON selects the interpreter, TORCH another build: `make TORCH=torch==2.11.0 test`.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH ?= $(shell grep '^torch==' constraints.txt)
-# Bytecode is made of what is imported, when it is, and kept: of whole packages it takes 20 s.
+# Bytecode is compiled at the first import and kept. Compiling whole packages would take 20 s.
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-# On a machine with a GPU and its own packages nothing is installed.
+# On a machine with a GPU that has its own packages, nothing is installed.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 OUT ?= bench/results/gpu
 
-# A process for each processor.
+# One process per processor.
 PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 
-# The newest release of transformers that can be installed, over everything else as it is pinned;
-# looked for again every week. NEWEST picks another: make newest NEWEST=transformers==5.10.4
+# The newest release of transformers that pip finds, with everything else pinned; looked up again
+# every week. NEWEST selects another: make newest NEWEST=transformers==5.10.4
 NEWEST ?= transformers
 NEWEST_TESTS := $(addprefix tests/test_, \
 	$(addsuffix .py, answer_options api chat processor training))
@@ -28,14 +28,14 @@ READY_NEWEST := $(VENV)/newest/$(subst =,,$(NEWEST))-$(WEEK)
 demo: $(VENV)/ready
 	$(BIN)/comemo demo
 
-# What every change is held against.
+# The gate of every change.
 test: $(VENV)/ready
 	$(MAKE) --no-print-directory --jobs 2 lint $(READY_NEWEST)
 	$(MAKE) --no-print-directory kernels newest
 	$(PYTEST)
 
-# And what takes too long for that: tests marked slow, more draws, every configuration compiled,
-# the model on a virtual GPU.
+# Also what takes too long for `make test`: tests marked slow, more draws, every configuration
+# compiled, the model on a virtual GPU.
 test-all: $(VENV)/ready lint aot
 	TRITON_INTERPRET=1 $(PYTEST) --all
 	$(PYTEST) --all
@@ -45,7 +45,7 @@ test-all: $(VENV)/ready lint aot
 kernels: $(VENV)/ready
 	TRITON_INTERPRET=1 $(PYTEST)
 
-# A short run on the newest transformers, for what it renames.
+# A short run on the newest transformers, which may rename things.
 newest: $(READY_NEWEST)
 	PYTHONPATH=$(VENV)/newest $(PYTEST) $(NEWEST_TESTS)
 
@@ -54,7 +54,7 @@ $(VENV)/newest/%: $(VENV)/ready
 	$(INSTALL) --target $(VENV)/newest '$(NEWEST)'
 	touch $@
 
-# What the compiler makes of every kernel, for every GPU that is claimed; none is needed.
+# Compiles every kernel for every supported GPU architecture. Needs no GPU.
 aot: $(VENV)/ready
 	$(BIN)/python -m comemo_kernels.aot
 
@@ -66,12 +66,12 @@ lint: $(VENV)/ready
 bench: $(VENV)/ready
 	$(BIN)/python -m bench decode
 
-# On a machine with a GPU, each in under five minutes: whether all is right, and what it takes.
-# ARGS="--stages attend memory" picks; COMMIT names the tree's to a copy without its history.
+# On a machine with a GPU, each in under five minutes: correctness, then times.
+# ARGS="--stages attend memory" selects stages; COMMIT names the commit of a copy without git.
 gpu-check gpu-bench:
 	$(if $(COMMIT),COMEMO_COMMIT=$(COMMIT)) $(GPU_PYTHON) -m bench $@ --out $(OUT) $(ARGS)
 
-# Torch first: where there is no GPU its CPU build, if an index or folder that pip knows has one.
+# Torch first: without a GPU its CPU build, if an index or folder that pip knows has one.
 $(VENV)/ready: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	nvidia-smi -L >/dev/null 2>&1 || $(INSTALL) '$(TORCH)+cpu' 2>/dev/null || true

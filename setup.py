@@ -17,6 +17,7 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
+    license_files=["LICENSE", "THIRD_PARTY_NOTICES.md"],
     python_requires=">=3.10",
     packages=find_packages(include=["comemo", "comemo.*", "comemo_kernels", "comemo_kernels.*"]),
     package_data={"comemo": ["py.typed"], "comemo_kernels": ["py.typed"]},
@@ -25,6 +26,7 @@ setup(
         "torch>=2.6",
         "triton>=3.3; platform_system == 'Linux'",
         "transformers>=5.10,<5.25",  # the next minor release was never run
+        "einops",
         "safetensors",
         "sentencepiece",
         "jinja2",
@@ -35,10 +37,18 @@ setup(
     extras_require={
         "flash-attn": ["flash-attn"],  # for attn_implementation="flash_attention_2"
         "dev": [
-            *("pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy"),
-            *("accelerate", "peft"),  # whose users' ways are tested
+            "accelerate",  # used by Trainer and `device_map`
+            "hypothesis",
             "matplotlib",
+            "mypy",
+            "peft",  # adapters
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",
+            "pyyaml",  # reads CITATION.cff
+            "ruff",
             "scikit-image",  # photographs for the tests
+            "setuptools",  # builds the wheel that is tested
         ],
     },
 )

@@ -1,27 +1,28 @@
-"""What the library promises: documented verbs, rooms that do not mix, a README that runs."""
+"""The public surface: operations with documentation and references, one version, all modules."""
 
-import ast
+import importlib
 import inspect
+import pkgutil
 import re
 from pathlib import Path
 
 import pytest
-import torch
+import yaml
 
 import comemo
 import comemo_kernels
 from comemo_kernels import reference
 
 ROOT = Path(__file__).parents[1]
-VERBS = [
+OPERATIONS = [
     name
     for name in comemo_kernels.__all__
     if inspect.isfunction(getattr(comemo_kernels, name)) and hasattr(reference, name)
 ]
 
 
-@pytest.mark.parametrize("name", VERBS)
-def test_every_verb_has_its_reference_and_says_what_it_takes(name):
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_has_its_reference_and_documents_its_arguments(name):
     ours, theirs = getattr(comemo_kernels, name), getattr(reference, name)
     assert inspect.signature(ours) == inspect.signature(theirs)
     for section in ("Args:", "Returns:", "Raises:"):
@@ -30,69 +31,40 @@ def test_every_verb_has_its_reference_and_says_what_it_takes(name):
         assert re.search(rf"^ +[\w, ]*\b{argument}\b[\w, ]*:", ours.__doc__, re.MULTILINE), argument
 
 
-def imports(file):
-    """Packages that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+@pytest.mark.parametrize("package", [comemo, comemo_kernels], ids=lambda package: package.__name__)
+def test_every_module_imports_and_says_what_it_holds(package):
+    folder = Path(package.__file__).parent
+    found = {module.name for module in pkgutil.walk_packages([folder], f"{package.__name__}.")}
+    files = [file.relative_to(folder).with_suffix("") for file in folder.rglob("*.py")]
+    wanted = {".".join((package.__name__, *file.parts)) for file in files}
+    wanted = {name.removesuffix(".__init__") for name in wanted} - {package.__name__}
+    assert found == wanted, "every folder with modules is a package"
+    for name in sorted(found - {"comemo.__main__"}):  # which runs the command
+        module = importlib.import_module(name)
+        if not hasattr(module, "__path__"):
+            assert module.__doc__, name
 
 
-@pytest.mark.parametrize(
-    ("room", "never"),
-    [
-        ("comemo_kernels", {"comemo", "transformers", "bench", "tests"}),
-        ("comemo", {"bench", "tests", "triton", "torchvision"}),
-    ],
-)
-def test_rooms_do_not_mix(room, never):
-    for file in (ROOT / room).glob("*.py"):
-        assert never.isdisjoint(imports(file)), file.name
-
-
-def test_kernel_files_do_not_import_each_other():
-    """A file with kernels knows what all share, and `reference`; nothing else of the package."""
-    shared = {"_op", "_blocks", "_blocks_attention", "_checks", "_checks_memory"}
-    shared |= {"_descriptors"}
-    shared |= {"grids", "reading", "reference"}
-    shared |= {"_attend_tma"}  # another kernel of attention
-    shared |= {"_build_tma"}  # and of the memory build
-    shared |= {"_fold", "_product"}  # parts of the tile projection
-    helpers = {"aot", "_blocks", "_blocks_attention", "_descriptors"}
-    kernels = [
-        file
-        for file in (ROOT / "comemo_kernels").glob("*.py")
-        if "triton" in imports(file) and file.stem not in helpers
-    ]
-    assert {file.stem for file in kernels} >= {"rotary", "positions"}
-    for file in kernels:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("comemo_kernels"):
-                names = node.module.split(".")[1:] or [alias.name for alias in node.names]
-                assert set(names) <= shared, file.name
+@pytest.mark.parametrize("package", [comemo, comemo_kernels], ids=lambda package: package.__name__)
+def test_public_names_exist_once(package):
+    assert all(hasattr(package, name) for name in package.__all__)
+    assert len(set(package.__all__)) == len(package.__all__)
 
 
 def test_version_is_told_once():
     assert comemo.__version__ == comemo_kernels.__version__
     assert f"## {comemo.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == comemo.__version__
 
 
-def test_readme_runs(checkpoint, photograph, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    photograph.save("street.jpg")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 5
-    scope = {}
-    for block in blocks:
-        assert "./CoMemo-2B" in block or "path" in scope
-        block = block.replace('"./CoMemo-2B"', repr(str(checkpoint)))
-        exec(block.replace("max_new_tokens=256", "max_new_tokens=3"), scope)
-    assert isinstance(scope["answer"], str)
-    assert len(scope["history"]) == 1
-    assert isinstance(scope["memory"], comemo.ImageMemory)
-    assert scope["k"].shape == (1, 3424, 8, 128)
-    assert scope["model"].dtype == torch.bfloat16
-    assert scope["read"].shape == (1, 5, 4, 128)
-    assert (scope["read"][:, 0] == 0).all()
-    assert scope["read"].isfinite().all()
+def test_citation_is_complete():
+    """What the Citation File Format 1.2.0 requires, of the file and of its reference."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert {"message", "title", "authors"} <= citation.keys()
+    assert all(author.keys() <= {"name"} for author in citation["authors"])
+    (paper,) = citation["references"]
+    assert {"type", "title", "authors"} <= paper.keys()
+    assert all({"family-names", "given-names"} == author.keys() for author in paper["authors"])
+    assert paper["url"].endswith("2506.06279")
