@@ -74,6 +74,21 @@ class Conversation:
         """The conversation without pixels, once the memory is built."""
         return replace(self, images=tuple(replace(im, pixel_values=None) for im in self.images))
 
+    def mark(self, question: str) -> str:
+        """The question with a mark for each image that no earlier question shows.
+
+        Raises:
+            ValueError: it has marks, but not as many.
+        """
+        shown = sum(text.count(prompts.IMAGE_MARK) for text, _ in self.turns)
+        marks, wanted = question.count(prompts.IMAGE_MARK), len(self.images) - shown
+        if marks not in (0, wanted):
+            raise ValueError(
+                f"ChatSession.ask: the question must have a {prompts.IMAGE_MARK} mark for each of"
+                f" its {wanted} images, or none, got {marks}"
+            )
+        return question if marks else f"{prompts.IMAGE_MARK}\n" * wanted + question
+
     def prompt(
         self, question: str, model: GeneratingModel, tokenizer: InternLM2Tokenizer
     ) -> tuple[Transcript, Prompt]:

@@ -278,16 +278,7 @@ class ChatSession:
             images, len(conversation.turns), self._numbers, self.processor.image_processor, config
         )
         conversation = replace(conversation, images=(*conversation.images, *new))
-        shown = sum(text.count(prompts.IMAGE_MARK) for text, _ in conversation.turns)
-        marks, wanted = question.count(prompts.IMAGE_MARK), len(conversation.images) - shown
-        if marks == 0:
-            question = f"{prompts.IMAGE_MARK}\n" * wanted + question
-        elif marks != wanted:
-            raise ValueError(
-                f"ChatSession.ask: the question must have a {prompts.IMAGE_MARK} mark for each of"
-                f" its {wanted} images, or none, got {marks}"
-            )
-        return self._answer(conversation, question, clock, options)
+        return self._answer(conversation, conversation.mark(question), clock, options)
 
     @torch.no_grad()
     def _answer(
@@ -300,10 +291,8 @@ class ChatSession:
         """Answer, and replace the state only then: an exception leaves the session as it was."""
         model, device, held = self.model, self.model.device, self._held
         transcript, prompt = conversation.prompt(question, model, self.tokenizer)
-        prompt, visible = prompt.to(device), transcript.visible
-        memory = extend_memory(
-            self._state.memory, conversation, prompt, model.model, self.memory_store
-        )
+        prompt, visible, memory = prompt.to(device), transcript.visible, self._state.memory
+        memory = extend_memory(memory, conversation, prompt, model.model, self.memory_store)
         memory = place_memory(memory, transcript, device)
         kept = held.go_back(transcript)
         longest = options.get("max_new_tokens") or 0
