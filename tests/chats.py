@@ -48,7 +48,7 @@ def case_of(golden, inputs, name):
 
 
 def prepared(model, tokenizer, case):
-    """What `chat` hands to `generate`."""
+    """The inputs that `chat` passes to `generate`."""
     turns = [*(case["history"] or []), (case["question"], None)]
     rest = (case["num_patches_list"], case["target_aspect_ratio"])
     return model.prepare_chat(tokenizer, case["pixel_values"], turns, *rest)[1]
@@ -56,7 +56,7 @@ def prepared(model, tokenizer, case):
 
 @pytest.fixture
 def count_builds(monkeypatch):
-    """Call for a function that tells how often a layer's keys and values were built since then."""
+    """Returns a function that returns how often keys and values were built since it was made."""
     count = [0]
     build_memory, build = ops.build_memory, MixinLayer.build
 
@@ -87,7 +87,7 @@ def message(text, image=None):
 
 @pytest.fixture
 def prompts_of(processor, inputs):
-    """Model inputs of one or several conversations, of which the last has no picture."""
+    """Model inputs of one or several conversations; the last has no image."""
     pictures = [
         Image.fromarray(inputs.picture(7, 900, 448)),
         Image.fromarray(inputs.picture(8, 448, 448)),

@@ -34,13 +34,13 @@ def loop(model):
 
 @pytest.fixture(params=[False, True], ids=["at once", "one step late"])
 def ahead(request, monkeypatch):
-    """Both ways to check whether to stop: as on a CPU, and as where the device runs behind."""
+    """Both ways to check for the end: synchronously, and one step late as on a GPU."""
     monkeypatch.setattr(ops, "runs_ahead", lambda _: request.param)
     return request.param
 
 
 class Collected(BaseStreamer):
-    """Keeps what it is given; raises at one of the tokens, if asked to."""
+    """Collects tokens; raises at one of them if `fail_at` is given."""
 
     def __init__(self, fail_at=None):
         self.given, self.ended, self.fail_at = [], 0, fail_at
@@ -59,7 +59,7 @@ class Collected(BaseStreamer):
 
 
 def poison(loop):
-    """NaN wherever an earlier call left something."""
+    """Fill the buffers with NaN wherever an earlier call wrote."""
     for step in loop._steps.values():
         step.buffers.fill_(float("nan"))
         held = () if step.arena is None else step.arena.memory.keys | step.arena.memory.values
@@ -76,7 +76,7 @@ def assert_same_cache(cache, wanted, tolerance=LOGITS):
 
 
 def assert_same(model, loop, batch, **options):
-    """One call with the loop and one without; what the first returned."""
+    """Compare one call with the loop to one without; returns the output of the first."""
     options = GREEDY | TOLD | options
     found = []
     for extra in ({}, {"decode_loop": loop}):
@@ -100,7 +100,7 @@ def assert_same(model, loop, batch, **options):
 
 
 def without_picture(model):
-    """Two prompts of which the second has no image."""
+    """Two prompts; the second has no image."""
     batch = make_prompts(model)
     batch["input_ids"][1].clamp_(max=200)
     batch["pixel_values"], batch["tile_grid"] = batch["pixel_values"][:1], [(1, 1)]
@@ -108,7 +108,7 @@ def without_picture(model):
 
 
 def one_prompt(model, grids):
-    """A prompt with pictures of these grids; of several tiles they take fewer ids than tokens."""
+    """A prompt with images of these grids; images of several tiles use fewer ids than tokens."""
     config = model.config
     tiles = [ops.image_tokens(grid, config.side) // config.tokens_per_tile for grid in grids]
     images = sum(tiles) * config.tokens_per_tile

@@ -1,8 +1,8 @@
-"""Every place in a call where an exception can fall: first they are found, then it falls there.
+"""Every place in a call where an exception can be raised: find them, then raise one there.
 
 The interpreter looks at signals when a Python function begins and when a call has returned, and an
-error comes from a call. A profiler is told of these moments, and what it raises falls there. A
-`with` of a lock is entered and left in one of them.
+error comes from a call. A profiler is called at these moments, and its exceptions are raised there.
+A `with` of a lock is entered and left within one of them.
 """
 
 import gc
@@ -18,17 +18,17 @@ OURS = os.path.dirname(comemo.__file__)
 
 
 class Injected(BaseException):
-    """Raised by nobody else."""
+    """Raised by these tests only."""
 
 
 class Place(NamedTuple):
-    """A moment in this project's code: before a call or behind it, or where a function begins.
+    """A moment in this project's code: before or after a call, or the start of a function.
 
     Attributes:
         code: of the function.
-        instruction: of the call; the function's first where it begins.
-        event: a profiler's.
-        begins: whether somebody else's code called the function.
+        instruction: of the call; the first one at the start of a function.
+        event: of the profiler.
+        begins: whether code outside this project called the function.
     """
 
     code: CodeType
@@ -60,7 +60,7 @@ def _place_of(frame, event, arg):
 
 @contextmanager
 def _profiler(watch):
-    """No garbage is collected meanwhile: what it finalises is called from wherever that happens."""
+    """Disable garbage collection: finalizers run at arbitrary places."""
     before, collects = sys.getprofile(), gc.isenabled()
     gc.disable()
     sys.setprofile(watch)
@@ -73,7 +73,7 @@ def _profiler(watch):
 
 
 def find_places(call):
-    """All places that a call passes, in order, each once."""
+    """All places that a call passes, in order, without repeats."""
     found = {}
 
     def watch(frame, event, arg):
@@ -86,7 +86,7 @@ def find_places(call):
 
 
 def interrupt_at(call, place):
-    """Do a call, with `Injected` raised when it first comes to a place; whether it got there."""
+    """Make a call and raise `Injected` when it first reaches a place; returns whether it did."""
     code, _, wanted, _ = place
 
     def watch(frame, event, arg):
@@ -100,7 +100,7 @@ def interrupt_at(call, place):
 
 
 def interrupt_after(call, moments):
-    """Do a call, with `Injected` raised after so many moments; whether it took so long."""
+    """Make a call and raise `Injected` after so many moments; returns whether it got that far."""
 
     def watch(frame, event, arg):
         nonlocal moments

@@ -12,7 +12,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 QUESTIONS = ("hello there", "what is this?", "and more?", "now <image> compare", "last one")
 
 
-GRIDS = {1: (2, 1), 3: (1, 1)}  # of the pictures that come with a question
+GRIDS = {1: (2, 1), 3: (1, 1)}  # of the images of a question
 
 
 TILES = {1: 3, 3: 1}
@@ -41,7 +41,7 @@ def positions(request, model):
 
 
 def read_whole(model, tokenizer, history, question, pictures, turns, visibility, rope="dhr"):
-    """Cache and last logits of the whole prompt at once; `turns` are those of the pictures."""
+    """Cache and last logits of the whole prompt read at once; `turns` are those of the images."""
     text = prompts.build_prompt([*history, (question, None)])
     tiles = [pictures[turn][0] for turn in turns]
     grids = [pictures[turn][1] for turn in turns]

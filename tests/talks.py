@@ -1,4 +1,4 @@
-"""Conversations on a small model, and whether one is what a fresh session makes of it."""
+"""Conversations on a small model, compared with a fresh session of the same conversation."""
 
 import itertools
 from dataclasses import replace
@@ -20,7 +20,7 @@ def make_picture(seed, grid=(1, 1)):
 
 
 def make_chatty(processor):
-    """A small model, and a processor whose tokenizer is its."""
+    """A small model, and a processor with its tokenizer."""
     model = make_model(vocab_size=600)
     model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     return model, processor
@@ -47,7 +47,7 @@ def check_same(session, fresh):
     tokens = session.report.prompt_tokens
     ours, theirs = held.transcript.columns, wanted.transcript.columns
     assert torch.equal(ours[1:], theirs[1:])
-    text = ours[0].clamp(min=-1) == theirs[0].clamp(min=-1)  # pictures have other numbers
+    text = ours[0].clamp(min=-1) == theirs[0].clamp(min=-1)  # images have other numbers
     assert bool(text.all())
     for mine, other in zip(held.cache.layers, wanted.cache.layers, strict=True):
         for a, b in ((mine.keys, other.keys), (mine.values, other.values)):
@@ -55,7 +55,7 @@ def check_same(session, fresh):
 
 
 def shown_in(session, *pictures):
-    """Pixels by number, of the pictures of a conversation in order."""
+    """Pixels by number, of the images of a conversation in order."""
     numbers = [picture.number for picture in session._state.conversation.images]
     return dict(zip(numbers, (tiles for tiles, _ in pictures), strict=True))
 

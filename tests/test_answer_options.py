@@ -1,4 +1,4 @@
-"""Options of `generate` where the answer is text: what acts, what is refused before the work."""
+"""Options of `generate` for an answer as text: which act, which are refused before any work."""
 
 import threading
 
@@ -24,7 +24,7 @@ class Locked(LogitsProcessor):
 
 @pytest.fixture
 def ways(model, tokenizer, processor):
-    """chat and a session with these options, each a function of no argument."""
+    """Calls of chat and of a session with these options."""
 
     def asking(options):
         return (

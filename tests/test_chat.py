@@ -1,4 +1,4 @@
-"""The `chat` call: what it accepts, what it refuses, and that user text stays text."""
+"""The `chat` call: what it accepts and refuses, and that control tokens in user text remain text."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_without_grids_positions_are_plain(model, tokenizer, tiles):
     _, ready = model.prepare_chat(tokenizer, tiles, [("<image>\nwhat?", None)])
     ids = ready["position_ids"][0]
     assert torch.equal(ids.cpu(), torch.arange(len(ids)))
-    model.config.rope = "original"  # whatever the grids
+    model.config.rope = "original"  # for any grids
     _, again = model.prepare_chat(tokenizer, tiles, [("<image>\nwhat?", None)], None, [(2, 1)])
     assert torch.equal(again["position_ids"], ready["position_ids"])
 
@@ -46,7 +46,7 @@ def test_history_is_returned_and_the_callers_unchanged(chat, tiles):
     )
     assert first == kept
     assert longer == [*first, ("and?", second)]
-    # A first turn about text, the picture in the second.
+    # A first turn about text, the image in the second.
     assert chat(tiles, "<image> now?", history=[("hi", "ho")], target_aspect_ratio=[(2, 1)])
 
 

@@ -44,7 +44,7 @@ def test_many_lengths_and_pictures_share_a_capture(model, loop):
     assert loop.captures == loop.buckets == 1
 
 
-def test_calls_by_turns_see_nothing_of_each_other(model, loop):
+def test_alternating_calls_do_not_affect_each_other(model, loop):
     first, second = make_prompts(model), make_prompts(model)
     second["pixel_values"] = second["pixel_values"].flip(0) + 1
     for batch in (first, second, first, text(model, 3), second, text(model, 30), first):
@@ -57,16 +57,16 @@ def test_calls_by_turns_see_nothing_of_each_other(model, loop):
     assert loop.captures == 3
 
 
-def test_an_answer_moves_on_when_its_bucket_is_full(model, loop, ahead, monkeypatch):
+def test_an_answer_continues_in_a_larger_bucket(model, loop, ahead, monkeypatch):
     monkeypatch.setattr(decode, "capacity_for", lambda n: -(-n // 4) * 4)
     monkeypatch.setattr(decode, "ROOM_FOR_ANSWER", 1)
-    monkeypatch.setattr(decode_answer, "ROOM", 2)  # the ids move on, too
+    monkeypatch.setattr(decode_answer, "ROOM", 2)  # the ids are reallocated, too
     for prompts in (make_prompts, text):
         torch.manual_seed(2)
         batch = prompts(model)
         out = assert_same(model, loop, batch, max_new_tokens=14)
         tokens = out.sequences[0, -14:].tolist()
-        end = max(tokens, key=tokens.index)  # comes latest
+        end = max(tokens, key=tokens.index)  # the last to appear
         assert_same(model, loop, batch, max_new_tokens=14, eos_token_id=end, pad_token_id=5)
     assert loop.buckets == 4
     assert loop.captures > 6
@@ -81,12 +81,12 @@ def test_few_buckets_are_kept(model):
     for batch in (one, text(model), one, make_prompts(model), one):
         assert_same(model, loop, batch)
     assert loop.buckets == 2
-    assert loop.captures == 3  # the one used last but one went
+    assert loop.captures == 3  # the least recently used one was dropped
     assert_same(model, loop, text(model))
     assert loop.captures == 4
 
 
-def test_another_model_is_captured_anew():
+def test_a_changed_model_is_captured_again():
     model = make_model()
     loop, batch = DecodeLoop(model), text(model)
     for change in (

@@ -44,7 +44,9 @@ def test_a_call_that_fails_leaves_loop_and_cache_usable(model, loop, ahead, fail
 
 
 def test_a_step_that_fails(model, loop, ahead, monkeypatch):
-    monkeypatch.setattr(ops, "capture", lambda function, device: function)  # a graph calls no hook
+    monkeypatch.setattr(
+        ops, "capture", lambda function, device: function
+    )  # graphs call no hooks
     batch, cache = make_prompts(model), RoomyCache(4)
     calls = [0]
 
@@ -91,7 +93,7 @@ def test_one_call_at_a_time(model, loop):
     ],
     ids=str,
 )
-def test_what_a_loop_cannot_do(model, loop, options, message, monkeypatch):
+def test_unsupported_options(model, loop, options, message, monkeypatch):
     options = {"decode_loop": loop} | options
     if "assistant_model" in options:
         options["assistant_model"] = model
@@ -101,7 +103,7 @@ def test_what_a_loop_cannot_do(model, loop, options, message, monkeypatch):
         model.generate(**text(model), **GREEDY | options)
 
 
-def test_what_a_loop_cannot_take_over(model, loop):
+def test_unsupported_prompts(model, loop):
     batch = make_prompts(model)
     options = GREEDY | {"decode_loop": loop}
     with pytest.raises(ValueError, match="keep must be at least 1, got 0"):
@@ -139,7 +141,7 @@ def test_what_a_loop_cannot_take_over(model, loop):
     assert_same(model, loop, batch)
 
 
-def test_probabilities_that_are_no_numbers(ahead):
+def test_nan_probabilities(ahead):
     model = make_model()
     batch, loop = text(model), DecodeLoop(model)
     weight = model.lm_head.weight[5]

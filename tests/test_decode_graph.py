@@ -40,7 +40,7 @@ def test_capture_and_flag_without_a_gpu():
 
 
 class NothingRead(TorchDispatchMode):
-    """Refuses operations for which a host would wait for a GPU, and that no graph can hold."""
+    """Refuses operations that sync, or that a graph cannot capture."""
 
     READS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "_unique2", "masked_select")
 
@@ -50,13 +50,15 @@ class NothingRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("prompts", [make_prompts, without_picture, text])
-def test_a_step_is_all_on_the_device(model, loop, prompts, monkeypatch):
-    """Replayed without anything in between, as a graph would be, it goes on by itself."""
+def test_a_step_never_syncs(model, loop, prompts, monkeypatch):
+    """Repeated without any work in between, as a graph replay, it continues by itself."""
     batch = prompts(model)
     wanted = model.generate(**batch, **GREEDY)[:, -7:]
     model.generate(**batch, **GREEDY | {"max_new_tokens": 2}, decode_loop=loop)
     (step,) = loop._steps.values()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # or a CPU's values are read
+    monkeypatch.setattr(
+        torch.compiler, "is_compiling", lambda: True
+    )  # or CPU values are read
     tokens = []
     with torch.no_grad(), NothingRead():
         for _ in range(5):
@@ -66,8 +68,8 @@ def test_a_step_is_all_on_the_device(model, loop, prompts, monkeypatch):
 
 
 @pytest.mark.kernel
-def test_a_step_on_kernels_reads_nothing_left_behind(device, monkeypatch):
-    for module in (decode, decode_memory):  # the interpreter takes its time
+def test_a_step_on_kernels_reads_no_stale_data(device, monkeypatch):
+    for module in (decode, decode_memory):  # the interpreter is slow
         monkeypatch.setattr(module, "capacity_for", lambda n, least=64: -(-n // least) * least)
     model = make_model(num_hidden_layers=2).to(device)
     batch = without_picture(model)

@@ -65,7 +65,7 @@ def test_options(model, loop, ahead, options):
 
 @pytest.mark.parametrize("many", [False, True])
 def test_every_answer_ends_by_itself(model, loop, ahead, many):
-    """With more end tokens than a step knows they are looked for outside of it."""
+    """More stop tokens than a step can check are checked outside of it."""
     batch = make_prompts(model)
     tokens = model.generate(**batch, **GREEDY)[:, -7:]
     only = [t for t in tokens[0].tolist() if t not in tokens[1]]
@@ -90,7 +90,7 @@ def test_no_step_is_in_vain_where_the_end_is_known(model, loop, ahead, monkeypat
 
 
 class Ends(StoppingCriteria):
-    """Ends each row after so many tokens, and looks at what it is given."""
+    """Ends each row after so many tokens, and checks its arguments."""
 
     def __init__(self, prompt, *lengths):
         self.lengths, self.prompt, self.seen = torch.tensor(lengths, device=DEVICE), prompt, []
@@ -232,4 +232,4 @@ def test_a_session_answers_the_same(loaded, demo_checkpoint, picture_file, ahead
             assert looped.report.read_tokens == plain.report.read_tokens
             assert_same_cache(looped._held.cache, plain._held.cache)
     assert looped.regenerate() == plain.regenerate()
-    assert loop.captures == 2  # without a picture and with one
+    assert loop.captures == 2  # without an image and with one

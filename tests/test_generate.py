@@ -14,7 +14,7 @@ from harness import LOGITS
 
 from comemo_kernels import ImageMemory
 
-ROWS = {  # options, and where the other positions are left to --all
+ROWS = {  # options; the other positions run with --all
     "plain": ({}, None),
     "static": ({"cache_implementation": "static"}, "raw"),
     "beams": ({"num_beams": 3, "num_return_sequences": 2}, "compressed"),
@@ -47,7 +47,7 @@ def test_caches_agree(model, prompts_of):
 
 
 def test_a_generated_image_token_is_a_word(model, prompts_of):
-    """Without a cache the whole sequence is embedded again: no picture belongs to that token."""
+    """Without a cache the whole sequence is embedded again: the token belongs to no image."""
     batch = dict(prompts_of(0))
     image_id = model.config.image_token_id
 
@@ -72,16 +72,16 @@ def test_decode_positions_matter(model, prompts_of):
 
 
 @pytest.mark.parametrize("positions", ["raw", pytest.param("compressed", marks=SLOW)])
-def test_drafts_change_no_token(model, checkpoint, prompts_of, positions):
+def test_speculative_decoding_changes_no_token(model, checkpoint, prompts_of, positions):
     model.config.decode_positions = positions
-    # Some transformers cannot draft without an end token.
+    # Some releases of transformers cannot draft without a stop token.
     end = {"eos_token_id": 0}
     greedy = answers(model, prompts_of(0), **end)
     assert answers(model, prompts_of(0), prompt_lookup_num_tokens=3, **end) == greedy
     assistant = type(model)(model.config).eval().to(model.device)
     assistant.load_state_dict(model.state_dict())
     assert answers(model, prompts_of(0), assistant_model=assistant, **end) == greedy
-    with torch.no_grad():  # an assistant that drafts something else
+    with torch.no_grad():  # an assistant that drafts other tokens
         for parameter in assistant.lm_head.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     assert answers(model, prompts_of(0), assistant_model=assistant, **end) == greedy
@@ -136,8 +136,8 @@ def test_arguments_that_exclude_each_other(model, prompts_of):
         model(inputs_embeds=embeds, pixel_values=batch["pixel_values"])
 
 
-def test_memory_serves_other_places(model, prompts_of, count_builds):
-    """The same picture behind more words, and in two prompts at once."""
+def test_memory_is_valid_at_other_positions(model, prompts_of, count_builds):
+    """The same image after more words, and in two prompts at once."""
     batch = dict(prompts_of(0))
     with torch.no_grad():
         memory = model(**batch, use_cache=True).image_memory

@@ -54,9 +54,9 @@ def test_two_threads_get_what_they_get_alone(golden, inputs, model, tokenizer):
 
 
 @TRACED
-@pytest.mark.slow  # on kernels and folded, too
+@pytest.mark.slow  # with kernels and folded, too
 def test_decode_step_compiles_whole(model, processor, inputs):
-    """Few graphs, none broken, and in the end no new one for new pictures."""
+    """Few graphs, no graph break, and no new graph for further images."""
     model.config.decode_positions = "raw"
     counter, eager = CompileCounter(), model.forward
     compiled = torch.compile(eager, fullgraph=True, backend=counter)
@@ -137,7 +137,7 @@ def test_dynamic_scaling_is_not_sticky(model, prompts_of, rule):
 
 
 def test_scaling_by_position_ignores_the_tiles(model, prompts_of):
-    """RoPE-DHR ids stay small: by position nothing is scaled where the token count would."""
+    """RoPE-DHR ids stay small: the token count would scale, the position does not."""
     text, batch = model.config.text_config, prompts_of(0)
     text.max_position_embeddings, limit = 600, 32768
     try:

@@ -1,4 +1,4 @@
-"""Features in pairs: every two values that can be asked for together, in conversations and alone.
+"""Pairs of features: every two values that can be combined, in conversations and alone.
 
 Each row works, as the same row without whatever changes nothing, or is one `ValueError` that names
 what excludes each other, before anything is computed.
@@ -33,13 +33,13 @@ SHARED = {
     "memory_positions": ("relative", "absolute"),
 }
 TALKS = SHARED | {"visibility": ("causal", "all"), "fork": (False, True)}
-TALKS |= {"how": ("greedy", "sampled", "beams"), "loop": (None, "loop")}  # what may be asked for
+TALKS |= {"how": ("greedy", "sampled", "beams"), "loop": (None, "loop")}  # options of a question
 CALLS = SHARED | {"prompts": (1, 2), "given": ("pixels", "memory")}
 MECHANICS = {"store": False, "loop": None, "fold": False, "chunk": None, "fork": False}
 
 
 def why_refused(row):
-    """Words that the error must hold, or None where the row works."""
+    """Text that the error must contain, or None if the row is supported."""
     if row.get("store") and row.get("memory_positions") == "absolute":
         return "memory_positions"
     if row.get("loop") == "loop" and row.get("how") in ("beams", "drafts"):
@@ -52,7 +52,7 @@ def why_refused(row):
 
 
 def rows_of(axes):
-    """Rows in which every two values of different axes meet; what is refused, by itself."""
+    """Rows in which every two values of different axes occur together; refused pairs separately."""
     pairs = [
         dict(pair)
         for a, b in itertools.combinations(axes, 2)
@@ -119,7 +119,7 @@ def pictures():
 
 
 def talk(row, model, processor):
-    """A conversation with a picture, another one, the first again, and a question behind it."""
+    """A conversation with an image, another one, the first again, and a question after it."""
     torch.manual_seed(0)
     names = {name: row[name] for name in ("rope", "visibility")}
     session = ChatSession(

@@ -1,4 +1,4 @@
-"""Progress bars, and answers as they stream."""
+"""Progress bars and streamed answers."""
 
 import io
 import threading
@@ -52,7 +52,7 @@ def test_bar_counts_its_own_thread_only(loaded, picture_file, capsys):
 
 
 def test_bar_knows_of_rounds(loaded, capsys):
-    """More tiles than pass the vision tower at once pass it in rounds."""
+    """More tiles than `tiles_at_once` pass the vision tower in several rounds."""
     model = loaded[0]
     tiles = torch.zeros(5, 3, 448, 448, device=DEVICE)
     model.config.tiles_at_once, before = 2, model.config.tiles_at_once
@@ -116,7 +116,7 @@ def test_streamed_text_is_the_answer(text):
 
 
 def test_answers_cannot_steer_a_terminal():
-    """Nor the program that reads them from a pipe."""
+    """Nor a program that reads them from a pipe."""
     out = io.StringIO()
     streamer = progress.AnswerStreamer(Letters(), "<|im_end|>", out)
     streamer.extend_to("\x1b[2J\tx\n\x9b\r\u202e\ud800")

@@ -78,7 +78,7 @@ def test_a_question_reads_its_own_tokens(model, processor, pictures, positions, 
     ):
         session.ask("and more?")
         assert (seen[0], built[0], built_alone[0]) == (0, 0, 0)
-        # A raw answer stood elsewhere than it does in a prompt.
+        # A raw answer had other positions than in a prompt.
         assert session.report.read_tokens < 40
         prompt = session.report.prompt_tokens
         session.ask("a second picture", pictures[3])
@@ -90,7 +90,7 @@ def test_a_question_reads_its_own_tokens(model, processor, pictures, positions, 
 
 
 def test_compressed_answers_are_not_read_again(model, processor):
-    """What was generated is kept, where its text makes the same tokens."""
+    """Generated tokens are kept if their text is encoded to the same tokens."""
     model.config.decode_positions = "compressed"
     session = ChatSession(model, processor, **GREEDY)
     session.ask("hello world")
@@ -104,7 +104,7 @@ def test_compressed_answers_are_not_read_again(model, processor):
 
 
 def test_text_before_the_first_picture_is_read_with_it(model, processor, pictures):
-    """Without any picture the mixin layers are passed; with one, they see nothing before it."""
+    """Without images mixin layers are skipped; with one, tokens before it read nothing."""
     session = ChatSession(model, processor, **GREEDY)
     session.ask("hello")
     session.ask("look", pictures[3])
@@ -155,7 +155,7 @@ def test_chunks_change_nothing(model, processor, tokenizer, pictures, chunk):
 
 
 def test_dynamic_scaling_is_the_whole_prompts(model, processor, tokenizer, pictures):
-    """Past the trained range the whole conversation turns by its length."""
+    """Beyond the trained range dynamic scaling depends on the whole conversation."""
     text = model.config.text_config
     model.config.ntk_length = "token_count"
     text.max_position_embeddings, limit = 820, text.max_position_embeddings

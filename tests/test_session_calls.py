@@ -32,7 +32,7 @@ def test_regenerate(session, pictures):
         ChatSession(session.model, session.processor).regenerate()
 
 
-def test_forks_go_their_own_ways(session, pictures):
+def test_forks_are_independent(session, pictures):
     session.ask("what is this?", pictures[1])
     fork = session.fork()
     wanted = session.ask("one"), session.ask("another", pictures[3])
@@ -62,7 +62,7 @@ def test_reset_forgets(session, pictures):
 
 
 class Recorder(BaseStreamer):
-    """Notes tokens, and does something at one of them."""
+    """Records tokens, and calls a function at one of them."""
 
     def __init__(self, at=None, do=None):
         self.tokens, self.at, self.do = [], at, do
@@ -76,7 +76,7 @@ class Recorder(BaseStreamer):
         pass
 
 
-def test_a_layer_that_fails_leaves_no_trace(session, pictures, model):
+def test_a_failing_layer_leaves_the_session_unchanged(session, pictures, model):
     first = session.ask("what is this?", pictures[1])
     layer = model.model.language_model.layers[2]
 
@@ -102,7 +102,7 @@ def test_a_layer_that_fails_leaves_no_trace(session, pictures, model):
 def test_stop_keeps_what_was_said(session):
     streamer = Recorder(3, session.stop)
     answer = session.ask("hello world", streamer=streamer)
-    # The prompt, three, and, where tokens are streamed late, the one that was on its way.
+    # The prompt, three tokens, and one more if tokens are streamed one step late.
     assert len(streamer.tokens) in (4, 5)
     assert session.report.new_tokens == len(streamer.tokens) - 1
     assert session.history[-1][1] == answer
@@ -125,8 +125,8 @@ def test_streams(session):
         list(session.stream("<image>"))
 
 
-def test_whoever_waits_for_a_stream_may_be_interrupted(session):
-    """Ctrl-C comes while the next piece is waited for: nothing goes on behind the caller's back."""
+def test_waiting_for_a_stream_can_be_interrupted(session):
+    """Ctrl-C while waiting for the next piece: nothing continues in the background."""
     session.options["max_new_tokens"] = 400
     pieces = session.stream("hello world", eos_token_id=None)
     next(pieces)
@@ -137,7 +137,7 @@ def test_whoever_waits_for_a_stream_may_be_interrupted(session):
 
 
 def test_one_thread_at_a_time(session):
-    """Whoever comes second is told, and disturbs nothing."""
+    """The second caller gets an error and changes nothing."""
     errors = []
 
     def intrude():
@@ -167,7 +167,7 @@ def test_one_thread_at_a_time(session):
 
 
 def test_sessions_side_by_side(model, processor, pictures):
-    """Two sessions on one model in two threads answer as alone."""
+    """Two sessions on one model in two threads answer as each does alone."""
 
     def talk(turn):
         session = ChatSession(model, processor, **GREEDY)

@@ -1,4 +1,4 @@
-"""Sessions that something goes wrong in: all of their parts agree, and the next answer is right."""
+"""Interrupted sessions: all of their parts agree, and the next answer is right."""
 
 import threading
 
@@ -23,7 +23,7 @@ def chatty(processor):
 
 @pytest.mark.parametrize("visibility", ["causal", "all"])
 def test_a_withdrawn_picture_is_seen_by_no_token(chatty, visibility):
-    """Its place in the row of pictures is taken by another, of the same size."""
+    """Another image of the same size takes its index."""
     first, withdrawn, second = make_picture(1), make_picture(2), make_picture(3)
     session = start(chatty, visibility=visibility)
     session.ask("what is this?", first)
@@ -36,7 +36,7 @@ def test_a_withdrawn_picture_is_seen_by_no_token(chatty, visibility):
 
 
 def test_pictures_that_stay_stand_elsewhere(chatty):
-    """The words before them are the same, but these saw them at other places."""
+    """The words before them are the same, but read them at other positions."""
     pictures = make_picture(1), make_picture(2)
     session = start(chatty)
     session.ask("<image> and <image>", list(pictures))
@@ -50,7 +50,7 @@ def test_pictures_that_stay_stand_elsewhere(chatty):
 
 
 def test_a_fork_of_what_was_interrupted_copies_what_is_known(chatty):
-    """Layers of several lengths, as an interrupt within the decoder leaves them."""
+    """Layers of several lengths, as after an interrupt within the decoder."""
     session, picture = start(chatty), make_picture(1)
     session.ask("what is this?", picture)
     layer = chatty[0].model.language_model.layers[2]
@@ -67,7 +67,7 @@ def test_a_fork_of_what_was_interrupted_copies_what_is_known(chatty):
 
 
 def test_a_cache_is_right_wherever_it_was_interrupted():
-    """Tokens that all layers held before are gone on from, whatever else is there."""
+    """Tokens that all layers held before are reused, whatever else the layers hold."""
     tokens = torch.arange(1.0, 801).reshape(1, 1, -1, 1)
 
     def grow(cache, start, end):
@@ -76,7 +76,7 @@ def test_a_cache_is_right_wherever_it_was_interrupted():
 
     def work(cache, start):
         cache.crop_to(start)
-        for end in (start + 4, start + 600):  # in the room that there is, and beyond
+        for end in (start + 4, start + 600):  # within the allocated room, and beyond
             grow(cache, start, end)
             start = end
         cache.crop_to(start - 500)
@@ -117,7 +117,7 @@ CALLS = {
 
 
 def interrupt_everywhere(chatty, name, choose):
-    """Interrupt a call at the chosen places in turn, and ask on each time."""
+    """Interrupt a call at each of the chosen places, and ask again each time."""
     first, second, call = make_picture(1), make_picture(6), CALLS[name]
     base = start(chatty, visibility="all")
     base.ask("what is this?", first)
@@ -129,12 +129,12 @@ def interrupt_everywhere(chatty, name, choose):
         if name == "first loop":
             session.options["decode_loop"] = DecodeLoop(session.model)
         if name == "stored":
-            session.memory_store = MemoryStore(budget=20_000)  # one of the pictures
+            session.memory_store = MemoryStore(budget=20_000)  # room for one image
         return session
 
     if name == "loop":
         base.options["decode_loop"] = DecodeLoop(base.model)
-    call(begin())  # what is computed once for the process is there
+    call(begin())  # fill caches of the process
     session = begin()
     places = choose(find_places(lambda: call(session)))
     assert len(places) >= 6
@@ -142,8 +142,8 @@ def interrupt_everywhere(chatty, name, choose):
     for at in places:
         session, others = begin(), {*threading.enumerate()}
         reached = interrupt_at(lambda: call(session), at)  # noqa: B023
-        assert reached or name == "stream", f"{at} was not reached"  # how often that waits varies
-        for thread in {*threading.enumerate()} - others:  # of a stream that was left
+        assert reached or name == "stream", f"{at} was not reached"  # its number of waits varies
+        for thread in {*threading.enumerate()} - others:  # of an abandoned stream
             thread.join()
         said = session._state.conversation
         state = said.turns, len(said.images)
@@ -159,12 +159,12 @@ def interrupt_everywhere(chatty, name, choose):
         if name == "stored":
             assert session.memory_store.stats.entries == 1
             assert session.memory_store.stats.bytes <= 20_000
-    assert len(afterwards) < 4  # before, after, and for a stream what had come so far
+    assert len(afterwards) < 4  # before, after, and for a stream the part so far
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_wherever_it_is_interrupted(chatty, name, request):
-    """At every place where a session's state is touched; without --all at some of most of them."""
+    """At every place that touches a session's state; without --all at a sample of them."""
     every = request.config.getoption("--all")
 
     def choose(places):
@@ -185,7 +185,7 @@ def test_at_every_place_of_a_question(chatty, part):
 
 @pytest.mark.parametrize("called", [False, True])
 def test_a_memory_that_was_being_built_serves_the_next_call(chatty, called, request):
-    """Built at once, or by each layer that something hooks."""
+    """Built at once, or by each layer if it has hooks."""
     model, ids = chatty[0], torch.arange(40, 64)[None]
     ids[:, 2:18] = model.config.image_token_id
     ids, (tiles, grid) = place(ids), make_picture(1)

@@ -1,4 +1,4 @@
-"""Conversations in which much goes wrong, in any order: each answer is that of a fresh session."""
+"""Conversations with failures in any order: each answer is that of a fresh session."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Criterion(StoppingCriteria):
-    """Raises behind the first token."""
+    """Raises after the first token."""
 
     def __call__(self, *args, **kwargs):
         raise Injected
@@ -47,7 +47,7 @@ HOW = {
 
 
 class Talk(RuleBasedStateMachine):
-    """Asks, streams, stops, regenerates, forks and resets, with whatever may fail."""
+    """Asks, streams, stops, regenerates, forks and resets, with failures."""
 
     chatty = None
     two = st.integers(0, 1)
@@ -72,7 +72,7 @@ class Talk(RuleBasedStateMachine):
         return self.sessions[which % len(self.sessions)]
 
     def pictures_for(self, session, words, seed):
-        """What the marks of a question want, beyond pictures that were kept."""
+        """The images that a question's marks need, beyond kept ones."""
         said = session._state.conversation
         waiting = len(said.images) - sum(text.count("<image>") for text, _ in said.turns)
         more = max(words.count("<image>") - waiting, 0)
@@ -81,7 +81,7 @@ class Talk(RuleBasedStateMachine):
         return words, [make_picture(seed + i, grids[(seed + i) % 2]) for i in range(more)]
 
     def note(self, session, before, pictures):
-        """Remember the pixels of pictures that a session has learnt to know."""
+        """Remember the pixels of a session's new images."""
         known = {p.number for p in before}
         new = [p.number for p in session._state.conversation.images if p.number not in known]
         tiles = [tiles for tiles, _ in pictures]
@@ -173,7 +173,7 @@ class Talk(RuleBasedStateMachine):
             assert min(held) >= claimed
 
 
-def test_whatever_goes_wrong(processor, monkeypatch):
+def test_failures_in_any_order(processor, monkeypatch):
     chatty = make_chatty(processor)
     monkeypatch.setattr(Talk, "chatty", chatty)
     monkeypatch.setattr(chatty[0].config, "decode_positions", "raw")
