@@ -1,4 +1,4 @@
-"""The `chat` call: what it accepts and refuses, and that control tokens in user text remain text."""
+"""The `chat` call: what it accepts and refuses; control tokens in user text remain text."""
 
 import pytest
 import torch
