@@ -125,3 +125,8 @@ def key_of(core: Any, batch: dict[str, Any]) -> str:
 def files_of(directory: Path) -> list[Path]:
     """The files that a directory holds as pictures."""
     return sorted(Path(directory).glob("*.safetensors"))
+
+
+def text_header(path: Path, text: bytes) -> None:
+    """Write a file that holds a header alone."""
+    path.write_bytes(len(text).to_bytes(8, "little") + text)

@@ -33,7 +33,7 @@ def store(tmp_path):
         key = f"ab{number}".ljust(64, "c")
         facts = {"key": key, "model": MODEL if number else "d" * 64, "dtype": "float32"}
         path = tmp_path / f"{key}.safetensors"
-        store_files.write_image(path, memory, facts)
+        store_files.write_memory(path, memory, facts)
         used = time.time() - (10 - number) * DAY
         os.utime(path, (used, used))
     (tmp_path / f"{'f' * 64}.safetensors").write_bytes(b"")
@@ -143,13 +143,13 @@ def test_ls_reads_no_tensor_and_names_every_fault(capsys, store, monkeypatch):
     found = store_directory.list_files(store)
     gone = (store / f"{'3' * 64}.safetensors", found[0][1])
     monkeypatch.setattr(store_directory, "list_files", lambda directory: [*found, gone])
-    monkeypatch.delattr(store_files, "read_image")
+    monkeypatch.delattr(store_files, "read_memory")
     rows = json.loads(run(capsys, "store", "ls", store, "--json")[1])
     faults = {row["key"][0]: row["broken"] for row in rows if "broken" in row}
     assert faults == {
         "f": "it is empty",
         "0": "its key is ab1ccccccccc",
-        "1": "it is no safetensors file",
+        "1": "it is not a safetensors file",
     }
 
 

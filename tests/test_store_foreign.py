@@ -20,7 +20,6 @@ from known import assert_same, batch_of, counts, files_of, memory_of
 import comemo
 from comemo.cli import main as cli
 from comemo.store import directory as store_directory
-from comemo.store import store
 from comemo_kernels import ImageMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,13 +100,12 @@ def picture(loaded, tmp_path_factory):
     """It is built once: of all that a lookup does this takes longest."""
     core, directory = loaded[0].model, tmp_path_factory.mktemp("good")
     batch, built = batch_of(core, [2, "square", 3]), []
-    build = store.build_pictures
+    model, name = comemo.CoMemoModel, "build_image_memories"
+    build = model.build_image_memories
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            store, "build_pictures", lambda *inputs: built.extend(build(*inputs)) or built
-        )
+        patch.setattr(model, name, lambda *inputs: built.extend(build(*inputs)) or built)
         memory_of(core, batch, comemo.MemoryStore(directory=directory))
-        patch.setattr(store, "build_pictures", lambda *inputs: copy.deepcopy(built))
+        patch.setattr(model, name, lambda *inputs: copy.deepcopy(built))
         (path,) = files_of(directory)
         yield Known(core, batch, path.stem, memory_of(core, batch), path.read_bytes())
 
@@ -148,7 +146,7 @@ def test_odd_entries_under_a_pictures_name(picture, kind):
             assert_same(memory_of(core, batch, known), wanted)
         said = f"it is a {kind.split()[0]}"
         assert [str(warning.message) for warning in told] == [
-            f"MemoryStore: {path} is refused and its picture computed again: {said}",
+            f"MemoryStore: {path} is refused and its image computed again: {said}",
             f"MemoryStore: {path} cannot be written: {said}",
         ]
         assert_same(memory_of(core, batch, known), wanted)
