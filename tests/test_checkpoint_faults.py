@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+from commands import QUICK, broken, fails, run
 from faults import EVIL, STEERING, endless, giant, in_time, listener, loop, pipe
-from test_cli import QUICK, broken, fails, run
 from transformers import LlamaConfig
 
 import comemo

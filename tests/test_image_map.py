@@ -7,8 +7,8 @@ import torch
 from pictures import COFFEE
 from PIL import Image
 
-import comemo.cli.map as image_map
-from comemo.cli.map import draw_map, save_map, token_ids
+import comemo.cli.image_map as image_map
+from comemo.cli.image_map import draw_map, save_map, token_ids
 from comemo.images import load_image
 
 

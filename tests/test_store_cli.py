@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cli import QUICK, expected, fails, run
+from commands import QUICK, expected, fails, run
 
 import comemo
 from comemo.cli import main as cli
@@ -156,23 +156,23 @@ def test_ls_reads_no_tensor_and_names_every_fault(capsys, store, monkeypatch):
 def test_stats(capsys, store):
     facts = json.loads(run(capsys, "store", "stats", store, "--json")[1])
     sizes = [path.stat().st_size for path in sorted(store.glob("ab*.safetensors"))]
-    assert (facts["pictures"], facts["broken"], facts["bytes"]) == (3, 1, sum(sizes))
+    assert (facts["images"], facts["broken"], facts["bytes"]) == (3, 1, sum(sizes))
     assert facts["models"] == {
-        "d" * 64: {"pictures": 1, "bytes": sizes[0]},
-        MODEL: {"pictures": 2, "bytes": sizes[1] + sizes[2]},
+        "d" * 64: {"images": 1, "bytes": sizes[0]},
+        MODEL: {"images": 2, "bytes": sizes[1] + sizes[2]},
     }
     assert facts["first_use"] < facts["last_use"]
     status, out, err = run(capsys, "store", "stats", store)
     assert (status, err) == (0, "")
-    assert f"3 pictures, 1 broken file, {sum(sizes):,} bytes" in out
-    assert "model eeeeeeeeeeee: 2 pictures" in out
+    assert f"3 images, 1 broken file, {sum(sizes):,} bytes" in out
+    assert "model eeeeeeeeeeee: 2 images" in out
 
 
 def test_an_empty_directory(capsys, tmp_path):
     assert run(capsys, "store", "ls", tmp_path) == (0, "", "")
     assert json.loads(run(capsys, "store", "ls", tmp_path, "--json")[1]) == []
-    assert "0 pictures, 0 broken files, 0 bytes" in run(capsys, "store", "stats", tmp_path)[1]
-    assert run(capsys, "store", "rm", tmp_path, "--all")[1] == "removed 0 pictures, 0 bytes\n"
+    assert "0 images, 0 broken files, 0 bytes" in run(capsys, "store", "stats", tmp_path)[1]
+    assert run(capsys, "store", "rm", tmp_path, "--all")[1] == "removed 0 images, 0 bytes\n"
 
 
 def test_rm_by_keys(capsys, store):
@@ -181,7 +181,7 @@ def test_rm_by_keys(capsys, store):
     assert json.loads(out) == {"removed": ["ab1" + "c" * 61], "bytes": size}
     assert keys_of(store) == ["ab0", "ab2", "fff"]
     status, out, _ = run(capsys, "store", "rm", store, "f", "ab0")
-    assert (status, out.split(",")[0]) == (0, "removed 2 pictures")
+    assert (status, out.split(",")[0]) == (0, "removed 2 images")
     assert keys_of(store) == ["ab2"]
     assert (store / "model.safetensors").exists()
 
@@ -212,16 +212,16 @@ def test_times_that_no_calendar_has(capsys, store, monkeypatch, time):
 
 
 def test_rm_all_leaves_what_is_not_ours(capsys, store):
-    assert run(capsys, "store", "rm", store, "--all")[1].startswith("removed 4 pictures, ")
+    assert run(capsys, "store", "rm", store, "--all")[1].startswith("removed 4 images, ")
     assert sorted(os.listdir(store)) == ["ab.txt", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["ab"], "'ab' begins several keys of the directory; nothing was removed"),
-        (["ab1", "model"], "'model' begins no key of the directory; nothing was removed"),
-        ([""], "'' begins several keys"),
+        (["ab"], "several keys begin with 'ab'; nothing was removed"),
+        (["ab1", "model"], "no key begins with 'model'; nothing was removed"),
+        ([""], "several keys begin with ''"),
         ([], "wanted either KEYs, --all or --older-than DAYS"),
         (["ab1", "--all"], "wanted either"),
         (["--all", "--older-than", "0"], "wanted either"),
