@@ -279,7 +279,9 @@ def test_a_truncated_file_is_an_error(directory):
 
 @pytest.mark.parametrize("option", ["tp_plan", "distributed_config", "quantization_config"])
 def test_what_tears_fused_weights_needs_our_own_layout(directory, option):
-    with pytest.raises(ValueError, match=f"{option} needs weights in our own layout, got the pub"):
+    with pytest.raises(
+        ValueError, match=f"{option} needs weights in transformers' layout, got the pub"
+    ):
         comemo.CoMemoForConditionalGeneration.from_pretrained(directory, **{option: "auto"})
 
 

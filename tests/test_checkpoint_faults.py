@@ -95,7 +95,7 @@ def test_no_setting_replaces_what_a_config_is(kind):
         ("", {"min_dynamic_patch": 13}, "at most max_dynamic_patch 12, got 13"),
         ("", {"use_thumbnail": "no"}, "use_thumbnail must be true or false, got 'no'"),
         ("", {"dtype": "int3"}, "dtype must be null or the name of .*, got 'int3'"),
-        ("", {"attribute_map": {}}, "attribute_map is no setting"),
+        ("", {"attribute_map": {}}, "attribute_map is not a setting"),
         ("", {"template": ["x"] * 10**6}, r"template must be .*\.\.\. of 5,000,000 characters$"),
     ],
 )
@@ -120,15 +120,15 @@ def test_numbers_may_be_whole():
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is no JSON"),
-        (b"\xef\xbb\xbf{}", "is no JSON"),
-        (b'{"template": "\xe9"}', "is no JSON"),
+        (b"", "is not JSON"),
+        (b"\xef\xbb\xbf{}", "is not JSON"),
+        (b'{"template": "\xe9"}', "is not JSON"),
         (b"[" * 100_000, "is nested too deeply"),
         (b'{"a":' * 100_000, "is nested too deeply"),
         (b"3", "another model"),
         (b'{"model_type": {}}', "another model"),
         (b'{"model_type": "comemo_chat", "configuration_files": 3}', "cannot be read"),
-        (b'{"model_type": "comemo_chat", "select_layer": ' + b"1" * 5000 + b"}", "is no JSON"),
+        (b'{"model_type": "comemo_chat", "select_layer": ' + b"1" * 5000 + b"}", "is not JSON"),
         (Path.mkdir, "Is a directory"),
         (pipe, "wanted a file, got a pipe"),
         (listener, "wanted a file, got a socket"),
@@ -208,7 +208,11 @@ def test_files_of_a_tokenizer_and_of_generation(capsys, light):
         (light / name).write_text(content)
     for name in ("tokenizer_config.json", "generation_config.json", "added_tokens.json"):
         content = (light / name).read_bytes()
-        for damage, said in ((b"", "is no JSON"), (b"[" * 10**5, "nested"), (b"[]", "JSON object")):
+        for damage, said in (
+            (b"", "is not JSON"),
+            (b"[" * 10**5, "nested"),
+            (b"[]", "JSON object"),
+        ):
             (light / name).write_bytes(damage)
             told = fails(capsys, "chat", light, "a", *QUICK)
             assert said in told

@@ -107,8 +107,8 @@ def test_mistakes_on_the_command_line(capsys, argv, said):
 def test_mistakes_with_files(capsys, checkpoint, picture, tmp_path):
     for path, said in (
         (tmp_path / "no.png", "No such file"),
-        (tmp_path, "picture file"),
-        (checkpoint / "config.json", "not a picture"),
+        (tmp_path, "image file"),
+        (checkpoint / "config.json", "not an image"),
     ):
         assert said in fails(capsys, "chat", checkpoint, "a", "--image", path)
     assert "no config.json" in fails(capsys, "chat", tmp_path, "a")

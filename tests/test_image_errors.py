@@ -39,20 +39,20 @@ def png(width, height):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (b"", "open_image: a file of 0 bytes is not a picture"),
-        (b"no picture" * 100, "is not a picture"),
-        (png(0, 5), "is not a picture"),
+        (b"", "open_image: a file of 0 bytes is not an image"),
+        (b"no picture" * 100, "is not an image"),
+        (png(0, 5), "is not an image"),
         (png(2, 2), "cannot be decoded"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "PostScript"),
         ("https://example.org/cat.jpg", "reads no URL"),
         ("file:///tmp/cat.jpg", "reads no URL, pass the path alone"),
         ("data:image/png;base64,iVBORw0KGgo=", "a file of 8 bytes, given as base64, is not a pict"),
-        ("data:image/png;base64,", "wanted the base64 of a picture, got an empty text"),
+        ("data:image/png;base64,", "wanted the base64 of an image, got an empty text"),
         ("data:image/svg+xml,%3Csvg/%3E", "got a data URL of 29 characters without ;base64"),
-        ("a" * 300, "wanted the path of a picture file, got 'aaa.* of 300 characters"),
-        ("a\0b.png", "wanted the path of a picture file"),
-        (os.curdir, r"wanted the path of a picture file, got '\.'"),
-        (Path(os.curdir), "wanted the path of a picture file"),
+        ("a" * 300, "wanted the path of an image file, got 'aaa.* of 300 characters"),
+        ("a\0b.png", "wanted the path of an image file"),
+        (os.curdir, r"wanted the path of an image file, got '\.'"),
+        (Path(os.curdir), "wanted the path of an image file"),
         (None, "must be a path, bytes, .* got NoneType"),
         (3, "got int"),
         ([COFFEE], "got list"),
@@ -98,7 +98,7 @@ def test_cut_off_file(tmp_path, photograph, kind, share):
     data = encode(photograph, kind)
     path = tmp_path / "cut.bin"
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ValueError, match=r"open_image: .*cut\.bin.*(cannot be|not a picture)"):
+    with pytest.raises(ValueError, match=r"open_image: .*cut\.bin.*(cannot be|not an image)"):
         open_image(path)
 
 

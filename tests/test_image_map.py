@@ -69,7 +69,7 @@ def test_every_tile_has_its_card(painted, size):
     drawing = draw_map(Image.new("RGB", size, "gray"), input_size=112, max_num=6)
     values, (cols, rows) = load_image(Image.new("RGB", size), 112, 6)
     assert [t for t, *_ in painted] == list(range(len(values)))
-    assert "whole picture" in painted[-1][1]
+    assert "whole image" in painted[-1][1]
     covered = np.zeros((drawing.height, drawing.width), int)
     for _, _, (x, y), length in painted:
         assert x >= 0
@@ -177,7 +177,7 @@ def test_an_old_map_is_replaced_whole(tmp_path, monkeypatch):
 
 
 def test_says_what_is_wrong_with_a_path(tmp_path):
-    with pytest.raises(ValueError, match=r"save_map: wanted an existing folder, got .*missing"):
+    with pytest.raises(ValueError, match=r"save_map: wanted an existing directory, got .*missing"):
         save_map(COFFEE, tmp_path / "missing" / "map.png")
     with pytest.raises(ValueError, match=r"save_map: path must be a file ending in \.png"):
         save_map(COFFEE, tmp_path / "map.jpg")
@@ -189,7 +189,7 @@ def test_says_what_is_wrong_with_a_path(tmp_path):
     picture = tmp_path / "picture.png"
     Image.new("RGB", (5, 5)).save(picture)
     before = picture.read_bytes()
-    with pytest.raises(ValueError, match="would overwrite its picture"):
+    with pytest.raises(ValueError, match="would overwrite its image"):
         save_map(picture, tmp_path / "folder.png" / ".." / "picture.png")
     assert picture.read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["folder.png", "picture.png"]
@@ -214,5 +214,5 @@ def test_says_what_is_wrong(options, message):
 
 
 def test_says_what_is_wrong_with_a_picture():
-    with pytest.raises(ValueError, match=r"open_image: .* is not a picture"):
+    with pytest.raises(ValueError, match=r"open_image: .* is not an image"):
         draw_map(b"no picture")

@@ -110,8 +110,8 @@ CALL = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
             r"one source, got \['path', 'url'\]",
         ),
         ([{"role": "user", "content": [{"type": "image", "base64": "?"}]}], "wanted base64, got 1"),
-        ([{"role": "user", "content": "half \ud83d"}], "half a surrogate pair '.ud83d' at 5"),
-        ([{"role": "user", "content": ["\ude00"]}], "half a surrogate pair '.ude00' at 0"),
+        ([{"role": "user", "content": "half \ud83d"}], "a lone surrogate '.ud83d' at 5"),
+        ([{"role": "user", "content": ["\ude00"]}], "a lone surrogate '.ude00' at 0"),
     ],
 )
 def test_says_what_is_wrong(small, messages, complaint):
@@ -166,7 +166,7 @@ def test_every_form_of_a_picture_is_the_same_pixels(small, picture, tmp_path):
     web = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
     messages = [{"role": "user", "content": [web]}]
     assert "<image>" in small.apply_chat_template(messages)
-    with pytest.raises(ValueError, match="reads no URL, download the picture"):
+    with pytest.raises(ValueError, match="reads no URL, download the image"):
         small.apply_chat_template(messages, **ASK)
 
 

@@ -117,7 +117,7 @@ def test_an_image_processor_needs_files_of_a_comemo_model(tmp_path):
         CoMemoProcessor.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="got max_nmu"):
         CoMemoImageProcessor(max_nmu=2)
-    with pytest.raises(ValueError, match="wanted at least one picture"):
+    with pytest.raises(ValueError, match="wanted at least one image"):
         CoMemoImageProcessor()([])
     _, rest = CoMemoImageProcessor.from_dict({}, max_nmu=2, return_unused_kwargs=True)
     assert rest == {"max_nmu": 2}

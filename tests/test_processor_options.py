@@ -169,8 +169,8 @@ def test_kinds_of_tensors(small, wide):
         ({"text_kwargs": {"max_num": 1}}, "no option max_num in text_kwargs"),
         ({"common_kwargs": {"paddin": 1}}, "no option paddin in common_kwargs"),
         ({"images_kwargs": 3}, "images_kwargs must be a dictionary, got int"),
-        ({"max_num": 1, "images_kwargs": {"max_num": 1}}, "max_num was passed two times"),
-        ({"padding": True, "text_kwargs": {"padding": False}}, "padding was passed two times"),
+        ({"max_num": 1, "images_kwargs": {"max_num": 1}}, "max_num was passed twice"),
+        ({"padding": True, "text_kwargs": {"padding": False}}, "padding was passed twice"),
         ({"size": {"height": 2, "width": 2}}, "size is not supported, input_size is the side"),
         ({"do_resize": False}, "do_resize must be True, got False"),
         ({"do_center_crop": True}, "do_center_crop must be False, got True"),
@@ -184,7 +184,7 @@ def test_kinds_of_tensors(small, wide):
         ({"padding": "wide"}, "padding or truncation: wide is not"),
         ({"return_tensors": "tf"}, "tf"),
         ({"device": "cpu", "return_tensors": "np"}, "device needs return_tensors='pt'"),
-        ({"videos": ["a.mp4"]}, "the model knows pictures alone, got videos"),
+        ({"videos": ["a.mp4"]}, "the model takes only images, got videos"),
     ],
 )
 def test_what_is_not_honoured_is_named(small, wide, options, complaint):
@@ -193,7 +193,7 @@ def test_what_is_not_honoured_is_named(small, wide, options, complaint):
 
 
 def test_options_of_generate_are_warned_of(small):
-    with pytest.warns(UserWarning, match="do_sample change nothing here"):
+    with pytest.warns(UserWarning, match="do_sample have no effect here"):
         small(text="one", do_sample=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

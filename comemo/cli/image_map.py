@@ -1,7 +1,7 @@
-"""A drawing of what the model is told about a picture: tiles, token raster, position ids.
+"""A drawing of how the model sees an image: tiles, token raster, position ids.
 
-Every token carries its position id and the colour of the thumbnail cell with that id. With tile
-order "row" the colours of the tiles run as they do on the thumbnail; with "column" they do not.
+Every token shows its position id and the colour of the thumbnail cell with that id. With tile order
+"row" the colours of the tiles match those of the thumbnail; with "column" they do not.
 """
 
 import os
@@ -18,9 +18,9 @@ from comemo_kernels import image_position_ids
 
 Colour: TypeAlias = tuple[int, int, int]
 
-# pixels of the picture under one token: 14 x 14 patches, folded two by two
+# side of one token in pixels: 14 x 14 patches, folded two by two
 TOKEN_SIZE = 28
-# beyond this no one reads the map, and it passes 25 megapixels
+# a larger map cannot be read, and exceeds 25 megapixels
 MAX_TILES = 100
 
 _INK: Colour = (31, 41, 55)
@@ -37,14 +37,14 @@ _LINES = ((255, 255, 255, 50), (255, 255, 255, 190))
 def token_ids(
     grid: Grid, side: int = 16, tile_order: str = "row", bias: int = 0, use_thumbnail: bool = True
 ) -> Tensor:
-    """Give the position id of every token, tile by tile.
+    """The position id of every token, tile by tile.
 
     Args:
         grid: (cols, rows) of the tiles.
         side: tokens along the side of a tile.
         tile_order: "row" (by place) or "column" (as the published code counts).
-        bias: id of the picture's first token in its sequence.
-        use_thumbnail: whether more than one tile is followed by the whole picture as one more.
+        bias: id of the image's first token in its sequence.
+        use_thumbnail: whether the whole image follows as one more tile if there are several.
 
     Returns:
         int64 [tiles, side, side], tiles row by row, the thumbnail last.
@@ -65,18 +65,18 @@ def draw_map(
     bias: int = 0,
     published: bool = False,
 ) -> Image.Image:
-    """Draw tiles, thumbnail and the position id of each token over a picture.
+    """Draw tiles, thumbnail and the position id of each token over an image.
 
     Args:
         source: anything that `open_image` reads.
         input_size: pixels along the side of a tile, a multiple of `TOKEN_SIZE`.
         max_num: most tiles, up to `MAX_TILES`; the thumbnail is not counted.
         tile_order: "row" (by place) or "column" (as the published code counts).
-        bias: id of the picture's first token in its sequence, not negative.
+        bias: id of the image's first token in its sequence, not negative.
         published: exactly the pixels of the published code; see `open_image`.
 
     Returns:
-        A picture of mode RGB; the same for the same arguments.
+        An image of mode RGB; the same for the same arguments.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -90,7 +90,7 @@ def draw_map(
 
 
 def save_map(source: Source, path: str | os.PathLike[str], **options) -> Path:
-    """Write the map of a picture as a PNG file, whole or not at all.
+    """Write the map of an image as a PNG file, whole or not at all.
 
     Args:
         source: anything that `open_image` reads.
@@ -101,9 +101,9 @@ def save_map(source: Source, path: str | os.PathLike[str], **options) -> Path:
         `path`.
 
     Raises:
-        FileNotFoundError: there is no such picture.
-        ValueError: `path` does not end in .png, is a folder, a pipe, a device or the picture
-            itself, or lies in a folder that does not exist; or as `draw_map`.
+        FileNotFoundError: there is no such image.
+        ValueError: `path` does not end in .png, is a directory, a pipe, a device or the image
+            itself, or is in a directory that does not exist; or as `draw_map`.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(f"save_map: path must be a path, got {type(path).__name__}")
@@ -113,10 +113,10 @@ def save_map(source: Source, path: str | os.PathLike[str], **options) -> Path:
     if path.exists():
         check_regular("save_map", path)
     if not path.parent.is_dir():
-        raise ValueError(f"save_map: wanted an existing folder, got {str(path.parent)!r}")
+        raise ValueError(f"save_map: wanted an existing directory, got {str(path.parent)!r}")
     named = isinstance(source, (str, os.PathLike)) and os.path.exists(source)
     if named and path.exists() and os.path.samefile(cast(str, source), path):
-        raise ValueError(f"save_map: the map would overwrite its picture {str(path)!r}")
+        raise ValueError(f"save_map: the map would overwrite its image {str(path)!r}")
     drawing = draw_map(source, **options)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -128,7 +128,7 @@ def save_map(source: Source, path: str | os.PathLike[str], **options) -> Path:
 
 
 class _Map:
-    """The layout: a heading, cards of tiles in their grid, the card of the thumbnail."""
+    """The layout: a heading, a card for each tile in the grid, and a card for the thumbnail."""
 
     def __init__(self, tiles: list[Image.Image], grid: Grid, ids: Tensor, bias: int):
         self.tiles, self.grid, self.ids, self.bias = tiles, grid, ids, bias
@@ -141,10 +141,10 @@ class _Map:
         self.strip = 30  # height of the name above a card
 
     def draw(self, title: str, story: list[str]) -> Image.Image:
-        """Paint everything."""
+        """Draw everything."""
         cols, rows = self.grid
         alone = len(self.tiles) == 1
-        # below a strip, else beside: a map about as wide as a screen needs the least scrolling
+        # the thumbnail is below a wide grid, otherwise beside it: the map fits a screen better
         beside = not alone and cols <= 2 * rows
         across, down = cols + beside, rows + (not alone and not beside)
         width = max(across * self.step + (4 * _GAP if beside else 0), 18 * 36) + 2 * _MARGIN
@@ -163,16 +163,16 @@ class _Map:
             name = f"tile {t}  ·  column {col}, row {row}"
             x, y = _MARGIN + col * self.step, top + row * (self.step + self.strip)
             if alone:
-                name = "tile 0  ·  the whole picture"
+                name = "tile 0  ·  the whole image"
             elif t == cols * rows:
-                name = "thumbnail  ·  the whole picture"
+                name = "thumbnail  ·  the whole image"
                 x = _MARGIN + (cols * self.step + 4 * _GAP if beside else 0)
                 y = top + (0 if beside else rows * (self.step + self.strip) + space)
             self._card(t, name, (x, y), stamps)
         return self.paper
 
     def _card(self, t: int, name: str, corner: tuple[int, int], stamps: dict) -> None:
-        """Paint one tile with its name, its tokens, and lines between them."""
+        """Draw one tile with its name, its tokens, and lines between them."""
         x, y = corner[0], corner[1] + self.strip
         size = self.side * self.cell
         self.pen.text((x, y - 7), name, _INK, self.text, anchor="ls")
@@ -195,7 +195,7 @@ class _Map:
         self.pen.rectangle((x - 2, y - 2, x + size + 1, y + size + 1), outline=_INK, width=2)
 
     def _stamp(self, token_id: int) -> Image.Image:
-        """Paint one id on the tint of its cell, legible on any picture."""
+        """Draw one id on the tint of its cell, legible on any image."""
         row, col = divmod(token_id - self.bias, self.side)
         colour = _tint(row, col, self.side)
         stamp = Image.new("RGBA", (self.cell, self.cell), (*colour, round(255 * _TINT)))
@@ -240,7 +240,7 @@ def _tint(row: int, col: int, side: int) -> Colour:
 
 
 def _title(source: Source, image: Image.Image) -> str:
-    """Name the picture and its size."""
+    """The name of the image and its size."""
     size = f"{image.width} x {image.height} pixels"
     if not isinstance(source, (str, os.PathLike)):
         return size
@@ -250,7 +250,7 @@ def _title(source: Source, image: Image.Image) -> str:
 
 
 def _story(grid: Grid, ids: Tensor, tile_order: str) -> list[str]:
-    """Say in words what the map shows."""
+    """A description of what the map shows."""
     cols, rows = grid
     low, high, used = int(ids.min()), int(ids.max()), ids.unique().numel()
     tiles = f"{cols} x {rows} tiles (columns x rows) + thumbnail" if len(ids) > 1 else "one tile"
