@@ -306,7 +306,7 @@ def encode_prompt(
         elif part:
             ids += _encode_text(tokenizer, part.replace(MARKER, ""), control)
     before, after = ids_around(tokenizer, prompt) if add_special_tokens else ([], [])
-    return [*before, *ids, *after]
+    return before + ids + after
 
 
 def _encode_text(

@@ -46,7 +46,10 @@ def png(width, height):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "PostScript"),
         ("https://example.org/cat.jpg", "reads no URL"),
         ("file:///tmp/cat.jpg", "reads no URL, pass the path alone"),
-        ("data:image/png;base64,iVBORw0KGgo=", "a file of 8 bytes, given as base64, is not a pict"),
+        (
+            "data:image/png;base64,iVBORw0KGgo=",
+            "a file of 8 bytes, given as base64, is not an imag",
+        ),
         ("data:image/png;base64,", "wanted the base64 of an image, got an empty text"),
         ("data:image/svg+xml,%3Csvg/%3E", "got a data URL of 29 characters without ;base64"),
         ("a" * 300, "wanted the path of an image file, got 'aaa.* of 300 characters"),

@@ -58,8 +58,8 @@ def without_generation(options: Mapping[str, Any]) -> dict[str, Any]:
     dropped = sorted(GENERATION_NAMES.intersection(options))
     if dropped:
         warnings.warn(
-            f"CoMemoProcessor: {', '.join(dropped)} have no effect here, they are for generate: pass"
-            " them to a pipeline as generate_kwargs={...}",
+            f"CoMemoProcessor: {', '.join(dropped)} have no effect here, they are for generate:"
+            " pass them to a pipeline as generate_kwargs={...}",
             stacklevel=3,
         )
     return {name: value for name, value in options.items() if name not in dropped}

@@ -241,8 +241,8 @@ def check_shapes(config: Any) -> None:
     for name, part in (("text_config", text), ("mixin_config", mixin)):
         if part.head_dim % 2:
             raise ValueError(
-                f"CoMemoConfig: head_dim of {name} must be even, because it is rotated in pairs, got"
-                f" {part.head_dim}"
+                f"CoMemoConfig: head_dim of {name} must be even, because it is rotated in pairs,"
+                f" got {part.head_dim}"
             )
     pixels, patch = vision.image_size[0], vision.patch_size[0]
     patches, fold = pixels // patch, round(1 / config.downsample_ratio)
