@@ -170,9 +170,7 @@ def _find_reason(model: StorableModel) -> str | None:
             name = f"{part}.{inner}".rstrip(".")
             if fault := _find_fault(module):
                 return f"{name} {fault}"
-            for weight in module._parameters.values():
-                if weight is None:
-                    continue
+            for weight in module.parameters(recurse=False):
                 if type(weight) is not nn.Parameter:
                     return f"a weight of {name} is a {type(weight).__name__} (sharded or quantised)"
                 weights.add((str(weight.device), weight.dtype))
@@ -205,7 +203,7 @@ def _is_activation(module: nn.Module) -> bool:
     """Whether a module is a function of its input alone, whatever transformers names it."""
     home = type(module).__module__
     named = home in ("transformers.activations", "torch.nn.modules.activation")
-    return named and not (module._parameters or module._modules or module._buffers)
+    return named and not [*module.parameters(), *module.buffers(), *module.children()]
 
 
 def _drops(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The command line for tests: run it, and what it should print."""
+"""Run the command line in tests, and what it should print."""
 
 import io
 import shutil

@@ -33,7 +33,7 @@ def auto_map(name="planted.Planted"):
 def edit(directory, file, **change):
     path = directory / f"{file}.json"
     content = json.loads(path.read_text()) if path.exists() else {}
-    path.unlink(missing_ok=True)  # it may be one of the other checkpoint too
+    path.unlink(missing_ok=True)  # it may be a hard link to the original
     path.write_text(json.dumps(content | change))
 
 
@@ -41,7 +41,7 @@ def edit(directory, file, **change):
 
 
 def in_every_file(directory):
-    """As published and further: files name our own classes, and code for them."""
+    """As published and more: files name our own classes, and code for them."""
     parts = json.loads((directory / "config.json").read_text())
     for name in ("llm_config", "text_config", "vision_config", "mixin_config"):
         edit(directory, "config", **{name: parts[name] | {"auto_map": auto_map()}})
@@ -56,7 +56,7 @@ def in_another_config(directory):
 
 
 def naming(file, code="planted.Planted", **classes):
-    """A file names a class, nobody's or of transformers, and code for all of them."""
+    """A file names a class, unknown or of transformers, and code for all classes."""
     return lambda directory: edit(directory, file, auto_map=auto_map(code), **classes)
 
 

@@ -20,7 +20,7 @@ WRONG += [True, False, [], [1], {}, {"a": 1}]
 
 
 def mutations(config):
-    """(path of a key, config) without each key, and with each wrong value in its place."""
+    """(path of a key, config) without each key, and with each wrong value for it."""
 
     def paths(part, above=()):
         for name, value in part.items():
@@ -40,7 +40,7 @@ def mutations(config):
             yield path, changed
 
 
-# The step has no factor in common with the values, so that each meets many keys.
+# The step and the number of values have no common factor: each value meets many keys.
 @pytest.mark.parametrize("step", [29, pytest.param(1, marks=SLOW)])
 def test_mutated_configs(capsys, light, step):
     config = json.loads((light / "config.json").read_text())
@@ -109,7 +109,7 @@ def test_a_wrong_setting_is_named(part, values, said):
 
 
 def test_numbers_may_be_whole():
-    """JSON knows one kind of numbers, transformers two."""
+    """JSON has one kind of numbers, transformers two."""
     config = comemo.CoMemoConfig().to_dict()
     config["vision_config"] |= {"initializer_factor": 1, "initializer_range": 0}
     config["llm_config"]["rms_norm_eps"] = config["text_config"]["rms_norm_eps"] = 1
@@ -137,7 +137,7 @@ def test_numbers_may_be_whole():
         (giant, "must have at most 67,108,864 bytes, got 1,099,511,627,776"),
     ],
 )
-def test_what_is_no_config(capsys, light, content, said):
+def test_files_that_are_not_a_config(capsys, light, content, said):
     path = light / "config.json"
     path.unlink()
     if callable(content):
@@ -153,8 +153,8 @@ def test_what_is_no_config(capsys, light, content, said):
 
 
 @pytest.mark.parametrize("make", [pipe, listener, endless])
-def test_nothing_waits_for_special_files(capsys, light, tmp_path, picture_file, make):
-    """A picture, and each file of a checkpoint that is read while it is loaded."""
+def test_special_files_never_block(capsys, light, tmp_path, picture_file, make):
+    """An image, and each file that loading a checkpoint reads."""
     make(tmp_path / "special.png")
     with in_time():
         special = tmp_path / "special.png"
@@ -196,7 +196,7 @@ def test_damaged_weights(capsys, demo_checkpoint, tmp_path):
 
 
 def test_files_of_a_tokenizer_and_of_generation(capsys, light):
-    """Of what libraries stumble over, a user is told the directory or the key."""
+    """If a library fails, the user is told the directory or the key."""
     for name, change, said in (
         ("tokenizer_config.json", {"pad_token": {"a": 1}}, "cannot be loaded"),
         ("tokenizer_config.json", {"sp_model_kwargs": 3}, "cannot be loaded"),

@@ -1,4 +1,4 @@
-"""The command line as its users meet it: output, exit status, one line for what went wrong."""
+"""The command line as users see it: output, exit status, one line for an error."""
 
 import json
 import warnings
@@ -69,7 +69,7 @@ def test_info_of_a_published_checkpoint(capsys, golden):
     assert (facts["tile_order"], facts["decode_positions"]) == ("column", "raw")
 
 
-def test_info_of_our_own_layout(tmp_path, loaded, checkpoint):
+def test_info_of_transformers_layout(tmp_path, loaded, checkpoint):
     loaded[0].save_pretrained(tmp_path, save_original_format=False)
     assert (
         info.describe_checkpoint(tmp_path)["parts"] == info.describe_checkpoint(checkpoint)["parts"]
@@ -152,7 +152,7 @@ def test_debug_shows_the_traceback(capsys):
     assert err.splitlines()[-1].startswith("comemo: error: ")
 
 
-def test_settings_of_the_libraries_come_back(capsys, checkpoint):
+def test_settings_of_the_libraries_are_restored(capsys, checkpoint):
     before = logging.get_verbosity(), logging.is_progress_bar_enabled(), list(warnings.filters)
     run(capsys, "info", checkpoint)
     fails(capsys, "info", "/no/such")

@@ -1,4 +1,4 @@
-"""`comemo chat` as its users meet it."""
+"""`comemo chat` as users see it."""
 
 import io
 import re
@@ -39,7 +39,7 @@ def test_question_may_follow_the_options(capsys, checkpoint, loaded, picture):
     assert out == expected(loaded, picture, "What?") + "\n"
 
 
-def test_every_picture_gets_its_mark(capsys, checkpoint, loaded, picture):
+def test_every_image_gets_its_mark(capsys, checkpoint, loaded, picture):
     two = ["--image", picture, "--image", picture]
     _, out, _ = run(capsys, "chat", checkpoint, "Same?", *two, *QUICK)
     assert out == expected(loaded, picture, "<image>\n<image>\nSame?", 2) + "\n"
@@ -109,9 +109,10 @@ def test_conversation_from_a_pipe(capsys, checkpoint, loaded, picture, monkeypat
             target_aspect_ratio=grid,
         )
         wanted.append(answer)
+    argv = ["chat", checkpoint, "--image", picture, *QUICK]
     status, out, err = run(
         capsys,
-        *("chat", checkpoint, "--image", picture, *QUICK),
+        *argv,
         stdin="One?\n\nTwo?\n/new\nOne?\n/quit\nnever asked\n",
         monkeypatch=monkeypatch,
     )
@@ -120,9 +121,10 @@ def test_conversation_from_a_pipe(capsys, checkpoint, loaded, picture, monkeypat
 
 
 def test_a_bad_question_does_not_end_a_conversation(capsys, checkpoint, monkeypatch):
+    argv = ["chat", checkpoint, *QUICK]
     status, out, err = run(
         capsys,
-        *("chat", checkpoint, *QUICK),
+        *argv,
         stdin="see <image>\nhello\n",
         monkeypatch=monkeypatch,
     )
@@ -134,7 +136,7 @@ def test_a_bad_question_does_not_end_a_conversation(capsys, checkpoint, monkeypa
     ]
 
 
-def test_a_picture_may_come_later(capsys, checkpoint, loaded, picture, monkeypatch):
+def test_an_image_may_come_later(capsys, checkpoint, loaded, picture, monkeypatch):
     model, _ = loaded
     session = comemo.ChatSession(
         model, comemo.CoMemoProcessor.from_pretrained(checkpoint), max_new_tokens=6
@@ -143,9 +145,10 @@ def test_a_picture_may_come_later(capsys, checkpoint, loaded, picture, monkeypat
     wanted += [session.regenerate()]
     session.reset()
     wanted += [session.ask("Three?", comemo.load_image(picture))]
+    argv = ["chat", checkpoint, "--timing", *QUICK]
     status, out, err = run(
         capsys,
-        *("chat", checkpoint, "--timing", *QUICK),
+        *argv,
         stdin=f"One?\n/image nowhere.png\n/image {picture}\nTwo?\n/again\n/new\nThree?\n",
         monkeypatch=monkeypatch,
     )
@@ -178,9 +181,10 @@ def test_ctrl_c_stops_one_answer(capsys, checkpoint, loaded, picture, monkeypatc
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(progress.AnswerStreamer, "put", interrupt_once)
+    argv = ["chat", checkpoint, "--image", picture, "-v", *QUICK]
     status, out, err = run(
         capsys,
-        *("chat", checkpoint, "--image", picture, "-v", *QUICK),
+        *argv,
         stdin="Stop me\nWhat?\n",
         monkeypatch=monkeypatch,
     )

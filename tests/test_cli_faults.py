@@ -1,4 +1,4 @@
-"""Words, streams and answers that are wrong or hostile: one line, a status, and no traceback."""
+"""Wrong or hostile arguments, streams and answers: one line, an exit status, no traceback."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from comemo.cli import chat, info, terminal
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_bytes_that_are_no_text(capsys, demo_checkpoint, tmp_path, picture_file, monkeypatch):
+def test_bytes_that_are_not_text(capsys, demo_checkpoint, tmp_path, picture_file, monkeypatch):
     for argv in (["chat", demo_checkpoint, NO_TEXT], ["chat", demo_checkpoint, "a", "--system"]):
         words = argv if argv[-1] == NO_TEXT else [*argv, NO_TEXT]
         assert r"must be text, got bytes that are not: 'ab\udcff'" in fails(capsys, *words)
@@ -32,7 +32,7 @@ def test_bytes_that_are_no_text(capsys, demo_checkpoint, tmp_path, picture_file,
         assert "must be UTF-8" in fails(capsys, *argv, path)
         assert not (tmp_path / f"new{NO_TEXT}").exists()
     named = tmp_path / f"{NO_TEXT}.png"
-    shutil.copy(picture_file, named)  # a picture's name may be any
+    shutil.copy(picture_file, named)  # the file name of an image may be anything
     status, out, _ = run(capsys, "map", named, "-o", tmp_path / f"{NO_TEXT}map.png")
     assert (status, out) == (0, f"{tmp_path}/ab\\udcffmap.png\n")
     typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n/image \xff.png\nhello\n"), encoding="utf-8")
@@ -87,7 +87,7 @@ def test_a_line_without_an_end(capsys, demo_checkpoint, monkeypatch):
         )
 
 
-def test_nothing_steers_the_terminal(capsys, light, tmp_path, picture_file, monkeypatch):
+def test_nothing_controls_the_terminal(capsys, light, tmp_path, picture_file, monkeypatch):
     config = json.loads((light / "config.json").read_text()) | {"template": EVIL}
     (light / "config.json").write_text(json.dumps(config))
     evil = tmp_path / EVIL
@@ -140,7 +140,7 @@ def demo_file(light, evil):
     return light
 
 
-def test_statuses(capsys, demo_checkpoint, monkeypatch):
+def test_exit_statuses(capsys, demo_checkpoint, monkeypatch):
     def raising(error):
         def ask(self, *args, **kwargs):
             raise error
@@ -183,7 +183,7 @@ def test_statuses(capsys, demo_checkpoint, monkeypatch):
         ("--top-k", "9" * 30, "at most 1,000,000"),
     ],
 )
-def test_numbers_that_end_in_a_crash(capsys, option, value, said):
+def test_numbers_that_would_crash(capsys, option, value, said):
     assert said in fails(capsys, "chat", "M", "a", option, value)
 
 

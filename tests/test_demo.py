@@ -86,14 +86,14 @@ def test_letters_are_the_tiles_places():
 
 
 def run(capsys, *words):
-    """What the demo prints, its seconds left out."""
+    """The output of the demo without its times."""
     assert cli.main(["demo", *words]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     return re.sub(r"\d+\.\d+ s", "", out)
 
 
-def test_demo_shows_the_whole_way(tmp_path, capsys, monkeypatch):
+def test_demo_prints_what_the_session_reports(tmp_path, capsys, monkeypatch):
     sessions, seen = [], []
     ask, project = demo.ChatSession.ask, comemo.CoMemoModel.project_images
 
@@ -133,7 +133,7 @@ def test_demo_shows_the_whole_way(tmp_path, capsys, monkeypatch):
     assert "empty or new directory" in capsys.readouterr().err
 
 
-def test_demo_with_a_picture_of_one_tile_and_one_token(tmp_path, capsys):
+def test_demo_with_an_image_of_one_tile_and_one_token(tmp_path, capsys):
     path = tmp_path / "square.png"
     demo.draw_picture(200, 200).save(path)
     words = ["--image", str(path), "--tokens", "1", "--seed"]

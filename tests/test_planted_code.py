@@ -1,4 +1,4 @@
-"""Code that a checkpoint holds or names is not run, and nobody is asked whether to run it."""
+"""Code that a checkpoint holds or names is not run, and the user is not asked whether to run it."""
 
 import builtins
 import contextlib
@@ -41,11 +41,11 @@ from comemo.cli import main as cli
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# --- doors ---
+# --- ways to load ---
 
 
 def chat(directory):
-    """What a user types first is a question, and no consent to anything."""
+    """The first line of a user is a question, not consent to anything."""
     sys.stdin = io.StringIO("y\n")
     words = [
         "chat",
@@ -83,7 +83,7 @@ def pipe(directory, **trust):
     return pipeline("image-text-to-text", str(directory), **trust).processor
 
 
-# Its name -> the door, and what comes out of it where nothing is refused.
+# Name -> a function that loads, and the class of the result if nothing is refused.
 OURS = (CoMemoConfig, CoMemoImageProcessor, InternLM2Tokenizer, CoMemoProcessor)
 MODELS = (CoMemoModel, CoMemoForConditionalGeneration)
 DOORS = {own.__name__: (own.from_pretrained, own) for own in OURS + MODELS} | {
@@ -114,14 +114,14 @@ def is_refused(place, door):
 
 
 def is_slow(place, door):
-    """Loads weights only to show what another place shows."""
+    """It loads weights, and another place shows the same."""
     early = is_refused(place, door) and (door == "chat" or place in CONFIG)
     return door in READ_WEIGHTS and place not in OF_MODEL and not early
 
 
 @pytest.fixture(scope="module")
 def plant(demo_checkpoint, tmp_path_factory):
-    """A checkpoint of its own for every place, to be read only."""
+    """A checkpoint for every place, not to be written to."""
     made = {}
 
     def planted(place):
@@ -138,7 +138,7 @@ def plant(demo_checkpoint, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch):
-    """Questions that were put to the user; the answer is yes."""
+    """Questions that the user is asked; the answer is yes."""
     questions = []
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(builtins, "input", lambda text="": questions.append(text) or "y")
@@ -157,7 +157,7 @@ def test_no_code_is_run_and_nobody_asked(plant, asked, place, door):
     directory, (load, own) = plant(place), DOORS[door]
     trusts = TRUST[:1] if door in ("chat", "info") else TRUST
     if own in MODELS and door != "AutoModel":
-        trusts = TRUST[-1:]  # dropped at once, and weights take their time
+        trusts = TRUST[-1:]  # it is dropped at once, and loading weights is slow
     for trust in trusts:
         (directory / "canary").unlink(missing_ok=True)
         found = error = None
@@ -173,12 +173,12 @@ def test_no_code_is_run_and_nobody_asked(plant, asked, place, door):
 
 
 @pytest.mark.parametrize("own", OURS + MODELS)
-def test_our_classes_run_none_of_another_model(plant, asked, tmp_path, own):
+def test_our_classes_run_no_code_of_another_model(plant, asked, tmp_path, own):
     shutil.copytree(plant("everywhere"), directory := tmp_path / "copy")
     edit(directory, "config", model_type="planted")
     (directory / "planted.py").write_text(CODE.format(canary=str(directory / "canary")))
     (directory / "canary").unlink(missing_ok=True)
-    without_config = own in (InternLM2Tokenizer, CoMemoImageProcessor)  # and files name no class
+    without_config = own in (InternLM2Tokenizer, CoMemoImageProcessor)  # their files name no class
     refusal = pytest.raises(ValueError, match="model_type must be 'comemo_chat', got 'planted'")
     with contextlib.nullcontext() if without_config else refusal:
         own.from_pretrained(directory, trust_remote_code=True)
@@ -187,15 +187,15 @@ def test_our_classes_run_none_of_another_model(plant, asked, tmp_path, own):
 
 
 @pytest.mark.parametrize("place", ["tokenizer", "processor", "everywhere", "pictures"])
-def test_nor_of_a_repository(plant, asked, place, tmp_path):
-    """As a hub's files lie in the cache."""
+def test_no_code_of_a_repository_is_run(plant, asked, place, tmp_path):
+    """In the layout of the hub's cache."""
     repository, commit = tmp_path / "models--some--model", "0" * 40
     shutil.copytree(plant(place), directory := repository / "snapshots" / commit)
     (directory / "canary").unlink(missing_ok=True)
     (directory / "planted.py").write_text(CODE.format(canary=str(directory / "canary")))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    model = "CoMemoForConditionalGeneration"  # AutoModel looks beyond the cache for adapters
+    model = "CoMemoForConditionalGeneration"  # AutoModel would look for adapters outside the cache
     for door in (model, "AutoConfig", "AutoTokenizer", "AutoImageProcessor", "AutoProcessor"):
         load, own = DOORS[door]
         where = {"cache_dir": tmp_path, "local_files_only": True}
@@ -210,7 +210,7 @@ def test_nor_of_a_repository(plant, asked, place, tmp_path):
 
 @pytest.fixture
 def own_copy(demo_checkpoint, tmp_path):
-    """A checkpoint to be edited."""
+    """A checkpoint that a test may edit."""
     shutil.copytree(demo_checkpoint, directory := tmp_path / "copy", copy_function=os.link)
     return directory
 
@@ -291,11 +291,11 @@ def test_no_template_of_a_checkpoint_is_used(own_copy, file):
         (own_copy / file).write_text(ENDLESS)
     else:
         edit(own_copy, file.removesuffix(".json"), chat_template=ENDLESS)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         processor = CoMemoProcessor.from_pretrained(own_copy)
-    ours = [str(warning.message) for warning in told if "is not a published one" in str(warning)]
-    assert len(ours) == (file != "tokenizer_config.json")  # which is the tokenizer's alone
+    ours = [str(warning.message) for warning in warned if "is not a published one" in str(warning)]
+    assert len(ours) == (file != "tokenizer_config.json")  # which only the tokenizer reads
     asked = [{"role": "user", "content": "who?"}]
     assert processor.apply_chat_template(asked).endswith("<|im_start|>user\nwho?<|im_end|>")
     assert processor.chat_template == prompts.chat_template()

@@ -1,4 +1,4 @@
-"""Options that a processor and its parts are loaded with: each acts or is refused by name."""
+"""Options for loading a processor and its parts: each has an effect or is refused by name."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from comemo import CoMemoImageProcessor, CoMemoProcessor, InternLM2Tokenizer
 
 
 @pytest.mark.parametrize("name", ["max_num", "use_thumbnail", "published", "image_mean"])
-def test_loading_honours_options_of_pictures(checkpoint, tmp_path, name):
+def test_loading_honours_options_of_images(checkpoint, tmp_path, name):
     value = {"max_num": 2, "use_thumbnail": False, "published": True, "image_mean": [0.5] * 3}[name]
     for door in (AutoProcessor, CoMemoProcessor):
         processor = door.from_pretrained(checkpoint, **{name: value})
@@ -76,14 +76,14 @@ def test_padding_is_left_whatever_the_files_say(checkpoint, tmp_path):
         ((AutoProcessor, AutoImageProcessor), {"device": "cpu"}),
     ],
 )
-def test_loading_refuses_what_is_none(checkpoint, doors, options):
+def test_loading_refuses_unknown_options(checkpoint, doors, options):
     for door in doors:
         with pytest.raises(ValueError, match=next(iter(options))):
             door.from_pretrained(checkpoint, **options)
 
 
 def test_a_file_of_another_image_processor_does_not_matter(checkpoint, tmp_path):
-    # Models of this family carry one of the tower that they began with.
+    # Models of this family have the file of the vision tower that they were made from.
     shutil.copytree(checkpoint, directory := tmp_path / "with")
     clip = {"feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 448, "size": 448}
     (directory / "preprocessor_config.json").write_text(json.dumps(clip))

@@ -1,4 +1,4 @@
-"""Options of the processor and its parts: each acts or is refused by name, at each door."""
+"""Options of the processor in calls: each has an effect or is refused by name."""
 
 import shutil
 import warnings
@@ -120,7 +120,7 @@ def test_padding(small):
     assert "attention_mask" not in small(text=texts, return_attention_mask=False)
 
 
-def test_truncation_cuts_text_and_never_a_picture(small, wide, checkpoint):
+def test_truncation_cuts_text_and_never_an_image(small, wide, checkpoint):
     ids = small.tokenizer(WORDS)["input_ids"]
     for options in ({"truncation": True}, {"truncation": "longest_first"}):
         cut = small(text=WORDS, max_length=4, **options)["input_ids"]
@@ -187,12 +187,12 @@ def test_kinds_of_tensors(small, wide):
         ({"videos": ["a.mp4"]}, "the model takes only images, got videos"),
     ],
 )
-def test_what_is_not_honoured_is_named(small, wide, options, complaint):
+def test_unsupported_options_are_named(small, wide, options, complaint):
     with pytest.raises(ValueError, match=complaint):
         small(wide, MARK, **options)
 
 
-def test_options_of_generate_are_warned_of(small):
+def test_options_of_generate_give_a_warning(small):
     with pytest.warns(UserWarning, match="do_sample have no effect here"):
         small(text="one", do_sample=False)
     with warnings.catch_warnings():
@@ -200,7 +200,7 @@ def test_options_of_generate_are_warned_of(small):
         small(text="one", max_length=9)
 
 
-def test_pictures_belong_to_the_prompt_that_they_are_listed_for(small, wide):
+def test_images_belong_to_the_prompt_that_they_are_listed_for(small, wide):
     narrow = wide.resize((50, 50))
     batch = small([[], [wide, narrow]], ["none", f"{MARK} and {MARK}"], max_num=1)
     assert tokens_of(batch, small) == 8
@@ -217,12 +217,12 @@ def test_numbers_of_tokens_are_known_from_sizes(small):
     sizes = [(100, 100), (100, 300), (30, 500)]
     pictures = [Image.new("RGB", (width, height)) for height, width in sizes]
     batch = small(pictures, [MARK] * 3, return_mm_token_type_ids=True)
-    told = small._get_num_multimodal_tokens(image_sizes=sizes)
-    assert batch["mm_token_type_ids"].sum(1).tolist() == told["num_image_tokens"]
-    assert sum(told["num_image_patches"]) == len(batch["pixel_values"])
+    numbers = small._get_num_multimodal_tokens(image_sizes=sizes)
+    assert batch["mm_token_type_ids"].sum(1).tolist() == numbers["num_image_tokens"]
+    assert sum(numbers["num_image_patches"]) == len(batch["pixel_values"])
 
 
-def test_any_other_tokenizer_is_padded_and_cut_as_well(small, wide, checkpoint, tmp_path):
+def test_padding_and_truncation_with_another_tokenizer(small, wide, checkpoint, tmp_path):
     names = ["<s>", "</s>", prompts.IMAGE_START, prompts.IMAGE_CONTEXT, prompts.IMAGE_END]
     bytewise = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
     bytewise.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -232,8 +232,8 @@ def test_any_other_tokenizer_is_padded_and_cut_as_well(small, wide, checkpoint, 
     processor = CoMemoProcessor(small.image_processor, tokenizer, tokens_per_tile=4)
     assert processor(text=["a", "abc"])["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
     batch = processor(wide, f"{MARK}abcdef", max_num=1, truncation=True, max_length=8)
-    told = tokenizer.decode(batch["input_ids"][0]).replace(" ", "")
-    assert told == prompts.expand_images(f"{MARK}ab", [4])
+    decoded = tokenizer.decode(batch["input_ids"][0]).replace(" ", "")
+    assert decoded == prompts.expand_images(f"{MARK}ab", [4])
     with pytest.raises(ValueError, match="would cut image tokens"):
         processor(wide, f"{MARK}abcdef", max_num=1, truncation=True, max_length=5)
     attack = [{"role": "user", "content": "</s> and <img>"}]

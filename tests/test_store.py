@@ -1,4 +1,4 @@
-"""Known pictures: the same answers for less, within budgets."""
+"""`MemoryStore`: the same answers with less work."""
 
 import copy
 import threading
@@ -39,17 +39,17 @@ PROMPTS = {
 
 @pytest.mark.parametrize("grids", [True, False])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_memories_are_equal_with_and_without(core, name, grids):
+def test_memories_are_equal_with_and_without_a_store(core, name, grids):
     batch, store = batch_of(core, *PROMPTS[name], grids=grids), comemo.MemoryStore()
     wanted = memory_of(core, batch)
-    once = name != "twice" or not grids  # else the tower sees one picture instead of two
+    once = name != "twice" or not grids  # otherwise the tower sees one image instead of two
     for _ in range(2):
         assert_same(memory_of(core, batch, store), wanted, exact=once)
     pictures = {"one": (1, 1), "two": (2, 1), "twice": (1, 1), "batch": (3, 2)}[name]
     assert store.stats.misses == pictures[0 if grids else 1]
 
 
-def test_answers_are_equal_with_and_without(loaded):
+def test_answers_are_equal_with_and_without_a_store(loaded):
     model, store = loaded[0], comemo.MemoryStore()
     options = GREEDY | {"output_logits": True, "return_dict_in_generate": True}
     for name in ("batch", "two", "one"):
@@ -63,7 +63,7 @@ def test_answers_are_equal_with_and_without(loaded):
     assert counts(store, "misses", "hits") == (3, 3)
 
 
-def test_chats_are_equal_with_and_without(loaded, tmp_path):
+def test_chats_are_equal_with_and_without_a_store(loaded, tmp_path):
     model, tokenizer = loaded
     store = comemo.MemoryStore(directory=tmp_path)
     pixels, question = tiles()["wide"], "What is this?"
@@ -78,7 +78,7 @@ def test_chats_are_equal_with_and_without(loaded, tmp_path):
     assert text == model.chat(tokenizer, None, question, GREEDY)
 
 
-def test_recorded_model_is_equal_with_and_without(model, tokenizer):
+def test_recorded_model_is_equal_with_and_without_a_store(model, tokenizer):
     """Tiles in columns and raw positions, as published."""
     store = comemo.MemoryStore()
     rest = {"num_patches_list": [1, 3], "target_aspect_ratio": [(1, 1), (2, 1)]}
@@ -93,14 +93,14 @@ def test_recorded_model_is_equal_with_and_without(model, tokenizer):
 # --- for less ---
 
 
-def test_a_known_picture_runs_nothing(loaded, core):
+def test_a_known_image_computes_nothing(loaded, core):
     model, store = loaded[0], comemo.MemoryStore()
     with work_on(core) as work:
         memory_of(core, batch_of(core, [2, "wide", 3]), store)
         assert work() == ([3], 1)
     places = [
         ([[2, "wide", 3]], {}),
-        ([[40, "wide", 3]], {"num_beams": 2, "num_return_sequences": 2}),  # behind more words
+        ([[40, "wide", 3]], {"num_beams": 2, "num_return_sequences": 2}),  # after more words
         ([[8], [3, "wide"]], {}),  # in another row
         ([[1, "wide", 5, "wide", 2]], {"num_beams": 2}),  # twice
     ]
@@ -112,20 +112,20 @@ def test_a_known_picture_runs_nothing(loaded, core):
         assert torch.equal(found, model.generate(**batch, **options))
 
 
-def test_only_unknown_pictures_are_seen(core):
+def test_only_unknown_images_pass_the_vision_tower(core):
     store = comemo.MemoryStore()
     memory_of(core, batch_of(core, [2, "wide", 3]), store)
     batch = batch_of(core, ["square", "wide", 1], ["square", 5, "other"])
     with work_on(core) as work:
         found = memory_of(core, batch, store)
-        assert work() == ([2], 1)  # two tiles in one call, though `square` stands there twice
+        assert work() == ([2], 1)  # two tiles in one call, although `square` is there twice
     assert counts(store, "hits", "misses", "entries") == (2, 3, 3)
     assert_same(found, memory_of(core, batch), exact=False)
 
 
-def test_an_assistant_keeps_nothing(loaded, core):
+def test_an_assistant_model_uses_no_store(loaded, core):
     model, store = loaded[0], comemo.MemoryStore()
-    batch, end = batch_of(core, [2, "square", 3]), {"eos_token_id": 0}  # some cannot draft without
+    batch, end = batch_of(core, [2, "square", 3]), {"eos_token_id": 0}  # some assistants need one
     assistant = copy.deepcopy(model)
     wanted = model.generate(**batch, **GREEDY | end)
     for _ in range(2):
@@ -134,8 +134,8 @@ def test_an_assistant_keeps_nothing(loaded, core):
     assert counts(store, "misses", "hits") == (1, 1)
 
 
-def test_what_is_kept_serves_gradients_too(core, fresh):
-    """No matter what mode the first to ask was in; the picture itself carries no gradients."""
+def test_stored_memories_allow_gradients(core, fresh):
+    """In whatever mode it was stored; the image itself has no gradients."""
     store, batch = comemo.MemoryStore(), batch_of(core, [2, "square", 3])
     with torch.inference_mode():
         memory_of(fresh, batch, store)
@@ -151,7 +151,7 @@ def test_what_is_kept_serves_gradients_too(core, fresh):
     assert store.stats.hits == 1
 
 
-def test_eight_threads_hammer_a_store(core, tmp_path):
+def test_eight_threads_use_a_store_at_once(core, tmp_path):
     one = memory_bytes(core, "square")
     wide = memory_bytes(core, "wide")
     store = comemo.MemoryStore(budget=wide + one, directory=tmp_path)

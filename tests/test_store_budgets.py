@@ -1,4 +1,4 @@
-"""Budgets of a store, in memory and on disk, and what it tells of itself."""
+"""Budgets of a store, in memory and on disk, and what it says about itself."""
 
 import math
 import os
@@ -31,11 +31,11 @@ pytestmark = [
 
 
 def known(store, core, *names):
-    """Which of these pictures are in memory; asking counts as a use, so on a copy of the order."""
+    """Which of these images are in memory; asking the store itself would count as a use."""
     return [name for name in names if key_of(core, batch_of(core, [1, name])) in set(store)]
 
 
-def test_the_longest_unused_make_room(core):
+def test_the_least_recently_used_are_removed(core):
     one = memory_bytes(core, "square")
     store = comemo.MemoryStore(budget=2 * one)
 
@@ -61,7 +61,7 @@ def test_the_longest_unused_make_room(core):
 
 
 def test_bytes_are_those_of_the_storages(core):
-    """Also of pictures that were built together: nothing larger is kept alive by a view."""
+    """Also for images that were built together: no view keeps a larger storage alive."""
     store = comemo.MemoryStore()
     memory_of(core, batch_of(core, ["square", 3, "other"], ["wide"]), store)
     for image, name in zip(store._held.values(), GRIDS, strict=True):
@@ -71,7 +71,7 @@ def test_bytes_are_those_of_the_storages(core):
     assert store.stats.bytes == sum(memory_bytes(core, name) for name in GRIDS)
 
 
-def test_a_picture_larger_than_the_budget(core, tmp_path):
+def test_an_image_larger_than_the_budget(core, tmp_path):
     one = memory_bytes(core, "square")
     batch = batch_of(core, [2, "square", 3, "wide"])
     wanted = memory_of(core, batch)
@@ -88,7 +88,7 @@ def test_a_picture_larger_than_the_budget(core, tmp_path):
     assert not list((tmp_path / "bounded").glob("*.part*"))
 
 
-def test_the_disk_has_a_budget_too(core, tmp_path):
+def test_the_disk_budget_is_kept(core, tmp_path):
     one = memory_bytes(core, "square")
     store = comemo.MemoryStore(directory=tmp_path, disk_budget=2 * one + 8192)
     batches = [batch_of(core, [1, "square"]) for _ in range(3)]
@@ -101,20 +101,20 @@ def test_the_disk_has_a_budget_too(core, tmp_path):
         memory_of(core, batch, store)
     for age, key in enumerate(keys[:2]):
         os.utime(tmp_path / f"{key}.safetensors", (long_ago + age, long_ago + age))
-    memory_of(core, batches[0], store)  # found in memory, but the file is in use as well
+    memory_of(core, batches[0], store)  # found in memory, but the file counts as used too
     memory_of(core, batches[2], store)
     assert {path.stem for path in files_of(tmp_path)} == {keys[0], keys[2]}
     assert counts(store, "disk_entries", "entries") == (2, 3)
     os.utime(tmp_path / f"{keys[0]}.safetensors", (long_ago, long_ago))
     again = comemo.MemoryStore(directory=tmp_path, disk_budget=2 * one + 8192)
-    memory_of(core, batches[0], again)  # read, and so in use
+    memory_of(core, batches[0], again)  # read, and so used
     memory_of(core, batches[1], again)
     assert {path.stem for path in files_of(tmp_path)} == {keys[0], keys[1]}
     assert counts(again, "disk_hits", "misses") == (1, 1)
 
 
-def test_a_giant_makes_room_before_any_picture(core, tmp_path):
-    """However late it was used: it alone exceeds the budget."""
+def test_a_file_larger_than_the_budget_is_removed_first(core, tmp_path):
+    """Even if it was used last: it exceeds the budget by itself."""
     giant, late = tmp_path / f"{'f' * 64}.safetensors", time.time() + 10**6
     giant.touch()
     os.truncate(giant, 2**40)
@@ -125,8 +125,8 @@ def test_a_giant_makes_room_before_any_picture(core, tmp_path):
     assert not giant.exists()
 
 
-def test_what_cannot_be_removed_stays_and_is_told(core, tmp_path, monkeypatch):
-    """As others' files in a directory like /tmp: no picture makes room for them."""
+def test_a_file_that_cannot_be_removed_is_reported(core, tmp_path, monkeypatch):
+    """As files of other users in /tmp: no image is removed in their place."""
     theirs, old, broken = (tmp_path / f"{digit * 64}.safetensors" for digit in "abc")
     size = memory_bytes(core, "square")
     for age, (path, length) in enumerate([(theirs, size), (old, size), (broken, 10)]):
@@ -141,10 +141,10 @@ def test_what_cannot_be_removed_stays_and_is_told(core, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "unlink", refuse)
     store = comemo.MemoryStore(directory=tmp_path, disk_budget=size + 4096)
-    with pytest.warns(comemo.MemoryStoreWarning) as told:
+    with pytest.warns(comemo.MemoryStoreWarning) as warned:
         memory_of(core, batch_of(core, [1, "square"]), store)
     wanted = f"MemoryStore: {tmp_path} exceeds its budget: {theirs}: Operation not permitted"
-    assert [str(warning.message) for warning in told] == [wanted]
+    assert [str(warning.message) for warning in warned] == [wanted]
     assert not old.exists()
     assert len(files_of(tmp_path)) == 3
     with pytest.raises(PermissionError):
@@ -152,7 +152,7 @@ def test_what_cannot_be_removed_stays_and_is_told(core, tmp_path, monkeypatch):
     assert files_of(tmp_path) == [theirs]
 
 
-def test_what_a_store_knows(core, tmp_path):
+def test_a_store_lists_its_keys(core, tmp_path):
     store = comemo.MemoryStore(directory=tmp_path)
     memory_of(core, batch_of(core, ["square", 2, "wide"]), store)
     (tmp_path / "notes.safetensors").write_bytes(b"none of ours")
@@ -172,13 +172,13 @@ def test_what_a_store_knows(core, tmp_path):
 
 @pytest.mark.parametrize("value", [-1, math.nan, math.inf, -math.inf, True, "5", 1j, [5]])
 @pytest.mark.parametrize("name", ["budget", "disk_budget"])
-def test_budgets_that_are_none(name, value, tmp_path):
+def test_invalid_budgets(name, value, tmp_path):
     with pytest.raises(ValueError, match=r"^MemoryStore: budget and disk_budget must be finite"):
         comemo.MemoryStore(**{"directory": tmp_path / "x", name: value})
     assert os.listdir(tmp_path) == []
 
 
-def test_budgets_that_are_odd_but_numbers(tmp_path):
+def test_unusual_numbers_as_budgets(tmp_path):
     for value in (0, 1e9, 10**400, np.int64(5), np.float32(5)):
         assert comemo.MemoryStore(value, tmp_path, value).stats.disk_entries == 0
     with pytest.raises(
@@ -188,8 +188,8 @@ def test_budgets_that_are_odd_but_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("directory", ["", Path(), Path("."), b"known", 3, "a\0b", Path("a\0b")])
-def test_directories_that_are_none(directory, tmp_path, monkeypatch):
-    """An unset variable is not the current directory, as a `Path` makes it."""
+def test_invalid_directories(directory, tmp_path, monkeypatch):
+    """An unset variable must not mean the current directory, as `Path("")` does."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"^MemoryStore: directory must be a path and not empty"):
         comemo.MemoryStore(directory=directory)

@@ -1,4 +1,4 @@
-"""Files of known pictures: whole or refused, whoever is killed or writes beside."""
+"""Files of a store: read back bit by bit, or refused."""
 
 import copy
 import os
@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 
-def test_a_picture_is_read_back_bit_by_bit(core, stored, loaded):
+def test_an_image_is_read_back_bit_by_bit(core, stored, loaded):
     batch, wanted, path = stored
     store = comemo.MemoryStore(directory=path.parent)
     with work_on(core) as work:
@@ -49,7 +49,7 @@ def test_a_file_is_a_safetensors_file(stored):
 
 
 def test_a_file_is_read_on_the_cpu_whatever_the_default(stored):
-    """Elsewhere the bytes would be read into a copy."""
+    """On another device the bytes would be read into a copy."""
     path = stored[2]
     header = store_files.read_header(path)
     with torch.device("meta"):
@@ -59,7 +59,7 @@ def test_a_file_is_read_on_the_cpu_whatever_the_default(stored):
 
 
 def rewrite(path, **changes):
-    """The same tensors under a header that tells other facts, its checksum right."""
+    """The same tensors under a header with other facts and a right checksum."""
     header, tensors = store_files.read_header(path), load_file(path)
     memory = ImageMemory(media=tensors["media"], ids=tensors["ids"], sizes=(256,))
     for name, tensor in tensors.items():
@@ -99,7 +99,7 @@ BAD = {
     "empty": (lambda p: cut(p, 0), "it is empty"),
     "cut in the length": (lambda p: cut(p, 5), "ends within its header"),
     "cut in the header": (lambda p: cut(p, 100), "ends within its header"),
-    "cut behind the header": (lambda p: cut(p, 2000), r"it has 2000 bytes, wanted \d+"),
+    "cut after the header": (lambda p: cut(p, 2000), r"it has 2000 bytes, wanted \d+"),
     "cut at the end": (lambda p: cut(p, -1), r"it has \d+ bytes, wanted \d+"),
     "longer": (lambda p: p.write_bytes(p.read_bytes() + b"x"), r"it has \d+ bytes, wanted \d+"),
     "flipped first byte": (lambda p: flip(p, -1), "checksum is wrong"),
@@ -126,10 +126,10 @@ def test_bad_files_are_refused_by_name(core, stored, name):
     spoil, said = BAD[name]
     spoil(path)
     store = comemo.MemoryStore(directory=path.parent)
-    with pytest.warns(comemo.MemoryStoreWarning) as told:
+    with pytest.warns(comemo.MemoryStoreWarning) as warned:
         assert_same(memory_of(core, batch, store), wanted)
-    assert len(told) == 1
-    text = str(told[0].message)
+    assert len(warned) == 1
+    text = str(warned[0].message)
     assert text.startswith(f"MemoryStore: {path} is refused and its image computed again: ")
     assert re.search(said, text), text
     assert counts(store, "refused", "misses", "disk_hits") == (1, 1, 0)
@@ -139,7 +139,7 @@ def test_bad_files_are_refused_by_name(core, stored, name):
     assert counts(again, "refused", "disk_hits") == (0, 1)
 
 
-def test_a_file_that_vanishes_is_a_plain_miss(core, stored):
+def test_a_file_that_is_gone_is_a_miss(core, stored):
     batch, wanted, path = stored
     store = comemo.MemoryStore(directory=path.parent)
     assert path.stem in store
@@ -162,7 +162,7 @@ def test_a_file_that_shrinks_while_it_is_read(core, stored, monkeypatch):
         assert_same(memory_of(core, batch, store), wanted)
 
 
-def test_nothing_is_said_when_all_is_well(core, stored):
+def test_good_files_give_no_warning(core, stored):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         memory_of(core, stored[0], comemo.MemoryStore(directory=stored[2].parent))

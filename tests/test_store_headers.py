@@ -1,4 +1,4 @@
-"""Files whose headers lie, or do not fit the memory that is wanted."""
+"""Files with wrong headers, or with headers that do not fit the wanted memory."""
 
 import json
 import os
@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def test_every_byte_of_the_header_is_covered(stored):
-    """Whichever is flipped: refused, and never a crash."""
+    """Whichever byte is flipped: the file is refused, without a crash."""
     _, _, path = stored
     header = store_files.read_header(path)
     wanted = {name: header.facts[name] for name in ("key", "model", "dtype")}
@@ -37,17 +37,17 @@ def test_every_byte_of_the_header_is_covered(stored):
 
 
 def set_header(path, change):
-    """Another header before the same bytes; returns what the old one said."""
-    told = store_files.read_header(path)
-    data, header = path.read_bytes()[len(told.raw) :], json.loads(told.raw[8:])
+    """Write another header before the same bytes; returns the old one."""
+    old = store_files.read_header(path)
+    data, header = path.read_bytes()[len(old.raw) :], json.loads(old.raw[8:])
     change(header)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    return told
+    return old
 
 
-def rename(header, old, new):
-    named = {new if name == old else name: told for name, told in header.items()}
+def rename(header, before, after):
+    named = {after if name == before else name: entry for name, entry in header.items()}
     header.clear()
     header.update(named)
 
@@ -63,7 +63,7 @@ LIES = {
     "no end of directions": (lambda h: h["media"].update(shape=[9] * 3 * 10**5), "contradicts"),
     "beyond all numbers": (lambda h: h["media"].update(shape=[10**1000, 4]), "contradicts itself"),
     "other bytes": (lambda h: h["media"].update(data_offsets=[4, 8]), "contradicts itself"),
-    "behind the end": (lambda h: h["media"].update(data_offsets=[2**62, 2**63]), "contradicts"),
+    "after the end": (lambda h: h["media"].update(data_offsets=[2**62, 2**63]), "contradicts"),
     "overlapping": (lambda h: h["ids"].update(data_offsets=[0, 1024]), "contradicts itself"),
     "no such dtype": (lambda h: h["media"].update(dtype="F4"), "cannot be understood"),
     "a list for a dtype": (lambda h: h["media"].update(dtype=[]), "cannot be understood"),
@@ -88,18 +88,18 @@ LIES = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_headers_that_lie(stored, name):
+def test_wrong_headers(stored, name):
     path = stored[2]
     change, said = LIES[name]
-    told = set_header(path, change)
-    wanted = {name: told.facts[name] for name in ("key", "dtype")}
+    old = set_header(path, change)
+    wanted = {name: old.facts[name] for name in ("key", "dtype")}
     started = time.monotonic()
     with pytest.raises(BadFileError, match=said):
-        store_files.read_memory(path, wanted, told.tensors)
+        store_files.read_memory(path, wanted, old.tensors)
     assert time.monotonic() - started < 2
 
 
-def test_a_giant_is_not_made_room_for(stored):
+def test_nothing_is_allocated_for_a_huge_file(stored):
     """A sparse file of 1 TiB, as long as its header says."""
     path = stored[2]
 
@@ -109,21 +109,21 @@ def test_a_giant_is_not_made_room_for(stored):
         for name in header.keys() - {"__metadata__", "media"}:
             del header[name]
 
-    told = set_header(path, grow)
+    old = set_header(path, grow)
     os.truncate(path, 8 + int.from_bytes(path.read_bytes()[:8], "little") + 2**40)
     assert store_files.read_header(path).size > 2**40
     with pytest.raises(BadFileError, match="not those of a memory of this model and image"):
-        store_files.read_memory(path, {"key": path.stem}, told.tensors)
+        store_files.read_memory(path, {"key": path.stem}, old.tensors)
 
 
-def test_a_header_as_deep_as_it_is_long(stored):
+def test_a_deeply_nested_header(stored):
     text_header(stored[2], b"[" * 2**20)
     with pytest.raises(BadFileError, match="cannot be understood"):
         store_files.read_header(stored[2])
 
 
 def test_forged_tensors_do_not_fit(core, stored):
-    """Right checksums over what is no memory of this model and picture."""
+    """Files with right checksums that hold no memory of this model and image."""
     batch, wanted, path = stored
     facts = {name: store_files.read_header(path).facts[name] for name in ("key", "model", "dtype")}
 

@@ -1,4 +1,4 @@
-"""Which pictures are the same, and for which models that can be told."""
+"""Keys of a store: which images are the same, for which models."""
 
 import copy
 
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-# --- the same picture, and no other ---
+# --- changes of the model ---
 
 
 def nudge(name):
@@ -40,7 +40,7 @@ def set_to(path, value):
 
 
 def merge(core):
-    """As adapters are merged: no version tells."""
+    """As adapters are merged: the version counter stays the same."""
     weight = core.language_model.layers[3].mixin.kv_proj.weight
     version = weight._version
     weight.data += 1e-3
@@ -48,7 +48,7 @@ def merge(core):
 
 
 def in_place(change):
-    """Written into the data of a weight: neither its version nor its address tells."""
+    """Write to the data of a weight: its version counter and address stay the same."""
 
     def write(core):
         weight = core.language_model.layers[3].mixin.kv_proj.weight
@@ -64,7 +64,7 @@ def exchange(data):
 
 
 def replace(core):
-    """Other in one place, and again no version tells."""
+    """One number changes, and again no version counter."""
     weight = core.language_model.layers[1].mixin.kv_proj.weight
     changed, version = weight.detach().clone(), weight._version
     changed[0, 1] += 0.5
@@ -109,7 +109,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_model_knows_no_picture(fresh, name):
+def test_a_changed_model_finds_no_image(fresh, name):
     store, batch = comemo.MemoryStore(), batch_of(fresh, [2, "square", 3])
     memory_of(fresh, batch, store)
     CHANGES[name](fresh)
@@ -126,7 +126,7 @@ def test_a_changed_model_knows_no_picture(fresh, name):
         nudge("language_model.embed_tokens.weight"),
     ],
 )
-def test_what_the_memory_does_not_depend_on_changes_nothing(fresh, change):
+def test_other_weights_do_not_change_the_key(fresh, change):
     batch = batch_of(fresh, [2, "square", 3])
     before = key_of(fresh, batch)
     change(fresh)
@@ -169,7 +169,7 @@ def test_weights_are_hashed_once(fresh, monkeypatch):
     data=st.data(),
 )
 def test_every_bit_of_a_weight_counts(sizes, dtype, data):
-    """Whichever are flipped, and where: at the end of a word, in pairs, in blocks of their own."""
+    """Whichever bits are flipped: at the end of a word, in pairs, in their own block."""
     bits = [torch.randint(0, 256, (n, dtype.itemsize), dtype=torch.uint8) for n in sizes]
     before = store_keys.sum_bits([t.flatten().view(dtype) for t in bits])
     assert before == store_keys.sum_bits([t.clone().flatten().view(dtype) for t in bits])
@@ -201,7 +201,7 @@ def test_a_store_keeps_no_model_alive(loaded):
     assert len(store._identities) == 0
 
 
-def test_dtype_grid_and_order_of_tiles_tell_pictures_apart(fresh):
+def test_dtype_grid_and_order_of_tiles_are_part_of_the_key(fresh):
     store = comemo.MemoryStore()
     batch = batch_of(fresh, [2, "wide", 3])
     memory_of(fresh, batch, store)
@@ -218,13 +218,13 @@ def test_dtype_grid_and_order_of_tiles_tell_pictures_apart(fresh):
     assert len(store) == 5
     assert memory.media.dtype == memory.keys[3].dtype == torch.bfloat16
     assert_same(memory, memory_of(half, batch))
-    # What counts is the picture as the model sees it.
+    # The image counts as the model sees it.
     rounded = batch | {"pixel_values": batch["pixel_values"].bfloat16()}
     memory_of(half, rounded, store)
     assert len(store) == 5
 
 
-def test_one_pixel_is_another_picture(core):
+def test_one_pixel_is_another_image(core):
     store, batch = comemo.MemoryStore(), batch_of(core, [2, "square", 3])
     memory_of(core, batch, store)
     pixels = batch["pixel_values"].clone()
@@ -233,7 +233,7 @@ def test_one_pixel_is_another_picture(core):
     assert store.stats.misses == 2
 
 
-def test_pictures_that_are_no_whole_tiles(core):
+def test_images_that_are_not_whole_tiles(core):
     store, mask = comemo.MemoryStore(), torch.zeros(2, 600, dtype=torch.bool)
     mask[0, :500] = mask[1, :12] = True
     ids = torch.arange(600).expand(2, -1)
@@ -245,7 +245,7 @@ def test_pictures_that_are_no_whole_tiles(core):
     assert store.stats.misses == 0
 
 
-def test_no_pictures_in_a_batch(core):
+def test_no_images_in_a_batch(core):
     ids = torch.arange(5)[None]
     mask, none = torch.zeros(1, 5, dtype=torch.bool), torch.zeros(0, 3, 448, 448)
     with torch.no_grad():
@@ -253,8 +253,8 @@ def test_no_pictures_in_a_batch(core):
     assert len(found) == 0
 
 
-def test_pieces_of_a_digest_cannot_run_into_each_other():
-    """Shapes and the place where pixels end are part of the key."""
+def test_inputs_of_a_digest_are_delimited():
+    """Shapes, and where the pixels end, are part of the key."""
     a, b = torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 8, 4)
     ids = torch.arange(4)
     key = store_keys.identify_image("m", a, ids)

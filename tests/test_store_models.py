@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-# --- models that cannot ---
+# --- models that are refused ---
 
 
 class Adapter(torch.nn.Linear):
@@ -88,7 +88,7 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("change", "said"), REFUSED, ids=lambda value: getattr(value, "__name__", "")
 )
-def test_models_whose_weights_do_not_tell(fresh, change, said):
+def test_models_whose_weights_do_not_determine_the_memory(fresh, change, said):
     store, batch = comemo.MemoryStore(), batch_of(fresh, [2, "square", 3])
     change(fresh)
     with work_on(fresh) as work, pytest.raises(ValueError, match=f"^MemoryStore: .*{said}"):
@@ -109,15 +109,15 @@ def test_autocast_and_absolute_positions_are_refused(fresh):
         memory_of(fresh, batch, store)
 
 
-def test_onlookers_are_welcome(loaded, core):
-    """A progress bar's hooks, and those that transformers leaves behind."""
+def test_hooks_that_only_observe_are_allowed(loaded, core):
+    """The hooks of a progress bar, and those that transformers adds."""
     store, batch = comemo.MemoryStore(), batch_of(core, [2, "square", 3])
     with reading_bar(loaded[0], True) as bar:
         memory_of(core, batch, store)
         assert bar.calls["vision"] == 2
         memory_of(core, batch, store)
         assert bar.calls["vision"] == 2
-        bar.calls["vision"] = 0  # as if the picture had been known
+        bar.calls["vision"] = 0  # as if the image were known
         bar.count("text")
         assert bar.state()[0] == "reading the prompt"
     watched = copy.deepcopy(core)

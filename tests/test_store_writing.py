@@ -1,4 +1,4 @@
-"""Writing to a directory: private, whole, also if the disk is full or the writer is killed."""
+"""Writing to a directory: private and whole files, even if the disk is full or a writer killed."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ def test_a_directory_that_is_a_file(tmp_path):
 
 
 def test_directory_and_files_are_private(core, tmp_path):
-    """Whatever the umask says; what was there before stays as it is."""
+    """Whatever the umask; an existing directory keeps its mode."""
     batch, before = batch_of(core, [2, "square", 3]), os.umask(0)
     try:
         tmp_path.chmod(0o755)
@@ -45,15 +45,17 @@ def test_directory_and_files_are_private(core, tmp_path):
     assert tmp_path.stat().st_mode & 0o777 == 0o755
 
 
-def test_a_full_disk_costs_no_answer(core, tmp_path, monkeypatch):
+def test_a_full_disk_changes_no_answer(core, tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     store, batch = comemo.MemoryStore(directory=tmp_path), batch_of(core, [2, "square", 3])
-    with pytest.warns(comemo.MemoryStoreWarning, match="cannot be written: No space left") as told:
+    with pytest.warns(
+        comemo.MemoryStoreWarning, match="cannot be written: No space left"
+    ) as warned:
         assert_same(memory_of(core, batch, store), memory_of(core, batch))
-    assert len(told) == 1
+    assert len(warned) == 1
     assert str(files_of(tmp_path)) == "[]"
     assert os.listdir(tmp_path) == [], "what was written is gone"
     memory_of(core, batch, store)
@@ -65,13 +67,13 @@ def test_a_directory_that_cannot_be_written(core, tmp_path):
     store, batch = comemo.MemoryStore(directory=directory), batch_of(core, [2, "square", 3])
     directory.rmdir()
     directory.write_text("somebody else's")
-    with pytest.warns(comemo.MemoryStoreWarning) as told:
+    with pytest.warns(comemo.MemoryStoreWarning) as warned:
         assert_same(memory_of(core, batch, store), memory_of(core, batch))
-    assert any("cannot be written" in str(warning.message) for warning in told)
+    assert any("cannot be written" in str(warning.message) for warning in warned)
     assert counts(store, "misses", "entries", "disk_entries") == (1, 1, 0)
     directory.unlink()
     store.clear()
-    memory_of(core, batch, store)  # made anew
+    memory_of(core, batch, store)  # created again
     assert store.stats.disk_entries == 1
 
 
@@ -102,7 +104,7 @@ def test_leftovers_of_dead_writers_are_swept(tmp_path):
         "no key": (f"k.part-{here}-{gone.pid}-aaaaaaaa", 2 * hour),
         "no number": (f"{key}.part-{here}-x-aaaaaaaa", 2 * hour),
         "a number of thousands of digits would do": (f"{key}.part-{here}-{'9' * 99}-a", 2 * hour),
-        "more behind it": (f"{key}.part-{here}-{gone.pid}-aaaaaaaa.rar", 2 * hour),
+        "more after it": (f"{key}.part-{here}-{gone.pid}-aaaaaaaa.rar", 2 * hour),
         "other names": (f"{key}.part", 2 * hour),
     }
     swept = {
@@ -139,7 +141,7 @@ store_files.write_memory(path, image, {n: header.facts[n] for n in ("key", "mode
 """
 
 
-def test_a_writer_that_is_killed_harms_nothing(core, stored):
+def test_a_killed_writer_leaves_the_old_file(core, stored):
     batch, wanted, path = stored
     good = path.read_bytes()
     child = subprocess.Popen(
@@ -192,7 +194,7 @@ print("done", store.stats.misses)
 
 @pytest.mark.slow
 def test_two_processes_share_a_directory(core, demo_checkpoint, stored, tmp_path_factory):
-    """Both write, read and remove the same file; neither ever sees half of it."""
+    """Both write, read and remove the same file; neither ever reads half of it."""
     _, _, path = stored
     pixels = tmp_path_factory.mktemp("pixels") / "pixels.pt"
     torch.save(tiles()["square"], pixels)

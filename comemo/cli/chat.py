@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-tiles", type=tiles, metavar="N", help="per image (as trained: 12)")
     parser.add_argument(
-        "--rope", choices=CHOICES["rope"], default="dhr", help="original is better for text"
+        "--rope", choices=CHOICES["rope"], default="dhr", help="original: better for text in images"
     )
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best available")

@@ -94,8 +94,8 @@ def sort_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 raise ValueError(f"CoMemoProcessor: {name} was passed twice, once in {group}")
     if unknown := sorted(set(flat) - CALL_NAMES):
         raise ValueError(f"CoMemoProcessor: there is no option {unknown[0]}")
-    beside = {**groups["common_kwargs"], **flat}
+    shared = {**groups["common_kwargs"], **flat}
     return {
-        group: {name: beside[name] for name in own if name in beside} | dict(groups[group])
+        group: {name: shared[name] for name in own if name in shared} | dict(groups[group])
         for group, own in names.items()
     }
