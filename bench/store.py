@@ -17,7 +17,8 @@ from bench import measure
 from bench.models import draw_model
 from bench.ways import Row
 from comemo import MemoryStore
-from comemo.store.keys import identify_model, identify_picture, stamp_weights, weights_of
+from comemo.memory_parts import memory_settings, memory_weights
+from comemo.store.keys import identify_image, identify_model, stamp_model
 
 GRIDS = {1: (1, 1), 13: (3, 4)}  # by tiles, thumbnail included
 
@@ -51,7 +52,7 @@ def _measure(model: Any, grid: tuple[int, int], folder: str) -> Iterator[tuple[s
     image_mask = torch.ones(1, tokens, dtype=torch.bool, device=device)
     places = model.prompt_position_ids(image_mask, image_mask.long(), [grid])
     media = torch.randn(1, tokens, config.text_config.hidden_size, device=device).to(model.dtype)
-    weights = sum(weight.nbytes for _, weight in weights_of(model))
+    weights = sum(weight.nbytes for _, weight in memory_weights(model))
 
     def remember(store: MemoryStore) -> Any:
         with mock.patch.object(type(model), "project_images", return_value=media):
@@ -61,10 +62,13 @@ def _measure(model: Any, grid: tuple[int, int], folder: str) -> Iterator[tuple[s
         call()
         return measure.seconds(call, repeats)
 
-    yield "weights summed, for every call", timed(lambda: stamp_weights(model)), weights
-    yield "weights digested, once", measure.seconds(lambda: identify_model(model)), weights
-    identity, ids = identify_model(model), places[0].int().cpu()
-    digest = timed(lambda: identify_picture(identity, pixels, ids))
+    def parts() -> tuple[dict[str, Any], list[tuple[str, torch.Tensor]]]:
+        return memory_settings(model), memory_weights(model)
+
+    yield "weights summed, for every call", timed(lambda: stamp_model(*parts())), weights
+    yield "weights digested, once", measure.seconds(lambda: identify_model(*parts())), weights
+    identity, ids = identify_model(*parts()), places[0].int().cpu()
+    digest = timed(lambda: identify_image(identity, pixels, ids))
     yield "picture digested", digest, pixels.nbytes
 
     def miss(store: MemoryStore) -> None:

@@ -1,6 +1,6 @@
-"""CoMemo on current transformers: `import comemo`, then the Auto classes know the model."""
+"""CoMemo for current transformers; after `import comemo` the Auto classes can load the model."""
 
-import comemo.cli.starting  # isort: skip  # noqa: F401  (Ctrl-C while the others are imported)
+import comemo.cli.starting  # isort: skip  # noqa: F401  (Ctrl-C during the other imports)
 
 from comemo import auto
 from comemo.chat.session import ChatSession

@@ -1,7 +1,7 @@
-"""The Auto classes of transformers, for checkpoints of this model: classes of ours, and no other.
+"""The Auto classes of transformers: they read checkpoints of this model with CoMemo's own classes.
 
-By registration alone they would prefer the code that a checkpoint names, or ask on standard input
-whether to run it: wherever one of its files names a class that transformers has, or does not know.
+Registration is not enough: if a file of a checkpoint names a class, the Auto classes may prefer its
+code, or ask on standard input whether to run it.
 """
 
 import functools
@@ -28,7 +28,7 @@ from comemo.processor import CoMemoProcessor
 from comemo.safety.files import hub_options, is_published
 from comemo.tokenizer import InternLM2Tokenizer
 
-# What reads a checkpoint of this model in the place of each; None for what it has no use for.
+# The class that reads a checkpoint of this model instead; None if the model has no such part.
 OWN: dict[Any, Any] = {
     AutoConfig: CoMemoConfig,
     AutoTokenizer: InternLM2Tokenizer,
@@ -40,11 +40,11 @@ OWN: dict[Any, Any] = {
 
 
 def register() -> None:
-    """Make the model known to the Auto classes and to pipelines."""
+    """Register the model with the Auto classes and with pipelines."""
     AutoConfig.register(CoMemoConfig.model_type, CoMemoConfig)
     for auto in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
         auto.register(CoMemoConfig, CoMemoForConditionalGeneration)
-    # Directories that hold no config are known by the names that their files give.
+    # A directory without a config is recognised by the class that its files name.
     REGISTERED_TOKENIZER_CLASSES[InternLM2Tokenizer.__name__] = InternLM2Tokenizer
     AutoImageProcessor.register(CoMemoConfig, image_processor_classes={"pil": CoMemoImageProcessor})
     AutoProcessor.register(CoMemoConfig, CoMemoProcessor)
@@ -53,7 +53,7 @@ def register() -> None:
 
 
 def _own_first(name: str, load: Callable[..., Any], own: Any) -> Callable[..., Any]:
-    """`load`, but checkpoints of this model are read by `own`."""
+    """`load`, except that `own` reads checkpoints of this model."""
 
     @functools.wraps(load)
     def from_pretrained(pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,7 +62,7 @@ def _own_first(name: str, load: Callable[..., Any], own: Any) -> Callable[..., A
             return load(path, *args, **kwargs)
         if own is None:
             raise ValueError(
-                f"{name}.from_pretrained: CoMemo knows pictures and text alone, got {str(path)!r}"
+                f"{name}.from_pretrained: CoMemo takes only images and text, got {str(path)!r}"
             )
         return own.from_pretrained(path, *args, **kwargs)
 

@@ -1,7 +1,7 @@
-"""Published checkpoints: their weight names, and loading that tells everything or fails.
+"""Published checkpoints: their weight names, and strict loading.
 
-The names are translated by transformers' own conversion machinery, so sharding, device maps and
-low-memory loading work; `save_pretrained` runs the same table backwards.
+transformers' own conversion translates the names, so sharding, device maps and low-memory loading
+work; `save_pretrained` applies the same table in reverse.
 """
 
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -28,7 +29,7 @@ from comemo.safety.files import check_weights, find_file, hub_options, read_json
 PUBLISHED = re.compile(r"vision_model\.|mlp1\.|language_model\.(model|output|lm_head)\.")
 
 # Regular expression of the published name -> name here. Order matters when saving: the table is
-# read from its end, and a more special name (.mixin.mlp.) must come before a general one (.mlp.).
+# read from its end, and a more specific name (.mixin.mlp.) must come before a general one (.mlp.).
 VISION = [
     (r"^vision_model\.embeddings\.class_embedding", "model.vision_tower.embeddings.cls_token"),
     (
@@ -83,7 +84,7 @@ LLM = {
     ],
 }
 DECODER = [(r"^language_model\.model\.", "model.language_model.")]
-# To read, both language models at once: each rule finds something in a checkpoint of either.
+# For reading, one table for both language models: each rule matches in a checkpoint of either.
 READING = [
     (r"\.decoder_layer\.(?:attention\.wo|self_attn\.o_proj)\.", ".self_attn.o_proj."),
     (r"\.decoder_layer\.(?:attention\.(?=wqkv)|self_attn\.(?=[qkv]_proj))", ".self_attn."),
@@ -102,7 +103,7 @@ READING = [
 
 
 class SplitGroupedQKV(ConversionOps):
-    """InternLM2's fused weight, rows (kv head, [q..., k, v], D), to q, k and v."""
+    """Splits InternLM2's fused weight, rows (kv head, [q..., k, v], D), into q, k and v."""
 
     @torch.no_grad()
     def convert(
@@ -110,11 +111,12 @@ class SplitGroupedQKV(ConversionOps):
     ) -> dict[str, Tensor]:
         (fused,) = (_one(t) for t in input_dict.values())
         group, dim = _group(config)
-        if fused.shape[0] % ((group + 2) * dim):  # left to the report on shapes
+        if fused.shape[0] % ((group + 2) * dim):  # reported later, as a wrong shape
             parts = (fused, fused[:0], fused[:0])
         else:
-            x = fused.unflatten(0, (-1, group + 2, dim))  # [G, group + 2, D, ...]
-            parts = (x[:, :group].flatten(0, 2), x[:, group].flatten(0, 1), x[:, -1].flatten(0, 1))
+            rows = rearrange(fused, "(kv qkv d) ... -> kv qkv d ...", qkv=group + 2, d=dim)
+            by_kind = rows.split([group, 1, 1], dim=1)  # q, k, v
+            parts = tuple(rearrange(x, "kv n d ... -> (kv n d) ...") for x in by_kind)
         return {name: part.contiguous() for name, part in zip(target_patterns, parts, strict=True)}
 
     @property
@@ -130,9 +132,12 @@ class FuseGroupedQKV(ConversionOps):
         self, input_dict: dict, source_patterns: list, target_patterns: list, config: Any, **_: Any
     ) -> dict[str, Tensor]:
         group, dim = _group(config)
-        q, k, v = (_one(input_dict[name]) for name in source_patterns)
-        parts = [t.unflatten(0, (-1, n, dim)) for t, n in ((q, group), (k, 1), (v, 1))]
-        return {target_patterns[0]: torch.cat(parts, 1).flatten(0, 2).contiguous()}
+        parts = [
+            rearrange(_one(input_dict[name]), "(kv n d) ... -> kv n d ...", n=heads, d=dim)
+            for name, heads in zip(source_patterns, (group, 1, 1), strict=True)  # q, k, v
+        ]
+        fused = rearrange(torch.cat(parts, 1), "kv qkv d ... -> (kv qkv d) ...")
+        return {target_patterns[0]: fused.contiguous()}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -144,6 +149,7 @@ def _one(value: Tensor | list[Tensor]) -> Tensor:
 
 
 def _group(config: Any) -> tuple[int, int]:
+    """Query heads per key-value head, and the head dimension."""
     text = getattr(config, "text_config", config)
     return text.num_attention_heads // text.num_key_value_heads, text.head_dim
 
@@ -165,7 +171,7 @@ def _rules(
 
 
 def conversions(architecture: str) -> list[WeightRenaming | WeightConverter]:
-    """The table that `save_pretrained` runs backwards, of a language model."""
+    """The table for a language model that `save_pretrained` applies in reverse."""
     fused = [_vision_qkv()]
     if architecture == "InternLM2ForCausalLM":
         names = [f".self_attn.{name}_proj." for name in "qkv"]
@@ -179,10 +185,10 @@ def _reading() -> tuple[list[tuple[str, str]], list[Fused]]:
 
 
 def from_published(weights: Mapping[str, Any], config: CoMemoConfig) -> dict[str, Any]:
-    """Weights under the names used here.
+    """Convert weights to the names used here.
 
     Args:
-        weights: published name -> weight, all of a checkpoint's or some.
+        weights: published name -> weight, all weights of a checkpoint or some.
         config: of the model.
     """
     renamings, fused = _reading()
@@ -205,28 +211,28 @@ register_checkpoint_conversion_mapping(CoMemoConfig.model_type, _rules(*_reading
 class PublishedCheckpoint:
     """Strict `from_pretrained` and a `save_pretrained` that writes the published layout."""
 
-    config: Any
+    config: CoMemoConfig
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load weights of the published or of our own layout; never executes code from it.
+        """Load weights in the published layout or under the names used here; runs no code of it.
 
-        `trust_remote_code` changes nothing.
+        `trust_remote_code` has no effect.
 
         Raises:
-            ValueError: missing, unexpected or wrongly shaped weights, all listed; weights that
-                are pickles; an adapter beside them; a checkpoint of another model.
+            ValueError: missing, unexpected or wrongly shaped weights, all listed; weights that are
+                pickles; an adapter in the same directory; a checkpoint of another model.
         """
         directory, hub = pretrained_model_name_or_path, hub_options(kwargs)
         kwargs.pop("trust_remote_code", None)
         if directory is not None and os.path.isdir(directory):
             check_weights(Path(directory), kwargs.get("config") is not None)
-            _refuse_tearing(Path(directory), kwargs)
+            _refuse_split_weights(Path(directory), kwargs)
         if directory is not None and find_file(directory, "adapter_config.json", **hub):
             raise ValueError(
-                f"{cls.__name__}.from_pretrained({directory}): adapter_config.json must not stand"
-                " beside the weights, for it can name what is imported: keep the adapter in a"
-                " directory of its own and load it with load_adapter"
+                f"{cls.__name__}.from_pretrained({directory}): adapter_config.json must not be in"
+                " the same directory as the weights, because it can name code to import: keep the"
+                " adapter in its own directory and load it with load_adapter"
             )
         kwargs["use_safetensors"] = kwargs["weights_only"] = True
         kwargs["ignore_mismatched_sizes"] = True  # reported below, all at once
@@ -246,9 +252,9 @@ class PublishedCheckpoint:
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Write the published layout (`save_original_format=False`: the names used here).
+        """Write the published layout, or with `save_original_format=False` the names used here.
 
-        A `CoMemoModel` writes the same names without those of the language modelling head.
+        A `CoMemoModel` writes the same names, except those of the language modelling head.
 
         Raises:
             ValueError: the model is folded for inference.
@@ -264,29 +270,29 @@ class PublishedCheckpoint:
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As a module's, of weights under the names used here or under the published ones.
+        """As in `nn.Module`, for weights under the names used here or under the published ones.
 
-        Trainers load what `save_pretrained` wrote in this way, whole or shard by shard.
+        Trainers use it to load what `save_pretrained` wrote, whole or shard by shard.
 
         Args:
             state_dict: name -> weight.
-            strict: whether all weights must be there.
-            assign: as of a module's.
+            strict: whether all weights must be given.
+            assign: as in `nn.Module`.
 
         Returns:
-            The names that are missing, of which there are none if `strict`, and no unexpected ones.
+            The missing names, none if `strict`, and no unexpected names.
 
         Raises:
             ValueError: weights that are unexpected, of another shape or, if `strict`, missing, all
-                listed; the model is folded: it would not look at the norms and gates it loads.
-                Nothing was loaded then.
+                listed; a folded model: it would ignore the norms and gates that it loads. Nothing
+                was loaded then.
         """
         refuse_folded("load_state_dict", self)
         own = self.state_dict()  # type: ignore[attr-defined]
         prefix = self._prefix_of_names()
         if any(PUBLISHED.match(name) for name in state_dict):
             state_dict = from_published(state_dict, self.config)
-            if prefix:  # a head is none of this model's
+            if prefix:  # this model has no head
                 state_dict = {
                     name.removeprefix(prefix): weight
                     for name, weight in state_dict.items()
@@ -301,18 +307,18 @@ class PublishedCheckpoint:
         ]
         faults = {"unexpected": unexpected, "missing": missing, "of another shape": shapes}
         if any(faults.values()):
-            told = "; ".join(f"{kind}: {names}" for kind, names in faults.items() if names)
-            raise ValueError(f"{type(self).__name__}.load_state_dict: weights {told}")
+            listed = "; ".join(f"{kind}: {names}" for kind, names in faults.items() if names)
+            raise ValueError(f"{type(self).__name__}.load_state_dict: weights {listed}")
         return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
 
     def _prefix_of_names(self) -> str:
-        """What a model without a head lacks in front of its names."""
+        """The prefix of published names that a model without a head does not have."""
         has_base = hasattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
         return "" if has_base else f"{self.base_model_prefix}."  # type: ignore[attr-defined]
 
 
-def _refuse_tearing(directory: Path, options: dict[str, Any]) -> None:
-    """The loader shards or quantises a tensor before it is converted: fused ones would be torn."""
+def _refuse_split_weights(directory: Path, options: dict[str, Any]) -> None:
+    """Refuse to shard or quantise fused weights: the loader does it before it splits them."""
     asked = [
         name
         for name in ("distributed_config", "tp_plan", "quantization_config")
@@ -324,16 +330,16 @@ def _refuse_tearing(directory: Path, options: dict[str, Any]) -> None:
         with safe_open(file, framework="pt") as weights:
             if any(PUBLISHED.match(name) for name in weights.keys()):  # noqa: SIM118
                 raise ValueError(
-                    f"from_pretrained({directory}): {asked[0]} needs weights in our own layout, got"
-                    " the published one: load it without and save_pretrained(...,"
+                    f"from_pretrained({directory}): {asked[0]} needs weights in transformers'"
+                    " layout, got the published one: load without it and save_pretrained(...,"
                     " save_original_format=False) first"
                 )
 
 
 def _read_token_ids(model: Any, directory: Any, hub: dict[str, Any]) -> None:
-    """Fill in what published configs leave to the tokenizer: image token, end of a turn."""
-    told = read_json(directory, "tokenizer_config.json", **hub)
-    added = told.get("added_tokens_decoder", {})
+    """Read from the tokenizer's files what published configs lack: image token, stop token."""
+    settings = read_json(directory, "tokenizer_config.json", **hub)
+    added = settings.get("added_tokens_decoder", {})
     ids = {token["content"]: int(index) for index, token in added.items()}
     if model.config.image_token_id is None:
         model.config.image_token_id = ids.get("<IMG_CONTEXT>")

@@ -1,8 +1,8 @@
 """Configuration of CoMemo: reads and writes the published `config.json`.
 
-A published file nests `llm_config`, `vision_config` and `mixin_config` in the words of its own
-code; here they become transformers' `LlamaConfig` and `InternVLVisionConfig` and our
-`MixinConfig`. Only known keys are taken over: an old file carries some seventy legacy ones.
+A published file nests `llm_config`, `vision_config` and `mixin_config`, with the names of its own
+code; here they become transformers' `LlamaConfig` and `InternVLVisionConfig` and `MixinConfig`.
+Only known keys are read: an old file has about seventy legacy ones.
 """
 
 from copy import deepcopy
@@ -22,12 +22,12 @@ from comemo.config_parts import (
     make_vision,
     scaling_of,
     text_from_published,
-    told,
+    without_nulls,
 )
 from comemo.safety import settings as checks
 from comemo.safety.settings import check_settings, shorten
 
-# What a published checkpoint was trained and measured with, whether its config says so or not.
+# How published checkpoints were trained and evaluated; their configs may not say so.
 PUBLISHED_BEHAVIOUR = {
     "tile_order": "column",
     "decode_positions": "raw",
@@ -44,16 +44,25 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "llm_architecture": tuple(LLM_MODEL_TYPES),
 }
 
-# What names code, or kernels to fetch, whichever part of a file it stands in: not taken over.
+# Keys that name code, or kernels to download: ignored in every part of a file.
 NAMES_OF_CODE = (
-    *("auto_map", "custom_pipelines", "attn_implementation", "experts_implementation"),
-    *("_attn_implementation", "_experts_implementation"),
-    *("_attn_implementation_internal", "_experts_implementation_internal"),
+    "auto_map",
+    "custom_pipelines",
+    "attn_implementation",
+    "experts_implementation",
+    "_attn_implementation",
+    "_experts_implementation",
+    "_attn_implementation_internal",
+    "_experts_implementation_internal",
 )
-# What transformers raises on settings that no rule here knows.
+# What transformers raises for wrong settings without a rule here.
 UNREADABLE = (
-    *(StrictDataclassError, TypeError, AttributeError),
-    *(LookupError, ArithmeticError, RecursionError),
+    StrictDataclassError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RecursionError,
 )
 
 
@@ -62,13 +71,13 @@ class MixinConfig(PreTrainedConfig):
 
     Args:
         language_dim: width of the text's hidden states.
-        vision_dim: width of the projected image tokens; equal to `language_dim`, for one norm
-            weight serves both.
+        vision_dim: width of the projected image tokens; equal to `language_dim`, because both
+            share one norm weight.
         head_dim, num_heads: of the cross-attention.
         intermediate_size: width of the gated feed-forward network.
-        mixin_every_n_layers: a mixin layer stands before decoder layers n, 2n, ... (1-based).
+        mixin_every_n_layers: a mixin layer runs before decoder layers n, 2n, ... (1-based).
         rope_theta: base of the rotary angles, never scaled.
-        max_position_embeddings: position ids are below this.
+        max_position_embeddings: all position ids are less than this.
     """
 
     model_type = "comemo_mixin"
@@ -89,24 +98,26 @@ class CoMemoConfig(PreTrainedConfig):
 
     Args:
         text_config, vision_config, mixin_config: of the three parts, as objects or dictionaries.
-        llm_config: the language model in the published words; instead of `text_config`.
-        llm_architecture: whose weight names the checkpoint uses.
+        llm_config: the language model with published names; instead of `text_config`.
+        llm_architecture: the class whose weight names the checkpoint uses.
         select_layer: which hidden state of the vision tower is projected, -1 the last.
-        ps_version: raster order of the 2 x 2 fold, "v2" kept, "v1" transposed.
-        downsample_ratio: side of the folded raster over that of the patches.
+        ps_version: raster order of the 2 x 2 fold: "v2" keeps it, "v1" transposes it.
+        downsample_ratio: side of the folded raster divided by that of the patches.
         force_image_size: side of a tile in pixels.
         template: name of the chat template.
-        use_thumbnail, min_dynamic_patch, max_dynamic_patch: how pictures are tiled.
+        use_thumbnail, min_dynamic_patch, max_dynamic_patch: how images are tiled.
         image_token_id: id of `<IMG_CONTEXT>`; from_pretrained reads it from the tokenizer's files.
-        rope: "dhr" maps tiles onto their thumbnail, "original" numbers tokens 0..N-1.
-        tile_order: "row" is the geometric map of tiles to ids; "column" the published quirk.
-        decode_positions: where the mixin query of generated tokens stands with "dhr":
-            "compressed" as in self-attention, "raw" at the token count (the published quirk).
-        ntk_length: what lets dynamic-NTK scaling begin, the highest "position" or "token_count".
-        memory_positions: how keys of the image memory are rotated, by the place in their image,
-            "relative", so that they serve any prompt, or as published by the id in their prompt,
-            "absolute": the same but for rounding.
-        tiles_at_once: tiles that pass the vision tower together, a bound on its memory.
+        rope: "dhr" gives tiles the ids of their thumbnail, "original" numbers tokens 0..N-1.
+        tile_order: "row" maps tiles to ids by their place in the image; "column" is the published
+            quirk.
+        decode_positions: the position of the mixin query of generated tokens with "dhr":
+            "compressed" as in self-attention, "raw" the token count (the published quirk).
+        ntk_length: the length that starts dynamic-NTK scaling, the highest "position" or the
+            "token_count".
+        memory_positions: how keys of the image memory are rotated: "relative", by their position in
+            the image, so that they fit any prompt, or as published "absolute", by their position
+            in the prompt. Both give the same except for rounding.
+        tiles_at_once: tiles in one pass of the vision tower, a bound on its memory.
         rope_scaling: None, or {"type": "dynamic" | "linear", "factor": float}.
 
     Raises:
@@ -119,7 +130,7 @@ class CoMemoConfig(PreTrainedConfig):
         "vision_config": InternVLVisionConfig,
         "mixin_config": MixinConfig,
     }
-    # What Trainer keeps of no batch: its predictions are the logits, with pictures and without.
+    # Outputs that Trainer drops: its predictions are the logits, with images and without.
     keys_to_ignore_at_inference = ["cache", "past_key_values", "image_memory", "image_outputs"]
 
     text_config: Any = None
@@ -154,13 +165,13 @@ class CoMemoConfig(PreTrainedConfig):
         if isinstance(self.text_config, dict):
             self.text_config = make_text(self.text_config)
         if llm_config is not None:
-            llm_config = told(llm_config)
+            llm_config = without_nulls(llm_config)
             architecture = (llm_config.get("architectures") or [self.llm_architecture])[0]
             self.llm_architecture = architecture
             published = text_from_published(llm_config, architecture)
             if self.text_config is None:
                 self.text_config = published
-            else:  # what `to_dict` writes holds both
+            else:  # `to_dict` writes both
                 check_agreement(llm_config, published, self.text_config)
             self.rope_scaling = deepcopy(llm_config.get("rope_scaling"))
         elif self.text_config is None:
@@ -177,7 +188,7 @@ class CoMemoConfig(PreTrainedConfig):
         self.check()
 
     def _take_scaling(self) -> None:
-        """Rotary scaling in one place and one form, also where it came as Llama's own."""
+        """Move rotary scaling to `rope_scaling`, in one form, also if it is in `text_config`."""
         theirs = dict(self.text_config.rope_parameters or {})
         theta = theirs.pop("rope_theta", 10000.0)
         self.rope_scaling = scaling_of(self.rope_scaling)
@@ -191,15 +202,15 @@ class CoMemoConfig(PreTrainedConfig):
             )
         self.rope_scaling = scaling
         self.text_config = deepcopy(self.text_config)
-        # The scaling stays here: Llama's own would follow other rules and be sticky.
+        # The scaling stays here: Llama's follows other rules and stays on once it begins.
         self.text_config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
 
     def check(self) -> None:
-        """Refuse what no model can be made of, also what was set after construction.
+        """Refuse values that no model can have, also those set after construction.
 
         Raises:
-            ValueError: a value outside its choices, dimensions that do not fit together, a scaling
-                of rotary angles that the model does not do.
+            ValueError: a value outside its choices, dimensions that do not fit together, a rotary
+                scaling that the model does not support.
         """
         self._take_scaling()
         for name, allowed in CHOICES.items():
@@ -224,7 +235,7 @@ class CoMemoConfig(PreTrainedConfig):
 
     @property
     def mixin_layers(self) -> tuple[int, ...]:
-        """Indices (0-based) of the decoder layers that a mixin layer stands before."""
+        """Indices (0-based) of the decoder layers that have a mixin layer before them."""
         n = self.mixin_config.mixin_every_n_layers
         return tuple(range(n - 1, self.text_config.num_hidden_layers, n))
 
@@ -232,7 +243,7 @@ class CoMemoConfig(PreTrainedConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
     ) -> "CoMemoConfig":
-        """As of transformers; `trust_remote_code` changes nothing, for no code is looked for."""
+        """As in transformers; `trust_remote_code` has no effect, because code is never loaded."""
         for name in ("code_revision", "trust_remote_code"):
             kwargs.pop(name, None)
         kwargs["name_or_path"] = pretrained_model_name_or_path
@@ -267,7 +278,7 @@ class CoMemoConfig(PreTrainedConfig):
         return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def to_dict(self) -> dict[str, Any]:
-        """The published layout, and beside it what transformers reads and the published code
+        """The published layout, and in addition what transformers reads and the published code
         hard-codes: `text_config`, and the parts' values under transformers' names too."""
         output = super().to_dict()
         text, rope_scaling = output["text_config"], output.pop("rope_scaling")
@@ -285,9 +296,9 @@ class CoMemoConfig(PreTrainedConfig):
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:
-        output = self.to_dict()  # the published code has other defaults: leave none out
-        output.pop("_name_or_path", None)  # where it was read is nobody's business
-        vision = output["vision_config"]  # in the file as the published code reads it
+        output = self.to_dict()  # all values: the published code has other defaults
+        output.pop("_name_or_path", None)  # private: a path on the user's machine
+        vision = output["vision_config"]  # in the form that the published code reads
         vision["model_type"] = "intern_vit_6b"
         for key in ("image_size", "patch_size"):
             vision[key] = vision[key][0]
@@ -305,5 +316,5 @@ def _without_code(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unreadable(error: Exception) -> ValueError:
-    told = " ".join(str(error).split())
-    return ValueError(f"CoMemoConfig: the config cannot be read: {type(error).__name__}: {told}")
+    reason = " ".join(str(error).split())
+    return ValueError(f"CoMemoConfig: the config cannot be read: {type(error).__name__}: {reason}")

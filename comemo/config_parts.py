@@ -1,4 +1,4 @@
-"""The parts of a config, made of what files say in the published words or in transformers'."""
+"""The parts of a config, made from files with published or with transformers' names."""
 
 import math
 from collections.abc import Callable
@@ -21,14 +21,34 @@ from comemo.safety.settings import (
 )
 
 LLM_KEYS = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
-    *("num_attention_heads", "num_key_value_heads", "hidden_act", "max_position_embeddings"),
-    *("initializer_range", "rms_norm_eps", "pad_token_id", "bos_token_id", "eos_token_id"),
-    *("tie_word_embeddings", "attention_dropout", "mlp_bias"),
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "head_dim",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "mlp_bias",
 )
-VISION_KEYS = (  # the same in both vocabularies
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    *("hidden_act", "norm_type", "layer_norm_eps", "attention_dropout", "initializer_range"),
+VISION_KEYS = (  # the same in published files and in transformers
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "norm_type",
+    "layer_norm_eps",
+    "attention_dropout",
+    "initializer_range",
     "num_channels",
 )
 VISION_RENAMED = {  # published -> transformers
@@ -37,17 +57,20 @@ VISION_RENAMED = {  # published -> transformers
     "dropout": "hidden_dropout_prob",
     "initializer_factor": "layer_scale_init_value",
 }
-FLOATS = (  # which transformers refuses as 0 or 1
-    *("initializer_range", "rms_norm_eps", "layer_norm_eps"),
-    *("initializer_factor", "layer_scale_init_value"),
+FLOATS = (  # transformers refuses the integers 0 and 1 for them
+    "initializer_range",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "initializer_factor",
+    "layer_scale_init_value",
 )
 
 
 def check_parts(parts: dict[str, Any]) -> None:
-    """Refuse wrong settings before objects are made of them.
+    """Refuse wrong settings before objects are made from them.
 
     Args:
-        parts: `llm_config`, `text_config`, `vision_config` and `mixin_config`, as they were given.
+        parts: `llm_config`, `text_config`, `vision_config` and `mixin_config`, as given.
 
     Raises:
         ValueError: a part that is neither a dictionary nor a config, or a wrong setting in one.
@@ -58,11 +81,11 @@ def check_parts(parts: dict[str, Any]) -> None:
         if not isinstance(part, (dict, PreTrainedConfig, type(None))):
             raise ValueError(f"CoMemoConfig: {name} must be a dictionary, got {shorten(part)}")
         if isinstance(part, dict):
-            check_settings(name, rules[name], told(part) if name == "llm_config" else part)
+            check_settings(name, rules[name], without_nulls(part) if name == "llm_config" else part)
 
 
-def told(llm: dict[str, Any]) -> dict[str, Any]:
-    """What a published language model says of itself: null is what it does not tell."""
+def without_nulls(llm: dict[str, Any]) -> dict[str, Any]:
+    """A published `llm_config` without null values: null means that a setting is not given."""
     return {key: value for key, value in llm.items() if value is not None}
 
 
@@ -70,10 +93,10 @@ def make_text(text: dict[str, Any]) -> LlamaConfig:
     """Make the language model's config.
 
     Args:
-        text: in transformers' words.
+        text: with transformers' names.
 
     Raises:
-        ValueError: names or rotary scaling that are none, sizes that do not fit together.
+        ValueError: invalid names or rotary scaling, sizes that do not fit together.
     """
     check_names("text_config", LlamaConfig, text)
     rotary = text.get("rope_parameters")
@@ -83,11 +106,11 @@ def make_text(text: dict[str, Any]) -> LlamaConfig:
 
 
 def text_from_published(llm: dict[str, Any], architecture: str) -> LlamaConfig:
-    """Make the language model's config; an empty one is that of the published model.
+    """Make the language model's config; an empty `llm` gives that of the published model.
 
     Args:
-        llm: in the published words, as `told` returns it.
-        architecture: whose words these are.
+        llm: with published names, from `without_nulls`.
+        architecture: the class that the names belong to.
 
     Raises:
         ValueError: sizes that do not fit together.
@@ -107,7 +130,7 @@ def text_from_published(llm: dict[str, Any], architecture: str) -> LlamaConfig:
     known = {key: llm[key] for key in LLM_KEYS if key in llm}
     bias = llm.get(bias_key(architecture), internlm2 and bool(llm))
     theta = llm.get("rope_theta", 1e6 if not llm else 10000.0)
-    # The scaling stays in CoMemoConfig: Llama's own would follow other rules and be sticky.
+    # The scaling stays in CoMemoConfig: Llama's follows other rules and stays on once it begins.
     rotary = {"rope_type": "default", "rope_theta": float(theta)}
     rest = {"attention_bias": bias, "rope_parameters": rotary}
     return _make(LlamaConfig, "llm_config", (known if llm else published) | rest)
@@ -117,7 +140,7 @@ def make_vision(vision: dict[str, Any], image_size: int | None) -> InternVLVisio
     """Make the vision tower's config.
 
     Args:
-        vision: in either vocabulary; the published word counts where both are there.
+        vision: with published or transformers' names; the published name wins.
         image_size: in pixels, instead of the tower's own.
 
     Raises:
@@ -146,20 +169,20 @@ def _make(kind: Callable[..., Any], part: str, values: dict[str, Any]) -> Any:
 
 
 def bias_key(architecture: str) -> str:
-    """The published word for biases of the attention's projections."""
+    """The published name for biases of the attention's projections."""
     return "bias" if architecture == "InternLM2ForCausalLM" else "attention_bias"
 
 
 def check_agreement(llm: dict[str, Any], published: LlamaConfig, text: LlamaConfig) -> None:
-    """Refuse a language model that is told in both vocabularies and is not one.
+    """Refuse two configs of the language model, `llm_config` and `text_config`, that differ.
 
     Args:
-        llm: in the published words, as `told` returns it.
+        llm: `llm_config`, from `without_nulls`.
         published: what `text_from_published` made of it.
-        text: the other.
+        text: `text_config`.
 
     Raises:
-        ValueError: all settings that differ.
+        ValueError: names all settings that differ.
     """
     differ = [
         key
@@ -175,8 +198,8 @@ def check_agreement(llm: dict[str, Any], published: LlamaConfig, text: LlamaConf
         differ.append("rope_theta")
     if differ:
         raise ValueError(
-            "CoMemoConfig: llm_config and text_config tell of the same language model and must"
-            f" agree, they differ in {differ}: give one of them"
+            "CoMemoConfig: llm_config and text_config describe the same language model and must"
+            f" agree, they differ in {differ}: give only one of them"
         )
 
 
@@ -184,19 +207,19 @@ def scaling_of(given: dict[str, Any] | None, name: str = "rope_scaling") -> dict
     """Read rotary scaling.
 
     Args:
-        given: in either vocabulary.
-        name: of where it was given.
+        given: with published or transformers' names.
+        name: of the setting, for the message.
 
     Returns:
-        As the model does it, {"type": ..., "factor": ...}; None for none.
+        {"type": ..., "factor": ...}; None for no scaling.
 
     Raises:
-        ValueError: any other scaling.
+        ValueError: a scaling that the model does not support.
     """
     if not isinstance(given, (dict, type(None))):
         raise ValueError(f"CoMemoConfig: {name} must be null or a dictionary, got {shorten(given)}")
     known = {key: value for key, value in (given or {}).items() if value is not None}
-    for key in ("rope_theta", "original_max_position_embeddings"):  # which Llama's do not read
+    for key in ("rope_theta", "original_max_position_embeddings"):  # not used by these scalings
         known.pop(key, None)
     kinds = {str(known.pop(key)) for key in ("type", "rope_type") if key in known}
     factor = known.pop("factor", None)

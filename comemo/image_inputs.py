@@ -14,9 +14,9 @@ from torch import Tensor
 import comemo_kernels as ops
 from comemo import tracing
 from comemo.config import CoMemoConfig
-from comemo.store.store import MemoryStore
+from comemo.protocols import KeepsMemories
 from comemo.vision import check_tiles
-from comemo_kernels import ImageMemory
+from comemo_kernels import ImageMemory, split_images
 
 
 def queries_at_count(config: CoMemoConfig, has_images: bool) -> bool:
@@ -35,8 +35,10 @@ class CoMemoImages:
     device: Any
     dtype: Any
     get_input_embeddings: Any
+    language_model: Any
     multi_modal_projector: Any
     project_images: Any
+    vision_tower: Any
 
     def prompt_position_ids(
         self,
@@ -73,7 +75,7 @@ class CoMemoImages:
         image_mask: Tensor,
         position_ids: Tensor,
         tile_grid: Sequence[Sequence[int]] | Tensor | None = None,
-        memory_store: MemoryStore | None = None,
+        memory_store: KeepsMemories | None = None,
         embeds: Tensor | None = None,
     ) -> ImageMemory:
         """Memory of a batch of prompts: image features now, keys and values on first use.
@@ -121,6 +123,33 @@ class CoMemoImages:
         pixel_values = pixel_values.to(self.device, self.dtype)
         media = self.project_images(pixel_values, embeds, rows).flatten(0, 1)
         return ImageMemory.from_media(media, ids, lengths, sizes, absolute=absolute)
+
+    def build_image_memories(self, pixels: list[Tensor], ids: list[Tensor]) -> list[ImageMemory]:
+        """Memories of several images, with keys and values of all mixin layers.
+
+        The vision tower and the projections run once for all images.
+
+        Args:
+            pixels: [t, 3, side, side] of each image.
+            ids: integers [m] of each image, position ids of its tokens minus that of the first.
+
+        Returns:
+            A memory for each image. They share storage, and nobody reads them yet.
+
+        Raises:
+            ValueError: a model that cannot build all keys and values at once.
+        """
+        media = self.project_images(torch.cat(pixels).to(self.device)).flatten(0, 1)
+        sizes = [len(part) for part in ids]
+        memory = ImageMemory.from_media(media, torch.cat(ids), [sum(sizes)], sizes)
+        if not self.language_model.build_memory(memory):
+            raise ValueError(
+                "build_image_memories: keys and values of all mixin layers must be built at once,"
+                f" got media of {media.dtype} on {media.device} for weights of {self.dtype} on"
+                f" {self.device}"
+            )
+        memory.table = None  # of the model, not of an image
+        return split_images(memory)
 
     def embed(
         self,

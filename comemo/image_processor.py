@@ -1,4 +1,4 @@
-"""Image processor: pictures to normalised tiles and their grids, in transformers' terms."""
+"""Image processor of transformers' kind: images to normalised tiles and their grids."""
 
 import json
 import os
@@ -15,63 +15,62 @@ from transformers.image_utils import ChannelDimension
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType
 
-from comemo import images as pictures
 from comemo.config import CoMemoConfig
+from comemo.images import IMAGENET_MEAN, IMAGENET_STD, load_image
 from comemo.safety.files import HUB_OPTIONS, hub_options, is_published
 
 TILING = ("input_size", "min_num", "max_num", "use_thumbnail", "published")
 PIXELS = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 SETTINGS = (*TILING, *PIXELS, "do_convert_rgb")
-# What the tiling does anyway: nothing else can be had.
+# What the tiling always does: no other value is accepted.
 FIXED = {"do_resize": True, "do_center_crop": False, "do_pad": False}
-# What only a call takes, and what changes no value.
+# What only a call takes, and what changes no pixel.
 FREE = ("return_tensors", "device", "data_format", "input_data_format", "disable_grouping")
-# What loading takes beside settings; the last line is AutoImageProcessor's.
-LOADING = (
-    *(*HUB_OPTIONS, "force_download", "proxies", "image_processor_filename"),
-    *("config", "code_revision", "use_fast", "backend", "trust_remote_code"),
-)
+# What loading takes besides settings: where to find files, and options of AutoImageProcessor.
+OF_FILES = (*HUB_OPTIONS, "force_download", "proxies", "image_processor_filename")
+OF_AUTO = ("config", "code_revision", "use_fast", "backend", "trust_remote_code")
+LOADING = (*OF_FILES, *OF_AUTO)
 SERVICE = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map")
 
 
 class CoMemoImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
-    """Options of a call, beside those of every image processor.
+    """Options of a call, in addition to those of every image processor.
 
     Attributes:
         input_size: side of a tile in pixels.
-        min_num, max_num: tiles of one picture, the thumbnail not counted.
-        use_thumbnail: whether a picture of more than one tile carries a thumbnail.
+        min_num, max_num: tiles of one image, the thumbnail not counted.
+        use_thumbnail: whether an image of more than one tile has a thumbnail.
         published: exactly the published pixels (EXIF orientation ignored).
     """
 
-    input_size: Any  # any integer, numpy's too: checked where it is used
+    input_size: Any  # any integer, also of NumPy: checked where it is used
     min_num: Any
     max_num: Any
     use_thumbnail: bool | None
     published: bool | None
 
 
-# Of all options that image processors have, ours among them.
+# Names of all options of image processors, including this one's.
 IMAGE_NAMES = frozenset(ImagesKwargs.__annotations__) | frozenset(
     CoMemoImageProcessorKwargs.__annotations__
 )
 
 
 class CoMemoImageProcessor(BaseImageProcessor):
-    """Pictures to normalised tiles and their grids.
+    """Images to normalised tiles and their grids.
 
     Args:
         input_size: side of a tile in pixels.
-        min_num, max_num: tiles of one picture, the thumbnail not counted.
-        use_thumbnail: whether a picture of more than one tile carries a thumbnail.
+        min_num, max_num: tiles of one image, the thumbnail not counted.
+        use_thumbnail: whether an image of more than one tile has a thumbnail.
         published: exactly the published pixels (EXIF orientation ignored).
-        do_rescale, rescale_factor: whether the values 0 to 255 are multiplied, and with what.
-        do_normalize, image_mean, image_std: whether they are normalised then, and with what. The
-            model wants the defaults of all five.
-        do_convert_rgb: False refuses pictures of another mode than RGB.
+        do_rescale, rescale_factor: whether to multiply the values 0 to 255, and by what.
+        do_normalize, image_mean, image_std: whether to normalise them then, and how. The model
+            needs the defaults of all five.
+        do_convert_rgb: False refuses images of another mode than RGB.
 
     Raises:
-        ValueError: an option that there is not, or that cannot be honoured here (`size`,
+        ValueError: an unknown option, or one that is not supported here (`size`,
             `do_resize=False`, ...).
     """
 
@@ -89,8 +88,8 @@ class CoMemoImageProcessor(BaseImageProcessor):
         do_rescale: bool = True,
         rescale_factor: float = 1 / 255,
         do_normalize: bool = True,
-        image_mean: float | Iterable[float] = pictures.IMAGENET_MEAN,
-        image_std: float | Iterable[float] = pictures.IMAGENET_STD,
+        image_mean: float | Iterable[float] = IMAGENET_MEAN,
+        image_std: float | Iterable[float] = IMAGENET_STD,
         do_convert_rgb: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -106,19 +105,18 @@ class CoMemoImageProcessor(BaseImageProcessor):
     def __call__(
         self, images: Any, return_tensors: str | TensorType | None = "pt", **options: Any
     ) -> BatchFeature:
-        """Tiles [T, 3, side, side] of all pictures and `tile_grid` [pictures, 2] (cols, rows).
+        """Tiles [T, 3, side, side] of all images and `tile_grid` [images, 2] (cols, rows).
 
         Args:
-            images: a picture or a (nested) list: PIL image, path, bytes, file, uint8 array or
-                tensor (with four axes: several), `data:` URL or base64.
-            return_tensors: "pt", "np", or None for lists (of arrays, the tiles).
-            options: those of the class for this call; `data_format` of the tiles and
+            images: an image or a (nested) list: PIL image, path, bytes, file, uint8 array or tensor
+                (with four axes: several images), `data:` URL or base64.
+            return_tensors: "pt", "np", or None for lists (of arrays for the tiles).
+            options: those of the class, for this call; `data_format` of the tiles and
                 `input_data_format` of arrays and tensors, "channels_first" or "channels_last";
-                `device` of what is returned.
+                `device` of the result.
 
         Raises:
-            ValueError: an option that there is not or that cannot be honoured; no picture, or one
-                that cannot be read.
+            ValueError: an unknown or unsupported option; no image, or one that cannot be read.
         """
         check_options("CoMemoImageProcessor", options)
         chosen = self.settings(options)
@@ -126,7 +124,7 @@ class CoMemoImageProcessor(BaseImageProcessor):
         found = [_channels_last(image, order) for image in flatten_images(images)]
         loaded = [_load(image, chosen) for image in found]
         if not loaded:
-            raise ValueError("CoMemoImageProcessor: wanted at least one picture, got none")
+            raise ValueError("CoMemoImageProcessor: wanted at least one image, got none")
         tiles = torch.cat([tiles for tiles, _ in loaded])
         if (
             ChannelDimension(options.get("data_format") or "channels_first")
@@ -150,7 +148,7 @@ class CoMemoImageProcessor(BaseImageProcessor):
     preprocess = __call__
 
     def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of the class, with those of a call before them.
+        """The settings of a call: its options, and those of the class for the others.
 
         Args:
             options: of a call; None means the setting of the class.
@@ -162,37 +160,36 @@ class CoMemoImageProcessor(BaseImageProcessor):
     def get_image_processor_dict(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As of transformers; the model's config says it all where no file is for this class."""
+        """As in transformers; without a file for this class the settings are in the config."""
         path, hub = pretrained_model_name_or_path, hub_options(kwargs)
-        from_pipeline = "_from_pipeline" in kwargs  # which hands on what is for the model
+        from_pipeline = "_from_pipeline" in kwargs  # a pipeline also passes options of the model
         found: dict[str, Any] | None = None
         try:
             found, _ = super().get_image_processor_dict(path, **dict(kwargs))
-            of = found.get("image_processor_type") or found.get("feature_extractor_type")
+            kind = found.get("image_processor_type") or found.get("feature_extractor_type")
         except OSError:
-            of = None
+            kind = None
             if not is_published(path, **hub):
                 raise
         own = {n: v for n, v in kwargs.items() if n not in LOADING and not n.startswith("_")}
         own = {n: v for n, v in own.items() if not from_pipeline or n in IMAGE_NAMES}
         if is_published(path, **hub):
-            told = settings_of(CoMemoConfig.from_pretrained(path, **hub))
-            return told | (found if found and of in (None, cls.__name__) else {}), own
-        if of not in (None, cls.__name__):
-            raise ValueError(f"{cls.__name__}: {path} holds another image processor, {of}")
+            settings = settings_of(CoMemoConfig.from_pretrained(path, **hub))
+            return settings | (found if found and kind in (None, cls.__name__) else {}), own
+        if kind not in (None, cls.__name__):
+            raise ValueError(f"{cls.__name__}: {path} holds another image processor, {kind}")
         return found or {}, own
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As of transformers; options that there are not are refused.
+        """As in transformers, but unknown options are refused.
 
         Args:
-            image_processor_dict: of a file: what is not known in it becomes an attribute.
-            kwargs: settings before those of the file; `return_unused_kwargs` to get back what is
-                none.
+            image_processor_dict: of a file; unknown entries become attributes.
+            kwargs: settings that override the file; `return_unused_kwargs` returns unknown ones.
 
         Raises:
-            ValueError: as of the class.
+            ValueError: as the class.
         """
         given = {n: v for n, v in kwargs.items() if v is not None and not n.startswith("_")}
         wants_rest = given.pop("return_unused_kwargs", False)
@@ -207,12 +204,12 @@ class CoMemoImageProcessor(BaseImageProcessor):
 
     @classmethod
     def from_json_file(cls, json_file: str | os.PathLike[str]) -> Any:
-        """As of transformers."""
+        """As in transformers."""
         return cls.from_dict(json.loads(Path(json_file).read_text(encoding="utf-8")))
 
 
 def settings_of(config: CoMemoConfig) -> dict[str, Any]:
-    """What a model's config says of its pictures.
+    """The settings that a model's config holds for its images.
 
     Args:
         config: of the checkpoint.
@@ -226,15 +223,15 @@ def settings_of(config: CoMemoConfig) -> dict[str, Any]:
 
 
 def check_options(caller: str, options: Mapping[str, Any], free: Iterable[str] = FREE) -> None:
-    """Refuse what would change nothing.
+    """Refuse options that would have no effect.
 
     Args:
-        caller: whose name the error begins with.
-        options: by name; None stands for the default.
-        free: names that are honoured beside the settings.
+        caller: the name that the error begins with.
+        options: by name; None means the default.
+        free: names that are accepted besides the settings.
 
     Raises:
-        ValueError: an unknown name, or a value that is not honoured.
+        ValueError: an unknown name, or an unsupported value.
     """
     unknown = sorted(set(options) - IMAGE_NAMES)
     if unknown:
@@ -250,10 +247,10 @@ def check_options(caller: str, options: Mapping[str, Any], free: Iterable[str] =
 
 
 def flatten_images(images: Any) -> list[Any]:
-    """All pictures of a picture or of a nested list of them.
+    """A flat list of the images in an image or a nested list of images.
 
     Args:
-        images: as of `CoMemoImageProcessor`; None is no picture.
+        images: see `CoMemoImageProcessor`; None is no image.
     """
     if isinstance(images, (list, tuple)):
         return [image for part in images for image in flatten_images(part)]
@@ -263,7 +260,7 @@ def flatten_images(images: Any) -> list[Any]:
 
 
 def _channels_last(image: Any, order: str | ChannelDimension | None) -> Any:
-    """An array or tensor of a known order as an array that is read so; else what it is."""
+    """An array or tensor of a known axis order as an array with its channels last."""
     if order is None or not isinstance(image, (np.ndarray, Tensor)) or image.ndim != 3:
         return image
     pixels = image.cpu().numpy() if isinstance(image, Tensor) else image
@@ -274,7 +271,7 @@ def _channels_last(image: Any, order: str | ChannelDimension | None) -> Any:
 
 def _load(image: Any, chosen: Mapping[str, Any]) -> tuple[Tensor, tuple[int, int]]:
     rescales, normalises = chosen["do_rescale"], chosen["do_normalize"]
-    return pictures.load_image(
+    return load_image(
         image,
         **{name: chosen[name] for name in TILING},
         convert_rgb=chosen["do_convert_rgb"],
@@ -285,5 +282,5 @@ def _load(image: Any, chosen: Mapping[str, Any]) -> tuple[Tensor, tuple[int, int
 
 
 def _numbers(values: float | Iterable[float]) -> float | list[float]:
-    """As they come back from a file."""
+    """A number, or a list as JSON would give it."""
     return list(values) if isinstance(values, Iterable) else values

@@ -1,7 +1,7 @@
-"""From a file to the tiles that the model sees.
+"""From an image file to the tiles that the model sees.
 
-A picture becomes RGB, is stretched to the grid of tiles whose shape is nearest to its own, is cut
-row by row, and is followed by a thumbnail of the whole: `pixel_values` [tiles, 3, size, size].
+An image is converted to RGB, resized to the grid of tiles whose aspect ratio is nearest to its own,
+and cut row by row. A thumbnail of the whole image follows: `pixel_values` [tiles, 3, size, size].
 """
 
 import functools
@@ -33,9 +33,9 @@ Grid: TypeAlias = tuple[int, int]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# 1024 tiles are 262,144 tokens: past any context, and a bound on the list of candidates
+# 1024 tiles are 262,144 tokens: more than any context, and a bound on the list of candidates
 MAX_TILES = 1024
-MAX_PIXELS = MAX_TILES * 448**2  # of all tiles of a picture
+MAX_PIXELS = MAX_TILES * 448**2  # of all tiles of an image
 
 
 def candidate_grids(min_num: int, max_num: int) -> tuple[Grid, ...]:
@@ -46,10 +46,10 @@ def candidate_grids(min_num: int, max_num: int) -> tuple[Grid, ...]:
         max_num: most tiles, from `min_num` to `MAX_TILES`.
 
     Returns:
-        Every grid once; grids of equal area stand in the order of the published code.
+        Every grid once; grids of equal area are in the order of the published code.
 
     Raises:
-        ValueError: a limit is no integer or out of range.
+        ValueError: a limit is not an integer or out of range.
     """
     return _grids(*_check_limits("candidate_grids", min_num, max_num))
 
@@ -57,20 +57,20 @@ def candidate_grids(min_num: int, max_num: int) -> tuple[Grid, ...]:
 def choose_grid(
     width: int, height: int, min_num: int = 1, max_num: int = 12, input_size: int = 448
 ) -> Grid:
-    """Choose the grid whose shape is nearest to that of a picture.
+    """Choose the grid whose aspect ratio is nearest to that of an image.
 
     Args:
-        width, height: of the picture, in pixels.
+        width, height: of the image, in pixels.
         min_num: fewest tiles, at least 1.
         max_num: most tiles, from `min_num` to `MAX_TILES`.
         input_size: pixels along the side of a tile.
 
     Returns:
         (cols, rows) with the least |width / height - cols / rows|, in float64. Of equally near
-        grids a later candidate wins if the picture has more than half as many pixels as its tiles.
+        grids a later candidate wins if the image has more than half as many pixels as its tiles.
 
     Raises:
-        ValueError: an argument is no integer or out of range.
+        ValueError: an argument is not an integer or out of range.
     """
     named = {"width": width, "height": height, "input_size": input_size}
     width, height, input_size = (_check_count("choose_grid", *item) for item in named.items())
@@ -91,31 +91,31 @@ def split_tiles(
     max_num: int = 12,
     use_thumbnail: bool = True,
 ) -> tuple[list[Image.Image], Grid]:
-    """Stretch a picture to its grid and cut it.
+    """Resize an image to its grid and cut it into tiles.
 
     Args:
         image: of mode RGB, as `open_image` returns it.
         input_size: pixels along the side of a tile.
         min_num: fewest tiles, at least 1.
         max_num: most tiles, from `min_num` to `MAX_TILES`.
-        use_thumbnail: whether more than one tile is followed by the whole picture as one more.
+        use_thumbnail: whether the whole image follows as one more tile if there are several.
 
     Returns:
         The tiles, row by row, and the grid (cols, rows).
 
     Raises:
-        ValueError: `image` is not an RGB picture with pixels, tiles of more than `MAX_PIXELS` in
-            all, or as `choose_grid`.
+        ValueError: `image` is not an RGB image with pixels, tiles with more than `MAX_PIXELS` in
+            total, or as `choose_grid`.
     """
     if not _describe(image).startswith("RGB (") or 0 in image.size:
-        wanted = "image must be an RGB picture with pixels"
+        wanted = "image must be an RGB image with pixels"
         raise ValueError(f"split_tiles: {wanted}, got {_describe(image)}")
     cols, rows = choose_grid(*image.size, min_num, max_num, input_size)
     size = operator.index(input_size)
     _check_pixels("split_tiles", cols * rows, size)
-    stretched = image.resize((size * cols, size * rows))
+    resized = image.resize((size * cols, size * rows))
     tiles = [
-        stretched.crop((size * col, size * row, size * (col + 1), size * (row + 1)))
+        resized.crop((size * col, size * row, size * (col + 1), size * (row + 1)))
         for row in range(rows)
         for col in range(cols)
     ]
@@ -130,25 +130,26 @@ def normalise(
     mean: float | Sequence[float] | None = IMAGENET_MEAN,
     std: float | Sequence[float] | None = IMAGENET_STD,
 ) -> Tensor:
-    """Scale tiles to [0, 1] and normalise them with the mean and deviation of ImageNet.
+    """Scale tiles to [0, 1] and normalise them with the mean and standard deviation of ImageNet.
 
     Args:
-        tiles: square RGB pictures of one size.
-        scale: that the values 0 to 255 are multiplied with; None leaves them.
-        mean, std: of the scaled values, one number or one per channel; None of either leaves them.
+        tiles: square RGB images of one size.
+        scale: factor for the values 0 to 255; None for no scaling.
+        mean, std: of the scaled values, one number or one per channel. If either is None, values
+            are not normalised.
 
     Returns:
         float32 [tiles, 3, size, size].
 
     Raises:
         ValueError: no tile, or tiles that are not square, not RGB, or of different sizes; `scale`
-            that is no number, `mean` or `std` not of one or three; a `std` of 0.
+            is not a number, `mean` or `std` not one or three numbers; a `std` of 0.
     """
     found = {_describe(tile) for tile in tiles}
     size = tiles[0].width if found and isinstance(tiles[0], Image.Image) else 0
     if found != {f"RGB {(size, size)}"}:
         got = ", ".join(sorted(found)) or "none"
-        raise ValueError(f"normalise: tiles must be square RGB pictures of one size, got {got}")
+        raise ValueError(f"normalise: tiles must be square RGB images of one size, got {got}")
     if scale is not None and not (isinstance(scale, numbers.Real) and abs(scale) < 1e38):
         raise ValueError(f"normalise: scale must be a finite number or None, got {scale!r}")
     shift = None if mean is None or std is None else _per_channel("mean", mean)
@@ -159,7 +160,7 @@ def normalise(
     for out, tile in zip(pixels, tiles, strict=True):
         out.copy_(torch.from_numpy(np.array(tile)).permute(2, 0, 1))
     if scale is not None:
-        # a division is what the published code does, and is rounded otherwise
+        # the published code divides, which rounds differently
         pixels = pixels.div_(255) if scale == 1 / 255 else pixels.mul_(float(scale))
     if shift is not None and spread is not None:
         pixels.sub_(shift).div_(spread)
@@ -179,17 +180,17 @@ def load_image(
     mean: float | Sequence[float] | None = IMAGENET_MEAN,
     std: float | Sequence[float] | None = IMAGENET_STD,
 ) -> tuple[Tensor, Grid]:
-    """Read a picture as the model wants it.
+    """Read an image into the form that the model needs.
 
     Args:
         source: anything that `open_image` reads.
         input_size: pixels along the side of a tile.
         max_num: most tiles, from `min_num` to `MAX_TILES`; the thumbnail is not counted.
         min_num: fewest tiles, at least 1.
-        use_thumbnail: whether more than one tile is followed by the whole picture as one more.
+        use_thumbnail: whether the whole image follows as one more tile if there are several.
         published: exactly the pixels of the published code; see `open_image`.
-        convert_rgb: False refuses pictures of another mode than RGB.
-        scale, mean, std: as of `normalise`; the model wants the defaults.
+        convert_rgb: False refuses images of another mode than RGB.
+        scale, mean, std: see `normalise`; the model needs the defaults.
 
     Returns:
         `pixel_values` float32 [tiles, 3, input_size, input_size], the thumbnail last, and the grid
@@ -197,10 +198,10 @@ def load_image(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: as `open_image`, `split_tiles` and `normalise`; or a limit is no integer or out
-            of range.
+        ValueError: as `open_image`, `split_tiles` and `normalise`; or a limit is not an integer or
+            out of range.
     """
-    # checked here too, so that a wrong limit costs no decoding
+    # checked here too, so that a wrong limit fails before decoding
     size = _check_count("load_image", "input_size", input_size)
     low, high = _check_limits("load_image", min_num, max_num)
     _check_pixels("load_image", low, size)
@@ -214,8 +215,8 @@ def _grids(low: int, high: int) -> tuple[Grid, ...]:
     """List the grids of `low` to `high` tiles in the order of the published code."""
     columns = range(1, high + 1)
     grids = [(c, r) for c in columns for r in range(1, high // c + 1) if c * r >= low]
-    # The published code fills a set of tuples, ring by ring, and sorts it by area alone. CPython's
-    # order of a set of integer tuples depends on the order of insertion only, so it is repeated.
+    # The published code fills a set of tuples, ring by ring, and sorts it by area alone. In CPython
+    # the order of a set of integer tuples depends only on the order of insertion, repeated here.
     grids.sort(key=lambda grid: max(*grid, low))
     return tuple(sorted(set(grids), key=lambda grid: grid[0] * grid[1]))
 
@@ -242,7 +243,7 @@ def _check_count(function: str, name: str, value: int) -> int:
 
 def _check_pixels(function: str, tiles: int, size: int) -> None:
     if tiles * size**2 > MAX_PIXELS:
-        wanted = f"input_size must make {tiles} tiles of at most {MAX_PIXELS} pixels in all"
+        wanted = f"input_size must make {tiles} tiles of at most {MAX_PIXELS} pixels in total"
         raise ValueError(f"{function}: {wanted}, got {size}")
 
 
@@ -254,7 +255,7 @@ def _per_channel(name: str, values: float | Sequence[float]) -> Tensor:
     """[3, 1, 1] or [1, 1, 1]."""
     try:
         found = torch.as_tensor(values, dtype=torch.float32).flatten()
-    except (TypeError, ValueError, RuntimeError):  # what is no number, or ragged
+    except (TypeError, ValueError, RuntimeError):  # not numbers, or ragged
         found = torch.empty(0)
     if found.numel() not in (1, 3) or not found.isfinite().all():
         raise ValueError(

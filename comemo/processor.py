@@ -1,4 +1,4 @@
-"""Processor: pictures and messages to what `generate` takes, in transformers' terms."""
+"""Processor of transformers' kind: images and messages to the inputs of `generate`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,12 +28,12 @@ __all__ = ["CoMemoImageProcessor", "CoMemoProcessor", "CoMemoProcessorKwargs"]
 
 
 class CoMemoProcessor(LoadsProcessor, ProcessorMixin):
-    """Image processor and tokenizer behind one call, and the chat template.
+    """Image processor and tokenizer in one call, and the chat template.
 
     Args:
         image_processor: a `CoMemoImageProcessor`.
         tokenizer: of the checkpoint.
-        chat_template: Jinja source; of the config's template if None.
+        chat_template: Jinja source; None for the default template.
         tokens_per_tile: image tokens of one tile of the image processor's `input_size`.
     """
 
@@ -55,27 +55,26 @@ class CoMemoProcessor(LoadsProcessor, ProcessorMixin):
     def __call__(
         self, images: Any = None, text: str | Sequence[str] | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Prompts with `<image>` marks, and pictures in reading order, to model inputs.
+        """Prompts with `<image>` marks, and images in reading order, to model inputs.
 
         Args:
-            images: a picture or a (nested) list of them, as of `CoMemoImageProcessor`, or None.
-                A list of one list per prompt tells which prompt each belongs to.
+            images: an image or a (nested) list, see `CoMemoImageProcessor`, or None. A list with
+                one list per prompt assigns the images to the prompts.
             text: one prompt or several, as `apply_chat_template` writes them. `<IMG_CONTEXT>`
                 alone is a mark too.
-            kwargs: options, each by its name or in `text_kwargs`, `images_kwargs` or
-                `common_kwargs`. Of text: `padding` (True), `padding_side`, `max_length`,
-                `pad_to_multiple_of`, `truncation` (never of image tokens), `add_special_tokens`,
-                `return_attention_mask`, `return_mm_token_type_ids`. Of pictures: those of the
-                image processor. Of both: `return_tensors` ("pt"; None for lists). Options of
-                videos and audio act on none.
+            kwargs: options, by name or in `text_kwargs`, `images_kwargs` or `common_kwargs`. For
+                text: `padding` (True), `padding_side`, `max_length`, `pad_to_multiple_of`,
+                `truncation` (never of image tokens), `add_special_tokens`,
+                `return_attention_mask`, `return_mm_token_type_ids`. For images: those of the image
+                processor. For both: `return_tensors` ("pt"; None for lists). Options of videos and
+                audio have no effect.
 
         Returns:
-            input_ids and attention_mask [B, N], and with pictures pixel_values, tile_grid.
+            input_ids and attention_mask [B, N], and with images pixel_values, tile_grid.
 
         Raises:
-            ValueError: marks and pictures that differ in number; a bad picture; an option that
-                there is not, that is given twice or cannot be honoured; image tokens that
-                truncation would cut.
+            ValueError: numbers of marks and images that differ; a bad image; an option that is
+                unknown, given twice or not supported; image tokens that truncation would cut.
         """
         if text is None:
             raise ValueError("CoMemoProcessor: text must be a string or a list of them, got None")
@@ -84,7 +83,7 @@ class CoMemoProcessor(LoadsProcessor, ProcessorMixin):
             raise ValueError("CoMemoProcessor: text must be a string or a list of strings")
         for name in ("videos", "audio"):
             if kwargs.pop(name, None) is not None:
-                raise ValueError(f"CoMemoProcessor: the model knows pictures alone, got {name}")
+                raise ValueError(f"CoMemoProcessor: the model takes only images, got {name}")
         texts = [one.replace(self.image_token, prompts.IMAGE_MARK) for one in texts]
         options = self._options(without_generation(kwargs))
         data, counts = self._read_images(images, options["images_kwargs"])
@@ -95,9 +94,9 @@ class CoMemoProcessor(LoadsProcessor, ProcessorMixin):
         return self._encode(texts, own, options["text_kwargs"], data)
 
     def _options(self, kwargs: dict[str, Any]) -> dict[str, dict[str, Any]]:
-        """Options of text and of pictures: those given, before those of the parts and defaults."""
+        """Options of text and of images: those given, then those of the parts, then defaults."""
         given = sort_options(kwargs)
-        # Some releases want this one among the text's options, newer ones beside them.
+        # Some releases of transformers want it among the text options, newer ones outside.
         token_types = given["text_kwargs"].pop("return_mm_token_type_ids", None)
         types = CoMemoProcessorKwargs.__annotations__["text_kwargs"]
         try:
@@ -114,14 +113,14 @@ class CoMemoProcessor(LoadsProcessor, ProcessorMixin):
                 raise ValueError(f"CoMemoProcessor: {name} is not supported, got {value!r:.80}")
         images["return_tensors"] = text["return_tensors"]
         text["return_mm_token_type_ids"] = token_types
-        # A limit that only the tokenizer's files hold may have been meant for something else.
+        # A max_length that is only in the tokenizer's files may be meant for another use.
         text["strict"] = given["text_kwargs"].get("max_length") is not None
         return {"text_kwargs": text, "images_kwargs": images}
 
     def _read_images(
         self, images: Any, options: dict[str, Any]
     ) -> tuple[dict[str, Any], list[int]]:
-        """What the image processor makes of pictures, and the image tokens of each."""
+        """The output of the image processor, and the image tokens of each image."""
         if not flatten_images(images):
             return {}, []
         data = dict(self.image_processor(images, **options))
@@ -141,13 +140,13 @@ class CoMemoProcessor(LoadsProcessor, ProcessorMixin):
         options: dict[str, Any],
         data: dict[str, Any],
     ) -> BatchFeature:
-        """Ids of prompts whose pictures have so many tokens, cut and padded."""
+        """Ids of prompts whose images have `counts` tokens, truncated and padded."""
         named = ("padding", "truncation", "max_length", "pad_to_multiple_of")
         try:
             padding, truncation, limit, _ = self.tokenizer._get_padding_truncation_strategies(
                 **{name: options.get(name) for name in named}, verbose=False
             )
-        except ValueError as error:  # which names neither the option nor us
+        except ValueError as error:  # it names neither the option nor this class
             raise ValueError(f"CoMemoProcessor: padding or truncation: {error}") from error
         if options["padding"] == "max_length" and limit is None:
             raise ValueError("CoMemoProcessor: padding='max_length' needs max_length, got None")
@@ -181,7 +180,7 @@ class CoMemoProcessor(LoadsProcessor, ProcessorMixin):
         return BatchFeature(data, tensor_type=options["return_tensors"])
 
     def _cut(self, row: list[int], limit: int, truncation: str, special: bool) -> list[int]:
-        """A prompt without what is too much of its text, at the tokenizer's side for that."""
+        """A prompt truncated to `limit` tokens, at the tokenizer's truncation side."""
         if truncation == "only_second":
             raise ValueError("CoMemoProcessor: truncation 'only_second' needs pairs of texts")
         if len(row) <= limit:
@@ -211,20 +210,20 @@ class CoMemoProcessor(LoadsProcessor, ProcessorMixin):
         processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As of transformers; what users typed stays text, control tokens' names included.
+        """As in transformers, but text of users stays text, even the name of a control token.
 
         Args:
             conversation: messages, or a list of several conversations, in the forms that
                 `comemo.processing.messages` reads.
             chat_template: instead of the processor's own.
-            tools, documents: for a template that knows them; the published ones do not.
-            processor_kwargs: options as of a call. They may stand among `kwargs` too.
-            kwargs: as of transformers: `add_generation_prompt`, `continue_final_message`,
+            tools, documents: for a template that uses them; the published ones do not.
+            processor_kwargs: options of a call; they may also be among `kwargs`.
+            kwargs: as in transformers: `add_generation_prompt`, `continue_final_message`,
                 `tokenize`, `return_dict`, variables of the template.
 
         Raises:
-            ValueError: as of `read_conversations` and of a call; tools or documents for a
-                published template.
+            ValueError: as `read_conversations` and a call; tools or documents for a published
+                template.
         """
         published = self._template(chat_template) in PUBLISHED_TEMPLATES
         for name, value in (("tools", tools), ("documents", documents)):
@@ -233,13 +232,13 @@ class CoMemoProcessor(LoadsProcessor, ProcessorMixin):
                     f"apply_chat_template: the published chat templates know no {name}, got"
                     f" {len(value)}: pass a chat_template that does"
                 )
-        kwargs.pop("sanitize_control_tokens", None)  # what is read below is safe already
+        kwargs.pop("sanitize_control_tokens", None)  # the conversation below is already safe
         safe, several = messages.read_conversations(conversation, self._escape, published)
         options = dict(processor_kwargs or {})
         of_call = CALL_NAMES | GENERATION_NAMES
         for name in [name for name in kwargs if name in of_call]:
             if name in options:
-                raise ValueError(f"CoMemoProcessor: {name} was passed two times")
+                raise ValueError(f"CoMemoProcessor: {name} was passed twice")
             options[name] = kwargs.pop(name)
         for name in kwargs:
             if published and name not in TEMPLATE_NAMES:
@@ -254,7 +253,7 @@ class CoMemoProcessor(LoadsProcessor, ProcessorMixin):
         )
 
     def _template(self, chosen: str | None) -> str | None:
-        """The source of a template that is chosen by its name, its source, or not at all."""
+        """The source of a template that is chosen by name, by source, or by default."""
         own = self.chat_template
         if isinstance(own, dict):
             return own.get("default" if chosen is None else chosen, chosen)
@@ -269,7 +268,7 @@ class CoMemoProcessor(LoadsProcessor, ProcessorMixin):
         return self.tokenizer.convert_tokens_to_ids(self.image_token)
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
-        """As of transformers: image tokens and tiles of pictures of (height, width) pixels."""
+        """As in transformers: image tokens and tiles of images of (height, width) pixels."""
         chosen = self.image_processor.settings(kwargs)
         limits = (chosen["min_num"], chosen["max_num"], chosen["input_size"])
         grids = [choose_grid(width, height, *limits) for height, width in image_sizes or ()]

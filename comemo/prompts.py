@@ -1,6 +1,6 @@
-"""Prompt strings: chat templates, picture marks, and user text that cannot act as control tokens.
+"""Prompts as text and ids: chat templates, `<image>` marks, and escaping of user text.
 
-The order that keeps a prompt safe: `escape` what users typed, `build_prompt`, `expand_images`,
+To keep a prompt safe: first `escape` user text, then `build_prompt`, `expand_images`,
 `encode_prompt`.
 """
 
@@ -23,10 +23,10 @@ Turn = tuple[str, str | None]
 
 @dataclass(frozen=True)
 class Template:
-    """Words of one chat format.
+    """The fixed texts of a chat format.
 
-    A message is its role and its text, closed by `separator`. An empty one is its role alone;
-    only the system message is always closed.
+    A message is its role, its text and `separator`. An empty message is its role alone; only the
+    system message always ends with `separator`.
     """
 
     system_message: str
@@ -94,12 +94,12 @@ def build_prompt(
     """Write a conversation as one string.
 
     Args:
-        turns: pairs of question and answer; None where the answer is to be generated.
+        turns: pairs of question and answer; None for the answer to be generated.
         template: a key of `TEMPLATES`.
-        system_message: None means the template's own.
+        system_message: None for the template's own.
 
     Returns:
-        The prompt, `<image>` marks not yet expanded.
+        The prompt, with `<image>` marks.
 
     Raises:
         ValueError: there is no such template.
@@ -115,13 +115,10 @@ def build_prompt(
 
 
 def stop_text(template: str = "internlm2-chat") -> str:
-    """Name the control token that ends an answer.
+    """The name of the stop token, the control token that ends an answer.
 
     Args:
         template: a key of `TEMPLATES`.
-
-    Returns:
-        The separator without surrounding white space.
 
     Raises:
         ValueError: there is no such template.
@@ -138,7 +135,7 @@ def chat_template(template: str = "internlm2-chat") -> str:
     Returns:
         Jinja source that renders messages to what `build_prompt` gives for the same turns. A
         message's content is a string or a list of text and image items; an image item renders as
-        an `<image>` line. User text has to be escaped before.
+        an `<image>` line. User text must be escaped before.
 
     Raises:
         ValueError: there is no such template.
@@ -158,29 +155,22 @@ def chat_template(template: str = "internlm2-chat") -> str:
 
 
 def with_image_mark(question: str) -> str:
-    """Put an `<image>` line before a question that has no `<image>`.
-
-    Args:
-        question: the first question of a conversation with pictures.
-
-    Returns:
-        The question with at least one mark.
-    """
+    """Put an `<image>` line before a question that has no `<image>`."""
     return question if IMAGE_MARK in question else f"{IMAGE_MARK}\n{question}"
 
 
 def expand_images(prompt: str, token_counts: Sequence[int]) -> str:
-    """Replace the n-th `<image>` by as many `<IMG_CONTEXT>` as the n-th picture has tokens.
+    """Replace the n-th `<image>` by as many `<IMG_CONTEXT>` as the n-th image has tokens.
 
     Args:
         prompt: text with `<image>` marks.
-        token_counts: one positive number per picture.
+        token_counts: one positive number per image.
 
     Returns:
         The prompt, each run of `<IMG_CONTEXT>` between `<img>` and `</img>`.
 
     Raises:
-        ValueError: there are more or fewer marks than pictures, or a picture has no tokens.
+        ValueError: there are more or fewer marks than images, or an image has no tokens.
     """
     first, *rest = prompt.split(IMAGE_MARK)
     if len(rest) != len(token_counts):
@@ -204,16 +194,16 @@ def encode_with_images(
     """Turn a prompt with `<image>` marks into ids.
 
     Args:
-        tokenizer, add_special_tokens: as of `encode_prompt`.
+        tokenizer, add_special_tokens: see `encode_prompt`.
         prompt: what `build_prompt` returned.
-        token_counts: as of `expand_images`.
+        token_counts: see `expand_images`.
 
     Returns:
-        What `encode_prompt` gives for what `expand_images` returns. One token of each picture is
-        encoded and then repeated: thousands take the tokenizer longer than all the words.
+        The ids that `encode_prompt` gives for what `expand_images` returns. One token of each image
+        is encoded and then repeated, which is much faster.
 
     Raises:
-        ValueError: as of `expand_images` and `encode_prompt`.
+        ValueError: as `expand_images` and `encode_prompt`.
     """
     text = expand_images(prompt, [min(count, 1) for count in token_counts])
     context, counts = tokenizer.convert_tokens_to_ids(IMAGE_CONTEXT), iter(token_counts)
@@ -230,25 +220,25 @@ def encode_turns(
     system_message: str | None,
     token_counts: Sequence[int],
 ) -> tuple[list[int], str]:
-    """Turn a conversation into ids, whatever users typed.
+    """Turn a conversation into ids; its texts are escaped here.
 
     Args:
-        tokenizer: as of `encode_prompt`.
-        turns, template, system_message: as of `build_prompt`, nothing escaped.
-        token_counts: as of `expand_images`.
+        tokenizer: see `encode_prompt`.
+        turns, template, system_message: see `build_prompt`; not escaped.
+        token_counts: see `expand_images`.
 
     Returns:
-        The ids, and the prompt with its `<image>` marks, escaped.
+        The ids, and the escaped prompt with its `<image>` marks.
 
     Raises:
-        ValueError: as of `escape`, `build_prompt` and `encode_with_images`.
+        ValueError: as `escape`, `build_prompt` and `encode_with_images`.
     """
 
-    def inert(text: str | None) -> str | None:
+    def escaped(text: str | None) -> str | None:
         return None if text is None else escape(text, tokenizer)
 
-    safe = [(escape(question, tokenizer), inert(answer)) for question, answer in turns]
-    prompt = build_prompt(safe, template, inert(system_message))
+    safe = [(escape(question, tokenizer), escaped(answer)) for question, answer in turns]
+    prompt = build_prompt(safe, template, escaped(system_message))
     return encode_with_images(tokenizer, prompt, token_counts), prompt
 
 
@@ -257,19 +247,19 @@ def _count(number: int, noun: str) -> str:
 
 
 def escape(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Mark the control tokens in user text so that they stay text.
+    """Mark the names of control tokens in user text so that they stay text.
 
     Args:
-        text: anything a user may have typed. `<image>` is no control token and keeps its meaning.
-        tokenizer: whose control tokens to look for.
+        text: any user text. `<image>` is not a control token and keeps its meaning.
+        tokenizer: that defines the control tokens.
 
     Returns:
         The text with `MARKER` after the first character of each control token's name, overlapping
-        ones included, and no other `MARKER`. Text without such names comes back as it is.
+        ones included, and no other `MARKER`. Text without such names is unchanged.
 
     Raises:
-        ValueError: the text holds a control token of one character, which no marker can split, or
-            half a surrogate pair.
+        ValueError: the text contains a control token of one character, which no marker can split,
+            or a lone surrogate.
     """
     check_unicode("escape", text)
     text = text.replace(MARKER, "")
@@ -280,7 +270,7 @@ def escape(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
                 f"escape: wanted control tokens of two characters or more, got {literal!r} in "
                 f"{text!r}: it cannot be kept as text"
             )
-    # The lookahead consumes one character only, so that overlapping names are all found.
+    # The lookahead consumes one character only, so that all overlapping names are found.
     return re.sub(rf"(?={_any_of(literals)})(?s:.)", rf"\g<0>{MARKER}", text)
 
 
@@ -290,19 +280,18 @@ def encode_prompt(
     """Turn a prompt with escaped user text into ids.
 
     Args:
-        tokenizer: `InternLM2Tokenizer`, or any other: for one that knows no `MARKER`, a prompt
-            that holds markers is split at the control tokens here, each part encoded alone.
+        tokenizer: `InternLM2Tokenizer` or any other. Another one does not know `MARKER`: a prompt
+            with markers is then split at the control tokens, and each part encoded alone.
         prompt: what `expand_images` returned.
-        add_special_tokens: whether to put around the ids what the tokenizer puts around every
+        add_special_tokens: whether to add the special tokens that the tokenizer puts around every
             text.
 
     Returns:
         The ids.
 
     Raises:
-        ValueError: the tokenizer turns text into a control token and cannot be kept from it, a
-            text's ids are not the same with and without special tokens around it, or the prompt
-            holds half a surrogate pair.
+        ValueError: the tokenizer turns text into a control token in any case, the ids of a text
+            change when special tokens are put around it, or the prompt contains a lone surrogate.
     """
     check_unicode("encode_prompt", prompt)
     if isinstance(tokenizer, InternLM2Tokenizer) or MARKER not in prompt:
@@ -320,7 +309,9 @@ def encode_prompt(
     return before + ids + after
 
 
-def _encode_text(tokenizer, text: str, control: dict[int, str]) -> list[int]:
+def _encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, control: dict[int, str]
+) -> list[int]:
     """Ids of `text`, none of them in `control` (id -> name)."""
     encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
     found = [control[index] for index in encoded["input_ids"] if index in control]
@@ -333,14 +324,14 @@ def _encode_text(tokenizer, text: str, control: dict[int, str]) -> list[int]:
 
 
 def ids_around(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
-    """What a tokenizer puts before and after the ids of a text.
+    """The ids that a tokenizer puts before and after those of a text.
 
     Args:
         tokenizer: any.
-        text: any with ids of its own.
+        text: any text with at least one id.
 
     Raises:
-        ValueError: the text's ids are not the same with and without it.
+        ValueError: the ids of the text itself change when others are put around them.
     """
     bare = tokenizer(text, add_special_tokens=False)["input_ids"]
     full = tokenizer(text)["input_ids"]
@@ -353,7 +344,7 @@ def ids_around(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int]
     )
 
 
-def _control_literals(tokenizer) -> set[str]:
+def _control_literals(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     if isinstance(tokenizer, InternLM2Tokenizer):
         return tokenizer.control_literals
     added = tokenizer.added_tokens_decoder.values()
@@ -361,6 +352,6 @@ def _control_literals(tokenizer) -> set[str]:
 
 
 def _any_of(literals: set[str]) -> str:
-    """Pattern for any of `literals`, the longest that fits; for none of them if there are none."""
+    """A pattern for any of `literals`, the longest first; without any, one that never matches."""
     longest_first = sorted(literals, key=len, reverse=True)
     return "(?:" + "|".join(map(re.escape, longest_first)) + ")" if literals else "(?!)"

@@ -1,4 +1,4 @@
-"""A tiny untrained checkpoint, made on the spot in the published layout."""
+"""Make a tiny untrained checkpoint in the published layout."""
 
 import io
 import json
@@ -11,14 +11,25 @@ from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig
 from comemo.tokenizer import InternLM2Tokenizer
 
-# As in the published vocabulary: the first are unused pieces under a new name, the others follow.
+# As in the published vocabulary: unused pieces with a new name, and tokens after the last piece.
 RENAMED_TOKENS = (
-    *("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>"),
-    *("<|im_end|>", "<|im_start|>"),
+    "<|plugin|>",
+    "<|interpreter|>",
+    "<|action_end|>",
+    "<|action_start|>",
+    "<|im_end|>",
+    "<|im_start|>",
 )
 ADDED_TOKENS = (
-    *("<img>", "</img>", "<IMG_CONTEXT>"),
-    *("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>"),
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
 )
 _SENTENCES = (
     "the picture shows a quiet harbour in the evening sun.",
@@ -34,7 +45,7 @@ def make_checkpoint(directory: str | Path, seed: int = 0) -> None:
     """Write a tiny untrained checkpoint in the published layout: config, weights, tokenizer.
 
     Args:
-        directory: where to; made if there is none.
+        directory: of the checkpoint; created if it does not exist.
         seed: of the weights. The same seed gives the same files.
     """
     directory = Path(directory)
@@ -81,7 +92,7 @@ def make_checkpoint(directory: str | Path, seed: int = 0) -> None:
 
 @torch.no_grad()
 def spread_weights(model: CoMemoForConditionalGeneration) -> None:
-    """Make every part matter: open gates, and weights that do not shrink what they carry."""
+    """Make every part contribute: open gates, and weights that keep the scale of activations."""
     for name, weight in model.named_parameters():
         if name.endswith("_gate"):
             weight.fill_(0.5 + 0.5 * torch.rand(1).item())

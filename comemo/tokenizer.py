@@ -1,10 +1,10 @@
-"""The published sentencepiece tokenizer, exact to the id, that can also keep user text inert.
+"""The published sentencepiece tokenizer, id by id, with a way to keep user text from being control.
 
 A control token is a token flagged special, such as `<|im_end|>` or `<IMG_CONTEXT>`. As published,
-whoever types its name, or the name of the sentencepiece piece it replaced
-(`[UNUSED_TOKEN_145]`), gets the control token. A `MARKER` inside the name keeps it text: no part
-of the name can then match, and the marker's own pieces are dropped. `comemo.prompts.escape` places
-the markers. A string without a marker gives the published ids.
+its name in user text becomes the control token, and so does the name of the sentencepiece piece
+that it replaced (`[UNUSED_TOKEN_145]`). A `MARKER` inside the name keeps it text: the name no
+longer matches, and the marker's own pieces are dropped. `comemo.prompts.escape` inserts the
+markers. A string without a marker gives the published ids.
 """
 
 import inspect
@@ -21,26 +21,61 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from comemo.safety.files import check_class, hub_options, read_json
 
-MARKER = "\ufdd0"  # a Unicode noncharacter: no valid text holds one
+MARKER = "\ufdd0"  # a Unicode noncharacter: valid text does not contain it
 MARKER_PIECES = [f"<0x{byte:02X}>" for byte in MARKER.encode()]
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-# Keywords that steer the loading, and the pointer to code inside a checkpoint: not to be saved.
+# Keywords of loading, and the key that names code in a checkpoint: not saved.
 LOADING_KEYS = ("auto_map", "trust_remote_code", "use_fast")
-# What AutoTokenizer takes, and here is of no use.
+# What AutoTokenizer takes, with no effect here.
 OF_AUTO = ("config", "code_revision", "tokenizer_type", "trust_remote_code", "use_fast")
 
-# What transformers takes beside those of the class and of a call: to find files, to set up.
-KEYWORDS = (
-    *("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder"),
-    *("token", "code_revision", "config", "from_slow", "gguf_file", "tokenizer_file"),
-    *("tokenizer_type", "user_agent", "added_tokens_decoder", "additional_special_tokens"),
-    *("extra_special_tokens", "model_specific_special_tokens", "sep_token", "cls_token"),
-    *("mask_token", "backend", "chat_template", "files_loaded", "legacy", "model_input_names"),
-    *("model_max_length", "max_len", "name_or_path", "padding_side", "processor_class"),
-    *("response_schema", "response_template", "sp_model_kwargs", "split_special_tokens"),
-    *("spaces_between_special_tokens", "tokenizer_class", "truncation_side", "do_lower_case"),
+# What transformers takes in addition to the keywords of the class and of a call.
+OF_FILES = (
+    "cache_dir",
+    "code_revision",
+    "config",
+    "files_loaded",
+    "force_download",
+    "from_slow",
+    "gguf_file",
+    "local_files_only",
+    "name_or_path",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "tokenizer_file",
+    "user_agent",
+)
+OF_TOKENS = (
+    "added_tokens_decoder",
+    "additional_special_tokens",
+    "cls_token",
+    "extra_special_tokens",
+    "mask_token",
+    "model_specific_special_tokens",
+    "sep_token",
+    "spaces_between_special_tokens",
+    "split_special_tokens",
+)
+OF_CLASS = (
+    "backend",
+    "chat_template",
+    "do_lower_case",
+    "legacy",
+    "max_len",
+    "model_input_names",
+    "model_max_length",
+    "padding_side",
+    "processor_class",
+    "response_schema",
+    "response_template",
+    "sp_model_kwargs",
+    "tokenizer_class",
+    "tokenizer_type",
+    "truncation_side",
 )
 
 
@@ -52,17 +87,17 @@ class InternLM2Tokenizer(SentencePieceBackend):
         unk_token, bos_token, eos_token, pad_token: names of the special tokens.
         add_bos_token: put `bos_token` before every text.
         add_eos_token: put `eos_token` after every text.
-        clean_up_tokenization_spaces: clean up the joined text too; the parts always are.
-        **kwargs: as of any transformers tokenizer. Padding is on the left unless `padding_side`
-            says "right": an answer follows the last token of its prompt.
+        clean_up_tokenization_spaces: clean up the joined text too; its parts always are.
+        **kwargs: as in any transformers tokenizer. Padding is on the left unless `padding_side` is
+            "right": an answer follows the last token of its prompt.
 
-    Decoding puts a blank before the text that a special token follows, as published, so that text
-    can change when one comes. A streamer of transformers puts out what is decoded in the end if it
-    has `skip_special_tokens=True`, and punctuation follows no blank.
+    Decoding puts a space before text that is followed by a special token, as published: text can
+    change when such a token comes. A streamer of transformers gives the same text as decoding at
+    the end if it has `skip_special_tokens=True` and no punctuation follows a space.
 
     Raises:
-        ValueError: there is no `vocab_file`, or it is no sentencepiece model. Later: text that
-            holds half a surrogate pair, which no UTF-8 can.
+        ValueError: there is no `vocab_file`, or it is not a sentencepiece model. Later: text with
+            a lone surrogate, which UTF-8 cannot encode.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
@@ -94,7 +129,7 @@ class InternLM2Tokenizer(SentencePieceBackend):
                 clean_up_tokenization_spaces=clean_up_tokenization_spaces,
                 **{key: value for key, value in kwargs.items() if key not in LOADING_KEYS},
             )
-        except RuntimeError as error:  # what sentencepiece raises
+        except RuntimeError as error:  # from sentencepiece
             raise ValueError(
                 f"InternLM2Tokenizer: wanted a sentencepiece model, got {vocab_file}: {error}"
             ) from error
@@ -106,32 +141,30 @@ class InternLM2Tokenizer(SentencePieceBackend):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """As of transformers, but that `trust_remote_code` changes nothing: no code is looked for.
+        """As in transformers, but `trust_remote_code` has no effect: code is never loaded.
 
-        Padding is on the left unless `padding_side` is given here.
-
-        What the files of a checkpoint say of the side is how it was trained, where the side does
-        not matter: a prompt padded on the right is answered wrongly.
+        Padding is on the left unless `padding_side` is given here. The side in the files of a
+        checkpoint is that of training, where it does not matter: a prompt padded on the right is
+        answered wrongly.
 
         Raises:
-            ValueError: a keyword that no tokenizer has, files of another tokenizer, or as of the
-                class.
+            ValueError: an unknown keyword, files of another tokenizer, or as the class.
         """
         function, path = f"{cls.__name__}.from_pretrained", pretrained_model_name_or_path
-        if "_from_pipeline" not in kwargs:  # which hands on what is for the model
+        if "_from_pipeline" not in kwargs:  # a pipeline also passes options of the model
             check_keywords(function, kwargs)
         for name in OF_AUTO:
             kwargs.pop(name, None)
-        told = read_json(path, "tokenizer_config.json", **hub_options(kwargs))
+        settings = read_json(path, "tokenizer_config.json", **hub_options(kwargs))
         known = (cls.__name__, "InternLM2TokenizerFast", "InternLM2Tokenizer")
-        check_class(function, path, told.get("tokenizer_class"), known)
+        check_class(function, path, settings.get("tokenizer_class"), known)
         side = kwargs.pop("padding_side", None) or "left"
         return super().from_pretrained(path, *args, padding_side=side, **kwargs)
 
     def _save_pretrained(
         self, save_directory: Any, file_names: tuple[str, ...], *args: Any, **kwargs: Any
     ) -> tuple[str, ...]:
-        """Write down too what goes around a text: transformers leaves it out of what it wrote."""
+        """Also write `add_bos_token` and `add_eos_token`, which transformers does not."""
         path = Path(file_names[0])
         config = json.loads(path.read_text(encoding="utf-8"))
         config |= {"add_bos_token": self.add_bos_token, "add_eos_token": self.add_eos_token}
@@ -140,10 +173,10 @@ class InternLM2Tokenizer(SentencePieceBackend):
         return super()._save_pretrained(save_directory, file_names, *args, **kwargs)
 
     def tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        """As of transformers.
+        """As in transformers.
 
         Raises:
-            ValueError: the text holds half a surrogate pair.
+            ValueError: the text contains a lone surrogate.
         """
         check_unicode("InternLM2Tokenizer", text)
         return super().tokenize(text, **kwargs)
@@ -160,12 +193,12 @@ class InternLM2Tokenizer(SentencePieceBackend):
 
     @property
     def add_prefix_space(self) -> bool:
-        """Whether the model puts a blank before every text, so before words that are alone too."""
+        """Whether the model puts a space before every text, also before single words."""
         return self.sp_model.encode("a", out_type=str)[0].startswith("▁")
 
     @property
     def control_literals(self) -> set[str]:
-        """What would become a control token if typed: their names and those they replaced."""
+        """Texts that would become control tokens: their names and those of replaced pieces."""
         ids = set(self.all_special_ids)
         ids |= {index for index, token in self._added_tokens_decoder.items() if token.special}
         replaced = {self.sp_model.IdToPiece(index) for index in ids if index < self.vocab_size}
@@ -176,14 +209,14 @@ class InternLM2Tokenizer(SentencePieceBackend):
         return _drop_markers(pieces, self.unk_token) if MARKER in text else pieces
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Join tokens that need no blank around them.
+        """Join tokens that need no space around them.
 
         Args:
             tokens: pieces and special tokens.
 
         Returns:
-            The text. As published, each run of special tokens puts a blank, not before itself
-            but before the ordinary text that it follows.
+            The text. As published, each run of special tokens puts a space before the ordinary
+            text in front of it, not before itself.
         """
         special = set(self.all_special_tokens)
         text = plain = ""
@@ -215,7 +248,7 @@ class InternLM2Tokenizer(SentencePieceBackend):
         return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
 
     def _tokens_apart(self) -> set[str]:
-        """Tokens that decode with a blank on either side: those that sentencepiece lacks."""
+        """Tokens that decode with a space on either side: those that sentencepiece lacks."""
         named, special = set(self.special_tokens_map.values()), set(self.all_special_tokens)
         return {
             token
@@ -225,13 +258,13 @@ class InternLM2Tokenizer(SentencePieceBackend):
 
 
 def _drop_markers(pieces: list[str], unk_token: str) -> list[str]:
-    """`pieces` without those of the marker."""
+    """`pieces` without the pieces of the marker."""
     kept: list[str] = []
     for piece in pieces:
         if MARKER not in piece:
             kept.append(piece)
         elif piece != MARKER:
-            # Without byte pieces a run of unknown characters is one piece; less its marker it
+            # Without byte pieces a run of unknown characters is one piece; without its marker it
             # could spell a control token.
             kept.append(unk_token)
         if kept[-len(MARKER_PIECES) :] == MARKER_PIECES:
@@ -240,19 +273,19 @@ def _drop_markers(pieces: list[str], unk_token: str) -> list[str]:
 
 
 def check_unicode(function: str, text: str) -> None:
-    """Refuse text that no UTF-8 holds, such as half of a picture character cut in two.
+    """Refuse text that UTF-8 cannot encode, such as one half of an emoji.
 
     Args:
-        function: whose name the error begins with.
+        function: the name that the error begins with.
         text: any.
 
     Raises:
-        ValueError: the text holds half a surrogate pair.
+        ValueError: the text contains a lone surrogate.
     """
     if found := _SURROGATE.search(text):
         raise ValueError(
-            f"{function}: wanted text of whole characters, got half a surrogate pair"
-            f" {found[0]!r} at {found.start()}"
+            f"{function}: wanted text of whole characters, got a lone surrogate {found[0]!r} at"
+            f" {found.start()}"
         )
 
 
@@ -260,22 +293,22 @@ def check_keywords(function: str, keywords: dict[str, Any]) -> None:
     """Refuse keywords of `from_pretrained` that no tokenizer has.
 
     Args:
-        function: whose name the error begins with.
+        function: the name that the error begins with.
         keywords: as given.
 
     Raises:
-        ValueError: naming the first.
+        ValueError: names the first unknown keyword.
     """
     for name, value in keywords.items():
-        # A name of a method is refused by transformers, in its own words.
+        # Names of methods are left to transformers, which refuses them.
         known = (
             name in _keyword_names() or name.startswith("_") or hasattr(InternLM2Tokenizer, name)
         )
-        # Any name may be a token's.
+        # Any name may be that of a token.
         if not known and not (name.endswith("_token") and isinstance(value, (str, AddedToken))):
             raise ValueError(f"{function}: there is no option {name}")
 
 
 def _keyword_names() -> set[str]:
     own = set(inspect.signature(InternLM2Tokenizer.__init__).parameters) - {"self", "kwargs"}
-    return own | set(KEYWORDS) | set(LOADING_KEYS) | set(TextKwargs.__annotations__)
+    return own.union(OF_FILES, OF_TOKENS, OF_CLASS, LOADING_KEYS, TextKwargs.__annotations__)

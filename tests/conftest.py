@@ -279,3 +279,14 @@ def light(demo_checkpoint, tmp_path):
         else:
             shutil.copy(path, copied)
     return copied
+
+
+@pytest.fixture
+def stored(core, tmp_path):
+    """An image that a store has written to a file: its batch, its memory, the file."""
+    from known import batch_of, files_of, memory_of  # here: `small` imports this file
+
+    batch = batch_of(core, [2, "square", 3])
+    memory_of(core, batch, comemo.MemoryStore(directory=tmp_path))
+    (path,) = files_of(tmp_path)
+    return batch, memory_of(core, batch), path

@@ -1,4 +1,4 @@
-"""Prompts with pictures for the tests of `MemoryStore`, and how their memories are compared."""
+"""Prompts with images for the tests of `MemoryStore`, and comparisons of their memories."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
 @functools.cache
 def tiles() -> dict[str, Tensor]:
-    """Tiles of pictures by their names."""
+    """Tiles of images by name."""
     draw = torch.Generator().manual_seed(3)
     return {
         name: torch.randn(ops.image_tokens(grid, 1), 3, 448, 448, generator=draw)
@@ -30,7 +30,7 @@ def tiles() -> dict[str, Tensor]:
 
 
 def batch_of(core: Any, *prompts: list[str | int], grids: bool = True) -> dict[str, Any]:
-    """Inputs of prompts, each a list of counts of words and names of pictures."""
+    """Inputs of prompts, each a list of numbers of words and names of images."""
     names, rows = [part for prompt in prompts for part in prompt if isinstance(part, str)], []
     for prompt in prompts:
         row: list[int] = []
@@ -55,7 +55,7 @@ def batch_of(core: Any, *prompts: list[str | int], grids: bool = True) -> dict[s
 
 
 def memory_of(core: Any, batch: dict[str, Any], store: Any = None) -> ImageMemory:
-    """What `build_image_memory` makes of a batch; built, with or without a store."""
+    """The memory of a batch from `build_image_memory`, with keys and values built."""
     mask, grids = core.find_image_tokens(batch["input_ids"]), batch.get("tile_grid")
     ids = core.prompt_position_ids(mask, batch["attention_mask"], grids)
     memory = core.build_image_memory(batch["pixel_values"], mask, ids, grids, store)
@@ -67,7 +67,7 @@ def memory_of(core: Any, batch: dict[str, Any], store: Any = None) -> ImageMemor
 
 
 def assert_same(found: ImageMemory, wanted: ImageMemory, exact: bool = True) -> None:
-    """Two memories, field by field; not `exact` where they were computed in other company."""
+    """Compare two memories field by field; not `exact` if they were computed in other batches."""
     assert found.sizes == wanted.sizes
     for name in ("spans", "active", "ids", "starts", "biases"):
         ours, theirs = getattr(found, name), getattr(wanted, name)
@@ -81,18 +81,18 @@ def assert_same(found: ImageMemory, wanted: ImageMemory, exact: bool = True) -> 
 
 
 def tensors(memory: ImageMemory) -> list[Tensor]:
-    """What a picture holds: media, ids, keys and values."""
+    """The tensors of an image: media, ids, keys and values."""
     return [memory.media, memory.ids, *memory.keys.values(), *memory.values.values()]
 
 
 def memory_bytes(core: Any, name: str) -> int:
-    """Bytes of a picture."""
+    """Bytes of an image."""
     return sum(tensor.nbytes for tensor in tensors(memory_of(core, batch_of(core, [1, name]))))
 
 
 @contextmanager
 def work_on(core: Any) -> Iterator[Callable[[], tuple[list[int], int]]]:
-    """Count what a known picture spares: tiles of each call of the tower, and builds."""
+    """Count the work that a known image saves: tiles of each call of the tower, and builds."""
     seen, mixins = [], [core.language_model.layers[i].mixin for i in core.config.mixin_layers]
 
     def features(pixel_values):
@@ -115,7 +115,7 @@ def counts(store: Any, *names: str) -> tuple[int, ...]:
 
 
 def key_of(core: Any, batch: dict[str, Any]) -> str:
-    """The key of a prompt's only picture."""
+    """The key of the only image in a prompt."""
     store = comemo.MemoryStore()
     memory_of(core, batch, store)
     (key,) = store
@@ -123,5 +123,10 @@ def key_of(core: Any, batch: dict[str, Any]) -> str:
 
 
 def files_of(directory: Path) -> list[Path]:
-    """The files that a directory holds as pictures."""
+    """The files of images in a directory."""
     return sorted(Path(directory).glob("*.safetensors"))
+
+
+def text_header(path: Path, text: bytes) -> None:
+    """Write a file that has only a header."""
+    path.write_bytes(len(text).to_bytes(8, "little") + text)

@@ -1,4 +1,4 @@
-"""Pictures as text: base64 and data URLs, read as the file they hold and as nothing else."""
+"""Images as text: base64 and data URLs are read as the file that they contain."""
 
 import base64
 import builtins
@@ -41,7 +41,7 @@ def test_base64_is_never_a_file_name(picture, monkeypatch):
         raise AssertionError(f"opened {path!r:.40}")
 
     text = base64.b64encode(encode(picture, "JPEG")).decode()
-    assert text.startswith("/9j/")  # as an absolute path does
+    assert text.startswith("/9j/")  # like an absolute path
     monkeypatch.setattr(builtins, "open", opened)
     monkeypatch.setattr(opening.os.path, "isdir", opened)
     assert open_image(text).size == picture.size
@@ -70,7 +70,7 @@ def test_a_path_that_begins_like_base64_is_a_path(picture, tmp_path, monkeypatch
         ("data:text", "without ;base64"),
     ],
 )
-def test_what_is_no_base64_is_named_without_the_text(text, message):
+def test_errors_of_base64_do_not_repeat_the_text(text, message):
     with pytest.raises(ValueError, match=f"^decode_base64: .*{message}") as caught:
         encoded.decode_base64(text)
     assert "secret" not in str(caught.value)
@@ -84,7 +84,7 @@ def test_length_is_checked_before_decoding(monkeypatch):
             encoded.decode_base64(text)
 
 
-def test_errors_do_not_repeat_the_picture(picture):
+def test_errors_do_not_repeat_the_image(picture):
     text = base64.b64encode(encode(picture, "PNG")).decode()
     for form in (text[:200], "data:image/png;base64," + text[:200], "x" * 5000):
         with pytest.raises(ValueError, match="open_image") as caught:
@@ -102,13 +102,13 @@ def test_tensors_and_arrays_in_either_order(picture):
     grey = rows[..., 0]
     for form in (grey, torch.tensor(grey)):
         assert np.array_equal(np.array(open_image(form))[..., 1], grey)
-    # What fits both orders is read as each library has it.
+    # A shape that fits both orders is read in the order of its library.
     both = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
     assert np.array_equal(np.array(open_image(both)), both)
     assert np.array_equal(np.array(open_image(torch.tensor(both))), both.transpose(1, 2, 0))
 
 
-def test_conversion_may_be_forbidden(picture):
+def test_conversion_to_rgb_can_be_refused(picture):
     assert open_image(picture, convert_rgb=False) is picture
     for source in (picture.convert("L"), encode(picture.convert("RGBA"), "PNG")):
         with pytest.raises(ValueError, match=r"wanted mode RGB.* got mode (L|RGBA)"):

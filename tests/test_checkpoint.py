@@ -1,4 +1,4 @@
-"""Published checkpoints: every variant loads, saves bit for bit, and says what is wrong."""
+"""Published checkpoints: every variant loads, saves bit for bit, and gives clear errors."""
 
 import json
 import shutil
@@ -73,7 +73,9 @@ def test_every_variant_computes_what_its_weights_say(tmp_path, name, order):
     wanted = oracle.logits(
         {key: weight.double() for key, weight in weights.items()},
         config,
-        *(input_ids, ids, 7),
+        input_ids,
+        ids,
+        7,
         batch["pixel_values"].double(),
     )
     with torch.no_grad():
@@ -116,7 +118,7 @@ def test_layouts_of_both_language_models_agree(tmp_path):
         assert torch.equal(first(**batch).logits, second(**batch).logits)
 
 
-def test_native_layout_loads_too(tmp_path, checkpoint, model):
+def test_transformers_layout_loads_too(tmp_path, checkpoint, model):
     model.save_pretrained(tmp_path, save_original_format=False)
     names = load_file(tmp_path / "model.safetensors").keys()
     assert "model.language_model.layers.1.mixin.q_proj.weight" in names
@@ -174,10 +176,8 @@ def test_published_config_gets_published_behaviour(checkpoint):
     chosen = (config.tile_order, config.decode_positions, config.ntk_length, config.rope)
     assert chosen == ("column", "raw", "token_count", "dhr")
     new = CoMemoConfig()
-    assert (new.tile_order, new.decode_positions, new.ntk_length) == (
-        *("row", "compressed"),
-        "position",
-    )
+    chosen = (new.tile_order, new.decode_positions, new.ntk_length)
+    assert chosen == ("row", "compressed", "position")
     again = CoMemoConfig.from_dict(new.to_dict())
     assert again.tile_order == "row"
 
@@ -200,7 +200,7 @@ def test_published_sizes(llm, mixin, layers):
     config = CoMemoConfig.from_dict(
         base
         | {
-            "text_config": None,  # the published words alone
+            "text_config": None,  # only the published names
             "llm_config": base["llm_config"] | {"head_dim": 128} | llm,
             "mixin_config": base["mixin_config"] | mixin,
         }
@@ -213,7 +213,7 @@ def test_published_sizes(llm, mixin, layers):
     assert billions == pytest.approx(2.60 if layers == 24 else 9.8, rel=0.06)
 
 
-# --- what is wrong ---
+# --- errors ---
 
 
 @pytest.fixture
@@ -278,8 +278,10 @@ def test_a_truncated_file_is_an_error(directory):
 
 
 @pytest.mark.parametrize("option", ["tp_plan", "distributed_config", "quantization_config"])
-def test_what_tears_fused_weights_needs_our_own_layout(directory, option):
-    with pytest.raises(ValueError, match=f"{option} needs weights in our own layout, got the pub"):
+def test_sharding_and_quantising_refuse_the_published_layout(directory, option):
+    with pytest.raises(
+        ValueError, match=f"{option} needs weights in transformers' layout, got the pub"
+    ):
         comemo.CoMemoForConditionalGeneration.from_pretrained(directory, **{option: "auto"})
 
 

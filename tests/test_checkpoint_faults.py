@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
+from commands import QUICK, broken, fails, run
 from faults import EVIL, STEERING, endless, giant, in_time, listener, loop, pipe
-from test_cli import QUICK, broken, fails, run
 from transformers import LlamaConfig
 
 import comemo
@@ -20,7 +20,7 @@ WRONG += [True, False, [], [1], {}, {"a": 1}]
 
 
 def mutations(config):
-    """(path of a key, config) without each key, and with each wrong value in its place."""
+    """(path of a key, config) without each key, and with each wrong value for it."""
 
     def paths(part, above=()):
         for name, value in part.items():
@@ -40,7 +40,7 @@ def mutations(config):
             yield path, changed
 
 
-# The step has no factor in common with the values, so that each meets many keys.
+# The step and the number of values have no common factor: each value meets many keys.
 @pytest.mark.parametrize("step", [29, pytest.param(1, marks=SLOW)])
 def test_mutated_configs(capsys, light, step):
     config = json.loads((light / "config.json").read_text())
@@ -95,7 +95,7 @@ def test_no_setting_replaces_what_a_config_is(kind):
         ("", {"min_dynamic_patch": 13}, "at most max_dynamic_patch 12, got 13"),
         ("", {"use_thumbnail": "no"}, "use_thumbnail must be true or false, got 'no'"),
         ("", {"dtype": "int3"}, "dtype must be null or the name of .*, got 'int3'"),
-        ("", {"attribute_map": {}}, "attribute_map is no setting"),
+        ("", {"attribute_map": {}}, "attribute_map is not a setting"),
         ("", {"template": ["x"] * 10**6}, r"template must be .*\.\.\. of 5,000,000 characters$"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_wrong_setting_is_named(part, values, said):
 
 
 def test_numbers_may_be_whole():
-    """JSON knows one kind of numbers, transformers two."""
+    """JSON has one kind of numbers, transformers two."""
     config = comemo.CoMemoConfig().to_dict()
     config["vision_config"] |= {"initializer_factor": 1, "initializer_range": 0}
     config["llm_config"]["rms_norm_eps"] = config["text_config"]["rms_norm_eps"] = 1
@@ -120,15 +120,15 @@ def test_numbers_may_be_whole():
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is no JSON"),
-        (b"\xef\xbb\xbf{}", "is no JSON"),
-        (b'{"template": "\xe9"}', "is no JSON"),
+        (b"", "is not JSON"),
+        (b"\xef\xbb\xbf{}", "is not JSON"),
+        (b'{"template": "\xe9"}', "is not JSON"),
         (b"[" * 100_000, "is nested too deeply"),
         (b'{"a":' * 100_000, "is nested too deeply"),
         (b"3", "another model"),
         (b'{"model_type": {}}', "another model"),
         (b'{"model_type": "comemo_chat", "configuration_files": 3}', "cannot be read"),
-        (b'{"model_type": "comemo_chat", "select_layer": ' + b"1" * 5000 + b"}", "is no JSON"),
+        (b'{"model_type": "comemo_chat", "select_layer": ' + b"1" * 5000 + b"}", "is not JSON"),
         (Path.mkdir, "Is a directory"),
         (pipe, "wanted a file, got a pipe"),
         (listener, "wanted a file, got a socket"),
@@ -137,7 +137,7 @@ def test_numbers_may_be_whole():
         (giant, "must have at most 67,108,864 bytes, got 1,099,511,627,776"),
     ],
 )
-def test_what_is_no_config(capsys, light, content, said):
+def test_files_that_are_not_a_config(capsys, light, content, said):
     path = light / "config.json"
     path.unlink()
     if callable(content):
@@ -153,8 +153,8 @@ def test_what_is_no_config(capsys, light, content, said):
 
 
 @pytest.mark.parametrize("make", [pipe, listener, endless])
-def test_nothing_waits_for_special_files(capsys, light, tmp_path, picture_file, make):
-    """A picture, and each file of a checkpoint that is read while it is loaded."""
+def test_special_files_never_block(capsys, light, tmp_path, picture_file, make):
+    """An image, and each file that loading a checkpoint reads."""
     make(tmp_path / "special.png")
     with in_time():
         special = tmp_path / "special.png"
@@ -196,7 +196,7 @@ def test_damaged_weights(capsys, demo_checkpoint, tmp_path):
 
 
 def test_files_of_a_tokenizer_and_of_generation(capsys, light):
-    """Of what libraries stumble over, a user is told the directory or the key."""
+    """If a library fails, the user is told the directory or the key."""
     for name, change, said in (
         ("tokenizer_config.json", {"pad_token": {"a": 1}}, "cannot be loaded"),
         ("tokenizer_config.json", {"sp_model_kwargs": 3}, "cannot be loaded"),
@@ -208,7 +208,11 @@ def test_files_of_a_tokenizer_and_of_generation(capsys, light):
         (light / name).write_text(content)
     for name in ("tokenizer_config.json", "generation_config.json", "added_tokens.json"):
         content = (light / name).read_bytes()
-        for damage, said in ((b"", "is no JSON"), (b"[" * 10**5, "nested"), (b"[]", "JSON object")):
+        for damage, said in (
+            (b"", "is not JSON"),
+            (b"[" * 10**5, "nested"),
+            (b"[]", "JSON object"),
+        ):
             (light / name).write_bytes(damage)
             told = fails(capsys, "chat", light, "a", *QUICK)
             assert said in told

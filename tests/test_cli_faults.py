@@ -1,4 +1,4 @@
-"""Words, streams and answers that are wrong or hostile: one line, a status, and no traceback."""
+"""Wrong or hostile arguments, streams and answers: one line, an exit status, no traceback."""
 
 import io
 import json
@@ -12,28 +12,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import QUICK, fails, run
 from faults import EVIL, NO_TEXT, STEERING, in_time
-from test_cli import QUICK, fails, run
 from transformers.utils import logging
 
 import comemo
-from comemo.cli import chat as chat_cli
-from comemo.cli import info, terminal
+from comemo.cli import chat, info, terminal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def test_bytes_that_are_no_text(capsys, demo_checkpoint, tmp_path, picture_file, monkeypatch):
+def test_bytes_that_are_not_text(capsys, demo_checkpoint, tmp_path, picture_file, monkeypatch):
     for argv in (["chat", demo_checkpoint, NO_TEXT], ["chat", demo_checkpoint, "a", "--system"]):
         words = argv if argv[-1] == NO_TEXT else [*argv, NO_TEXT]
-        assert r"must be text, got bytes that are none: 'ab\udcff'" in fails(capsys, *words)
+        assert r"must be text, got bytes that are not: 'ab\udcff'" in fails(capsys, *words)
     (tmp_path / NO_TEXT).symlink_to(demo_checkpoint)
     for argv in (["info"], ["chat"], ["demo", "--keep"]):
         path = tmp_path / (NO_TEXT if argv != ["demo", "--keep"] else f"new{NO_TEXT}")
         assert "must be UTF-8" in fails(capsys, *argv, path)
         assert not (tmp_path / f"new{NO_TEXT}").exists()
     named = tmp_path / f"{NO_TEXT}.png"
-    shutil.copy(picture_file, named)  # a picture's name may be any
+    shutil.copy(picture_file, named)  # the file name of an image may be anything
     status, out, _ = run(capsys, "map", named, "-o", tmp_path / f"{NO_TEXT}map.png")
     assert (status, out) == (0, f"{tmp_path}/ab\\udcffmap.png\n")
     typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9?\n/image \xff.png\nhello\n"), encoding="utf-8")
@@ -41,7 +40,7 @@ def test_bytes_that_are_no_text(capsys, demo_checkpoint, tmp_path, picture_file,
     status, out, err = run(capsys, "chat", demo_checkpoint, *QUICK)
     assert (status, out.count("\n")) == (2, 1)
     assert [line.split(":")[2] for line in err.splitlines()] == [
-        " the question must be text, got bytes that are none",
+        " the question must be text, got bytes that are not",
         " No such file or directory",
     ]
 
@@ -60,10 +59,10 @@ def test_commands_of_a_conversation(capsys, demo_checkpoint, monkeypatch):
     )
     assert asked == ["/etc/fstab?", "/", "what is /etc?"]
     assert status == 2
-    assert err.startswith(chat_cli.HELP)
+    assert err.startswith(chat.HELP)
     for form in ("/image PATH", "/again", "/new", "/help", "/quit", "//..."):
-        assert form in chat_cli.HELP
-    lines = err.removeprefix(chat_cli.HELP).strip().splitlines()
+        assert form in chat.HELP
+    lines = err.removeprefix(chat.HELP).strip().splitlines()
     assert lines == [
         "comemo: error: there is no command '/hlep': wanted one of /image PATH, /again, /new,"
         " /help, /quit, //...",
@@ -88,7 +87,7 @@ def test_a_line_without_an_end(capsys, demo_checkpoint, monkeypatch):
         )
 
 
-def test_nothing_steers_the_terminal(capsys, light, tmp_path, picture_file, monkeypatch):
+def test_nothing_controls_the_terminal(capsys, light, tmp_path, picture_file, monkeypatch):
     config = json.loads((light / "config.json").read_text()) | {"template": EVIL}
     (light / "config.json").write_text(json.dumps(config))
     evil = tmp_path / EVIL
@@ -127,9 +126,9 @@ def test_nothing_steers_the_terminal(capsys, light, tmp_path, picture_file, monk
     monkeypatch.setattr("builtins.print", lambda *words, **_: written.append(words))
     terminal.tell(f"a\tb\n{EVIL}")
     assert written == [("a\tb\n\\x1b[2J\\x9b31m\\x07\\u202e\\x0d\nerror: none",)]
-    for path in Path(comemo.__file__).parent.glob("*.py"):  # there is no other way out
+    for path in Path(comemo.__file__).parent.rglob("*.py"):  # nothing else prints
         prints = len(re.findall(r"(?<![\w.])print\(", path.read_text()))
-        assert prints == {"terminal.py": 2, "chat.py": 1}.get(path.name, 0), path.name
+        assert prints == {"terminal.py": 2, "published.py": 1}.get(path.name, 0), path.name
 
 
 def demo_file(light, evil):
@@ -141,7 +140,7 @@ def demo_file(light, evil):
     return light
 
 
-def test_statuses(capsys, demo_checkpoint, monkeypatch):
+def test_exit_statuses(capsys, demo_checkpoint, monkeypatch):
     def raising(error):
         def ask(self, *args, **kwargs):
             raise error
@@ -184,7 +183,7 @@ def test_statuses(capsys, demo_checkpoint, monkeypatch):
         ("--top-k", "9" * 30, "at most 1,000,000"),
     ],
 )
-def test_numbers_that_end_in_a_crash(capsys, option, value, said):
+def test_numbers_that_would_crash(capsys, option, value, said):
     assert said in fails(capsys, "chat", "M", "a", option, value)
 
 

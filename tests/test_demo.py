@@ -1,4 +1,4 @@
-"""The demonstration, the checkpoint it makes, and the memory it compares with."""
+"""The demo, and the checkpoint that it makes."""
 
 import json
 import math
@@ -6,14 +6,12 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoProcessor, AutoTokenizer
 
 import comemo
-import comemo_kernels as ops
 from comemo.cli import demo, progress
 from comemo.cli import main as cli
 
@@ -81,68 +79,69 @@ def test_gates_are_open(model):
     assert all(gate > 0.4 for gate in gates)
 
 
-def test_both_memories_give_the_same_tokens(checkpoint, model):
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    inputs = processor(images=demo.draw_picture(900, 500), text="<image>\nwhat is it?", max_num=2)
-    ids, core = inputs["input_ids"], model.model
-    mask = core.find_image_tokens(ids)
-    grid = inputs["tile_grid"]
-    positions = core.prompt_position_ids(mask, torch.ones_like(ids), grid)
-    with torch.no_grad():
-        memory = core.build_image_memory(inputs["pixel_values"], mask, positions)
-    rebuilt = demo.RecomputedMemory.of(memory)
-    mixins = [layer.mixin for layer in core.language_model.layers if layer.mixin is not None]
-    options = {"tile_grid": grid, "max_new_tokens": 8, "min_new_tokens": 8}
-    options |= {"return_dict_in_generate": True, "output_logits": True}
-    with (
-        progress.count_calls([ops], "build_memory") as whole,
-        progress.count_calls(mixins, "build") as built,
-    ):
-        kept = model.generate(ids, image_memory=memory, **options)
-        assert (whole, built) == ([1], [0])
-        again = model.generate(ids, image_memory=rebuilt, **options)
-        assert (whole, built) == ([1], [2 * 8])
-    assert torch.equal(kept.sequences, again.sequences)
-    for ours, theirs in zip(kept.logits, again.logits, strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert memory.nbytes == 2 * 2 * 3 * 256 * 4 * 64 * 4
-    assert (rebuilt.nbytes, len(rebuilt)) == (0, len(memory))
-    assert "build" not in vars(mixins[0])
-    with pytest.raises(ValueError, match="media"):
-        demo.RecomputedMemory.of(replace(memory, media=None))
-
-
 def test_letters_are_the_tiles_places():
     assert demo.cell_letters((2, 1), 4, "row") == ["A A B B"] * 4
     assert demo.cell_letters((2, 2), 4, "row") == ["A A B B"] * 2 + ["C C D D"] * 2
     assert demo.cell_letters((2, 2), 4, "column") == ["A A C C"] * 2 + ["B B D D"] * 2
 
 
-def test_demo_shows_the_whole_way(tmp_path, capsys):
-    words = ["demo", "--tiles", "4", "--tokens", "5", "--keep", str(tmp_path / "kept")]
-    assert cli.main(words) == 0
+def run(capsys, *words):
+    """The output of the demo without its times."""
+    assert cli.main(["demo", *words]) == 0
     out, err = capsys.readouterr()
     assert err == ""
-    assert "Nothing is trained" in out
+    return re.sub(r"\d+\.\d+ s", "", out)
+
+
+def test_demo_prints_what_the_session_reports(tmp_path, capsys, monkeypatch):
+    sessions, seen = [], []
+    ask, project = demo.ChatSession.ask, comemo.CoMemoModel.project_images
+
+    def watched(self, question, images=None, **options):
+        seen.append(0)
+        answer = ask(self, question, images, **options)
+        sessions.append((self, self.report, answer))
+        return answer
+
+    def counted(self, *inputs):
+        seen[-1] += 1
+        return project(self, *inputs)
+
+    monkeypatch.setattr(demo.ChatSession, "ask", watched)
+    monkeypatch.setattr(comemo.CoMemoModel, "project_images", counted)
+    words = ["--tiles", "4", "--tokens", "5", "--keep", str(tmp_path / "kept")]
+    out = run(capsys, *words)
+    assert "It is not trained" in out
     assert "grid 2 x 2, 5 tiles" in out
     assert "1,280 image tokens" in out
-    assert re.search(r"kept in the memory +2 ", out)
-    assert re.search(r"built anew, as published +10 ", out)
-    assert "the same 5 tokens: yes" in out
-    assert "vision tower run 0 times, keys and values built 0 times" in out
+    for _, report, answer in sessions:
+        read = f"{report.read_tokens:,} of {report.prompt_tokens:,} prompt tokens read"
+        assert f"   A: {answer}\n   {read}, first token after" in out
+        assert report.new_tokens == 5
+    session, first, _ = sessions[0]
+    assert first.read_tokens == first.prompt_tokens > 1280
+    second = session.report
+    assert second.prompt_tokens - second.read_tokens >= first.prompt_tokens
+    assert seen == [1, 0], "no vision tower for the second question"
+    memory = session._state.memory
+    assert (len(memory), len(memory.keys)) == (1280, 2)
+    assert f"1,280 image tokens in 2 mixin layers,\n   {memory.nbytes / 1e6:.1f} MB" in out
+    assert "python -m bench decode" in out
     assert max(map(len, out.replace(str(tmp_path), "").splitlines())) <= 100
     assert (tmp_path / "kept" / "picture.png").is_file()
-    assert cli.main(words) == 2
+    assert cli.main(["demo", *words]) == 2
     assert "empty or new directory" in capsys.readouterr().err
 
 
-def test_demo_with_a_picture_of_one_tile_and_one_token(tmp_path, capsys):
+def test_demo_with_an_image_of_one_tile_and_one_token(tmp_path, capsys):
     path = tmp_path / "square.png"
     demo.draw_picture(200, 200).save(path)
-    assert cli.main(["demo", "--image", str(path), "--tokens", "1", "--seed", "5"]) == 0
-    out = capsys.readouterr().out
+    words = ["--image", str(path), "--tokens", "1", "--seed"]
+    out = run(capsys, *words, "5")
     assert "square.png, 200 x 200 px -> grid 1 x 1, 1 tile" in out
-    assert "the same 1 tokens: yes" in out
+    assert "256 image tokens in 2 mixin layers" in out
+    assert run(capsys, *words, "5") == out
+    assert run(capsys, *words, "6") != out
 
 
 @pytest.mark.slow

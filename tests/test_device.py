@@ -11,14 +11,14 @@ def test_dtype_of_a_cpu_is_measured(monkeypatch):
     for times, chosen in (((1.0, 3.0), torch.float32), ((1.0, 0.4), torch.bfloat16)):
         seconds = dict(zip((torch.float32, torch.bfloat16), times, strict=True))
         monkeypatch.setattr(
-            device, "_product_seconds", lambda dtype, give_up=0, seconds=seconds: seconds[dtype]
+            device, "_gemm_seconds", lambda dtype, give_up=0, seconds=seconds: seconds[dtype]
         )
         device.default_dtype.cache_clear()
         assert device.default_dtype(cpu) == chosen
     monkeypatch.undo()
     device.default_dtype.cache_clear()
     first = device.default_dtype(cpu)
-    monkeypatch.setattr(device, "_product_seconds", None)
+    monkeypatch.setattr(device, "_gemm_seconds", None)
     assert device.default_dtype(cpu) == first
     assert first in (torch.float32, torch.bfloat16)
 

@@ -1,4 +1,4 @@
-"""Pictures that are none, limits that cannot be: one clear error, and nothing left open."""
+"""Bad images and impossible limits: one clear error, and no file left open."""
 
 import gc
 import io
@@ -39,20 +39,23 @@ def png(width, height):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (b"", "open_image: a file of 0 bytes is not a picture"),
-        (b"no picture" * 100, "is not a picture"),
-        (png(0, 5), "is not a picture"),
+        (b"", "open_image: a file of 0 bytes is not an image"),
+        (b"no picture" * 100, "is not an image"),
+        (png(0, 5), "is not an image"),
         (png(2, 2), "cannot be decoded"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "PostScript"),
         ("https://example.org/cat.jpg", "reads no URL"),
         ("file:///tmp/cat.jpg", "reads no URL, pass the path alone"),
-        ("data:image/png;base64,iVBORw0KGgo=", "a file of 8 bytes, given as base64, is not a pict"),
-        ("data:image/png;base64,", "wanted the base64 of a picture, got an empty text"),
+        (
+            "data:image/png;base64,iVBORw0KGgo=",
+            "a file of 8 bytes, given as base64, is not an imag",
+        ),
+        ("data:image/png;base64,", "wanted the base64 of an image, got an empty text"),
         ("data:image/svg+xml,%3Csvg/%3E", "got a data URL of 29 characters without ;base64"),
-        ("a" * 300, "wanted the path of a picture file, got 'aaa.* of 300 characters"),
-        ("a\0b.png", "wanted the path of a picture file"),
-        (os.curdir, r"wanted the path of a picture file, got '\.'"),
-        (Path(os.curdir), "wanted the path of a picture file"),
+        ("a" * 300, "wanted the path of an image file, got 'aaa.* of 300 characters"),
+        ("a\0b.png", "wanted the path of an image file"),
+        (os.curdir, r"wanted the path of an image file, got '\.'"),
+        (Path(os.curdir), "wanted the path of an image file"),
         (None, "must be a path, bytes, .* got NoneType"),
         (3, "got int"),
         ([COFFEE], "got list"),
@@ -70,7 +73,7 @@ def png(width, height):
         (Image.new("La", (2, 2)), "cannot be decoded"),
     ],
 )
-def test_says_what_is_wrong_with_a_picture(source, message):
+def test_errors_of_images(source, message):
     for function in (open_image, load_image):
         with pytest.raises(ValueError, match=message) as caught:
             function(source)
@@ -98,13 +101,13 @@ def test_cut_off_file(tmp_path, photograph, kind, share):
     data = encode(photograph, kind)
     path = tmp_path / "cut.bin"
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(ValueError, match=r"open_image: .*cut\.bin.*(cannot be|not a picture)"):
+    with pytest.raises(ValueError, match=r"open_image: .*cut\.bin.*(cannot be|not an image)"):
         open_image(path)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000"])
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_bytes_are_a_picture_or_an_error(photograph, kind):
+def test_damaged_bytes_are_an_image_or_an_error(photograph, kind):
     data = encode(photograph.resize((32, 24)), kind)
     draw = np.random.default_rng(0)
     for _ in range(150):
@@ -144,7 +147,7 @@ def test_too_many_pixels(monkeypatch, photograph, factor, action):
             with pytest.raises(ValueError, match=r"open_image: .* is too large"):
                 open_image(source)
     assert decoded == []
-    # what is in memory already is taken, and a limit may be lifted
+    # an image in memory is accepted, and the limit may be raised
     assert open_image(photograph) is photograph
     monkeypatch.undo()
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", many)
@@ -197,12 +200,12 @@ def test_no_file_stays_open(tmp_path, photograph, monkeypatch):
         ({"input_size": 2**64}, "input_size must be an integer of at least 1 and below"),
     ],
 )
-def test_says_what_is_wrong_with_a_limit(options, message):
+def test_errors_of_limits(options, message):
     with pytest.raises(ValueError, match=message):
         load_image("not even looked for.png", **options)
 
 
-def test_says_what_is_wrong_with_parts(photograph):
+def test_errors_of_parts(photograph):
     with pytest.raises(ValueError, match="choose_grid: width must be an integer of at least 1"):
         choose_grid(0, 5)
     with pytest.raises(ValueError, match="candidate_grids: wanted min_num <= max_num"):
@@ -229,7 +232,7 @@ def test_says_what_is_wrong_with_parts(photograph):
         ("std", [0, [0.2, 0.0, 0.2]], "std must not be 0"),
     ],
 )
-def test_says_what_is_wrong_with_a_number(option, values, message):
+def test_errors_of_numbers(option, values, message):
     square = Image.new("RGB", (4, 4))
     for value in values:
         for call in (lambda **o: normalise([square], **o), lambda **o: load_image(square, 4, **o)):
@@ -241,7 +244,7 @@ def test_numpy_integers_are_integers():
     assert choose_grid(np.int64(640), np.int32(480), max_num=np.int64(12)) == (4, 3)
 
 
-def test_threads_see_what_one_sees():
+def test_threads_give_the_same_as_one():
     alone = [load_image(path, 56)[0] for path in (COFFEE, ROCKET)]
     found = {}
 

@@ -7,13 +7,13 @@ import torch
 from pictures import COFFEE
 from PIL import Image
 
-import comemo.cli.map as image_map
-from comemo.cli.map import draw_map, save_map, token_ids
+import comemo.cli.image_map as image_map
+from comemo.cli.image_map import draw_map, save_map, token_ids
 from comemo.images import load_image
 
 
 def place(grid, side, t, r, c):
-    """Thumbnail cell of a token for the geometric order, as the formula reads."""
+    """The thumbnail cell of a token in the geometric order, by the formula."""
     cols, rows = grid
 
     def cell(k, n, at):
@@ -45,7 +45,7 @@ def test_one_tile_has_the_ids_of_the_thumbnail():
 
 @pytest.fixture
 def painted(monkeypatch):
-    """What is written where: each stamp's id and each card's tokens."""
+    """What is drawn where: the id of each stamp and the tokens of each card."""
     stamps, cards = {}, []
     stamp, card = image_map._Map._stamp, image_map._Map._card
 
@@ -69,7 +69,7 @@ def test_every_tile_has_its_card(painted, size):
     drawing = draw_map(Image.new("RGB", size, "gray"), input_size=112, max_num=6)
     values, (cols, rows) = load_image(Image.new("RGB", size), 112, 6)
     assert [t for t, *_ in painted] == list(range(len(values)))
-    assert "whole picture" in painted[-1][1]
+    assert "whole image" in painted[-1][1]
     covered = np.zeros((drawing.height, drawing.width), int)
     for _, _, (x, y), length in painted:
         assert x >= 0
@@ -86,7 +86,7 @@ def test_every_tile_has_its_card(painted, size):
 
 @pytest.mark.parametrize("tile_order", ["row", "column"])
 def test_equal_ids_are_painted_equally(tile_order, painted):
-    """On a plain picture a cell's pixels tell its id: equal ids look the same, others do not."""
+    """On an image of one colour cells of equal ids look the same, others do not."""
     image = Image.new("RGB", (600, 400), "gray")
     drawing = draw_map(image, input_size=224, tile_order=tile_order)
     side, ids = 8, token_ids((3, 2), 8, tile_order)
@@ -112,7 +112,7 @@ def test_colours_do_not_depend_on_the_bias(painted):
             assert maps[0].getpixel((left, top)) == maps[1].getpixel((left, top))
 
 
-def test_the_picture_shows_through(painted):
+def test_the_image_shows_through(painted):
     dark, light = (
         np.asarray(draw_map(Image.new("RGB", (50, 50), colour), input_size=112), int)
         for colour in ("black", "white")
@@ -176,8 +176,8 @@ def test_an_old_map_is_replaced_whole(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["map.png"]
 
 
-def test_says_what_is_wrong_with_a_path(tmp_path):
-    with pytest.raises(ValueError, match=r"save_map: wanted an existing folder, got .*missing"):
+def test_errors_of_paths(tmp_path):
+    with pytest.raises(ValueError, match=r"save_map: wanted an existing directory, got .*missing"):
         save_map(COFFEE, tmp_path / "missing" / "map.png")
     with pytest.raises(ValueError, match=r"save_map: path must be a file ending in \.png"):
         save_map(COFFEE, tmp_path / "map.jpg")
@@ -189,7 +189,7 @@ def test_says_what_is_wrong_with_a_path(tmp_path):
     picture = tmp_path / "picture.png"
     Image.new("RGB", (5, 5)).save(picture)
     before = picture.read_bytes()
-    with pytest.raises(ValueError, match="would overwrite its picture"):
+    with pytest.raises(ValueError, match="would overwrite its image"):
         save_map(picture, tmp_path / "folder.png" / ".." / "picture.png")
     assert picture.read_bytes() == before
     assert sorted(os.listdir(tmp_path)) == ["folder.png", "picture.png"]
@@ -208,11 +208,11 @@ def test_says_what_is_wrong_with_a_path(tmp_path):
         ({"bias": True}, "bias must be an integer of at least 0, got True"),
     ],
 )
-def test_says_what_is_wrong(options, message):
+def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         draw_map("not even looked for.png", **options)
 
 
-def test_says_what_is_wrong_with_a_picture():
-    with pytest.raises(ValueError, match=r"open_image: .* is not a picture"):
+def test_errors_of_images():
+    with pytest.raises(ValueError, match=r"open_image: .* is not an image"):
         draw_map(b"no picture")

@@ -1,4 +1,4 @@
-"""Pictures to tiles: every recorded pixel, real photographs in every kind of file."""
+"""Images to tiles: every recorded pixel, real photographs in every file format."""
 
 import hashlib
 import io
@@ -76,7 +76,7 @@ def test_every_recorded_grid(recorded):
         assert count == cols * rows + (cols * rows > 1)
 
 
-def test_every_recorded_picture(recorded, golden, inputs):
+def test_every_recorded_image(recorded, golden, inputs):
     saved = load_file(golden / "preprocess.safetensors")
     for name, record in recorded["images"].items():
         source = golden_picture(record, golden, inputs)
@@ -149,7 +149,7 @@ def test_orientation_is_followed_once(photograph, kind, orientation):
     np.testing.assert_array_equal(np.asarray(open_image(data, published=True)), published)
 
 
-def test_orientation_of_a_pillow_picture(photograph):
+def test_orientation_of_a_pillow_image(photograph):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 8
     with Image.open(io.BytesIO(encode(photograph, "PNG", exif=exif))) as lazy:
@@ -170,7 +170,7 @@ def test_orientation_of_a_pillow_picture(photograph):
     ],
 )
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_broken_metadata_does_not_hide_a_picture(photograph, exif):
+def test_broken_metadata_does_not_hide_an_image(photograph, exif):
     image = open_image(encode(photograph, "JPEG", exif=exif))
     np.testing.assert_array_equal(np.asarray(image), pixels(open_image(encode(photograph, "JPEG"))))
 
@@ -188,7 +188,7 @@ def test_photographs_as_they_are(path):
     assert torch.equal(values, normalise(tiles))
 
 
-def test_ways_to_hand_over_a_picture(tmp_path, photograph):
+def test_all_kinds_of_sources(tmp_path, photograph):
     path = tmp_path / "picture with a space é.png"
     photograph.save(path)
     want = np.asarray(photograph)
@@ -276,7 +276,7 @@ def test_16_bit_grey_is_scaled(mode):
         np.testing.assert_array_equal(np.asarray(got), want)
 
 
-def test_16_bit_grey_looks_like_its_8_bit_picture(photograph):
+def test_16_bit_grey_looks_like_its_8_bit_image(photograph):
     grey = np.asarray(photograph.convert("L"))
     deep = Image.fromarray(grey.astype(np.uint16) * 257)
     np.testing.assert_array_equal(
@@ -309,7 +309,7 @@ def test_grid_is_the_nearest_within_the_limits(width, height, one, two):
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(2, 50), st.integers(1, 12))
-def test_scaling_a_picture_keeps_the_distance(width, height, factor, max_num):
+def test_scaling_an_image_keeps_the_distance(width, height, factor, max_num):
     small = choose_grid(width, height, max_num=max_num)
     large = choose_grid(width * factor, height * factor, max_num=max_num)
     distance = [abs(width / height - cols / rows) for cols, rows in (small, large)]
@@ -319,7 +319,7 @@ def test_scaling_a_picture_keeps_the_distance(width, height, factor, max_num):
 
 
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 400), st.integers(1, 12))
-def test_transposing_a_picture_of_a_grids_shape_transposes_its_grid(cols, rows, scale, max_num):
+def test_transposing_an_image_of_a_grids_shape_transposes_its_grid(cols, rows, scale, max_num):
     width, height = cols * scale, rows * scale
     grid = choose_grid(width, height, max_num=max_num)
     if grid[0] * height == grid[1] * width:

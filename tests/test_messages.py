@@ -38,7 +38,7 @@ class Message:
 
 
 class Model:
-    """With the one method of pydantic's models that matters."""
+    """With the one method of pydantic models that is used."""
 
     def __init__(self, **fields):
         self.fields = fields
@@ -110,14 +110,14 @@ CALL = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
             r"one source, got \['path', 'url'\]",
         ),
         ([{"role": "user", "content": [{"type": "image", "base64": "?"}]}], "wanted base64, got 1"),
-        ([{"role": "user", "content": "half \ud83d"}], "half a surrogate pair '.ud83d' at 5"),
-        ([{"role": "user", "content": ["\ude00"]}], "half a surrogate pair '.ude00' at 0"),
+        ([{"role": "user", "content": "half \ud83d"}], "a lone surrogate '.ud83d' at 5"),
+        ([{"role": "user", "content": ["\ude00"]}], "a lone surrogate '.ude00' at 0"),
     ],
 )
-def test_says_what_is_wrong(small, messages, complaint):
+def test_errors(small, messages, complaint):
     for tokenize in (True, False):
         if complaint is None and not tokenize:
-            continue  # its picture may come beside the messages
+            continue  # its image may be passed next to the messages
         with pytest.raises(ValueError, match=complaint or r"marks in the texts for 0 images"):
             small.apply_chat_template(messages, tokenize=tokenize)
 
@@ -144,7 +144,7 @@ def test_tools_need_a_template_that_knows_them(small):
         small_with_two.apply_chat_template(messages)
 
 
-def test_every_form_of_a_picture_is_the_same_pixels(small, picture, tmp_path):
+def test_every_form_of_an_image_is_the_same_pixels(small, picture, tmp_path):
     file = tmp_path / "a picture ü.png"
     file.write_bytes(data := encode(picture, "PNG"))
     text = base64.b64encode(data).decode()
@@ -166,11 +166,11 @@ def test_every_form_of_a_picture_is_the_same_pixels(small, picture, tmp_path):
     web = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
     messages = [{"role": "user", "content": [web]}]
     assert "<image>" in small.apply_chat_template(messages)
-    with pytest.raises(ValueError, match="reads no URL, download the picture"):
+    with pytest.raises(ValueError, match="reads no URL, download the image"):
         small.apply_chat_template(messages, **ASK)
 
 
-def test_a_session_takes_pictures_as_text(model, processor, picture):
+def test_a_session_takes_images_as_text(model, processor, picture):
     text = base64.b64encode(encode(picture, "PNG")).decode()
     forms = [picture, text, f"data:image/png;base64,{text}", torch.tensor(np.array(picture))]
     found = load_pictures(forms, 0, itertools.count(), processor.image_processor, model.config)

@@ -1,4 +1,4 @@
-"""Code that a checkpoint holds or names is not run, and nobody is asked whether to run it."""
+"""Code that a checkpoint holds or names is not run, and the user is not asked whether to run it."""
 
 import builtins
 import contextlib
@@ -11,9 +11,9 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from conftest import SLOW
 from jinja2.exceptions import SecurityError
+from planting import CODE, CONFIG, OF_MODEL, PLACES, PROCESSOR, TOKENIZER, edit
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -40,119 +40,12 @@ from comemo.cli import main as cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-CODE = """
-def tell(*args, **kwargs):
-    open({canary!r}, "w").close()
 
-
-class Planted:
-    __init__ = from_pretrained = register_for_auto_class = tell
-
-
-tell()
-generate = tell
-"""
-AUTO = [name for name in dir(transformers) if name.startswith("Auto")]
-CONFIGS = ("processor_config", "preprocessor_config", "video_preprocessor_config")
-
-
-def auto_map(name="planted.Planted"):
-    """Code for every class that transformers loads by itself."""
-    return dict.fromkeys(AUTO, name) | {"AutoTokenizer": [name, name]}
-
-
-def edit(directory, file, **change):
-    path = directory / f"{file}.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
-    path.unlink(missing_ok=True)  # it may be one of the other checkpoint too
-    path.write_text(json.dumps(content | change))
-
-
-# --- where code is planted ---
-
-
-def in_every_file(directory):
-    """As published and further: files name our own classes, and code for them."""
-    parts = json.loads((directory / "config.json").read_text())
-    for name in ("llm_config", "text_config", "vision_config", "mixin_config"):
-        edit(directory, "config", **{name: parts[name] | {"auto_map": auto_map()}})
-    for file in ("config", "generation_config", "tokenizer_config", *CONFIGS):
-        edit(directory, file, auto_map=auto_map())
-
-
-def in_another_config(directory):
-    """The file that transformers reads instead of config.json, for a model of another type."""
-    edit(directory, "config", configuration_files=["config.0.1.json"])
-    edit(directory, "config.0.1", model_type="planted", auto_map=auto_map())
-
-
-def naming(file, code="planted.Planted", **classes):
-    """A file names a class, nobody's or of transformers, and code for all of them."""
-    return lambda directory: edit(directory, file, auto_map=auto_map(code), **classes)
-
-
-def in_another_repository(directory):
-    shutil.copytree(directory, directory / "other")
-    code = f"{directory / 'other'}--planted.Planted"
-    edit(directory, "tokenizer_config", auto_map=auto_map(code), tokenizer_class="Planted")
-
-
-def in_a_list(directory):
-    both = ["planted.Planted", "planted.Planted"]
-    edit(directory, "tokenizer_config", auto_map=both, tokenizer_class=None)
-
-
-def in_generate(directory):
-    (directory / "custom_generate").mkdir()
-    shutil.copy(directory / "planted.py", directory / "custom_generate" / "generate.py")
-
-
-def in_pipelines(directory):
-    code = {"impl": "planted.Planted", "pt": ["AutoModel"], "type": "multimodal"}
-    edit(directory, "config", custom_pipelines={"image-text-to-text": code})
-
-
-def in_audio(file):
-    def plant(directory):
-        edit(directory, "config", auto_map=auto_map())
-        named = {"audio_tokenizer_class": "AutoModelForTextToWaveform"}
-        named |= {"audio_tokenizer_name_or_path": str(directory)}
-        inside = {"audio_tokenizer": named} if file == "processor_config" else named
-        edit(directory, file, **inside)
-
-    return plant
-
-
-TOKENIZER = {
-    "tokenizer": naming("tokenizer_config", tokenizer_class="Planted"),
-    "known-tokenizer": naming("tokenizer_config", tokenizer_class="LlamaTokenizerFast"),
-    "another-repository": in_another_repository,
-}
-PROCESSOR = {
-    "processor": naming("processor_config", processor_class="Planted"),
-    "known-processor": naming("processor_config", processor_class="InternVLProcessor"),
-    "audio": in_audio("processor_config"),
-    "audio-file": in_audio("audio_tokenizer_config"),
-}
-CONFIG = {"config": in_another_config}
-OF_MODEL = {"everywhere": in_every_file, "generate": in_generate, "pipelines": in_pipelines}
-PASSED_OVER = {
-    "tokenizers": in_a_list,
-    "processor-of-text": naming("tokenizer_config", processor_class="Planted"),
-    "processor-of-pictures": naming("preprocessor_config", processor_class="Planted"),
-    "pictures": naming("preprocessor_config", image_processor_type="Planted"),
-    "known-pictures": naming("preprocessor_config", image_processor_type="CLIPImageProcessor"),
-    "features": naming("preprocessor_config", feature_extractor_type="Planted"),
-    "videos": naming("video_preprocessor_config", video_processor_type="Planted"),
-}
-PLACES = TOKENIZER | PROCESSOR | CONFIG | OF_MODEL | PASSED_OVER
-
-
-# --- doors ---
+# --- ways to load ---
 
 
 def chat(directory):
-    """What a user types first is a question, and no consent to anything."""
+    """The first line of a user is a question, not consent to anything."""
     sys.stdin = io.StringIO("y\n")
     words = [
         "chat",
@@ -190,7 +83,7 @@ def pipe(directory, **trust):
     return pipeline("image-text-to-text", str(directory), **trust).processor
 
 
-# Its name -> the door, and what comes out of it where nothing is refused.
+# Name -> a function that loads, and the class of the result if nothing is refused.
 OURS = (CoMemoConfig, CoMemoImageProcessor, InternLM2Tokenizer, CoMemoProcessor)
 MODELS = (CoMemoModel, CoMemoForConditionalGeneration)
 DOORS = {own.__name__: (own.from_pretrained, own) for own in OURS + MODELS} | {
@@ -221,14 +114,14 @@ def is_refused(place, door):
 
 
 def is_slow(place, door):
-    """Loads weights only to show what another place shows."""
+    """It loads weights, and another place shows the same."""
     early = is_refused(place, door) and (door == "chat" or place in CONFIG)
     return door in READ_WEIGHTS and place not in OF_MODEL and not early
 
 
 @pytest.fixture(scope="module")
 def plant(demo_checkpoint, tmp_path_factory):
-    """A checkpoint of its own for every place, to be read only."""
+    """A checkpoint for every place, not to be written to."""
     made = {}
 
     def planted(place):
@@ -245,7 +138,7 @@ def plant(demo_checkpoint, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def asked(monkeypatch):
-    """Questions that were put to the user; the answer is yes."""
+    """Questions that the user is asked; the answer is yes."""
     questions = []
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(builtins, "input", lambda text="": questions.append(text) or "y")
@@ -264,7 +157,7 @@ def test_no_code_is_run_and_nobody_asked(plant, asked, place, door):
     directory, (load, own) = plant(place), DOORS[door]
     trusts = TRUST[:1] if door in ("chat", "info") else TRUST
     if own in MODELS and door != "AutoModel":
-        trusts = TRUST[-1:]  # dropped at once, and weights take their time
+        trusts = TRUST[-1:]  # it is dropped at once, and loading weights is slow
     for trust in trusts:
         (directory / "canary").unlink(missing_ok=True)
         found = error = None
@@ -280,12 +173,12 @@ def test_no_code_is_run_and_nobody_asked(plant, asked, place, door):
 
 
 @pytest.mark.parametrize("own", OURS + MODELS)
-def test_our_classes_run_none_of_another_model(plant, asked, tmp_path, own):
+def test_our_classes_run_no_code_of_another_model(plant, asked, tmp_path, own):
     shutil.copytree(plant("everywhere"), directory := tmp_path / "copy")
     edit(directory, "config", model_type="planted")
     (directory / "planted.py").write_text(CODE.format(canary=str(directory / "canary")))
     (directory / "canary").unlink(missing_ok=True)
-    without_config = own in (InternLM2Tokenizer, CoMemoImageProcessor)  # and files name no class
+    without_config = own in (InternLM2Tokenizer, CoMemoImageProcessor)  # their files name no class
     refusal = pytest.raises(ValueError, match="model_type must be 'comemo_chat', got 'planted'")
     with contextlib.nullcontext() if without_config else refusal:
         own.from_pretrained(directory, trust_remote_code=True)
@@ -294,15 +187,15 @@ def test_our_classes_run_none_of_another_model(plant, asked, tmp_path, own):
 
 
 @pytest.mark.parametrize("place", ["tokenizer", "processor", "everywhere", "pictures"])
-def test_nor_of_a_repository(plant, asked, place, tmp_path):
-    """As a hub's files lie in the cache."""
+def test_no_code_of_a_repository_is_run(plant, asked, place, tmp_path):
+    """In the layout of the hub's cache."""
     repository, commit = tmp_path / "models--some--model", "0" * 40
     shutil.copytree(plant(place), directory := repository / "snapshots" / commit)
     (directory / "canary").unlink(missing_ok=True)
     (directory / "planted.py").write_text(CODE.format(canary=str(directory / "canary")))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    model = "CoMemoForConditionalGeneration"  # AutoModel looks beyond the cache for adapters
+    model = "CoMemoForConditionalGeneration"  # AutoModel would look for adapters outside the cache
     for door in (model, "AutoConfig", "AutoTokenizer", "AutoImageProcessor", "AutoProcessor"):
         load, own = DOORS[door]
         where = {"cache_dir": tmp_path, "local_files_only": True}
@@ -317,7 +210,7 @@ def test_nor_of_a_repository(plant, asked, place, tmp_path):
 
 @pytest.fixture
 def own_copy(demo_checkpoint, tmp_path):
-    """A checkpoint to be edited."""
+    """A checkpoint that a test may edit."""
     shutil.copytree(demo_checkpoint, directory := tmp_path / "copy", copy_function=os.link)
     return directory
 
@@ -345,7 +238,9 @@ def test_no_pickle_is_read_among_safetensors(own_copy, tmp_path):
 def test_an_adapter_beside_the_weights_is_refused(own_copy):
     edit(own_copy, "adapter_config", peft_type="LORA", megatron_config={}, megatron_core="planted")
     for door in (CoMemoForConditionalGeneration, AutoModel):
-        with pytest.raises(ValueError, match=r"adapter_config\.json must not stand beside"):
+        with pytest.raises(
+            ValueError, match=r"adapter_config\.json must not be in the same directory"
+        ):
             door.from_pretrained(own_copy)
 
 
@@ -396,11 +291,11 @@ def test_no_template_of_a_checkpoint_is_used(own_copy, file):
         (own_copy / file).write_text(ENDLESS)
     else:
         edit(own_copy, file.removesuffix(".json"), chat_template=ENDLESS)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         processor = CoMemoProcessor.from_pretrained(own_copy)
-    ours = [str(warning.message) for warning in told if "is none of the published" in str(warning)]
-    assert len(ours) == (file != "tokenizer_config.json")  # which is the tokenizer's alone
+    ours = [str(warning.message) for warning in warned if "is not a published one" in str(warning)]
+    assert len(ours) == (file != "tokenizer_config.json")  # which only the tokenizer reads
     asked = [{"role": "user", "content": "who?"}]
     assert processor.apply_chat_template(asked).endswith("<|im_start|>user\nwho?<|im_end|>")
     assert processor.chat_template == prompts.chat_template()

@@ -117,7 +117,7 @@ def test_a_pipeline_answers_a_batch_as_one_by_one(checkpoint):
     assert tokens["attention_mask"][:, -1].tolist() == [1, 1]
 
 
-def test_pictures_and_marks_must_agree(processor, picture):
+def test_images_and_marks_must_agree(processor, picture):
     with pytest.raises(ValueError, match=r"\[1\] <image> marks in the texts for 0 images"):
         processor(text="look: <image>")
     with pytest.raises(ValueError, match=r"\[0\] <image> marks in the texts for 1 images"):

@@ -101,7 +101,7 @@ def test_chat_template_matches_build_prompt(tokenizer, template):
     assert render(tokenizer, messages, template, False) == build_prompt(turns, template)
 
 
-def test_chat_template_renders_pictures(tokenizer):
+def test_chat_template_renders_images(tokenizer):
     image, text = {"type": "image"}, {"type": "text", "text": "What?"}
     system = {"role": "system", "content": [{"type": "text", "text": "S"}]}
     messages = [system, {"role": "user", "content": [image, image, text]}]
@@ -117,7 +117,7 @@ def test_chat_template_renders_pictures(tokenizer):
         ([{"role": "user", "content": "x"}, {"role": "system", "content": "x"}], "got system"),
     ],
 )
-def test_chat_template_says_what_is_wrong(tokenizer, messages, complaint):
+def test_errors_of_chat_templates(tokenizer, messages, complaint):
     with pytest.raises(TemplateError, match=complaint):
         render(tokenizer, messages)
 
@@ -150,7 +150,7 @@ def test_expand_images():
         ("<image>", [0], r"positive token counts, got \[0\]"),
     ],
 )
-def test_expand_images_says_what_is_wrong(prompt, counts, complaint):
+def test_errors_of_expand_images(prompt, counts, complaint):
     with pytest.raises(ValueError, match=complaint):
         expand_images(prompt, counts)
 

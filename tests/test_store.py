@@ -1,24 +1,16 @@
-"""Known pictures: the same answers for less, within budgets."""
+"""`MemoryStore`: the same answers with less work."""
 
 import copy
-import math
-import os
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from known import (
     GREEDY,
-    GRIDS,
     assert_same,
     batch_of,
     counts,
-    files_of,
-    key_of,
     memory_bytes,
     memory_of,
     tensors,
@@ -47,17 +39,17 @@ PROMPTS = {
 
 @pytest.mark.parametrize("grids", [True, False])
 @pytest.mark.parametrize("name", PROMPTS)
-def test_memories_are_equal_with_and_without(core, name, grids):
+def test_memories_are_equal_with_and_without_a_store(core, name, grids):
     batch, store = batch_of(core, *PROMPTS[name], grids=grids), comemo.MemoryStore()
     wanted = memory_of(core, batch)
-    once = name != "twice" or not grids  # else the tower sees one picture instead of two
+    once = name != "twice" or not grids  # otherwise the tower sees one image instead of two
     for _ in range(2):
         assert_same(memory_of(core, batch, store), wanted, exact=once)
     pictures = {"one": (1, 1), "two": (2, 1), "twice": (1, 1), "batch": (3, 2)}[name]
     assert store.stats.misses == pictures[0 if grids else 1]
 
 
-def test_answers_are_equal_with_and_without(loaded):
+def test_answers_are_equal_with_and_without_a_store(loaded):
     model, store = loaded[0], comemo.MemoryStore()
     options = GREEDY | {"output_logits": True, "return_dict_in_generate": True}
     for name in ("batch", "two", "one"):
@@ -71,7 +63,7 @@ def test_answers_are_equal_with_and_without(loaded):
     assert counts(store, "misses", "hits") == (3, 3)
 
 
-def test_chats_are_equal_with_and_without(loaded, tmp_path):
+def test_chats_are_equal_with_and_without_a_store(loaded, tmp_path):
     model, tokenizer = loaded
     store = comemo.MemoryStore(directory=tmp_path)
     pixels, question = tiles()["wide"], "What is this?"
@@ -86,7 +78,7 @@ def test_chats_are_equal_with_and_without(loaded, tmp_path):
     assert text == model.chat(tokenizer, None, question, GREEDY)
 
 
-def test_recorded_model_is_equal_with_and_without(model, tokenizer):
+def test_recorded_model_is_equal_with_and_without_a_store(model, tokenizer):
     """Tiles in columns and raw positions, as published."""
     store = comemo.MemoryStore()
     rest = {"num_patches_list": [1, 3], "target_aspect_ratio": [(1, 1), (2, 1)]}
@@ -101,14 +93,14 @@ def test_recorded_model_is_equal_with_and_without(model, tokenizer):
 # --- for less ---
 
 
-def test_a_known_picture_runs_nothing(loaded, core):
+def test_a_known_image_computes_nothing(loaded, core):
     model, store = loaded[0], comemo.MemoryStore()
     with work_on(core) as work:
         memory_of(core, batch_of(core, [2, "wide", 3]), store)
         assert work() == ([3], 1)
     places = [
         ([[2, "wide", 3]], {}),
-        ([[40, "wide", 3]], {"num_beams": 2, "num_return_sequences": 2}),  # behind more words
+        ([[40, "wide", 3]], {"num_beams": 2, "num_return_sequences": 2}),  # after more words
         ([[8], [3, "wide"]], {}),  # in another row
         ([[1, "wide", 5, "wide", 2]], {"num_beams": 2}),  # twice
     ]
@@ -120,20 +112,20 @@ def test_a_known_picture_runs_nothing(loaded, core):
         assert torch.equal(found, model.generate(**batch, **options))
 
 
-def test_only_unknown_pictures_are_seen(core):
+def test_only_unknown_images_pass_the_vision_tower(core):
     store = comemo.MemoryStore()
     memory_of(core, batch_of(core, [2, "wide", 3]), store)
     batch = batch_of(core, ["square", "wide", 1], ["square", 5, "other"])
     with work_on(core) as work:
         found = memory_of(core, batch, store)
-        assert work() == ([2], 1)  # two tiles in one call, though `square` stands there twice
+        assert work() == ([2], 1)  # two tiles in one call, although `square` is there twice
     assert counts(store, "hits", "misses", "entries") == (2, 3, 3)
     assert_same(found, memory_of(core, batch), exact=False)
 
 
-def test_an_assistant_keeps_nothing(loaded, core):
+def test_an_assistant_model_uses_no_store(loaded, core):
     model, store = loaded[0], comemo.MemoryStore()
-    batch, end = batch_of(core, [2, "square", 3]), {"eos_token_id": 0}  # some cannot draft without
+    batch, end = batch_of(core, [2, "square", 3]), {"eos_token_id": 0}  # some assistants need one
     assistant = copy.deepcopy(model)
     wanted = model.generate(**batch, **GREEDY | end)
     for _ in range(2):
@@ -142,8 +134,8 @@ def test_an_assistant_keeps_nothing(loaded, core):
     assert counts(store, "misses", "hits") == (1, 1)
 
 
-def test_what_is_kept_serves_gradients_too(core, fresh):
-    """No matter what mode the first to ask was in; the picture itself carries no gradients."""
+def test_stored_memories_allow_gradients(core, fresh):
+    """In whatever mode it was stored; the image itself has no gradients."""
     store, batch = comemo.MemoryStore(), batch_of(core, [2, "square", 3])
     with torch.inference_mode():
         memory_of(fresh, batch, store)
@@ -159,177 +151,7 @@ def test_what_is_kept_serves_gradients_too(core, fresh):
     assert store.stats.hits == 1
 
 
-# --- budgets ---
-
-
-def known(store, core, *names):
-    """Which of these pictures are in memory; asking counts as a use, so on a copy of the order."""
-    return [name for name in names if key_of(core, batch_of(core, [1, name])) in set(store)]
-
-
-def test_the_longest_unused_make_room(core):
-    one = memory_bytes(core, "square")
-    store = comemo.MemoryStore(budget=2 * one)
-
-    def see(*names):
-        for name in names:
-            memory_of(core, batch_of(core, [1, name]), store)
-
-    shifted = batch_of(core, [1, "square"])
-    shifted["pixel_values"] = shifted["pixel_values"] + 1
-    see("square", "other")
-    assert counts(store, "entries", "bytes", "evictions") == (2, 2 * one, 0)
-    see("square")  # in use again
-    memory_of(core, shifted, store)
-    assert counts(store, "entries", "bytes", "evictions") == (2, 2 * one, 1)
-    assert known(store, core, "square", "other") == ["square"]
-    see("other")
-    assert known(store, core, "square", "other") == ["other"]
-    assert counts(store, "hits", "misses", "evictions") == (1, 4, 2)
-    assert list(store)[-1] == key_of(core, batch_of(core, [1, "other"]))
-    store.clear()
-    assert counts(store, "entries", "bytes") == (0, 0)
-    assert len(store) == 0
-
-
-def test_bytes_are_those_of_the_storages(core):
-    """Also of pictures that were built together: nothing larger is kept alive by a view."""
-    store = comemo.MemoryStore()
-    memory_of(core, batch_of(core, ["square", 3, "other"], ["wide"]), store)
-    for image, name in zip(store._held.values(), GRIDS, strict=True):
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors(image)}
-        assert sum(s.nbytes() for s in storages.values()) == memory_bytes(core, name)
-        assert image.table is None
-    assert store.stats.bytes == sum(memory_bytes(core, name) for name in GRIDS)
-
-
-def test_a_picture_larger_than_the_budget(core, tmp_path):
-    one = memory_bytes(core, "square")
-    batch = batch_of(core, [2, "square", 3, "wide"])
-    wanted = memory_of(core, batch)
-    store = comemo.MemoryStore(budget=one)
-    assert_same(memory_of(core, batch, store), wanted)
-    assert counts(store, "too_large", "entries", "bytes", "evictions") == (1, 1, one, 0)
-    nothing = comemo.MemoryStore(budget=0, directory=tmp_path)
-    for _ in range(2):
-        assert_same(memory_of(core, batch, nothing), wanted)
-    assert counts(nothing, "entries", "misses", "disk_hits", "too_large") == (0, 2, 2, 4)
-    bounded = comemo.MemoryStore(directory=tmp_path / "bounded", disk_budget=one + 4096)
-    memory_of(core, batch, bounded)
-    assert counts(bounded, "entries", "disk_entries", "too_large") == (2, 1, 1)
-    assert not list((tmp_path / "bounded").glob("*.part*"))
-
-
-def test_the_disk_has_a_budget_too(core, tmp_path):
-    one = memory_bytes(core, "square")
-    store = comemo.MemoryStore(directory=tmp_path, disk_budget=2 * one + 8192)
-    batches = [batch_of(core, [1, "square"]) for _ in range(3)]
-    keys = []
-    for shift, batch in enumerate(batches):
-        batch["pixel_values"] = batch["pixel_values"] + shift
-        keys.append(key_of(core, batch))
-    long_ago = time.time() - 1000
-    for batch in batches[:2]:
-        memory_of(core, batch, store)
-    for age, key in enumerate(keys[:2]):
-        os.utime(tmp_path / f"{key}.safetensors", (long_ago + age, long_ago + age))
-    memory_of(core, batches[0], store)  # found in memory, but the file is in use as well
-    memory_of(core, batches[2], store)
-    assert {path.stem for path in files_of(tmp_path)} == {keys[0], keys[2]}
-    assert counts(store, "disk_entries", "entries") == (2, 3)
-    os.utime(tmp_path / f"{keys[0]}.safetensors", (long_ago, long_ago))
-    again = comemo.MemoryStore(directory=tmp_path, disk_budget=2 * one + 8192)
-    memory_of(core, batches[0], again)  # read, and so in use
-    memory_of(core, batches[1], again)
-    assert {path.stem for path in files_of(tmp_path)} == {keys[0], keys[1]}
-    assert counts(again, "disk_hits", "misses") == (1, 1)
-
-
-def test_a_giant_makes_room_before_any_picture(core, tmp_path):
-    """However late it was used: it alone exceeds the budget."""
-    giant, late = tmp_path / f"{'f' * 64}.safetensors", time.time() + 10**6
-    giant.touch()
-    os.truncate(giant, 2**40)
-    os.utime(giant, (late, late))
-    store = comemo.MemoryStore(directory=tmp_path, disk_budget=10**8)
-    memory_of(core, batch_of(core, [1, "square", 2, "other"]), store)
-    assert store.stats.disk_entries == 2
-    assert not giant.exists()
-
-
-def test_what_cannot_be_removed_stays_and_is_told(core, tmp_path, monkeypatch):
-    """As others' files in a directory like /tmp: no picture makes room for them."""
-    theirs, old, broken = (tmp_path / f"{digit * 64}.safetensors" for digit in "abc")
-    size = memory_bytes(core, "square")
-    for age, (path, length) in enumerate([(theirs, size), (old, size), (broken, 10)]):
-        path.write_bytes(b"x" * length)
-        os.utime(path, (age, age))
-    unlink = Path.unlink
-
-    def refuse(path, missing_ok=False):
-        if path == theirs:
-            raise PermissionError(1, "Operation not permitted", str(path))
-        unlink(path, missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", refuse)
-    store = comemo.MemoryStore(directory=tmp_path, disk_budget=size + 4096)
-    with pytest.warns(comemo.MemoryStoreWarning) as told:
-        memory_of(core, batch_of(core, [1, "square"]), store)
-    wanted = f"MemoryStore: {tmp_path} exceeds its budget: {theirs}: Operation not permitted"
-    assert [str(warning.message) for warning in told] == [wanted]
-    assert not old.exists()
-    assert len(files_of(tmp_path)) == 3
-    with pytest.raises(PermissionError):
-        store.clear(disk=True)
-    assert files_of(tmp_path) == [theirs]
-
-
-def test_what_a_store_knows(core, tmp_path):
-    store = comemo.MemoryStore(directory=tmp_path)
-    memory_of(core, batch_of(core, ["square", 2, "wide"]), store)
-    (tmp_path / "notes.safetensors").write_bytes(b"none of ours")
-    keys = list(store)
-    assert len(store) == len(keys) == 2
-    store.clear()
-    assert set(store) == set(keys)
-    assert keys[0] in store
-    assert "0" * 64 not in store
-    assert 3 not in store
-    assert counts(store, "entries", "disk_entries") == (0, 2)
-    store.clear(disk=True)
-    assert len(store) == 0
-    assert keys[0] not in store
-    assert os.listdir(tmp_path) == ["notes.safetensors"]
-
-
-@pytest.mark.parametrize("value", [-1, math.nan, math.inf, -math.inf, True, "5", 1j, [5]])
-@pytest.mark.parametrize("name", ["budget", "disk_budget"])
-def test_budgets_that_are_none(name, value, tmp_path):
-    with pytest.raises(ValueError, match=r"^MemoryStore: budget and disk_budget must be finite"):
-        comemo.MemoryStore(**{"directory": tmp_path / "x", name: value})
-    assert os.listdir(tmp_path) == []
-
-
-def test_budgets_that_are_odd_but_numbers(tmp_path):
-    for value in (0, 1e9, 10**400, np.int64(5), np.float32(5)):
-        assert comemo.MemoryStore(value, tmp_path, value).stats.disk_entries == 0
-    with pytest.raises(
-        ValueError, match="disk_budget needs a directory, got 2147483648, 5 and None"
-    ):
-        comemo.MemoryStore(disk_budget=5)
-
-
-@pytest.mark.parametrize("directory", ["", Path(), Path("."), b"known", 3, "a\0b", Path("a\0b")])
-def test_directories_that_are_none(directory, tmp_path, monkeypatch):
-    """An unset variable is not the current directory, as a `Path` makes it."""
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"^MemoryStore: directory must be a path and not empty"):
-        comemo.MemoryStore(directory=directory)
-    assert os.listdir(tmp_path) == []
-    assert comemo.MemoryStore(directory=".").directory == Path()
-
-
-def test_eight_threads_hammer_a_store(core, tmp_path):
+def test_eight_threads_use_a_store_at_once(core, tmp_path):
     one = memory_bytes(core, "square")
     wide = memory_bytes(core, "wide")
     store = comemo.MemoryStore(budget=wide + one, directory=tmp_path)

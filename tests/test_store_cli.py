@@ -1,4 +1,4 @@
-"""`comemo chat --store` and `comemo store`, as their users meet them."""
+"""`comemo chat --store` and `comemo store`, as users see them."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cli import QUICK, expected, fails, run
+from commands import QUICK, expected, fails, run
 
 import comemo
 from comemo.cli import main as cli
@@ -21,7 +21,7 @@ MODEL, DAY = "e" * 64, 86400
 
 @pytest.fixture
 def store(tmp_path):
-    """A directory with three small pictures, the first unused longest, and a broken file."""
+    """A directory with three small images, the first least recently used, and a broken file."""
     for number, tokens in enumerate((4, 8, 6)):
         memory = ImageMemory(
             media=torch.randn(tokens, 4),
@@ -33,7 +33,7 @@ def store(tmp_path):
         key = f"ab{number}".ljust(64, "c")
         facts = {"key": key, "model": MODEL if number else "d" * 64, "dtype": "float32"}
         path = tmp_path / f"{key}.safetensors"
-        store_files.write_image(path, memory, facts)
+        store_files.write_memory(path, memory, facts)
         used = time.time() - (10 - number) * DAY
         os.utime(path, (used, used))
     (tmp_path / f"{'f' * 64}.safetensors").write_bytes(b"")
@@ -46,7 +46,7 @@ def keys_of(store):
     return sorted(path.stem[:3] for path, _ in store_directory.list_files(store))
 
 
-def test_chat_keeps_pictures_and_knows_them(
+def test_chat_stores_images_and_finds_them(
     capsys, demo_checkpoint, loaded, picture_file, tmp_path, monkeypatch
 ):
     argv = ["chat", demo_checkpoint, "What?", "--image", picture_file, *QUICK]
@@ -62,7 +62,9 @@ def test_chat_keeps_pictures_and_knows_them(
     assert run(capsys, *argv, "--store-budget", "1") == (0, wanted, "")
 
 
-def test_chat_tells_of_bad_files_in_a_line(capsys, demo_checkpoint, loaded, picture_file, tmp_path):
+def test_chat_reports_a_bad_file_in_one_line(
+    capsys, demo_checkpoint, loaded, picture_file, tmp_path
+):
     argv = ["chat", demo_checkpoint, "What?", "--image", picture_file, *QUICK, "--store", tmp_path]
     wanted = expected(loaded, picture_file, "What?") + "\n"
     run(capsys, *argv)
@@ -75,7 +77,7 @@ def test_chat_tells_of_bad_files_in_a_line(capsys, demo_checkpoint, loaded, pict
     assert run(capsys, *argv) == (0, wanted, "")
 
 
-def test_chat_bounds_the_directory(capsys, demo_checkpoint, picture_file, tmp_path):
+def test_chat_keeps_the_disk_budget(capsys, demo_checkpoint, picture_file, tmp_path):
     argv = ["chat", demo_checkpoint, "What?", "--image", picture_file, *QUICK, "--store", tmp_path]
     assert run(capsys, *argv, "--store-budget", "0.001")[0] == 0
     assert os.listdir(tmp_path) == [], "a picture of 1.3 MB"
@@ -83,9 +85,7 @@ def test_chat_bounds_the_directory(capsys, demo_checkpoint, picture_file, tmp_pa
     assert len(os.listdir(tmp_path)) == 1
 
 
-def test_every_turn_of_a_conversation_knows_the_picture(
-    capsys, demo_checkpoint, picture_file, tmp_path, monkeypatch
-):
+def test_later_turns_reuse_the_image(capsys, demo_checkpoint, picture_file, tmp_path, monkeypatch):
     seen, features = [], comemo.CoMemoModel.project_images
 
     def counted(self, pixel_values):
@@ -117,9 +117,8 @@ def test_ls(capsys, store):
     assert (status, err) == (0, "")
     assert head.split() == ["key", "tokens", "bytes", "dtype", "model", "last", "use"]
     size = (store / f"{'ab1'.ljust(64, 'c')}.safetensors").stat().st_size
-    assert [line.split()[0] for line in lines] == [
-        *("ab0ccccccccc", "ab1ccccccccc", "ab2ccccccccc", "ffffffffffff")
-    ]
+    keys = ["ab0ccccccccc", "ab1ccccccccc", "ab2ccccccccc", "ffffffffffff"]
+    assert [line.split()[0] for line in lines] == keys
     assert lines[1].split()[1:5] == ["8", f"{size:,}", "float32", "e" * 12]
     assert lines[3].endswith("0  broken: it is empty")
     rows = json.loads(run(capsys, "store", "ls", store, "--json")[1])
@@ -132,7 +131,7 @@ def test_ls(capsys, store):
 
 
 def test_ls_reads_no_tensor_and_names_every_fault(capsys, store, monkeypatch):
-    """A renamed file is of no use under its new name; one that vanishes is no fault.
+    """A renamed file is useless under its new name; a file that is gone is not a fault.
 
     What is no regular file is none of ours, whatever its name.
     """
@@ -143,36 +142,36 @@ def test_ls_reads_no_tensor_and_names_every_fault(capsys, store, monkeypatch):
     found = store_directory.list_files(store)
     gone = (store / f"{'3' * 64}.safetensors", found[0][1])
     monkeypatch.setattr(store_directory, "list_files", lambda directory: [*found, gone])
-    monkeypatch.delattr(store_files, "read_image")
+    monkeypatch.delattr(store_files, "read_memory")
     rows = json.loads(run(capsys, "store", "ls", store, "--json")[1])
     faults = {row["key"][0]: row["broken"] for row in rows if "broken" in row}
     assert faults == {
         "f": "it is empty",
         "0": "its key is ab1ccccccccc",
-        "1": "it is no safetensors file",
+        "1": "it is not a safetensors file",
     }
 
 
 def test_stats(capsys, store):
     facts = json.loads(run(capsys, "store", "stats", store, "--json")[1])
     sizes = [path.stat().st_size for path in sorted(store.glob("ab*.safetensors"))]
-    assert (facts["pictures"], facts["broken"], facts["bytes"]) == (3, 1, sum(sizes))
+    assert (facts["images"], facts["broken"], facts["bytes"]) == (3, 1, sum(sizes))
     assert facts["models"] == {
-        "d" * 64: {"pictures": 1, "bytes": sizes[0]},
-        MODEL: {"pictures": 2, "bytes": sizes[1] + sizes[2]},
+        "d" * 64: {"images": 1, "bytes": sizes[0]},
+        MODEL: {"images": 2, "bytes": sizes[1] + sizes[2]},
     }
     assert facts["first_use"] < facts["last_use"]
     status, out, err = run(capsys, "store", "stats", store)
     assert (status, err) == (0, "")
-    assert f"3 pictures, 1 broken file, {sum(sizes):,} bytes" in out
-    assert "model eeeeeeeeeeee: 2 pictures" in out
+    assert f"3 images, 1 broken file, {sum(sizes):,} bytes" in out
+    assert "model eeeeeeeeeeee: 2 images" in out
 
 
 def test_an_empty_directory(capsys, tmp_path):
     assert run(capsys, "store", "ls", tmp_path) == (0, "", "")
     assert json.loads(run(capsys, "store", "ls", tmp_path, "--json")[1]) == []
-    assert "0 pictures, 0 broken files, 0 bytes" in run(capsys, "store", "stats", tmp_path)[1]
-    assert run(capsys, "store", "rm", tmp_path, "--all")[1] == "removed 0 pictures, 0 bytes\n"
+    assert "0 images, 0 broken files, 0 bytes" in run(capsys, "store", "stats", tmp_path)[1]
+    assert run(capsys, "store", "rm", tmp_path, "--all")[1] == "removed 0 images, 0 bytes\n"
 
 
 def test_rm_by_keys(capsys, store):
@@ -181,7 +180,7 @@ def test_rm_by_keys(capsys, store):
     assert json.loads(out) == {"removed": ["ab1" + "c" * 61], "bytes": size}
     assert keys_of(store) == ["ab0", "ab2", "fff"]
     status, out, _ = run(capsys, "store", "rm", store, "f", "ab0")
-    assert (status, out.split(",")[0]) == (0, "removed 2 pictures")
+    assert (status, out.split(",")[0]) == (0, "removed 2 images")
     assert keys_of(store) == ["ab2"]
     assert (store / "model.safetensors").exists()
 
@@ -201,7 +200,7 @@ def test_rm_by_age_and_all(capsys, store):
 
 @pytest.mark.parametrize("time", [-(2**40), 2**40])
 def test_times_that_no_calendar_has(capsys, store, monkeypatch, time):
-    """Some disks take any time, and whoever may write there can set one."""
+    """Some file systems accept any time, and anyone who may write can set it."""
     path, status = store_directory.list_files(store)[0]
     odd = SimpleNamespace(st_size=status.st_size, st_mtime=time)
     monkeypatch.setattr(store_directory, "list_files", lambda directory: [(path, odd)])
@@ -211,17 +210,17 @@ def test_times_that_no_calendar_has(capsys, store, monkeypatch, time):
         assert f"{time} s since 1970" in out
 
 
-def test_rm_all_leaves_what_is_not_ours(capsys, store):
-    assert run(capsys, "store", "rm", store, "--all")[1].startswith("removed 4 pictures, ")
+def test_rm_all_leaves_foreign_files(capsys, store):
+    assert run(capsys, "store", "rm", store, "--all")[1].startswith("removed 4 images, ")
     assert sorted(os.listdir(store)) == ["ab.txt", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["ab"], "'ab' begins several keys of the directory; nothing was removed"),
-        (["ab1", "model"], "'model' begins no key of the directory; nothing was removed"),
-        ([""], "'' begins several keys"),
+        (["ab"], "several keys begin with 'ab'; nothing was removed"),
+        (["ab1", "model"], "no key begins with 'model'; nothing was removed"),
+        ([""], "several keys begin with ''"),
         ([], "wanted either KEYs, --all or --older-than DAYS"),
         (["ab1", "--all"], "wanted either"),
         (["--all", "--older-than", "0"], "wanted either"),
@@ -229,7 +228,7 @@ def test_rm_all_leaves_what_is_not_ours(capsys, store):
         (["--older-than", "nan"], "at least 0, got 'nan'"),
     ],
 )
-def test_rm_of_the_wrong_things(capsys, store, words, said):
+def test_rm_with_wrong_arguments(capsys, store, words, said):
     assert said in fails(capsys, "store", "rm", store, *words)
     assert keys_of(store) == ["ab0", "ab1", "ab2", "fff"]
 

@@ -1,4 +1,4 @@
-"""A directory in which others have put what they liked: nothing of it is harmed or believed."""
+"""A directory with anything in it: foreign entries are neither changed nor read."""
 
 import contextlib
 import copy
@@ -20,31 +20,30 @@ from known import assert_same, batch_of, counts, files_of, memory_of
 import comemo
 from comemo.cli import main as cli
 from comemo.store import directory as store_directory
-from comemo.store import store
 from comemo_kernels import ImageMemory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-DEAD = 2**22 + 1  # more than Linux gives to a process
+DEAD = 2**22 + 1  # no process of Linux has such an id
 TIMES = (0, 10**9, 2**32)  # long ago, and a century ahead
 OURS = re.compile(r"[0-9a-f]{64}(\.safetensors|\.part-[0-9a-f]{8}-[0-9]{1,10}-[0-9a-f]{8})")
 
 
-# --- what there may be ---
+# --- entries ---
 
 
 def snapshot(root):
-    """All that can be said of everything below a directory, but for times of directories."""
+    """The state of everything below a directory, except times of directories."""
     found = {}
     for folder, folders, names in os.walk(root):
         for name in (*folders, *names):
             path = Path(folder) / name
             status = path.lstat()
-            told = stat.filemode(status.st_mode), status.st_ino
+            state = stat.filemode(status.st_mode), status.st_ino
             if stat.S_ISREG(status.st_mode):
-                told += status.st_size, status.st_mtime_ns, begin(path)
+                state += status.st_size, status.st_mtime_ns, begin(path)
             elif stat.S_ISLNK(status.st_mode):
-                told += status.st_mtime_ns, os.readlink(path)
-            found[os.path.relpath(path, root)] = told
+                state += status.st_mtime_ns, os.readlink(path)
+            found[os.path.relpath(path, root)] = state
     return found
 
 
@@ -53,13 +52,13 @@ def begin(path, size=4096):
         return file.read(size)
 
 
-def ours(name, told):
+def ours(name, state):
     """Regular files of exactly the store's form: it may read, replace and remove them."""
-    return told[0][0] == "-" and OURS.fullmatch(name) is not None
+    return state[0][0] == "-" and OURS.fullmatch(name) is not None
 
 
 def put(path, kind, precious, content):
-    """An entry of a kind; links lead to what is precious."""
+    """Make an entry of a kind; links lead to precious files."""
     if kind == "file":
         path.write_bytes(content)
     elif kind == "giant":
@@ -82,7 +81,7 @@ ODD = KINDS[2:]
 
 
 class Known(NamedTuple):
-    """A picture: its prompt, its key, its memory as it is computed, and its file."""
+    """An image: its prompt, its key, its memory as computed, and its file."""
 
     core: Any
     batch: dict[str, Any]
@@ -98,23 +97,22 @@ class Known(NamedTuple):
 
 @pytest.fixture(scope="module")
 def picture(loaded, tmp_path_factory):
-    """It is built once: of all that a lookup does this takes longest."""
+    """Built once, because this is the slowest part of a lookup."""
     core, directory = loaded[0].model, tmp_path_factory.mktemp("good")
     batch, built = batch_of(core, [2, "square", 3]), []
-    build = store.build_pictures
+    model, name = comemo.CoMemoModel, "build_image_memories"
+    build = model.build_image_memories
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            store, "build_pictures", lambda *inputs: built.extend(build(*inputs)) or built
-        )
+        patch.setattr(model, name, lambda *inputs: built.extend(build(*inputs)) or built)
         memory_of(core, batch, comemo.MemoryStore(directory=directory))
-        patch.setattr(store, "build_pictures", lambda *inputs: copy.deepcopy(built))
+        patch.setattr(model, name, lambda *inputs: copy.deepcopy(built))
         (path,) = files_of(directory)
         yield Known(core, batch, path.stem, memory_of(core, batch), path.read_bytes())
 
 
 @contextlib.contextmanager
 def two_directories(content):
-    """A store's, and one with what is precious."""
+    """The directory of a store, and one with precious files."""
     root = Path(tempfile.mkdtemp())
     directory, precious = root / "store", root / "precious"
     try:
@@ -134,8 +132,8 @@ def two_directories(content):
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_odd_entries_under_a_pictures_name(picture, kind):
-    """Refused by name, neither followed nor waited for nor replaced; the picture is computed."""
+def test_odd_entries_under_an_images_name(picture, kind):
+    """Refused by name, never followed, opened or replaced; the image is computed."""
     core, batch, key, wanted, content = picture
     with two_directories(content) as (directory, precious):
         path = directory / f"{key}{store_directory.ENDING}"
@@ -144,11 +142,11 @@ def test_odd_entries_under_a_pictures_name(picture, kind):
         put(directory / part, kind, precious, content)
         before = snapshot(directory.parent)
         known = comemo.MemoryStore(directory=directory, disk_budget=10**9)
-        with pytest.warns(comemo.MemoryStoreWarning) as told:
+        with pytest.warns(comemo.MemoryStoreWarning) as warned:
             assert_same(memory_of(core, batch, known), wanted)
         said = f"it is a {kind.split()[0]}"
-        assert [str(warning.message) for warning in told] == [
-            f"MemoryStore: {path} is refused and its picture computed again: {said}",
+        assert [str(warning.message) for warning in warned] == [
+            f"MemoryStore: {path} is refused and its image computed again: {said}",
             f"MemoryStore: {path} cannot be written: {said}",
         ]
         assert_same(memory_of(core, batch, known), wanted)
@@ -159,13 +157,13 @@ def test_odd_entries_under_a_pictures_name(picture, kind):
         for action, *words in (["ls"], ["stats"], ["rm", "--all"], ["rm", "--older-than", "0"]):
             status, _, err = command(action, directory, *words)
             assert (status, err) == (0, "")
-        assert "begins no key" in command("rm", directory, key)[2]
+        assert "no key begins" in command("rm", directory, key)[2]
         assert snapshot(directory.parent) == before
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_what_takes_the_place_of_a_file_that_is_opened(picture, monkeypatch, kind):
-    """It was a regular file when it was asked, and is not waited for, nor followed."""
+def test_a_file_that_is_replaced_while_it_is_opened(picture, monkeypatch, kind):
+    """It was a regular file when it was checked; opening neither blocks nor follows a link."""
     with two_directories(picture.content) as (directory, precious):
         put(directory / "x", kind, precious, b"")
         with monkeypatch.context() as patch:
@@ -191,7 +189,7 @@ def command(*words):
 
 
 def names(key):
-    """Names of the store's own form, those that are nearly so, and any others."""
+    """Names of the store's form, names that are almost of it, and any others."""
     other, host, ending = "0" * 64, store_directory.host(), store_directory.ENDING
     own = [f"{key}{ending}", f"{other}{ending}", f"{'f' * 64}{ending}"]
     own += [f"{key}.part-{host}-{DEAD}-0123abcd", f"{other}.part-0123abcd-1-0123abcd"]
@@ -206,7 +204,7 @@ def names(key):
 
 
 @given(data=st.data())
-def test_nothing_is_harmed_and_nothing_believed(picture, data):
+def test_foreign_entries_are_neither_changed_nor_read(picture, data):
     content = picture.content
     contents = st.sampled_from([content, content[:-1] + b"?", content[:5000], b"notes"])
     entry = st.tuples(st.sampled_from(KINDS), contents, st.sampled_from(TIMES))
@@ -219,11 +217,11 @@ def test_nothing_is_harmed_and_nothing_believed(picture, data):
             put(directory / name, kind, precious, inside)
             os.utime(directory / name, (time, time), follow_symlinks=False)
 
-        def is_ours(name, told):
-            return name.startswith("store/") and ours(name.removeprefix("store/"), told)
+        def is_ours(name, state):
+            return name.startswith("store/") and ours(name.removeprefix("store/"), state)
 
         before = snapshot(directory.parent)
-        foreign = {name: told for name, told in before.items() if not is_ours(name, told)}
+        foreign = {name: state for name, state in before.items() if not is_ours(name, state)}
         for action, *words in [*data.draw(st.lists(act, max_size=3)), lookup]:
             if action == "lookup":
                 look_up(picture, directory, budget)
@@ -232,18 +230,18 @@ def test_nothing_is_harmed_and_nothing_believed(picture, data):
                 assert (status, err) == (0, "")
             after = snapshot(directory.parent)
             assert {
-                name: told for name, told in after.items() if not is_ours(name, told)
+                name: state for name, state in after.items() if not is_ours(name, state)
             } == foreign
 
 
 def look_up(picture, directory, budget):
-    """Ask for the picture twice: what comes is right, and a warning names its file."""
+    """Look the image up twice: the result is right, and a warning names its file."""
     path = directory / f"{picture.key}{store_directory.ENDING}"
     odd = os.path.lexists(path) and (path.is_symlink() or not path.is_file())
     for _ in range(2):
         good, there = picture.is_at(path), os.path.lexists(path)
         known = comemo.MemoryStore(directory=directory, disk_budget=budget)
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always", comemo.MemoryStoreWarning)
             assert_same(memory_of(picture.core, picture.batch, known), picture.memory)
         stats = known.stats
@@ -252,8 +250,8 @@ def look_up(picture, directory, budget):
             not good,
             there and not good,
         )
-        assert len(told) == stats.refused + (odd and budget != 0)
-        assert all(str(warning.message).startswith(f"MemoryStore: {path} ") for warning in told)
+        assert len(warned) == stats.refused + (odd and budget != 0)
+        assert all(str(warning.message).startswith(f"MemoryStore: {path} ") for warning in warned)
         assert picture.key in known
         if not good and not odd and budget:
             assert stats.disk_bytes <= budget

@@ -1,17 +1,15 @@
-"""Which pictures are the same, and for which models that can be told."""
+"""Keys of a store: which images are the same, for which models."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
-from known import assert_same, batch_of, counts, key_of, memory_of, tiles, work_on
+from known import assert_same, batch_of, counts, key_of, memory_of, tiles
 
 import comemo
-from comemo.cli.progress import reading_bar
 from comemo.store import keys as store_keys
 
 pytestmark = [
@@ -20,7 +18,7 @@ pytestmark = [
 ]
 
 
-# --- the same picture, and no other ---
+# --- changes of the model ---
 
 
 def nudge(name):
@@ -42,7 +40,7 @@ def set_to(path, value):
 
 
 def merge(core):
-    """As adapters are merged: no version tells."""
+    """As adapters are merged: the version counter stays the same."""
     weight = core.language_model.layers[3].mixin.kv_proj.weight
     version = weight._version
     weight.data += 1e-3
@@ -50,7 +48,7 @@ def merge(core):
 
 
 def in_place(change):
-    """Written into the data of a weight: neither its version nor its address tells."""
+    """Write to the data of a weight: its version counter and address stay the same."""
 
     def write(core):
         weight = core.language_model.layers[3].mixin.kv_proj.weight
@@ -66,7 +64,7 @@ def exchange(data):
 
 
 def replace(core):
-    """Other in one place, and again no version tells."""
+    """One number changes, and again no version counter."""
     weight = core.language_model.layers[1].mixin.kv_proj.weight
     changed, version = weight.detach().clone(), weight._version
     changed[0, 1] += 0.5
@@ -111,7 +109,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_changed_model_knows_no_picture(fresh, name):
+def test_a_changed_model_finds_no_image(fresh, name):
     store, batch = comemo.MemoryStore(), batch_of(fresh, [2, "square", 3])
     memory_of(fresh, batch, store)
     CHANGES[name](fresh)
@@ -128,7 +126,7 @@ def test_a_changed_model_knows_no_picture(fresh, name):
         nudge("language_model.embed_tokens.weight"),
     ],
 )
-def test_what_the_memory_does_not_depend_on_changes_nothing(fresh, change):
+def test_other_weights_do_not_change_the_key(fresh, change):
     batch = batch_of(fresh, [2, "square", 3])
     before = key_of(fresh, batch)
     change(fresh)
@@ -154,7 +152,7 @@ def test_the_same_weights_are_the_same_model(loaded, demo_checkpoint, fresh):
 def test_weights_are_hashed_once(fresh, monkeypatch):
     asked, identify = [], store_keys.identify_model
     monkeypatch.setattr(
-        "comemo.store.store.identify_model", lambda model: asked.append(0) or identify(model)
+        "comemo.store.store.identify_model", lambda *parts: asked.append(0) or identify(*parts)
     )
     store = comemo.MemoryStore()
     for name in ("square", "wide", "square"):
@@ -171,7 +169,7 @@ def test_weights_are_hashed_once(fresh, monkeypatch):
     data=st.data(),
 )
 def test_every_bit_of_a_weight_counts(sizes, dtype, data):
-    """Whichever are flipped, and where: at the end of a word, in pairs, in blocks of their own."""
+    """Whichever bits are flipped: at the end of a word, in pairs, in their own block."""
     bits = [torch.randint(0, 256, (n, dtype.itemsize), dtype=torch.uint8) for n in sizes]
     before = store_keys.sum_bits([t.flatten().view(dtype) for t in bits])
     assert before == store_keys.sum_bits([t.clone().flatten().view(dtype) for t in bits])
@@ -203,7 +201,7 @@ def test_a_store_keeps_no_model_alive(loaded):
     assert len(store._identities) == 0
 
 
-def test_dtype_grid_and_order_of_tiles_tell_pictures_apart(fresh):
+def test_dtype_grid_and_order_of_tiles_are_part_of_the_key(fresh):
     store = comemo.MemoryStore()
     batch = batch_of(fresh, [2, "wide", 3])
     memory_of(fresh, batch, store)
@@ -220,13 +218,13 @@ def test_dtype_grid_and_order_of_tiles_tell_pictures_apart(fresh):
     assert len(store) == 5
     assert memory.media.dtype == memory.keys[3].dtype == torch.bfloat16
     assert_same(memory, memory_of(half, batch))
-    # What counts is the picture as the model sees it.
+    # The image counts as the model sees it.
     rounded = batch | {"pixel_values": batch["pixel_values"].bfloat16()}
     memory_of(half, rounded, store)
     assert len(store) == 5
 
 
-def test_one_pixel_is_another_picture(core):
+def test_one_pixel_is_another_image(core):
     store, batch = comemo.MemoryStore(), batch_of(core, [2, "square", 3])
     memory_of(core, batch, store)
     pixels = batch["pixel_values"].clone()
@@ -235,119 +233,7 @@ def test_one_pixel_is_another_picture(core):
     assert store.stats.misses == 2
 
 
-# --- models that cannot ---
-
-
-class Adapter(torch.nn.Linear):
-    pass
-
-
-class Quantised(torch.nn.Parameter):
-    pass
-
-
-def adapt(core):
-    core.language_model.layers[1].mixin.kv_proj.__class__ = Adapter
-
-
-def quantise(core):
-    attention = core.vision_tower.encoder.layer[0].attention
-    attention.q_proj.weight = Quantised(attention.q_proj.weight.data)
-
-
-def offload(core):
-    core.vision_tower.embeddings._hf_hook = object()
-
-
-def offload_forward(core):
-    layer = core.vision_tower.encoder.layer[0]
-    layer.forward = layer.forward
-
-
-def steer(core):
-    core.vision_tower.encoder.layer[1].register_forward_hook(lambda module, args, out: out * 2)
-
-
-def steer_before(core):
-    core.vision_tower.encoder.layer[1].register_forward_pre_hook(lambda module, args: None)
-
-
-def empty(core):
-    core.multi_modal_projector.to("meta")
-
-
-def mix(core):
-    core.multi_modal_projector.bfloat16()
-
-
-def drop(core):
-    core.train()
-    core.vision_tower.embeddings.dropout.p = 0.1
-
-
-def drop_attention(core):
-    core.train()
-    core.vision_tower.encoder.layer[0].attention.attention_dropout = 0.1
-
-
-REFUSED = [
-    (adapt, r"layers.1.mixin.kv_proj is a Adapter \(an adapter, or quantised\)"),
-    (quantise, r"a weight of vision_tower.encoder.layer.0.attention.q_proj is a Quantised"),
-    (offload, "another forward was put into vision_tower.embeddings"),
-    (offload_forward, r"another forward was put into vision_tower.encoder.layer.0"),
-    (steer, "vision_tower.encoder.layer.1 has hooks"),
-    (steer_before, "vision_tower.encoder.layer.1 has hooks"),
-    (empty, "device meta"),
-    (mix, r"in \['torch.bfloat16', 'torch.float32'\]"),
-    (drop, r"vision_tower.embeddings.dropout drops out in training: call model.eval\(\)"),
-    (drop_attention, "layer.0.attention drops out in training"),
-]
-
-
-@pytest.mark.parametrize(
-    ("change", "said"), REFUSED, ids=lambda value: getattr(value, "__name__", "")
-)
-def test_models_whose_weights_do_not_tell(fresh, change, said):
-    store, batch = comemo.MemoryStore(), batch_of(fresh, [2, "square", 3])
-    change(fresh)
-    with work_on(fresh) as work, pytest.raises(ValueError, match=f"^MemoryStore: .*{said}"):
-        memory_of(fresh, batch, store)
-    assert work() == ([], 0)
-    assert len(store) == 0
-
-
-def test_autocast_and_absolute_positions_are_refused(fresh):
-    store, batch = comemo.MemoryStore(), batch_of(fresh, [2, "square", 3])
-    with (
-        torch.autocast(DEVICE, torch.bfloat16),
-        pytest.raises(ValueError, match="autocast is on"),
-    ):
-        memory_of(fresh, batch, store)
-    fresh.config.memory_positions = "absolute"
-    with pytest.raises(ValueError, match="must be 'relative', got 'absolute'"):
-        memory_of(fresh, batch, store)
-
-
-def test_onlookers_are_welcome(loaded, core):
-    """A progress bar's hooks, and those that transformers leaves behind."""
-    store, batch = comemo.MemoryStore(), batch_of(core, [2, "square", 3])
-    with reading_bar(loaded[0], True) as bar:
-        memory_of(core, batch, store)
-        assert bar.calls["vision"] == 2
-        memory_of(core, batch, store)
-        assert bar.calls["vision"] == 2
-        bar.calls["vision"] = 0  # as if the picture had been known
-        bar.count("text")
-        assert bar.state()[0] == "reading the prompt"
-    watched = copy.deepcopy(core)
-    with torch.no_grad():
-        watched.vision_tower(batch["pixel_values"], output_hidden_states=True)
-    assert watched.vision_tower.encoder.layer[0]._forward_hooks
-    memory_of(watched, batch, store)
-    assert counts(store, "misses", "hits") == (1, 2)
-
-
-def test_pictures_that_are_no_whole_tiles(core):
+def test_images_that_are_not_whole_tiles(core):
     store, mask = comemo.MemoryStore(), torch.zeros(2, 600, dtype=torch.bool)
     mask[0, :500] = mask[1, :12] = True
     ids = torch.arange(600).expand(2, -1)
@@ -359,7 +245,7 @@ def test_pictures_that_are_no_whole_tiles(core):
     assert store.stats.misses == 0
 
 
-def test_no_pictures_in_a_batch(core):
+def test_no_images_in_a_batch(core):
     ids = torch.arange(5)[None]
     mask, none = torch.zeros(1, 5, dtype=torch.bool), torch.zeros(0, 3, 448, 448)
     with torch.no_grad():
@@ -367,12 +253,12 @@ def test_no_pictures_in_a_batch(core):
     assert len(found) == 0
 
 
-def test_pieces_of_a_digest_cannot_run_into_each_other():
-    """Shapes and the place where pixels end are part of the key."""
+def test_inputs_of_a_digest_are_delimited():
+    """Shapes, and where the pixels end, are part of the key."""
     a, b = torch.zeros(2, 3, 4, 4), torch.zeros(1, 3, 8, 4)
     ids = torch.arange(4)
-    key = store_keys.identify_picture("m", a, ids)
-    assert key != store_keys.identify_picture("m", b, ids)
-    assert key != store_keys.identify_picture("m", a, F.pad(ids, (0, 1)))
-    assert key != store_keys.identify_picture("n", a, ids)
-    assert key == store_keys.identify_picture("m", a.clone(), ids.int())
+    key = store_keys.identify_image("m", a, ids)
+    assert key != store_keys.identify_image("m", b, ids)
+    assert key != store_keys.identify_image("m", a, F.pad(ids, (0, 1)))
+    assert key != store_keys.identify_image("n", a, ids)
+    assert key == store_keys.identify_image("m", a.clone(), ids.int())

@@ -93,14 +93,14 @@ def test_decodes_batches_and_single_ids(tokenizer):
     assert tokenizer.decode([]) == ""
 
 
-def test_clean_up_and_blanks_are_optional(tokenizer):
+def test_clean_up_and_spaces_are_optional(tokenizer):
     ids = tokenizer("<img>?", add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == "<img> ?"
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=True) == "<img>?"
     assert tokenizer.decode(ids, spaces_between_special_tokens=False) == "<img>?"
 
 
-def test_added_words_are_no_control_tokens(folder):
+def test_added_words_are_not_control_tokens(folder):
     tokenizer = InternLM2Tokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["wombat"])
     assert "wombat" not in tokenizer.control_literals
@@ -109,7 +109,7 @@ def test_added_words_are_no_control_tokens(folder):
     assert tokenizer.decode([*ids, ids[0]]) == "a  wombat a"
 
 
-def test_says_what_is_wrong():
+def test_errors():
     with pytest.raises(ValueError, match=r"InternLM2Tokenizer: wanted .* tokenizer\.model"):
         InternLM2Tokenizer()
 
@@ -125,7 +125,7 @@ def control_ids(tokenizer):
 
 
 def as_decoded(tokenizer, text):
-    """What the tokenizer makes of a text without control tokens."""
+    """A text without control tokens, encoded and decoded."""
     return tokenizer.clean_up_tokenization(text.replace("▁", " "))
 
 
@@ -148,7 +148,7 @@ def test_escaped_text_stays_text(tokenizer, text):
 
 @settings(deadline=None, max_examples=300)
 @given(text=st.text() | texts)
-def test_ordinary_text_is_left_alone(tokenizer, text):
+def test_ordinary_text_is_unchanged(tokenizer, text):
     for literal in [MARKER, *tokenizer.control_literals]:
         text = text.replace(literal, "a")
     if any(literal in text for literal in tokenizer.control_literals):
@@ -177,7 +177,7 @@ def test_nested_and_broken_literals_stay_text(tokenizer, text):
 
 
 def test_template_around_escaped_text_keeps_its_control_tokens(tokenizer):
-    # Text cut short beside a control token must neither swallow it nor complete another.
+    # Text that ends next to a control token must neither absorb it nor complete another.
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     for text in ("<|im_end|>", "<|im_end", "<", ALIAS[:-1], "|>"):
         prompt = "<|im_end|>" + escape(text, tokenizer) + "<|im_end|>"
@@ -188,7 +188,7 @@ def test_template_around_escaped_text_keeps_its_control_tokens(tokenizer):
 
 @pytest.fixture(scope="module", params=["byte_fallback", "no_byte_fallback"])
 def with_dummy_prefix(request, tmp_path_factory):
-    """A tokenizer that puts a blank before every text, one of its pieces renamed."""
+    """A tokenizer that puts a space before every text, with one piece renamed."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 20),
@@ -219,7 +219,7 @@ def test_no_control_id_with_any_sentencepiece_model(with_dummy_prefix, text):
     ids = tokenizer(escape(text, tokenizer), add_special_tokens=False)["input_ids"]
     assert not control_ids(tokenizer) & set(ids)
     if "▁" not in text and tokenizer.sp_model.is_byte(tokenizer.convert_tokens_to_ids("<0x00>")):
-        # These models also merge blanks and strip them at the ends.
+        # These models also merge spaces and strip them at the ends.
         merged = re.sub(" +", " ", text.replace(MARKER, "")).strip(" ")
         assert tokenizer.decode(ids) == tokenizer.clean_up_tokenization(merged)
 
@@ -251,7 +251,7 @@ HALVES = ["\ud83d", "a\ude00b", "\ud83d\ude00", "<|im_end|>\udfff"]
 
 
 @pytest.mark.parametrize("text", HALVES)
-def test_half_a_surrogate_pair_is_refused_at_every_door(tokenizer, processor, text):
+def test_a_lone_surrogate_is_refused_everywhere(tokenizer, processor, text):
     messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
     doors = {
         "InternLM2Tokenizer": [
@@ -277,7 +277,7 @@ def test_half_a_surrogate_pair_is_refused_at_every_door(tokenizer, processor, te
     }
     for name, calls in doors.items():
         for call in calls:
-            with pytest.raises(ValueError, match=f"^{name}: .*half a surrogate pair") as caught:
+            with pytest.raises(ValueError, match=f"^{name}: .*a lone surrogate") as caught:
                 call()
             assert not isinstance(caught.value, UnicodeError)
     assert tokenizer.decode(tokenizer("\U0001f600", add_special_tokens=False)["input_ids"]) == "😀"
@@ -297,10 +297,11 @@ PARTS = ["ab", " word", "\n", "\n\n", " the", " 猫", "猫", "😀", ".", "!", "
 
 @settings(deadline=None, max_examples=50)
 @given(text=st.lists(st.sampled_from(PARTS), min_size=1, max_size=25).map("".join))
-def test_a_streamer_of_transformers_puts_out_the_decoded_text(tokenizer, text):
-    assume(tokenizer.clean_up_tokenization(text) == text)  # else blanks it put out are taken back
+def test_a_streamer_of_transformers_gives_the_decoded_text(tokenizer, text):
+    # Otherwise clean-up removes spaces that were already printed.
+    assume(tokenizer.clean_up_tokenization(text) == text)
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert streamed(tokenizer, ids) == tokenizer.decode(ids)
-    told = tokenizer.decode([*ids, end], skip_special_tokens=True)
-    assert streamed(tokenizer, [*ids, end], skip_special_tokens=True) == told == text
+    decoded = tokenizer.decode([*ids, end], skip_special_tokens=True)
+    assert streamed(tokenizer, [*ids, end], skip_special_tokens=True) == decoded == text

@@ -1,4 +1,4 @@
-"""`comemo chat`: a question, or a conversation line by line."""
+"""`comemo chat`: ask a question, or hold a conversation line by line."""
 
 import argparse
 import contextlib
@@ -15,30 +15,94 @@ from torch import Tensor
 from comemo import images, prompts
 from comemo.chat.published import check_tokenizer
 from comemo.chat.session import ChatSession
-from comemo.cli import info
-from comemo.cli import store as store_cli
-from comemo.cli.device import parse_device, parse_dtype
+from comemo.cli.arguments import add_published_pixels, number
+from comemo.cli.device import DTYPES, parse_device, parse_dtype
+from comemo.cli.info import read_config
 from comemo.cli.progress import AnswerStreamer, reading_bar
-from comemo.cli.terminal import note, plain, report, tell
+from comemo.cli.store import add_store_options, open_store, show_store_warnings
+from comemo.cli.terminal import is_watched, note, plain, report, tell
 from comemo.conditional_generation import CoMemoForConditionalGeneration
-from comemo.config import CoMemoConfig
+from comemo.config import CHOICES, CoMemoConfig
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
 from comemo.safety.regular import check_settings_files
 from comemo.safety.settings import TEXT, check_settings, shorten
 from comemo.tokenizer import InternLM2Tokenizer
 
+SUMMARY = "ask a checkpoint about images, or without any"
 COMMANDS = {
-    "/image PATH": "show a picture with the next question",
+    "/image PATH": "show an image with the next question",
     "/again": "answer the last question once more",
-    "/new": "forget what was said, keep the pictures",
-    "/help": "list these",
-    "/quit": "end, as Ctrl-D and an empty line do; Ctrl-C stops an answer",
+    "/new": "forget the conversation, keep the images",
+    "/help": "list these commands",
+    "/quit": "end; so do Ctrl-D and an empty line; Ctrl-C stops an answer",
     "//...": "ask a question that begins with /",
 }
-HELP = "A line is a question, but for these:\n" + "\n".join(
+HELP = "A line is a question, except for these commands:\n" + "\n".join(
     f"  {form:14}{text}" for form, text in COMMANDS.items()
 )
-LONGEST_LINE = 2**20  # characters of a question that no one types; stdin may never end a line
+LONGEST_LINE = 2**20  # characters; nobody types so many, and stdin may never end a line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments of the command."""
+    many, tiles, beams = (number(int, 1, most) for most in (10**6, images.MAX_TILES, 256))
+    parser.add_argument("model", metavar="MODEL", help="directory of a checkpoint")
+    parser.add_argument("question", nargs="?", help="without it: a conversation, line by line")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="PATH", help="an image; may be repeated"
+    )
+    parser.add_argument("--max-tiles", type=tiles, metavar="N", help="per image (as trained: 12)")
+    parser.add_argument(
+        "--rope", choices=CHOICES["rope"], default="dhr", help="original: better for text in images"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best available")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    threads = number(int, 1, 1024)  # PyTorch crashes with many more
+    parser.add_argument("--threads", type=threads, metavar="N", help="of the CPU; default: torch's")
+    parser.add_argument("--timing", action="store_true", help="show how long each answer took")
+    add_store_options(parser)
+    parser.add_argument("-v", "--verbose", action="store_true", help="notes without a terminal too")
+    heat, penalty = number(float, 0.001, 1000), number(float, 0.01, 100)  # others end in NaN
+    share = number(float, 0, 1, above=True)
+    words = parser.add_argument_group("generation")
+    words.add_argument("--max-new-tokens", type=many, default=512, metavar="N", help="%(default)s")
+    words.add_argument("--sample", action="store_true", help="draw tokens; default: greedy")
+    words.add_argument("--temperature", type=heat, metavar="X", help="implies --sample")
+    words.add_argument("--top-p", type=share, metavar="X", help="implies --sample")
+    words.add_argument("--top-k", type=many, metavar="N", help="implies --sample")
+    words.add_argument("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="of --sample")
+    words.add_argument("--num-beams", type=beams, default=1, metavar="N", help="cannot be streamed")
+    words.add_argument("--repetition-penalty", type=penalty, metavar="X")
+    add_published_pixels(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer one question, or hold a conversation; returns the exit status.
+
+    Raises:
+        ValueError, OSError: a checkpoint, image, question or option that is wrong.
+    """
+    if args.question is None and sys.stdin is None:
+        raise ValueError("there is no QUESTION, and stdin is closed")
+    if args.question is not None and not args.question.strip():
+        raise ValueError("the question is empty")
+    check_text("question", args.question or "")
+    check_text("system message", args.system or "")
+    talk = _load(args)
+    if args.question is None:
+        return talk.converse()
+    talk.ask(args.question)
+    return 0
+
+
+def _load(args: argparse.Namespace) -> "Talk":
+    try:
+        return Talk(args)
+    except (AttributeError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        # raised by transformers for files with contents that it does not expect
+        kind = type(error).__name__
+        raise ValueError(f"{args.model!r} cannot be loaded: {kind}: {error}") from error
 
 
 class Talk:
@@ -48,19 +112,17 @@ class Talk:
         args: of the command.
 
     Raises:
-        ValueError, OSError: a checkpoint, picture or option that is not right.
+        ValueError, OSError: a checkpoint, image or option that is wrong.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, config = args, info.read_config(args.model)
+        self.args, config = args, read_config(args.model)
         self.stop = prompts.stop_text(config.template)
         check_settings_files(args.model)
-        # What transformers says of a missing file is about other kinds of tokenizers.
-        held = set(os.listdir(args.model))
-        if "tokenizer_config.json" not in held:
-            raise ValueError(f"{args.model!r} has no tokenizer_config.json")
-        if "tokenizer.model" not in held:
-            raise ValueError(f"{args.model!r} has no tokenizer.model")
+        # For a missing file transformers' message is about other kinds of tokenizers.
+        for name in ("tokenizer_config.json", "tokenizer.model"):
+            if not os.path.lexists(os.path.join(args.model, name)):
+                raise ValueError(f"{args.model!r} has no {name}")
         tokenizer = InternLM2Tokenizer.from_pretrained(args.model)
         check_tokenizer(tokenizer, self.stop)  # before minutes of loading weights
         if len(tokenizer) > config.text_config.vocab_size:
@@ -68,7 +130,7 @@ class Talk:
                 f"{args.model!r}: the tokenizer must have at most the model's"
                 f" {config.text_config.vocab_size:,} tokens, got {len(tokenizer):,}"
             )
-        store = store_cli.open_store(args)
+        store = open_store(args)
         self.shown = [self._load(path, config) for path in args.image]  # with the next question
         if args.threads is not None:
             torch.set_num_threads(args.threads)
@@ -103,23 +165,23 @@ class Talk:
         return pixel_values, grid
 
     def _note(self, text: str) -> None:
-        if is_watched(self.args):
+        if is_watched(self.args.verbose):
             note(text)
 
     def ask(self, question: str | None) -> None:
         """Print an answer as it comes.
 
         Args:
-            question: None for another answer to the last one.
+            question: None to answer the last question again.
         """
         if question is not None:
             check_text("question", question)
         streams = self.args.num_beams == 1
         tiles = sum(len(pixel_values) for pixel_values, _ in self.shown)
-        told = store_cli.told_warnings()
-        with told, reading_bar(self.model, tiles, force=self.args.verbose) as bar:
+        bar_shown = reading_bar(self.model, tiles, force=self.args.verbose)
+        with show_store_warnings(), bar_shown as bar:
             streamer = AnswerStreamer(self.session.tokenizer, self.stop, before=bar.close)
-            receiver = streamer if streams else None
+            receiver = streamer if streams else None  # beam search gives no tokens before the end
             try:
                 if question is None:
                     answer = self.session.regenerate(streamer=receiver)
@@ -133,9 +195,9 @@ class Talk:
             if not streams:
                 streamer.extend_to(answer)
                 streamer.end()
-        self._tell_time()
+        self._show_time()
 
-    def _tell_time(self) -> None:
+    def _show_time(self) -> None:
         report = self.session.report
         if not self.args.timing or report is None:
             return
@@ -147,7 +209,7 @@ class Talk:
         note(f"[{', '.join(parts)}]")
 
     def converse(self) -> int:
-        """Answer line by line; what goes wrong with one question does not end it.
+        """Answer line by line; an error in one question does not end the conversation.
 
         Returns:
             Exit status.
@@ -168,7 +230,7 @@ class Talk:
         return 0 if sys.stdin.isatty() else status
 
     def _follow(self, line: str) -> None:
-        """A question, or one of `COMMANDS`."""
+        """Answer a question, or run one of `COMMANDS`."""
         word, rest = (*line.split(maxsplit=1), "")[:2]
         form = next((form for form in COMMANDS if form.split()[0] == word), None)
         if line.startswith("//"):
@@ -185,9 +247,9 @@ class Talk:
             absolute = self.model.config.memory_positions == "absolute"
             self.session.reset(keep_pictures=not absolute)
             self._note(
-                "forgotten; its pictures go with the next question"
-                if not absolute
-                else "forgotten, pictures too"
+                "forgotten, images too"
+                if absolute
+                else "forgotten; its images come with the next question"
             )
         elif word == "/again":
             self.ask(None)
@@ -196,16 +258,21 @@ class Talk:
 
     def _options(self) -> dict[str, Any]:
         args = self.args
-        options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
-        drawing, penalty = ("temperature", "top_p", "top_k"), ("repetition_penalty",)
-        given = {name for name in drawing + penalty if getattr(args, name) is not None}
-        options |= {name: getattr(args, name) for name in given}
-        drawn = args.sample or not given.isdisjoint(drawing)
-        return options | {"num_beams": args.num_beams, "do_sample": drawn}
+        sampling = ("temperature", "top_p", "top_k")
+        given = {
+            name: getattr(args, name)
+            for name in (*sampling, "repetition_penalty")
+            if getattr(args, name) is not None
+        }
+        return given | {
+            "max_new_tokens": args.max_new_tokens,
+            "num_beams": args.num_beams,
+            "do_sample": args.sample or not given.keys().isdisjoint(sampling),
+        }
 
 
 def _read_lines() -> Iterator[str]:
-    """Lines of stdin; at a terminal up to the first empty one."""
+    """Lines of stdin; at a terminal up to the first empty line."""
     typed = sys.stdin.isatty()
     edits = typed and sys.stdout.isatty()
     if edits:
@@ -229,23 +296,14 @@ def _read_lines() -> Iterator[str]:
 
 
 def check_text(name: str, text: str) -> None:
-    """Refuse bytes that are no text.
+    """Refuse bytes that are not text.
 
     Args:
-        name: of what it is.
+        name: what the text is, for the message.
         text: as Python reads arguments and stdin.
 
     Raises:
-        ValueError: bytes that are not of the encoding, or halves of surrogate pairs.
+        ValueError: bytes that cannot be decoded, or lone surrogates.
     """
     if re.search("[\ud800-\udfff]", text):
-        raise ValueError(f"the {name} must be text, got bytes that are none: {shorten(text)}")
-
-
-def is_watched(args: argparse.Namespace) -> bool:
-    """Whether somebody sees notes and progress.
-
-    Args:
-        args: of any command.
-    """
-    return sys.stderr.isatty() or getattr(args, "verbose", False)
+        raise ValueError(f"the {name} must be text, got bytes that are not: {shorten(text)}")

@@ -1,4 +1,4 @@
-"""Where to run and in which dtype. The model itself never asks."""
+"""Choose the device and the dtype to run in. The model itself never does."""
 
 import functools
 import time
@@ -9,11 +9,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def default_device() -> torch.device:
-    """Choose CUDA before MPS before the CPU.
-
-    Returns:
-        The first of them that this machine has.
-    """
+    """The first of CUDA, MPS and the CPU that this machine has."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -23,19 +19,19 @@ def default_device() -> torch.device:
 
 @functools.cache
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Choose the dtype that is fastest on a device.
+    """Choose the fastest dtype for a device.
 
     Args:
-        device: where the model is to run.
+        device: where the model will run.
 
     Returns:
-        On an accelerator bfloat16, or float16 where it has no bfloat16. On a CPU bfloat16 if a
-        matrix product in it takes less time than in float32: without bfloat16 units it takes
-        several times as much. Measured once a process.
+        On an accelerator bfloat16, or float16 if it has no bfloat16. On a CPU bfloat16 if a GEMM
+        is faster in it than in float32: without bfloat16 units it takes several times as long.
+        Measured once per process.
     """
     if device.type == "cpu":
-        seconds = _product_seconds(torch.float32)
-        faster = _product_seconds(torch.bfloat16, give_up=2 * seconds) < seconds
+        seconds = _gemm_seconds(torch.float32)
+        faster = _gemm_seconds(torch.bfloat16, give_up=2 * seconds) < seconds
         return torch.bfloat16 if faster else torch.float32
     if device.type == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -54,7 +50,7 @@ def parse_device(name: str | None) -> torch.device:
         The device.
 
     Raises:
-        ValueError: there is no such device here.
+        ValueError: this machine has no such device.
     """
     if name is None:
         return default_device()
@@ -73,7 +69,7 @@ def parse_dtype(name: str, device: torch.device) -> torch.dtype:
 
     Args:
         name: a key of `DTYPES`, or "auto" for `default_dtype`.
-        device: where the model is to run.
+        device: where the model will run.
 
     Returns:
         The dtype.
@@ -86,7 +82,7 @@ def parse_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"parse_dtype: dtype must be auto or one of {list(DTYPES)}, got {name!r}")
     if not _can_compute(device, DTYPES[name]):
-        raise ValueError(f"parse_dtype: {device} cannot compute in {name}: leave out --dtype")
+        raise ValueError(f"parse_dtype: {device} cannot compute in {name}: omit --dtype")
     return DTYPES[name]
 
 
@@ -99,8 +95,8 @@ def _can_compute(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def _product_seconds(dtype: torch.dtype, give_up: float = float("inf")) -> float:
-    """Best time of a few products on the CPU; one of them past `give_up` settles it."""
+def _gemm_seconds(dtype: torch.dtype, give_up: float = float("inf")) -> float:
+    """The best time of a few GEMMs on the CPU; stops at the first that takes over `give_up`."""
     a, b = torch.ones(256, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
     best = float("inf")
     for attempt in range(6):  # the first warms up

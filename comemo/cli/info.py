@@ -1,5 +1,7 @@
-"""What a checkpoint says of itself, read without its weights."""
+"""`comemo info`: describe a checkpoint by its config and the headers of its weights."""
 
+import argparse
+import json
 import math
 import os
 import re
@@ -8,12 +10,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from comemo.cli.terminal import plain
+from comemo.cli.terminal import plain, tell
 from comemo.config import CoMemoConfig
 from comemo.safety.regular import check_checkpoint, check_path, read_json
 from comemo.safety.settings import shorten
 
-PARTS = {  # part -> its weights, in the published names or in ours
+SUMMARY = "describe a checkpoint without loading it"
+PARTS = {  # part -> pattern of its weights' names, published or transformers' own
     "vision tower": r"^(model\.)?vision_",
     "projector": r"^(mlp1|model\.multi_modal_projector)\.",
     "mixin layers": r"\.(gated_cross_attn_layer|mixin)\.",
@@ -21,8 +24,25 @@ PARTS = {  # part -> its weights, in the published names or in ours
 }
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments of the command."""
+    parser.add_argument("model", metavar="MODEL", help="directory of a checkpoint")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the description; returns the exit status.
+
+    Raises:
+        ValueError, OSError: see `describe_checkpoint`.
+    """
+    facts = describe_checkpoint(args.model)
+    tell(json.dumps(facts, indent=2) if args.json else table(facts))
+    return 0
+
+
 def read_config(directory: str | os.PathLike[str]) -> CoMemoConfig:
-    """Read the config of a checkpoint, or say why there is none.
+    """Read the config of a checkpoint, or raise an error that says what is missing.
 
     Args:
         directory: of a checkpoint.
@@ -33,17 +53,17 @@ def read_config(directory: str | os.PathLike[str]) -> CoMemoConfig:
     Raises:
         ValueError: no such directory, no readable config in it, or one of another model; files
             that are pipes or devices.
-        OSError: what may not be read.
+        OSError: a file that may not be read.
     """
     check_path("read_config", directory)
     if not os.path.isdir(directory):
         raise ValueError(
-            f"there is no directory {str(directory)!r}; MODEL is the directory of a checkpoint, got"
-            " for example by `hf download OWNER/NAME --local-dir DIRECTORY`"
+            f"there is no directory {str(directory)!r}; MODEL is the directory of a checkpoint, for"
+            " example from `hf download OWNER/NAME --local-dir DIRECTORY`"
         )
     file = Path(directory) / "config.json"
     if not file.exists():
-        raise ValueError(f"{str(directory)!r} holds no config.json: it is no checkpoint")
+        raise ValueError(f"{str(directory)!r} holds no config.json: it is not a checkpoint")
     check_checkpoint(directory)
     content = read_json(file)
     kind = content.get("model_type") if isinstance(content, dict) else None
@@ -56,7 +76,7 @@ def read_config(directory: str | os.PathLike[str]) -> CoMemoConfig:
 
 
 def describe_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what a checkpoint says of itself: its config, and the headers of its weights.
+    """Describe a checkpoint from its config and the headers of its weights.
 
     Args:
         directory: of a checkpoint.
@@ -65,7 +85,7 @@ def describe_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
         Facts that can be written as JSON.
 
     Raises:
-        ValueError: no checkpoint of this model, no safetensors in it, or damaged ones.
+        ValueError: not a checkpoint of this model, no safetensors in it, or damaged ones.
     """
     config = read_config(directory)
     text, vision, mixin = config.text_config, config.vision_config, config.mixin_config
@@ -81,8 +101,7 @@ def describe_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
         "bytes": sum(part["bytes"] for part in parts.values()),
         "dtypes": sorted({dtype for part in parts.values() for dtype in part["dtypes"]}),
     }
-    entries = 2 * len(config.mixin_layers) * mixin.num_heads * mixin.head_dim
-    entries *= config.tokens_per_tile
+    numbers = memory_numbers(config, config.tokens_per_tile)
     return {
         "directory": str(directory),
         "language_model": {
@@ -112,10 +131,16 @@ def describe_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
             name: getattr(config, name)
             for name in ("rope", "tile_order", "decode_positions", "ntk_length")
         },
-        "memory_bytes_per_tile": {"float32": 4 * entries, "bfloat16": 2 * entries},
+        "memory_bytes_per_tile": {"float32": 4 * numbers, "bfloat16": 2 * numbers},
         "parts": {name: parts[name] for name in (*PARTS, "other") if name in parts},
         "total": total,
     }
+
+
+def memory_numbers(config: CoMemoConfig, tokens: int) -> int:
+    """How many numbers the keys and values of all mixin layers have, for so many image tokens."""
+    mixin = config.mixin_config
+    return 2 * len(config.mixin_layers) * tokens * mixin.num_heads * mixin.head_dim
 
 
 def _headers(file: Path) -> list[tuple[str, list[int], str]]:
@@ -125,7 +150,7 @@ def _headers(file: Path) -> list[tuple[str, list[int], str]]:
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
             return [(name, s.get_shape(), s.get_dtype()) for name, s in slices.items()]
     except SafetensorError as error:
-        raise ValueError(f"{str(file)!r} is no whole file of weights: {error}") from error
+        raise ValueError(f"{str(file)!r} is not a whole safetensors file: {error}") from error
 
 
 def _part_of(weight: str) -> str:
@@ -141,10 +166,10 @@ def _add(parts: dict[str, dict[str, Any]], name: str, size: int, dtype: str) -> 
 
 
 def table(facts: dict[str, Any]) -> str:
-    """Lay out the facts for reading.
+    """Format the facts as a table.
 
     Args:
-        facts: of `describe_checkpoint`.
+        facts: from `describe_checkpoint`.
 
     Returns:
         Lines of text.

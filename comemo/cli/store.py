@@ -1,4 +1,4 @@
-"""`comemo store`: what a directory of known pictures holds, told and tidied without a model."""
+"""`comemo store`: list, remove and sum up the images in a store's directory, without a model."""
 
 import argparse
 import contextlib
@@ -6,44 +6,39 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from comemo.cli.arguments import number
 from comemo.cli.terminal import note, plain, tell
 from comemo.store import directory as store_directory
 from comemo.store.directory import BadFileError
 from comemo.store.files import read_header
 from comemo.store.store import MemoryStore, MemoryStoreWarning
 
+SUMMARY = "list, remove and sum up the images in a store's directory"
 SHOWN = 12  # characters of a key or a model's digest in a table
 DAY = 86400.0
 
 
-def add_options(chat: argparse.ArgumentParser, number: Callable[[str], Any]) -> None:
-    """Add `--store` and `--store-budget`.
-
-    Args:
-        chat: the command that asks.
-        number: reads a number above 0.
-    """
-    chat.add_argument(
-        "--store", metavar="DIR", help="keep what pictures become here, and know them again"
-    )
-    chat.add_argument(
+def add_store_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--store` and `--store-budget` to another command."""
+    parser.add_argument("--store", metavar="DIR", help="cache image memories in this directory")
+    parser.add_argument(
         "--store-budget",
-        type=number,
+        type=number(float, 0, above=True),
         metavar="GB",
-        help="of its files; those unused longest make room (default: no limit)",
+        help="of its files; the least recently used ones are removed (default: no limit)",
     )
 
 
 def open_store(args: argparse.Namespace) -> MemoryStore | None:
-    """The store that the options of `add_options` ask for.
+    """The store that the options of `add_store_options` ask for; None without `--store`.
 
     Raises:
-        ValueError: a budget without a directory, or beyond all numbers; an empty directory.
+        ValueError: a budget without a directory, or not finite; an empty directory.
         NotADirectoryError: the directory is a file.
     """
     if args.store is None:
@@ -53,20 +48,20 @@ def open_store(args: argparse.Namespace) -> MemoryStore | None:
     budget = None if args.store_budget is None else args.store_budget * 1e9
     if budget == math.inf:
         raise ValueError(f"--store-budget must be finite, got {args.store_budget:g}")
-    with told_warnings():
+    with show_store_warnings():
         return MemoryStore(directory=args.store, disk_budget=budget)
 
 
 @contextlib.contextmanager
-def told_warnings() -> Iterator[None]:
-    """Tell what is wrong with a store in a line on stderr, once the block is done."""
+def show_store_warnings() -> Iterator[None]:
+    """Print each warning of a store as a line on stderr, at the end of the `with` block."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MemoryStoreWarning)
         try:
             yield
         finally:
-            told = list(caught)
-    for warning in told:
+            warned = list(caught)
+    for warning in warned:
         if issubclass(warning.category, MemoryStoreWarning):
             text = str(warning.message).removeprefix("MemoryStore: ")
             note(f"comemo: warning: {plain(text)}")
@@ -76,60 +71,54 @@ def told_warnings() -> Iterator[None]:
             )
 
 
-def add_commands(store: argparse.ArgumentParser, number: Callable[[str], Any]) -> None:
-    """Add ls, rm and stats.
-
-    Args:
-        store: the command that they are of.
-        number: reads a number of at least 0.
-    """
-    actions = store.add_subparsers(
-        dest="action", metavar="ACTION", required=True, parser_class=type(store)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the actions ls, rm and stats and their arguments."""
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", required=True, parser_class=type(parser)
     )
     for name, text in (
-        ("ls", "list pictures, those unused longest first"),
-        ("rm", "remove pictures"),
+        ("ls", "list images, least recently used first"),
+        ("rm", "remove images"),
         ("stats", "sum up what the directory holds"),
     ):
         added = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         added.add_argument("directory", metavar="DIR")
         if name == "rm":
-            added.add_argument("keys", nargs="*", metavar="KEY", help="its first letters will do")
-            added.add_argument("--all", action="store_true", help="every picture")
-            added.add_argument(
-                "--older-than", type=number, metavar="DAYS", help="those unused for longer"
-            )
-        added.add_argument("--json", action="store_true", help="the same for programs")
-        # Given behind `store` already, it is not to be taken back here.
+            added.add_argument("keys", nargs="*", metavar="KEY", help="or its first characters")
+            added.add_argument("--all", action="store_true", help="every image")
+            days = number(float, 0)
+            added.add_argument("--older-than", type=days, metavar="DAYS", help="unused for longer")
+        added.add_argument("--json", action="store_true", help="print JSON")
+        # Without a default of its own: `store --debug ACTION` must stay in effect.
         added.add_argument(
             "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
         )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the action that was asked for; returns the exit status.
+    """Run the chosen action; returns the exit status.
 
     Raises:
-        ValueError: no such directory, or keys that name no picture or several.
+        ValueError: no such directory, or keys that match no image or several.
         OSError: a directory that cannot be read, or a file that cannot be removed.
     """
     return {"ls": _ls, "rm": _rm, "stats": _stats}[args.action](args)
 
 
 def describe(directory: str | Path) -> list[dict[str, Any]]:
-    """Read what the files of a store say of themselves, not their tensors.
+    """Read the headers of a store's files, not their tensors.
 
     Args:
         directory: of the store.
 
     Returns:
-        Of each file `key`, `bytes` and `used` (seconds since the epoch), those unused longest
-        first; `tokens`, `dtype` and `model` of a good one, the reason as `broken` of another.
+        For each file `key`, `bytes` and `used` (seconds since the epoch), least recently used
+        first; also `tokens`, `dtype` and `model` for a good file, or the reason as `broken`.
 
     Raises:
         ValueError: there is no such directory.
     """
-    if not str(directory) or not Path(directory).is_dir():  # "" would be the current one
+    if not str(directory) or not Path(directory).is_dir():  # "" would be the current directory
         raise ValueError(f"there is no directory {str(directory)!r}")
     rows = []
     for path, status in store_directory.list_files(Path(directory)):
@@ -180,16 +169,16 @@ def _rm(args: argparse.Namespace) -> int:
     if args.json:
         tell(json.dumps({"removed": [row["key"] for row in chosen], "bytes": size}, indent=2))
     else:
-        tell(f"removed {_count(len(chosen), 'picture')}, {size:,} bytes")
+        tell(f"removed {_count(len(chosen), 'image')}, {size:,} bytes")
     return 0
 
 
 def _find(start: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The one picture whose key begins so."""
+    """The one image whose key begins with `start`."""
     found = [row for row in rows if row["key"].startswith(start.lower())]
     if len(found) != 1 or not start:
-        fault = "begins several keys" if found else "begins no key"
-        raise ValueError(f"{start!r} {fault} of the directory; nothing was removed")
+        fault = "several keys begin" if found else "no key begins"
+        raise ValueError(f"{fault} with {start!r}; nothing was removed")
     return found[0]
 
 
@@ -198,12 +187,12 @@ def _stats(args: argparse.Namespace) -> int:
     good = [row for row in rows if "broken" not in row]
     models: dict[str, dict[str, int]] = {}
     for row in good:
-        about = models.setdefault(row["model"], {"pictures": 0, "bytes": 0})
-        about["pictures"] += 1
+        about = models.setdefault(row["model"], {"images": 0, "bytes": 0})
+        about["images"] += 1
         about["bytes"] += row["bytes"]
     facts = {
         "directory": args.directory,
-        "pictures": len(good),
+        "images": len(good),
         "broken": len(rows) - len(good),
         "bytes": sum(row["bytes"] for row in rows),
         "first_use": _date(rows[0]["used"]) if rows else None,
@@ -214,15 +203,14 @@ def _stats(args: argparse.Namespace) -> int:
         tell(json.dumps(facts, indent=2))
         return 0
     tell(
-        f"{plain(args.directory)}\n  {_count(len(good), 'picture')},"
+        f"{plain(args.directory)}\n  {_count(len(good), 'image')},"
         f" {_count(len(rows) - len(good), 'broken file')}, {facts['bytes']:,} bytes"
     )
     if rows:
         tell(f"  last used {facts['first_use']} to {facts['last_use']}")
     for model, about in models.items():
         tell(
-            f"  model {model[:SHOWN]}: {_count(about['pictures'], 'picture')},"
-            f" {about['bytes']:,} bytes"
+            f"  model {model[:SHOWN]}: {_count(about['images'], 'image')}, {about['bytes']:,} bytes"
         )
     return 0
 
@@ -234,4 +222,4 @@ def _count(number: int, noun: str) -> str:
 def _date(seconds: float) -> str:
     with contextlib.suppress(ValueError, OverflowError, OSError):
         return datetime.fromtimestamp(seconds, timezone.utc).isoformat(" ", "seconds")
-    return f"{seconds:.0f} s since 1970"  # anyone may set any time
+    return f"{seconds:.0f} s since 1970"  # a file may have any time

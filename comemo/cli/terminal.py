@@ -1,7 +1,7 @@
 """What the command prints: answers on stdout, all else on stderr, control characters escaped.
 
-Names of files, settings of a checkpoint and answers of a model come from others: as they are they
-could steer the terminal, or look like words of the command itself.
+File names, settings of a checkpoint and answers of a model are untrusted: unescaped, they could
+control the terminal, or look like messages of the command itself.
 """
 
 import contextlib
@@ -13,14 +13,25 @@ from typing import TextIO
 
 from safetensors import SafetensorError
 
-# C0 and C1 control characters, halves of surrogate pairs (bytes that are no text), and what
-# reorders or ends a line
+# C0 and C1 control characters, lone surrogates (bytes that are not text), and characters that
+# reorder or end a line
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _FULL = re.compile("out of memory|not enough memory|can't allocate memory")
-# What a user can put right about a file.
+# Errors about a file that the user can correct.
 _USERS_ERRNO = {
-    *(None, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM),
-    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EROFS, errno.ENXIO, errno.EINVAL),
+    None,
+    errno.ENOENT,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOTEMPTY,
+    errno.EROFS,
+    errno.ENXIO,
+    errno.EINVAL,
 }
 
 
@@ -28,8 +39,8 @@ def plain(text: object, keep: str = "") -> str:
     r"""Escape control characters, as `\x1b` or `\u202e`.
 
     Args:
-        text: what comes from a file, a user or a model.
-        keep: those that stay as they are.
+        text: from a file, a user or a model.
+        keep: control characters to leave unescaped.
     """
 
     def escape(found: re.Match[str]) -> str:
@@ -42,11 +53,11 @@ def plain(text: object, keep: str = "") -> str:
 
 
 def prepare() -> None:
-    """Make the streams take any text; a closed stderr takes it to nowhere."""
+    """Make the streams accept any text; a closed stderr discards it."""
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (as long as the process)
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  (for the life of the process)
     for stream, errors in (
-        (sys.stdin, "surrogateescape"),  # refused where it is read
+        (sys.stdin, "surrogateescape"),  # refused by the code that reads it
         (sys.stdout, "backslashreplace"),  # a terminal without Unicode
         (sys.stderr, "backslashreplace"),
     ):
@@ -55,7 +66,7 @@ def prepare() -> None:
 
 
 def settle() -> None:
-    """Write out what stdout holds; if nobody takes it, Python must not try again at its end."""
+    """Flush stdout; if that fails, make sure that Python does not try again when it exits."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -70,25 +81,30 @@ def tell(text: str = "", end: str = "\n") -> None:
 
 
 def note(text: str, end: str = "\n") -> None:
-    """Print lines on stderr; where nobody reads it, do nothing."""
+    """Print lines on stderr; do nothing if nobody reads it."""
     with contextlib.suppress(OSError, ValueError):
         print(plain(text, "\n\t"), end=end, file=sys.stderr, flush=True)
 
 
 def show(text: str, out: TextIO) -> None:
-    """Write a piece of an answer; its lines and tabs stay."""
+    """Write a part of an answer; line breaks and tabs are not escaped."""
     out.write(plain(text, "\n\t"))
     out.flush()
 
 
+def is_watched(verbose: bool = False) -> bool:
+    """Whether to show notes and progress: stderr is a terminal, or the user asked for them."""
+    return verbose or sys.stderr.isatty()
+
+
 def report(error: BaseException) -> int:
-    """Tell what went wrong in one line on stderr, without the function that found the fault.
+    """Print an error in one line on stderr, without the name of the function that raised it.
 
     Args:
         error: what was raised.
 
     Returns:
-        Exit status: 2 for what the user can put right, 1 for what failed.
+        Exit status: 2 for an error that the user can correct, 1 for a failure.
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:

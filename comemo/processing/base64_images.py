@@ -1,6 +1,6 @@
-"""Pictures that arrive as text: base64, alone or in a `data:` URL.
+"""Images that are given as text: base64, alone or in a `data:` URL.
 
-No text is longer than a bound before it is decoded, and none is repeated in an error.
+The length of a text is checked before it is decoded, and no error repeats the text.
 """
 
 import base64
@@ -11,7 +11,7 @@ from urllib.parse import unquote
 # A photograph of 50 megapixels as JPEG is about 20 MB.
 MAX_BYTES = 64 * 2**20
 
-# How base64 of a PNG, JPEG, GIF, WebP and TIFF file begins.
+# The first characters of a PNG, JPEG, GIF, WebP or TIFF file in base64.
 _BEGINNINGS = ("iVBORw0KGgo", "/9j/", "R0lGODdh", "R0lGODlh", "UklGR", "SUkqA", "TU0AK")
 _SHORTEST = 48  # the smallest GIF has 35 bytes
 _NO_BASE64 = re.compile(r"[^A-Za-z0-9+/_\-\s]")
@@ -27,15 +27,15 @@ def is_data_url(text: str) -> bool:
     return text[:5].lower() == "data:"
 
 
-def is_base64_picture(text: str) -> bool:
-    """Whether a text can only be meant as the base64 of a picture file.
+def is_base64_image(text: str) -> bool:
+    """Whether a text can only be the base64 of an image file.
 
     Args:
         text: of any length.
 
     Returns:
-        True if it begins as the files of a common format do and holds nothing but base64. No path
-        of a picture reads so: it would need a name of 48 letters and digits, without any dot.
+        True if it begins like a file of a common format and contains only base64. The path of an
+        image does not look like this: it would need a name of 48 letters and digits without a dot.
     """
     return (
         len(text) >= _SHORTEST
@@ -45,18 +45,18 @@ def is_base64_picture(text: str) -> bool:
 
 
 def decode_base64(text: str | bytes, function: str = "decode_base64") -> bytes:
-    """Turn base64 into the bytes of a file.
+    """Decode base64 into the bytes of a file.
 
     Args:
-        text: base64 of the usual or of the URL-safe alphabet; white space and missing padding do
-            not matter. A `data:` URL is taken too.
-        function: whose name an error begins with.
+        text: base64 in the standard or the URL-safe alphabet; white space and missing padding are
+            accepted. A `data:` URL is accepted too.
+        function: the name that an error begins with.
 
     Returns:
-        The bytes, `MAX_BYTES` at most.
+        The bytes, at most `MAX_BYTES`.
 
     Raises:
-        ValueError: a wrong type, too long, empty, or no base64. The text is not repeated.
+        ValueError: a wrong type, too long, empty, or not base64. The text is not repeated.
     """
     if not isinstance(text, (str, bytes)):
         raise ValueError(f"{function}: base64 must be a string, got {type(text).__name__}")
@@ -71,7 +71,7 @@ def decode_base64(text: str | bytes, function: str = "decode_base64") -> bytes:
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"{function}: wanted base64, got {len(text)} other characters") from error
     if not data:
-        raise ValueError(f"{function}: wanted the base64 of a picture, got an empty text")
+        raise ValueError(f"{function}: wanted the base64 of an image, got an empty text")
     return data
 
 
@@ -79,14 +79,14 @@ def decode_data_url(url: str, function: str = "decode_data_url") -> bytes:
     """Read the file in a `data:` URL.
 
     Args:
-        url: `data:image/png;base64,...`; any type, for the bytes tell what they are.
-        function: whose name an error begins with.
+        url: `data:image/png;base64,...`; the type is ignored, the bytes decide.
+        function: the name that an error begins with.
 
     Returns:
-        The bytes, `MAX_BYTES` at most.
+        The bytes, at most `MAX_BYTES`.
 
     Raises:
-        ValueError: no `data:` URL of base64, or as `decode_base64`. The data is not repeated.
+        ValueError: not a `data:` URL of base64, or as `decode_base64`. The data is not repeated.
     """
     _check_length(function, len(url))
     head = _DATA_URL.match(url)

@@ -1,4 +1,4 @@
-"""From a file, in any form that one comes in, to an upright picture in RGB."""
+"""From an image file in any form to an upright RGB image."""
 
 import io
 import os
@@ -18,12 +18,22 @@ from comemo.safety.regular import check_regular
 
 Source: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
 
-# Longer text is no path on any system, and may be a picture's data: it is not tried
+# Longer text is not a path on any system, and may be the data of an image: it is not opened
 LONGEST_NAME, LONGEST_PATH = 255, 4096
 
-# What Pillow's decoders raise on damaged bytes; which one depends on the format and on the place
-_DAMAGE: tuple[type[Exception], ...] = (OSError, SyntaxError, ValueError, EOFError, TypeError)
-_DAMAGE += (LookupError, ArithmeticError, RuntimeError, struct.error, zlib.error)
+# What Pillow's decoders raise for damaged bytes, depending on the format and the position
+_DAMAGE: tuple[type[Exception], ...] = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 _GREY_16 = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,39 +44,39 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# where Pillow finds an orientation: a picture turned upright must not be turned again
+# where Pillow finds an orientation: an image must not be turned twice
 _ORIENTATION_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
 def open_image(source: Source, *, published: bool = False, convert_rgb: bool = True) -> Image.Image:
-    """Read a picture as upright 8-bit RGB.
+    """Read an image as upright 8-bit RGB.
 
-    Of an animation, the first frame. Transparency is dropped and the stored colours are kept, which
-    is what the published checkpoints saw; lay a picture over a background first if that matters.
+    Of an animation, the first frame. Transparency is dropped and the stored colours are kept, as
+    for the published checkpoints; if that matters, compose the image with a background first.
 
     Args:
-        source: path, bytes of a file, binary file object (left open), Pillow picture, uint8 array
-            or tensor [height, width], [height, width, 3] or [3, height, width], or a file as text:
-            a `data:` URL or plain base64. What fits both orders of a shape is read with its
-            channels last in an array, first in a tensor. Mode `I` is read as 16-bit grey.
+        source: path, bytes of a file, binary file object (left open), Pillow image, uint8 array or
+            tensor [height, width], [height, width, 3] or [3, height, width], or a file as text: a
+            `data:` URL or plain base64. If a shape fits both orders, an array is read with its
+            channels last, a tensor with its channels first. Mode `I` is read as 16-bit grey.
         published: exactly the pixels of the published code: the EXIF orientation is ignored, and
-            16-bit grey is clipped at 255 (nearly white) where it is scaled to 8 bits otherwise.
-        convert_rgb: False refuses pictures of another mode than RGB.
+            16-bit grey is clipped at 255 (nearly white) instead of scaled to 8 bits.
+        convert_rgb: False refuses images of another mode than RGB.
 
     Returns:
-        A decoded picture of mode RGB that holds no file. A Pillow picture that is upright RGB
-        already is returned itself.
+        A decoded image of mode RGB that holds no file. A Pillow image that is upright RGB already
+        is returned itself.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a folder, pipe or device, a URL of any other kind (nothing is downloaded, and
-            `file:` is not followed: pass the path), a wrong type; text beyond the bound of
-            `base64_images`; not a picture, damaged, without pixels, or larger than
-            `PIL.Image.MAX_IMAGE_PIXELS` (refused undecoded); grey whose white is unknown. No error
-            repeats a picture's data.
+        ValueError: a directory, pipe or device; a URL of any other kind (nothing is downloaded, and
+            `file:` is not followed: pass the path); a wrong type; text longer than the bound of
+            `base64_images`; not an image, damaged, without pixels, or larger than
+            `PIL.Image.MAX_IMAGE_PIXELS` (refused before decoding); grey with an unknown white. No
+            error repeats the data of an image.
     """
     if isinstance(source, Image.Image):
-        name = f"the Pillow picture ({source.mode}, {source.width} x {source.height})"
+        name = f"the Pillow image ({source.mode}, {source.width} x {source.height})"
         return _decode(source, name, published, convert_rgb)
     if isinstance(source, (np.ndarray, Tensor)):
         name = "the tensor" if isinstance(source, Tensor) else "the array"
@@ -74,7 +84,7 @@ def open_image(source: Source, *, published: bool = False, convert_rgb: bool = T
     with _binary(source) as (stream, name):
         with _one_error(name):
             image = Image.open(stream)
-        # leaving the block drops the image's hold on the stream; its pixels stay
+        # leaving the block releases the stream; the pixels stay
         with image:
             return _decode(image, name, published, convert_rgb)
 
@@ -87,7 +97,7 @@ def _binary(
     if isinstance(source, (bytes, bytearray, memoryview)):
         yield io.BytesIO(source), f"a file of {len(source)} bytes"
     elif isinstance(source, str) and (
-        encoded.is_data_url(source) or encoded.is_base64_picture(source)
+        encoded.is_data_url(source) or encoded.is_base64_image(source)
     ):
         data = encoded.decode_base64(source, "open_image")
         yield io.BytesIO(data), f"a file of {len(data)} bytes, given as base64,"
@@ -96,35 +106,35 @@ def _binary(
         name = repr(path)
         if re.match(r"(?:[A-Za-z][A-Za-z0-9+.-]*://|file:)", path):
             local = path[:5].lower() == "file:"
-            advice = "pass the path alone" if local else "download the picture"
+            advice = "pass the path alone" if local else "download the image"
             raise ValueError(f"open_image: reads no URL, {advice}: got {name:.80}")
         if len(os.path.basename(path)) > LONGEST_NAME or len(path) > LONGEST_PATH:
             got = f"{name:.40}... of {len(path)} characters"
-            raise ValueError(f"open_image: wanted the path of a picture file, got {got}")
+            raise ValueError(f"open_image: wanted the path of an image file, got {got}")
         if "\0" in path or os.path.isdir(path):
-            raise ValueError(f"open_image: wanted the path of a picture file, got {name}")
+            raise ValueError(f"open_image: wanted the path of an image file, got {name}")
         check_regular("open_image", path)
         with open(path, "rb") as stream:
             yield stream, name
     elif hasattr(source, "read") and not isinstance(source, io.TextIOBase):
         yield source, f"the file object {getattr(source, 'name', '')!r}"
     else:
-        wanted = "a path, bytes, a binary file object, a Pillow picture or a uint8 array or tensor"
+        wanted = "a path, bytes, a binary file object, a Pillow image or a uint8 array or tensor"
         raise ValueError(f"open_image: source must be {wanted}, got {type(source).__name__}")
 
 
 @contextmanager
 def _one_error(name: str) -> Iterator[None]:
-    """Turn what Pillow raises about a picture into one ValueError."""
+    """Turn every error that Pillow raises for an image into a ValueError."""
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"open_image: {name} is too large: {error}") from error
     except UnidentifiedImageError as error:
-        reason = "is not a picture that Pillow can read, or its header is damaged"
+        reason = "is not an image that Pillow can read, or its header is damaged"
         raise ValueError(f"open_image: {name} {reason}") from error
     except _DAMAGE as error:
-        # with an errno it comes from the disk, not from the picture
+        # an error with an errno comes from the disk, not from the image
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = "cannot be decoded, it may be cut off or damaged"
@@ -132,7 +142,7 @@ def _one_error(name: str) -> Iterator[None]:
 
 
 def _from_array(array: np.ndarray | Tensor, name: str) -> Image.Image:
-    """View an array or a tensor as a picture."""
+    """View an array or a tensor as an image."""
     shape = tuple(array.shape)
     kind = str(array.dtype).removeprefix("torch.")
     axis = _channels_axis(array) if len(shape) in (2, 3) else None
@@ -146,7 +156,7 @@ def _from_array(array: np.ndarray | Tensor, name: str) -> Image.Image:
 
 
 def _channels_axis(array: np.ndarray | Tensor) -> int | None:
-    """Where the three channels are: 2, also for grey without any, or 0; None if nowhere."""
+    """The axis of the three channels: 0 or 2; 2 for grey without channels; None if none fits."""
     if array.ndim == 2:
         return 2
     axes = (0, 2) if isinstance(array, Tensor) else (2, 0)
@@ -164,11 +174,11 @@ def _decode(image: Image.Image, name: str, published: bool, convert_rgb: bool) -
             got = f"{image.width} x {image.height}"
             raise ValueError(f"open_image: {name} is too large: wanted {wanted}, got {got}")
         if image.format == "EPS":
-            raise ValueError(f"open_image: {name} is PostScript, a program and not a picture")
+            raise ValueError(f"open_image: {name} is PostScript, a program and not an image")
     with _one_error(name):
         image.load()
     if image.mode != "RGB" and not convert_rgb:
-        wanted = "wanted mode RGB, for conversion is forbidden"
+        wanted = "wanted mode RGB, because convert_rgb is False"
         raise ValueError(f"open_image: {name}: {wanted}, got mode {image.mode}")
     if not published:
         image = _turn_upright(image)
@@ -176,7 +186,7 @@ def _decode(image: Image.Image, name: str, published: bool, convert_rgb: bool) -
             image = _grey_8_bit(image, name)
         elif image.mode == "F":
             raise ValueError(f"open_image: {name} has floating-point pixels: scale them to 8 bits")
-    # the colours by way of RGBA are the same, and Pillow does not warn
+    # by way of RGBA the colours are the same, and Pillow does not warn
     if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.convert("RGBA")
     with _one_error(name):
@@ -184,7 +194,7 @@ def _decode(image: Image.Image, name: str, published: bool, convert_rgb: bool) -
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    """Follow the EXIF orientation."""
+    """Apply the EXIF orientation."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except _DAMAGE:

@@ -1,8 +1,8 @@
-"""Messages as clients send them, to the plain form that chat templates render.
+"""From messages in the forms that clients send to the one form that chat templates render.
 
-A message may be a dictionary or another mapping, a dataclass, a model of pydantic, or any object
-with `role` and `content`. Its content may be text, parts, or nothing. Parts of text and pictures
-are known, in transformers' words and in OpenAI's.
+A message may be a dictionary or another mapping, a dataclass, a pydantic model, or any object with
+`role` and `content`. Its content may be text, parts, or nothing. Text and image parts are
+understood in the format of transformers and in that of OpenAI.
 """
 
 import dataclasses
@@ -13,9 +13,9 @@ from comemo import prompts
 from comemo.processing import base64_images as encoded
 
 CALLER = "apply_chat_template"
-# Where a part of type image holds its picture.
+# Fields that hold the image of a part of type image.
 SOURCES = ("image", "url", "path", "base64")
-# What would change the prompt if only the published templates had words for it.
+# Fields that the published templates would silently ignore.
 TOOLS = ("tool_calls", "function_call", "tool_call_id")
 ROLES = ("system", "user", "assistant")
 
@@ -23,27 +23,26 @@ ROLES = ("system", "user", "assistant")
 def read_conversations(
     conversation: Any, escape: Callable[[str], str], published: bool = True
 ) -> tuple[list[list[dict[str, Any]]], bool]:
-    """Bring one or several conversations into the form that templates render.
+    """Convert one or several conversations to the form that templates render.
 
     Args:
         conversation: a sequence of messages, or of such sequences; or an object that holds one as
             `messages`.
-        escape: what makes the text of users safe; applied to every text but roles, types and
-            sources of pictures.
-        published: whether a published template renders it, which knows neither tools nor any role
-            but system (first), user and assistant. A template of the caller's own may: then only
-            the form is brought about.
+        escape: makes the text of users safe; applied to every text except roles, types and sources
+            of images.
+        published: whether a published template renders it. Such a template knows no tools and no
+            roles except system (first), user and assistant. Another template may know more: then
+            only the form is converted.
 
     Returns:
         Conversations of dictionaries without None, and whether there were several. `content` is
-        text, which is empty where a published template is given none, or a list of parts
-        {"type": "text", "text": ...} and {"type": "image", ...}. A picture has one source at most,
+        text, empty if a published template is given none, or a list of parts
+        {"type": "text", "text": ...} and {"type": "image", ...}. An image has at most one source,
         `image` (base64 is decoded), `url` or `path`: nothing is opened here.
 
     Raises:
-        ValueError: no message, a message or part of no known form, two sources in one picture;
-            base64 that is none or too long. For a published template: another role or part, or
-            anything about tools.
+        ValueError: no message, a message or part of unknown form, two sources in one image; wrong
+            or too long base64. For a published template: another role or part, or tools.
     """
     several = is_batch(conversation)
     batch = conversation if several else [conversation]
@@ -54,7 +53,7 @@ def is_batch(conversation: Any) -> bool:
     """Whether there are several conversations.
 
     Args:
-        conversation: as of `read_conversations`.
+        conversation: see `read_conversations`.
     """
     if not _is_list(conversation) or not conversation:
         return False
@@ -62,11 +61,11 @@ def is_batch(conversation: Any) -> bool:
 
 
 def escape_texts(value: Any, escape: Callable[[str], str]) -> Any:
-    """Escape every text in nested mappings and lists, names of fields excepted.
+    """Escape every text in nested mappings and lists, except names of fields.
 
     Args:
-        value: tools or documents, as of `apply_chat_template`.
-        escape: as of `read_conversations`.
+        value: tools or documents, see `apply_chat_template`.
+        escape: see `read_conversations`.
     """
     if isinstance(value, str):
         return escape(value)
@@ -112,13 +111,13 @@ def _read_message(message: Any, escape: Callable[[str], str], published: bool) -
 
 
 def _refuse_tools(role: str, fields: Mapping[str, Any]) -> None:
-    """What a published template would pass over in silence, or stop at deep inside."""
+    """Refuse what a published template would ignore, or fail on with its own error."""
     found = [name for name in TOOLS if fields.get(name)]
     if found or role in ("tool", "function"):
         got = f"{found[0]} in a message of role {role}" if found else f"a message of role {role}"
         raise ValueError(
             f"{CALLER}: the published chat templates know no tools, got {got}: pass a chat_template"
-            " that does, or leave it out"
+            " that does, or omit it"
         )
     if role not in ROLES:
         raise ValueError(f"{CALLER}: role must be one of {ROLES}, got {role!r}")
@@ -133,23 +132,23 @@ def _read_part(part: Any, escape: Callable[[str], str], published: bool) -> dict
         if not isinstance(fields.get("text"), str):
             got = type(fields.get("text")).__name__
             raise ValueError(f"{CALLER}: a part of type text must have a text, got {got}")
-        # Pictures are parts of their own here: a typed mark is text.
+        # Images are parts of their own here: an `<image>` that was typed is text.
         mark, inert = prompts.IMAGE_MARK, prompts.IMAGE_MARK.replace("<", "<" + prompts.MARKER)
         return fields | {"text": escape(fields["text"]).replace(mark, inert)}
     if kind in ("image", "image_url"):
-        return _read_picture(fields)
+        return _read_image(fields)
     if published or not isinstance(kind, str):
         wanted = "parts of type text, image or image_url"
         raise ValueError(f"{CALLER}: wanted {wanted}, got {kind!r}")
     return escape_texts(fields, escape) | {"type": kind}
 
 
-def _read_picture(fields: dict[str, Any]) -> dict[str, Any]:
-    """One source at most; none where the pictures are handed over beside the messages."""
+def _read_image(fields: dict[str, Any]) -> dict[str, Any]:
+    """At most one source; none if the images are passed separately from the messages."""
     sources = {name: fields[name] for name in SOURCES if name in fields}
     if "image_url" in fields:
         url = fields["image_url"]
-        # Beside the URL there is `detail`, which asks for a resolution that only max_num sets.
+        # `detail`, the other field, asks for a resolution; here only max_num sets it.
         fields_of_url = (
             {"url": url} if isinstance(url, str) else _fields(url, "image_url", ("url",))
         )
@@ -157,7 +156,7 @@ def _read_picture(fields: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{CALLER}: image_url must hold a url")
         sources["url"] = fields_of_url["url"]
     if len(sources) > 1:
-        raise ValueError(f"{CALLER}: a picture must have one source, got {sorted(sources)}")
+        raise ValueError(f"{CALLER}: an image must have one source, got {sorted(sources)}")
     if "base64" in sources:
         sources = {"image": encoded.decode_base64(sources["base64"], CALLER)}
     return {"type": "image"} | sources

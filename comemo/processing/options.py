@@ -1,4 +1,4 @@
-"""The options of a call of the processor: their names, their types, who takes which."""
+"""The options of a call of the processor: names, types, and whether text or images take them."""
 
 import inspect
 import warnings
@@ -10,10 +10,17 @@ from transformers.processing_utils import ProcessingKwargs
 
 from comemo.image_processor import IMAGE_NAMES, CoMemoImageProcessorKwargs
 
-# Options of the text that are honoured; of all others only None and False.
+# Text options that have an effect; all others may only be None or False.
 TEXT_OPTIONS = (
-    *("add_special_tokens", "padding", "truncation", "max_length", "pad_to_multiple_of"),
-    *("padding_side", "return_attention_mask", "return_mm_token_type_ids", "return_tensors"),
+    "add_special_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "pad_to_multiple_of",
+    "padding_side",
+    "return_attention_mask",
+    "return_mm_token_type_ids",
+    "return_tensors",
     "verbose",
 )
 MODALITIES = ("text_kwargs", "images_kwargs", "videos_kwargs", "audio_kwargs", "common_kwargs")
@@ -31,7 +38,7 @@ class CoMemoProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call
 
 _TYPES = CoMemoProcessorKwargs.__annotations__
 TEXT_NAMES = frozenset(_TYPES["text_kwargs"].__annotations__)
-# All that a call takes; what is for videos and audio acts on none, as in any processor.
+# All options of a call; those of videos and audio have no effect, as in any processor.
 CALL_NAMES = TEXT_NAMES.union(
     IMAGE_NAMES, MODALITIES, *(_TYPES[name].__annotations__ for name in MODALITIES[2:4])
 )
@@ -40,38 +47,38 @@ GENERATION_NAMES = frozenset(GenerationConfig().to_dict()) - CALL_NAMES
 
 
 def without_generation(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out options of `generate`, which a pipeline hands to the processor and to nobody else.
+    """Drop options of `generate`, which a pipeline passes to the processor and to nobody else.
 
     Args:
         options: of a call.
 
     Returns:
-        The others. A warning names those left out.
+        The other options. A warning names the dropped ones.
     """
-    lost = sorted(GENERATION_NAMES.intersection(options))
-    if lost:
+    dropped = sorted(GENERATION_NAMES.intersection(options))
+    if dropped:
         warnings.warn(
-            f"CoMemoProcessor: {', '.join(lost)} change nothing here, they are for generate: give"
-            " them to a pipeline as generate_kwargs={...}",
+            f"CoMemoProcessor: {', '.join(dropped)} have no effect here, they are for generate:"
+            " pass them to a pipeline as generate_kwargs={...}",
             stacklevel=3,
         )
-    return {name: value for name, value in options.items() if name not in lost}
+    return {name: value for name, value in options.items() if name not in dropped}
 
 
 def sort_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Sort options into those of text and those of pictures, however they were given.
+    """Sort options into those of text and those of images, in whatever form they were given.
 
-    transformers passes over names that it does not know, and some releases over options that
-    stand beside a dictionary.
+    transformers ignores names that it does not know, and some releases ignore options that are
+    given next to a dictionary.
 
     Args:
-        options: of a call, by name, or in dictionaries for text, pictures or both.
+        options: of a call, by name, or in dictionaries for text, images or both.
 
     Returns:
         `text_kwargs` and `images_kwargs`.
 
     Raises:
-        ValueError: a name that no option has, or an option given twice.
+        ValueError: an unknown option, or an option given twice.
     """
     groups = {name: options.get(name, {}) for name in MODALITIES}
     flat = {name: value for name, value in options.items() if name not in groups}
@@ -84,11 +91,11 @@ def sort_options(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             if name not in names.get(group, CALL_NAMES):
                 raise ValueError(f"CoMemoProcessor: there is no option {name} in {group}")
             if name in flat and group != "common_kwargs":
-                raise ValueError(f"CoMemoProcessor: {name} was passed two times, once in {group}")
+                raise ValueError(f"CoMemoProcessor: {name} was passed twice, once in {group}")
     if unknown := sorted(set(flat) - CALL_NAMES):
         raise ValueError(f"CoMemoProcessor: there is no option {unknown[0]}")
-    beside = {**groups["common_kwargs"], **flat}
+    shared = {**groups["common_kwargs"], **flat}
     return {
-        group: {name: beside[name] for name in own if name in beside} | dict(groups[group])
+        group: {name: shared[name] for name in own if name in shared} | dict(groups[group])
         for group, own in names.items()
     }

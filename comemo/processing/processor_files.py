@@ -1,4 +1,4 @@
-"""A processor from the files of a checkpoint: data for classes of ours, and for no other."""
+"""Load a processor from the files of a checkpoint: only CoMemo's own classes are made of them."""
 
 import math
 import warnings
@@ -21,28 +21,29 @@ class LoadsProcessor:
     def get_processor_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """As of transformers, but that no other class is loaded, and no other chat template used.
+        """As in transformers, but no other class is loaded and no unknown chat template used.
 
-        A template is a program: one that is none of the published is left out with a warning,
-        unless there is a `chat_template` to use instead.
+        A template is a program: one that is not published is ignored with a warning, unless
+        `chat_template` is given.
 
         Raises:
             ValueError: files of another processor, or with an audio tokenizer.
         """
         path, hub = pretrained_model_name_or_path, hub_options(kwargs)
         function = f"{cls.__name__}.from_pretrained"
-        told = read_json(path, "processor_config.json", **hub)
-        check_class(function, path, told.get("processor_class"), (cls.__name__, "CoMemoProcessor"))
-        if "audio_tokenizer" in told or find_file(path, "audio_tokenizer_config.json", **hub):
-            raise ValueError(f"{function}: the model knows pictures alone, got an audio_tokenizer")
+        content = read_json(path, "processor_config.json", **hub)
+        known = (cls.__name__, "CoMemoProcessor")
+        check_class(function, path, content.get("processor_class"), known)
+        if "audio_tokenizer" in content or find_file(path, "audio_tokenizer_config.json", **hub):
+            raise ValueError(f"{function}: the model takes only images, got an audio_tokenizer")
         found, rest = super().get_processor_dict(path, **kwargs)  # type: ignore[misc]
         template = found.pop("chat_template", None)
         if isinstance(template, str) and template in PUBLISHED_TEMPLATES:
             found["chat_template"] = template
         elif template is not None and kwargs.get("chat_template") is None:
             warnings.warn(
-                f"{function}: the chat template in {str(path)!r} is none of the published ones and"
-                " not used: pass it as chat_template if you trust it",
+                f"{function}: the chat template in {str(path)!r} is not a published one and not"
+                " used: pass it as chat_template if you trust it",
                 stacklevel=3,
             )
         return found, rest
@@ -51,7 +52,7 @@ class LoadsProcessor:
     def _get_arguments_from_pretrained(
         cls, pretrained_model_name_or_path: Any, processor_dict: Any = None, **kwargs: Any
     ) -> list[Any]:
-        """Published checkpoints hold no processor files: the config says it all."""
+        """Published checkpoints have no processor files: everything is in the config."""
         path, hub = pretrained_model_name_or_path, hub_options(kwargs)
         config = CoMemoConfig.from_pretrained(path, **hub)
         known = processor_dict if processor_dict is not None else {}
@@ -63,12 +64,12 @@ class LoadsProcessor:
         tokenizer = kwargs.pop("tokenizer", None)
         for name in ("chat_template", "tokens_per_tile", "image_processor"):
             kwargs.pop(name, None)  # of the class itself
-        shown = {n: kwargs.pop(n) for n in list(kwargs) if n in IMAGE_NAMES - TEXT_NAMES}
-        images = CoMemoImageProcessor.from_dict(settings, **shown)
+        of_images = {n: kwargs.pop(n) for n in list(kwargs) if n in IMAGE_NAMES - TEXT_NAMES}
+        images = CoMemoImageProcessor.from_dict(settings, **of_images)
         known["tokens_per_tile"] = scale_tokens(
             known["tokens_per_tile"], settings["input_size"], images.input_size
         )
-        if "_from_pipeline" not in kwargs:  # which hands on what is for the model
+        if "_from_pipeline" not in kwargs:  # a pipeline also passes options of the model
             check_keywords(f"{cls.__name__}.from_pretrained", kwargs)
         if tokenizer is None:
             tokenizer = InternLM2Tokenizer.from_pretrained(path, **kwargs)
@@ -83,7 +84,7 @@ def scale_tokens(tokens: int, size: int, other: int) -> int:
         size, other: sides of tiles in pixels.
 
     Raises:
-        ValueError: the other tile holds no whole number of tokens along a side.
+        ValueError: the other tile does not have a whole number of tokens along a side.
     """
     if size == other:
         return tokens

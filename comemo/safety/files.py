@@ -1,4 +1,4 @@
-"""The small files of a checkpoint, read as data: no class that one names is looked up here."""
+"""The small files of a checkpoint, read as data: no class that they name is looked up."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ _QUIET = (
 
 
 def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the options of a `from_pretrained` that tell where to look.
+    """The options of a `from_pretrained` that say where to find files.
 
     Args:
         options: by name.
@@ -29,32 +29,32 @@ def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_file(path: Any, name: str, **hub: Any) -> Path | None:
-    """Where a file of a checkpoint is, or None if it has none of that name.
+    """The path of a file of a checkpoint, or None if there is no such file.
 
     Args:
         path: directory or repository.
         name: of the file.
-        hub: where to look, as of `from_pretrained`.
+        hub: where to look, see `from_pretrained`.
 
     Raises:
         OSError: there is no such repository.
     """
-    if os.path.isfile(path):  # transformers takes some files in place of their directory
+    if os.path.isfile(path):  # transformers accepts some files instead of their directory
         return None
-    # Without a connection what is cached is all there is; who needs more says so.
+    # Without a connection only cached files are found; callers that need more raise an error.
     found = cached_file(path, name, **dict.fromkeys(_QUIET, False), **hub)
     return None if found is None else Path(found)
 
 
 def read_json(path: Any, name: str, **hub: Any) -> dict[str, Any]:
-    """What a file of a checkpoint says; nothing if there is no such file.
+    """The JSON object in a file of a checkpoint; empty if there is no such file.
 
     Args:
-        path, name, hub: as of `find_file`.
+        path, name, hub: see `find_file`.
 
     Raises:
-        OSError: as of `find_file`.
-        ValueError: the file holds no JSON object, or is no file.
+        OSError: as `find_file`.
+        ValueError: the file does not hold a JSON object, or is not a regular file.
     """
     file = find_file(path, name, **hub)
     if file is None:
@@ -66,10 +66,10 @@ def read_json(path: Any, name: str, **hub: Any) -> dict[str, Any]:
 
 
 def is_published(path: Any, **hub: Any) -> bool:
-    """Whether a directory or repository has a config, and of CoMemo.
+    """Whether a directory or repository has a config of CoMemo.
 
     Args:
-        path, hub: as of `find_file`.
+        path, hub: see `find_file`.
     """
     if not isinstance(path, (str, os.PathLike)):
         return False
@@ -80,33 +80,33 @@ def is_published(path: Any, **hub: Any) -> bool:
 
 
 def check_class(function: str, path: Any, name: Any, known: Sequence[str]) -> None:
-    """Refuse a file that names another class than the one that is to read it.
+    """Refuse a file that names another class than the one that will read it.
 
     Args:
-        function: whose name the error begins with.
+        function: the name that the error begins with.
         path: of the checkpoint.
         name: of the class in the file; None if it names none.
-        known: the names that there may be, that of ours last.
+        known: the names that are accepted; the last is for the message.
 
     Raises:
         ValueError: another name.
     """
     if name is not None and name not in known:
         raise ValueError(
-            f"{function}: {str(path)!r} must name {known[-1]} or no class, got {name!r}: a class"
-            " that a checkpoint names is not looked for, and its code is not run"
+            f"{function}: {str(path)!r} must name {known[-1]} or no class, got {name!r}: classes"
+            " that a checkpoint names are not looked up, and its code is not run"
         )
 
 
 def check_weights(directory: Path, has_config: bool) -> None:
-    """Refuse a directory without whole weights that are data alone.
+    """Refuse a directory whose weights are not complete safetensors files.
 
     Args:
         directory: of a checkpoint.
-        has_config: whether there is a config without the directory's.
+        has_config: whether the caller has a config, so that the directory needs none.
 
     Raises:
-        ValueError: no config, no safetensors, damaged ones, or pickles beside or among them.
+        ValueError: no config, no safetensors, damaged ones, or pickles in place of them.
     """
     if not has_config and not (directory / "config.json").is_file():
         raise ValueError(f"from_pretrained({directory}): the directory has no config.json")

@@ -1,4 +1,4 @@
-"""Files that others made: what would be waited for, or would never end, is refused unread."""
+"""Untrusted files: pipes, devices and endless files are refused before they are read."""
 
 import json
 import os
@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 LARGEST_JSON = 64 * 2**20  # bytes; a tokenizer of a million words takes half of it
-SETTINGS = (  # that are read to load a checkpoint
-    *("generation_config.json", "model.safetensors.index.json", "tokenizer_config.json"),
-    *("added_tokens.json", "special_tokens_map.json", "adapter_config.json"),
+SETTINGS = (  # files that are read to load a checkpoint
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "adapter_config.json",
 )
 
 _KINDS = {
@@ -22,10 +26,10 @@ _KINDS = {
 
 
 def check_path(function: str, path: str | os.PathLike[str]) -> None:
-    """Refuse the path of a checkpoint that the libraries for weights and tokenizers cannot take.
+    """Refuse the path of a checkpoint that safetensors and sentencepiece cannot open.
 
     Args:
-        function: whose name the error begins with.
+        function: the name that the error begins with.
         path: of a directory.
 
     Raises:
@@ -41,12 +45,12 @@ def check_regular(function: str, path: str | os.PathLike[str]) -> None:
     """Refuse pipes, devices and sockets.
 
     Args:
-        function: whose name the error begins with.
-        path: of a file or a folder.
+        function: the name that the error begins with.
+        path: of a file or a directory.
 
     Raises:
         ValueError: it is one of these.
-        OSError: there is nothing, or nothing that may be looked at.
+        OSError: it does not exist, or may not be accessed.
     """
     kind = _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
     if kind:
@@ -54,17 +58,17 @@ def check_regular(function: str, path: str | os.PathLike[str]) -> None:
 
 
 def check_checkpoint(directory: str | os.PathLike[str]) -> None:
-    """Refuse a checkpoint with files that loading would wait for or would never end to read.
+    """Refuse a checkpoint with files on which loading would block or never end.
 
     Args:
         directory: of the checkpoint.
 
     Raises:
         ValueError: pipes, devices, sockets, or JSON of more than `LARGEST_JSON` bytes.
-        OSError: a directory that may not be read.
+        OSError: a directory that cannot be read.
     """
     for path in (*Path(directory).iterdir(), *Path(directory).glob("*/*.jinja")):
-        if not path.exists():  # a link to nowhere
+        if not path.exists():  # a broken link
             continue
         check_regular("check_checkpoint", path)
         if path.suffix == ".json":
@@ -72,13 +76,13 @@ def check_checkpoint(directory: str | os.PathLike[str]) -> None:
 
 
 def check_settings_files(directory: str | os.PathLike[str]) -> None:
-    """Refuse a checkpoint one of whose small files holds no settings, by its name.
+    """Refuse a checkpoint with a settings file that does not hold a JSON object.
 
     Args:
         directory: of the checkpoint.
 
     Raises:
-        ValueError: a file without a JSON object.
+        ValueError: names the file.
         OSError: a file that cannot be read.
     """
     for name in SETTINGS:
@@ -91,16 +95,16 @@ def check_settings_files(directory: str | os.PathLike[str]) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a file of JSON.
+    """Read a JSON file.
 
     Args:
         path: of the file.
 
     Returns:
-        What it holds.
+        Its content.
 
     Raises:
-        ValueError: no file, too long, no JSON, or nested so deeply that nothing of use is.
+        ValueError: not a regular file, too long, not JSON, or nested too deeply.
         OSError: a file that cannot be read.
     """
     check_regular("read_json", path)
@@ -108,7 +112,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"read_json: {os.fspath(path)!r} is no JSON: {error}") from error
+        raise ValueError(f"read_json: {os.fspath(path)!r} is not JSON: {error}") from error
     except RecursionError as error:
         raise ValueError(f"read_json: {os.fspath(path)!r} is nested too deeply") from error
 

@@ -1,4 +1,4 @@
-"""What the settings of a config may be: a wrong one is a ValueError that names it."""
+"""The valid values of a config's settings: a wrong value is a ValueError that names it."""
 
 import dataclasses
 import math
@@ -10,10 +10,10 @@ from transformers.activations import ACT2FN
 
 from comemo.images import MAX_TILES
 
-LARGEST = 2**24  # of sizes and positions; more is a slip, or made to fill the memory
+LARGEST = 2**24  # of sizes and positions; more is a mistake, or an attack on the memory
 MOST_LAYERS = 4096
 
-Rule = tuple[str, Callable[[Any], bool]]  # what is wanted, and whether a value is that
+Rule = tuple[str, Callable[[Any], bool]]  # what is wanted, and a test for it
 
 
 def _whole(low: int, high: int = LARGEST) -> Rule:
@@ -48,7 +48,7 @@ def _are_ids(value: Any) -> bool:
 
 
 def _is_side(value: Any) -> bool:
-    """A number, or as transformers writes it, twice the same."""
+    """Whether it is a number, or the same number twice, as transformers writes it."""
     both = value if isinstance(value, (list, tuple)) else (value, value)
     return len(both) == 2 and both[0] == both[1] and _SIZE[1](both[0])
 
@@ -70,8 +70,8 @@ def _are_numbered(value: Any) -> bool:
 
 _SIZE, _FLAG = _whole(1), ("true or false", lambda value: isinstance(value, bool))
 _TEXT = ("a text", lambda value: isinstance(value, str))
-_ID = _whole(-1)  # some checkpoints say -1 where there is none
-_SIDE = ("a whole number of pixels, or twice the same one", _is_side)
+_ID = _whole(-1)  # some checkpoints have -1 for no id
+_SIDE = ("a whole number of pixels, or the same number twice", _is_side)
 _ACTIVATION = _one_of(*sorted(ACT2FN))
 _SHARE, _ANGLES = _number(0, 1), _number(0, 1e12, above=True)
 _DTYPE = _optional(("the name of a floating-point dtype", _is_dtype))
@@ -93,7 +93,7 @@ GENERAL: dict[str, Rule] = {
         _one_of("regression", "single_label_classification", "multi_label_classification")
     ),
     "transformers_version": _optional(_TEXT),
-    "per_layer_config": ("null, for all layers are alike", lambda value: value is None),
+    "per_layer_config": ("null, because all layers are alike", lambda value: value is None),
 }
 # Of the language model, in both vocabularies.
 TEXT: dict[str, Rule] = {
@@ -142,15 +142,15 @@ WHOLE: dict[str, Rule] = {
 
 
 def check_settings(part: str, rules: Mapping[str, Rule], given: Mapping[str, Any]) -> None:
-    """Refuse values that are not what their names call for.
+    """Refuse values that break the rule of their name.
 
     Args:
-        part: where they stand, to be named; "" for the config itself.
-        rules: by name; names without one may have any value.
+        part: the config's part, for the message; "" for the config itself.
+        rules: by name; names without a rule may have any value.
         given: value by name.
 
     Raises:
-        ValueError: the first that is wrong.
+        ValueError: names the first wrong value.
     """
     for name, value in given.items():
         wanted, fits = rules.get(name, _ANYTHING)
@@ -164,7 +164,7 @@ _ANYTHING: Rule = ("anything", lambda value: True)
 
 
 def shorten(value: Any) -> str:
-    """A value as Python writes it; of a long one its beginning."""
+    """The `repr` of a value; of a long one the beginning."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}... of {len(text):,} characters"
 
@@ -173,7 +173,7 @@ def check_names(part: str, kind: type, given: Mapping[str, Any]) -> None:
     """Refuse settings that would hide a method or a constant of their class.
 
     Args:
-        part: as of `check_settings`.
+        part: see `check_settings`.
         kind: the class whose attributes they become.
         given: value by name.
 
@@ -184,7 +184,7 @@ def check_names(part: str, kind: type, given: Mapping[str, Any]) -> None:
     for name in given:
         settable = isinstance(held := getattr(kind, name, None), property) and held.fset
         if hasattr(kind, name) and name not in free and not settable:
-            raise ValueError(f"CoMemoConfig: {_place(part, name)} is no setting")
+            raise ValueError(f"CoMemoConfig: {_place(part, name)} is not a setting")
 
 
 def _place(part: str, name: str) -> str:
@@ -195,8 +195,8 @@ def check_heads(part: str, given: Mapping[str, Any]) -> None:
     """Refuse heads that do not divide the width.
 
     Args:
-        part: as of `check_settings`.
-        given: value by name; what is not there is not looked at.
+        part: see `check_settings`.
+        given: value by name; missing ones are not checked.
 
     Raises:
         ValueError: they do not.
@@ -210,7 +210,7 @@ def check_heads(part: str, given: Mapping[str, Any]) -> None:
 
 
 def check_shapes(config: Any) -> None:
-    """Refuse sizes of which each is right and that do not fit together.
+    """Refuse sizes that are valid one by one but do not fit together.
 
     Args:
         config: a whole `CoMemoConfig`.
@@ -241,8 +241,8 @@ def check_shapes(config: Any) -> None:
     for name, part in (("text_config", text), ("mixin_config", mixin)):
         if part.head_dim % 2:
             raise ValueError(
-                f"CoMemoConfig: head_dim of {name} must be even, for it is rotated in pairs, got"
-                f" {part.head_dim}"
+                f"CoMemoConfig: head_dim of {name} must be even, because it is rotated in pairs,"
+                f" got {part.head_dim}"
             )
     pixels, patch = vision.image_size[0], vision.patch_size[0]
     patches, fold = pixels // patch, round(1 / config.downsample_ratio)

@@ -1,7 +1,7 @@
-"""The directory of a store: which of its entries are ours, and what may be done to them.
+"""The directory of a store: which entries belong to the store, and what it does with them.
 
-Others may have put anything there. Ours are regular files whose names have exactly our form: all
-else is neither opened nor changed, removed or counted, and no link is followed.
+The directory may hold anything. Files of the store are regular files with names of exactly its
+form. Nothing else is opened, changed, removed or counted, and no link is followed.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from io import BufferedReader
 from pathlib import Path, PurePath
 
 ENDING = ".safetensors"
-LEFTOVER = 3600  # seconds after which an unfinished file belongs to nobody
+LEFTOVER = 3600  # seconds after which an unfinished file has no writer any more
 _NAME = re.compile(rf"[0-9a-f]{{64}}\{ENDING}")
 _PART = re.compile(r"[0-9a-f]{64}\.part-([0-9a-f]{8})-([1-9][0-9]{0,9})-[0-9a-f]{8}")
 _KINDS = {
@@ -28,28 +28,28 @@ _KINDS = {
 
 
 class BadFileError(ValueError):
-    """A file that holds no memory, or not the one that was wanted; the message is the reason."""
+    """A file that does not hold the memory that was wanted; the message is the reason."""
 
 
 def open_file(path: Path) -> BufferedReader:
-    """Open a regular file to read; nothing that would wait, and nothing behind a link.
+    """Open a regular file to read; never block, and never follow a link.
 
     Args:
         path: of the file.
 
     Raises:
-        BadFileError: it is no regular file.
+        BadFileError: it is not a regular file.
         OSError: a file that cannot be read; FileNotFoundError if there is none.
     """
-    check_regular(path.lstat())  # a device may act on being opened at all
-    return open(path, "rb", opener=_open_itself)
+    check_regular(path.lstat())  # opening a device may have effects
+    return open(path, "rb", opener=_open_without_following)
 
 
-def _open_itself(path: str, flags: int) -> int:
+def _open_without_following(path: str, flags: int) -> int:
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     descriptor = os.open(path, flags)
     try:
-        check_regular(os.fstat(descriptor))  # it may be another by now
+        check_regular(os.fstat(descriptor))  # it may have been replaced since
     except BadFileError:
         os.close(descriptor)
         raise
@@ -57,38 +57,38 @@ def _open_itself(path: str, flags: int) -> int:
 
 
 def check_regular(status: os.stat_result) -> None:
-    """Raise a BadFileError for what is no regular file."""
+    """Raise a BadFileError for anything but a regular file."""
     if not stat.S_ISREG(status.st_mode):
         raise BadFileError(f"it is {_KINDS.get(stat.S_IFMT(status.st_mode), 'a device')}")
 
 
 def is_named(directory: object) -> bool:
-    """Whether it names a directory; an empty path names none, though it acts as the current one."""
-    if isinstance(directory, PurePath):  # which has no parts if it was made of "" or "."
+    """Whether a value names a directory; an empty path does not, even if it acts like "."."""
+    if isinstance(directory, PurePath):  # Path("") and Path(".") have no parts
         return bool(directory.parts) and "\0" not in str(directory)
     return isinstance(directory, str) and directory != "" and "\0" not in directory
 
 
 def make_directory(directory: Path) -> None:
-    """Make a directory that nobody else may look into; one that is there stays as it is.
+    """Create a directory that only its owner may read; an existing one stays as it is.
 
     Args:
-        directory: to be made, with those above it.
+        directory: to be created, with its parents.
 
     Raises:
-        OSError: something else bears its name, no permission.
+        OSError: the path names something else, no permission.
     """
     directory.mkdir(0o700, parents=True, exist_ok=True)
 
 
 def list_files(directory: Path) -> list[tuple[Path, os.stat_result]]:
-    """Regular files that bear a picture's key, the longest unused first; others are none of ours.
+    """The store's files, least recently used first: regular files named by an image's key.
 
     Args:
-        directory: of a store; may be gone.
+        directory: of a store; may not exist.
 
     Returns:
-        Paths, and sizes and times of those that were there when they were asked.
+        Path and status of each file.
     """
     found = [(path, status) for path, status, _ in _scan(directory, _NAME)]
     return sorted(found, key=lambda item: item[1].st_mtime_ns)
@@ -97,7 +97,7 @@ def list_files(directory: Path) -> list[tuple[Path, os.stat_result]]:
 def _scan(
     directory: Path, form: re.Pattern[str]
 ) -> Iterator[tuple[Path, os.stat_result, re.Match[str]]]:
-    """Regular files with names of a form."""
+    """Regular files whose names match a pattern."""
     with contextlib.suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
             if named := form.fullmatch(entry.name):
@@ -115,16 +115,16 @@ def remove(path: Path) -> None:
 
 
 def remove_beyond(directory: Path, budget: float) -> None:
-    """Remove files until `budget` bytes are left at most.
+    """Remove files until at most `budget` bytes are left.
 
-    Files that are larger by themselves go first, then those unused longest.
+    Files larger than the budget are removed first, then the least recently used ones.
 
     Args:
         directory: of a store.
         budget: in bytes.
 
     Raises:
-        OSError: files that cannot be removed; nothing else made room for them.
+        OSError: a file that cannot be removed; no other file is removed in its place.
     """
     files, failed = list_files(directory), None
     total = sum(status.st_size for _, status in files)
@@ -141,13 +141,13 @@ def remove_beyond(directory: Path, budget: float) -> None:
 
 
 def touch(path: Path) -> None:
-    """Note that a file is in use, if it can be noted."""
+    """Set the time of a file's last use to now, if that is possible."""
     with contextlib.suppress(OSError, BadFileError), open_file(path) as file:
         os.utime(file.fileno())
 
 
 def sweep(directory: Path) -> None:
-    """Remove unfinished files of writers that are gone, if they can be removed."""
+    """Remove unfinished files whose writers have ended, if that is possible."""
     with contextlib.suppress(OSError):
         for path, status, named in _scan(directory, _PART):
             gone = named[1] == host() and not _is_alive(int(named[2]))
@@ -157,7 +157,7 @@ def sweep(directory: Path) -> None:
 
 
 def _is_alive(process: int) -> bool:
-    """Whether there is a process; there may be where it cannot be asked."""
+    """Whether a process runs; True where that cannot be found out."""
     if os.name == "posix":
         try:
             os.kill(process, 0)
@@ -169,7 +169,7 @@ def _is_alive(process: int) -> bool:
 
 
 def host() -> str:
-    """A word for where process ids mean the same processes: this machine, this container."""
+    """A name for the machine or container: process ids mean the same within it."""
     space = ""
     with contextlib.suppress(OSError):
         space = os.readlink("/proc/self/ns/pid")

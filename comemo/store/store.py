@@ -1,8 +1,7 @@
-"""Known pictures: image memories that are kept from one prompt to the next, and on a disk.
+"""A cache of image memories, from one prompt to the next, in memory and on disk.
 
-A picture's memory depends on the weights, its pixels and its tiling, not on the prompt. It is kept
-under a digest of all three, so that the same picture is recognised wherever it turns up again, and
-only where it may be.
+The memory of an image depends on the weights, its pixels and its tiling, not on the prompt. Its key
+is a digest of all three: the same image is found again in any prompt, but never for another model.
 """
 
 import errno
@@ -12,7 +11,6 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,69 +18,43 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from comemo.memory_parts import (
+    StorableModel,
+    check_storable,
+    memory_layout,
+    memory_settings,
+    memory_weights,
+)
 from comemo.store import directory as store_directory
 from comemo.store import files as store_files
 from comemo.store.directory import BadFileError
-from comemo.store.entries import build_pictures, count_bytes, move_to, own
-from comemo.store.keys import (
-    check_storable,
-    describe_tensors,
-    identify_model,
-    identify_picture,
-    stamp_weights,
-)
+from comemo.store.keys import identify_image, identify_model, stamp_model
+from comemo.store.statistics import COUNTED, StoreStatistics
+from comemo.store.tensors import count_bytes, move_to, own_storage
 from comemo_kernels import ImageMemory, join_images
 
 
 class MemoryStoreWarning(UserWarning):
-    """A file of a store is bad, or none can be written; answers come all the same."""
-
-
-@dataclass(frozen=True)
-class StoreStatistics:
-    """What a `MemoryStore` has done since it was made, and what it holds now.
-
-    Attributes:
-        hits: pictures found in memory, or seen earlier in the same call.
-        disk_hits: pictures read from the directory.
-        misses: pictures that had to be computed.
-        evictions: pictures that had to leave memory for others.
-        too_large: pictures that exceeded a budget by themselves, of memory or of disk.
-        refused: files that were bad.
-        entries, bytes: pictures held in memory.
-        disk_entries, disk_bytes: files in the directory, whoever wrote them.
-    """
-
-    hits: int
-    disk_hits: int
-    misses: int
-    evictions: int
-    too_large: int
-    refused: int
-    entries: int
-    bytes: int
-    disk_entries: int
-    disk_bytes: int
+    """A file of a store is bad, or a file cannot be written; answers are not affected."""
 
 
 class MemoryStore:
-    """Image memories of pictures that were seen before, those in use longest ago given up first.
+    """A cache of image memories; the least recently used ones are removed first.
 
-    To be handed to `chat`, `generate` or `CoMemoModel.build_image_memory` as `memory_store`, to
-    one model or several, from any number of threads. Several processes may share a directory.
-    Its files are safe from accidents; whoever may write there can change answers, but nothing
-    beyond: what is no file of a store's own form is left alone.
+    Pass it to `chat`, `generate` or `CoMemoModel.build_image_memory` as `memory_store`, for one
+    model or several, from any number of threads. Several processes may share a directory. Files
+    are checked against accidents. Whoever may write to the directory can change answers, but do
+    nothing else: entries that are not files of this store are left alone.
 
     Args:
-        budget: bytes of what is held in memory, on the model's device. A larger picture is used
-            and not held.
-        directory: where pictures are kept as files too; made if there is none. Directory and files
-            are for their owner alone (0700 and 0600), but a directory that was there stays as it
-            is. None for no files.
+        budget: bytes held in memory, on the model's device. A larger image is used but not held.
+        directory: where images are kept as files too; created if it does not exist. Only the owner
+            may read directory and files (0700 and 0600); an existing directory keeps its mode.
+            None for no files.
         disk_budget: bytes of the files; None for no limit.
 
     Raises:
-        ValueError: a budget that is no finite number from 0 on, or one of a disk without a
+        ValueError: a budget that is not a finite number of at least 0, or a disk budget without a
             directory; an empty `directory`.
         NotADirectoryError: `directory` is a file.
     """
@@ -99,53 +71,54 @@ class MemoryStore:
             or (disk_budget is not None and directory is None)
         ):
             raise ValueError(
-                "MemoryStore: budget and disk_budget must be finite numbers of bytes from 0 on, and"
-                f" disk_budget needs a directory, got {budget!r}, {disk_budget!r} and {directory!r}"
+                "MemoryStore: budget and disk_budget must be finite numbers of bytes, at least 0,"
+                f" and disk_budget needs a directory, got {budget!r}, {disk_budget!r} and"
+                f" {directory!r}"
             )
         if directory is not None and not store_directory.is_named(directory):
             raise ValueError(
-                "MemoryStore: directory must be a path and not empty (of an unset variable?), the"
-                f" current one '.', got {directory!r}"
+                "MemoryStore: directory must be a path and not empty (an unset variable?); use '.'"
+                f" for the current directory, got {directory!r}"
             )
         self.budget, self.disk_budget = budget, disk_budget
         self.directory = None if directory is None else Path(directory)
-        self._lock = threading.Lock()  # never held while anything is computed, hashed or read
+        self._lock = threading.Lock()  # never held while computing, hashing or reading
         self._held: OrderedDict[str, ImageMemory] = OrderedDict()
         self._counts: Counter[str] = Counter()
-        self._identities: WeakKeyDictionary[Any, tuple[Any, str]] = WeakKeyDictionary()
+        self._identities: WeakKeyDictionary[StorableModel, tuple[Any, str]] = WeakKeyDictionary()
         if self.directory is not None:
             self._open(self.directory)
 
     def image_memory(
         self,
-        model: Any,
+        model: StorableModel,
         pixel_values: Tensor,
         position_ids: Tensor,
         lengths: Sequence[int],
         sizes: Sequence[int] | None = None,
     ) -> ImageMemory:
-        """Memory of a batch of prompts, of which only unknown pictures are computed.
+        """The memory of a batch of prompts; only unknown images are computed.
 
-        Keys and values of all mixin layers are in it. No gradients reach the model.
+        It holds keys and values of all mixin layers. No gradients reach the model.
 
         Args:
             model: a `CoMemoModel`.
             pixel_values: [T, 3, side, side], all prompts' tiles in reading order.
             position_ids: [M] ids of the image tokens in their prompts.
             lengths: image tokens of each prompt.
-            sizes: image tokens of each picture; None takes each prompt's pictures for one.
+            sizes: image tokens of each image; None treats the images of a prompt as one.
 
         Returns:
-            What `ImageMemory.from_media` makes, built. Of a single picture its tensors are those
-            of the store: not to be written.
+            What `ImageMemory.from_media` makes, with keys and values. For a single image the
+            tensors are those of the store: do not write to them.
 
         Raises:
-            ValueError: a model whose weights do not say what it computes (adapters, quantised,
-                sharded or offloaded weights), or with absolute memory positions; pictures that
-                are no whole tiles. Nothing was computed then.
+            ValueError: a model whose weights do not determine what it computes (adapters,
+                quantised, sharded or offloaded weights), or with absolute memory positions; images
+                that are not whole tiles. Nothing was computed then.
         """
-        check_storable(model)
-        # Of use to whoever asks next, also with gradients.
+        check_storable("MemoryStore", model)
+        # Not inference tensors: a later caller may need gradients.
         with torch.inference_mode(False), torch.no_grad():
             position_ids = position_ids.to(model.device)
             memory = ImageMemory.from_media(position_ids[:, None], position_ids, lengths, sizes)
@@ -153,78 +126,82 @@ class MemoryStore:
             tiles = [size // tokens for size in memory.sizes]
             if [count * tokens for count in tiles] != list(memory.sizes):
                 raise ValueError(
-                    f"MemoryStore: pictures must be whole tiles of {tokens} image tokens, got"
+                    f"MemoryStore: images must be whole tiles of {tokens} image tokens, got"
                     f" {list(memory.sizes)}"
                 )
             assert memory.ids is not None
-            places = memory.ids.cpu().split(list(memory.sizes))
+            ids = memory.ids.cpu().split(list(memory.sizes))
             pixels = pixel_values.to(model.dtype).split(tiles)
-            joined = join_images(self._images(model, pixels, places))
+            joined = join_images(self._memories(model, pixels, ids))
             memory.media, memory.keys, memory.values = joined.media, joined.keys, joined.values
         return memory
 
-    def _images(
-        self, model: Any, pixels: Sequence[Tensor], places: Sequence[Tensor]
+    def _memories(
+        self, model: StorableModel, pixels: Sequence[Tensor], ids: Sequence[Tensor]
     ) -> list[ImageMemory]:
-        """The memory of each picture, known or computed."""
+        """The memory of each image, from the store or computed."""
         facts = {"model": self._identify(model), "dtype": str(model.dtype).removeprefix("torch.")}
         keys = [
-            identify_picture(facts["model"], tiles, ids)
-            for tiles, ids in zip(pixels, places, strict=True)
+            identify_image(facts["model"], tiles, own)
+            for tiles, own in zip(pixels, ids, strict=True)
         ]
-        images: dict[str, ImageMemory] = {}
+        found: dict[str, ImageMemory] = {}
         unknown: dict[str, int] = {}
         for i, key in enumerate(keys):
-            if key in images or key in unknown:
+            if key in found or key in unknown:
                 self._count("hits")
-            elif (image := self._fetch(key, facts, model, places[i])) is not None:
-                images[key] = image
+            elif (memory := self._fetch(key, facts, model, ids[i])) is not None:
+                found[key] = memory
             else:
                 unknown[key] = i
         if unknown:
-            chosen = ([x[i] for i in unknown.values()] for x in (pixels, places))
-            built = build_pictures(model, *chosen)
-            for key, image in zip(unknown, built, strict=True):
-                images[key] = self._keep(key, image, facts)
-        return [images[key] for key in keys]
+            built = model.build_image_memories(
+                [pixels[i] for i in unknown.values()], [ids[i] for i in unknown.values()]
+            )
+            for key, memory in zip(unknown, built, strict=True):
+                found[key] = self._keep(key, memory, facts)
+        return [found[key] for key in keys]
 
-    def _identify(self, model: Any) -> str:
-        stamp = stamp_weights(model)
+    def _identify(self, model: StorableModel) -> str:
+        """The digest of a model; computed again only when its weights or settings changed."""
+        settings, weights = memory_settings(model), memory_weights(model)
+        stamp = stamp_model(settings, weights)
         with self._lock:
             known = self._identities.get(model)
         if known is None or known[0] != stamp:
-            known = stamp, identify_model(model)
+            known = stamp, identify_model(settings, weights)
             with self._lock:
                 self._identities[model] = known
         return known[1]
 
     def _fetch(
-        self, key: str, facts: dict[str, str], model: Any, ids: Tensor
+        self, key: str, facts: dict[str, str], model: StorableModel, ids: Tensor
     ) -> ImageMemory | None:
-        """A known picture, on the model's device; None if it has to be computed."""
+        """A known image's memory, on the model's device; None if it has to be computed."""
         with self._lock:
-            image = self._held.get(key)
-            if image is not None:
+            memory = self._held.get(key)
+            if memory is not None:
                 self._held.move_to_end(key)
                 self._counts["hits"] += 1
-        if image is None:
-            image = self._read(key, facts, model, ids)
-            if image is not None:
-                image = self._hold(key, move_to(image, model.device))
-            self._count("misses" if image is None else "disk_hits")
+        if memory is None:
+            memory = self._read(key, facts, model, ids)
+            if memory is not None:
+                memory = self._hold(key, move_to(memory, model.device))
+            self._count("misses" if memory is None else "disk_hits")
         elif self.directory is not None:
             store_directory.touch(self._path(key))  # it is in use, though not read
-        return None if image is None else move_to(image, model.device)
+        return None if memory is None else move_to(memory, model.device)
 
-    def _keep(self, key: str, image: ImageMemory, facts: dict[str, str]) -> ImageMemory:
+    def _keep(self, key: str, memory: ImageMemory, facts: dict[str, str]) -> ImageMemory:
+        """Write a new memory to the directory and hold it; returns the one to use."""
         if self.directory is not None:
-            self._write(self._path(key), image, {"key": key, **facts})
-        return self._hold(key, image)
+            self._write(self._path(key), memory, {"key": key, **facts})
+        return self._hold(key, memory)
 
-    def _write(self, path: Path, image: ImageMemory, facts: dict[str, str]) -> None:
-        """Write a picture and remove others beyond the budget, if that can be."""
+    def _write(self, path: Path, memory: ImageMemory, facts: dict[str, str]) -> None:
+        """Write a memory and remove files beyond the budget; failures become warnings."""
         try:
-            if not store_files.write_image(path, image, facts, self.disk_budget):
+            if not store_files.write_memory(path, memory, facts, self.disk_budget):
                 self._count("too_large")
                 return
         except (OSError, BadFileError) as error:
@@ -236,40 +213,43 @@ class MemoryStore:
         except OSError as error:
             _warn(f"{path.parent} exceeds its budget: {error.filename}: {_reason(error)}")
 
-    def _hold(self, key: str, image: ImageMemory) -> ImageMemory:
-        """Hold a picture in memory, if there is room for it."""
-        if count_bytes(image) > self.budget:
+    def _hold(self, key: str, memory: ImageMemory) -> ImageMemory:
+        """Hold a memory, unless it is larger than the budget; returns the one to use."""
+        if count_bytes(memory) > self.budget:
             self._count("too_large")
-            return image
-        image = own(image)
+            return memory
+        memory = own_storage(memory)
         with self._lock:
-            self._held[key] = image
+            self._held[key] = memory
             self._held.move_to_end(key)
-            # Counted and not kept beside them: an interrupt would part the two.
+            # Summed each time: an interrupt could leave a running total wrong.
             beyond = sum(map(count_bytes, self._held.values())) - self.budget
             while beyond > 0:
                 beyond -= count_bytes(self._held.popitem(last=False)[1])
                 self._counts["evictions"] += 1
-        return image
+        return memory
 
-    def _read(self, key: str, facts: dict[str, str], model: Any, ids: Tensor) -> ImageMemory | None:
+    def _read(
+        self, key: str, facts: dict[str, str], model: StorableModel, ids: Tensor
+    ) -> ImageMemory | None:
+        """A memory from the directory; None if there is no file, or a bad one, with a warning."""
         if self.directory is None:
             return None
         path = self._path(key)
         try:
-            wanted = describe_tensors(model, len(ids))
-            image = store_files.read_image(path, {"key": key, **facts}, wanted)
-            assert image.ids is not None
-            if not image.ids.equal(ids):
+            wanted = memory_layout(model, len(ids))
+            memory = store_files.read_memory(path, {"key": key, **facts}, wanted)
+            assert memory.ids is not None
+            if not memory.ids.equal(ids):
                 raise BadFileError("its ids are those of another grid")
         except FileNotFoundError:
             return None
         except (OSError, BadFileError) as error:
             self._count("refused")
-            _warn(f"{path} is refused and its picture computed again: {_reason(error)}")
+            _warn(f"{path} is refused and its image computed again: {_reason(error)}")
             return None
         store_directory.touch(path)
-        return image
+        return memory
 
     def _open(self, directory: Path) -> None:
         try:
@@ -279,7 +259,7 @@ class MemoryStore:
                 errno.ENOTDIR, "MemoryStore: directory must be a directory, got", str(directory)
             ) from None
         except OSError as error:
-            _warn(f"{directory} cannot be made: {_reason(error)}")
+            _warn(f"{directory} cannot be created: {_reason(error)}")
         store_directory.sweep(directory)
 
     def _path(self, key: str) -> Path:
@@ -302,11 +282,10 @@ class MemoryStore:
 
     @property
     def stats(self) -> StoreStatistics:
-        """What has happened so far, and what is held now."""
+        """What the store has done so far, and what it holds now."""
         sizes = self._files().values()
-        names = ("hits", "disk_hits", "misses", "evictions", "too_large", "refused")
         with self._lock:
-            counts = {name: self._counts[name] for name in names}
+            counts = {name: self._counts[name] for name in COUNTED}
             held = {
                 "entries": len(self._held),
                 "bytes": sum(map(count_bytes, self._held.values())),
@@ -314,14 +293,14 @@ class MemoryStore:
         return StoreStatistics(**counts, **held, disk_entries=len(sizes), disk_bytes=sum(sizes))
 
     def __iter__(self) -> Iterator[str]:
-        """Keys of all known pictures: those that only the directory has, then those in memory."""
+        """Keys of all known images: first those only in the directory, then those in memory."""
         on_disk = self._files()
         with self._lock:
             held = list(self._held)
         return iter([*(key for key in on_disk if key not in held), *held])
 
     def __len__(self) -> int:
-        """How many pictures are known, in memory and in the directory."""
+        """How many images are known, in memory or in the directory."""
         return len(list(iter(self)))
 
     def __contains__(self, key: object) -> bool:
@@ -331,7 +310,7 @@ class MemoryStore:
         return key in self._files()
 
     def clear(self, disk: bool = False) -> None:
-        """Give up what is held in memory.
+        """Remove all images from memory.
 
         Args:
             disk: remove the files too.
@@ -346,6 +325,7 @@ class MemoryStore:
 
 
 def _is_size(value: Any) -> bool:
+    """Whether a value is a finite number of at least 0."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     return number and 0 <= value < math.inf
 
