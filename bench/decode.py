@@ -18,8 +18,8 @@ from torch import Tensor
 import comemo_kernels as ops
 from bench import measure
 from bench.models import SIZES, draw_model, draw_prompts
+from bench.recompute import RecomputedMemory, recomputing
 from comemo import CoMemoForConditionalGeneration
-from comemo.cli.demo import RecomputedMemory
 from comemo.mixin import MixinLayer
 
 
@@ -68,7 +68,7 @@ def _measure(
     mixin: dict[str, list[float]] = {name: [] for name in ways}
     token = out.logits[:, -1].argmax(-1, keepdim=True)
     place = int(position_ids.max()) + 1
-    with MixinClock(model) as clock:
+    with recomputing(model.model), MixinClock(model) as clock:
         for step in range(tokens + 1):  # the first is a warm-up
             logits: list[Tensor] = []
             for name, way in ways.items():

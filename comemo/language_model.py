@@ -293,7 +293,7 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         tables: dict[str, Any] = {"rotation": memory.rotation(places)}
         if len(memory.keys) == len(self.comemo_config.mixin_layers) or memory.media is None:
             return tables
-        if not (use_cache and memory.keeps and self.build_memory(memory)):
+        if not (use_cache and self.build_memory(memory)):
             cos, sin = memory.key_table()
             tables["media_table"] = cos[None], sin[None]
         return tables

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import comemo
 import comemo_kernels as ops
-from comemo.cli.progress import count_calls
+from bench.counting import count_calls
 from comemo_kernels import ImageMemory
 
 GRIDS = {"square": (1, 1), "other": (1, 1), "wide": (2, 1)}

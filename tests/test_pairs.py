@@ -11,8 +11,8 @@ import pytest
 import torch
 from small import make_model, make_prompts
 
+from bench.counting import count_calls
 from comemo import ChatSession, DecodeLoop, MemoryStore
-from comemo.cli.progress import count_calls
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HOW = {

@@ -11,8 +11,8 @@ from transformers.generation.streamers import BaseStreamer
 
 import comemo
 import comemo_kernels as ops
+from bench.counting import count_calls
 from comemo import ChatSession, prompts
-from comemo.cli.progress import count_calls
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 pytestmark = pytest.mark.usefixtures("one_thread")
