@@ -224,6 +224,18 @@ def photograph():
     return Image.open(COFFEE).convert("RGB").crop((100, 50, 400, 250)).copy()
 
 
+@pytest.fixture
+def made_up_limits(monkeypatch):
+    """Limits of a benchmark's machine are not measured; one set of inputs is enough."""
+    from timed import COPY, GEMM
+
+    from bench import measure
+
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: COPY)
+    monkeypatch.setattr(measure, "gemm_rate", lambda *_: GEMM)
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Threads cost a tiny model more than they give."""

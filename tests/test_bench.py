@@ -1,6 +1,5 @@
 """The benchmarks: cases that are what they say, rows, wrong ways that are not timed, stages."""
 
-import argparse
 import csv
 import json
 import os
@@ -12,18 +11,12 @@ import harness
 import pytest
 import torch
 from conftest import GPU, INTERPRET
+from timed import options_of
 
 import comemo_kernels as ops
-from bench import measure, plot, positions, rotary, ways
+from bench import __main__ as command
+from bench import measure, memory, plot, positions, rotary, ways
 from bench.cases import PROMPTS, Prompt
-
-
-def options_of(module, *words):
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    options = parser.parse_args(words)
-    options.out = None
-    return options
 
 
 def test_cases_are_what_they_say():
@@ -227,3 +220,26 @@ def test_files_and_plots(tmp_path):
     pytest.importorskip("matplotlib")
     assert {file.name for file in plot.draw(MEASURED, tmp_path)} == {"a.png", "b.png"}
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
+    held = []
+
+    def run(options):
+        yield {"case": "c", "way": "ours", "us": 1.0}
+        held.append(json.loads((tmp_path / "memory.json").read_text())["rows"])
+        yield {"case": "c", "way": "other", "us": 2.0}
+
+    monkeypatch.setattr(memory, "run", run)
+    monkeypatch.setattr(sys, "argv", ["bench", "memory", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 0
+    assert [len(rows) for rows in held] == [1]
+    assert len(json.loads((tmp_path / "memory.json").read_text())["rows"]) == 2
+
+
+def test_ways_of_ours_by_name():
+    assert ways.is_ours("ours")
+    assert ways.is_ours("ours fp8")
+    assert not ways.is_ours("sdpa flash")

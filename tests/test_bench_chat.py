@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_bench import options_of
+from timed import options_of
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import virtual_gpu
 from conftest import GPU, SLOW
-from test_bench import options_of
+from timed import options_of
 
 from bench import attend, chat, decode, measure, memory, mixin, positions, project, rotary, vision
 from bench.cases import PROMPTS, Prompt
