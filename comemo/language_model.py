@@ -27,7 +27,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
-from comemo.fusable import are_joined, is_fusable, is_own, is_untouched, join_weights
+from comemo.fusable import are_joined, is_fusable, is_original, is_untouched, join_weights
 from comemo.mixin import MixinLayer, Table
 from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache
 from comemo.packing import VARLEN, places_in_samples
@@ -329,7 +329,7 @@ class CoMemoTextModel(LlamaPreTrainedModel):
         layers = {i: self.layers[i].mixin for i in self.comemo_config.mixin_layers}
         assert table is not None
         if not all(
-            is_own(mixin, MixinLayer) and is_fusable(mixin.attn_norm, mixin.kv_proj)
+            is_original(mixin, MixinLayer) and is_fusable(mixin.attn_norm, mixin.kv_proj)
             for mixin in layers.values()
         ):
             return False

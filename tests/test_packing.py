@@ -78,7 +78,7 @@ def test_a_memory_of_packed_rows_goes_on_being_read_by_its_samples():
         embeds = {"inputs_embeds": model.get_input_embeddings()(row)}
         bounds = {"cu_seqlens": given["cu_seqlens"]}
         model(**embeds, **bounds, image_memory=packed.image_memory)
-        with pytest.raises(ValueError, match=r"spans say what each token reads, .*got \(1, 1, 2\)"):
+        with pytest.raises(ValueError, match=r"span for each token, .*got \(1, 1, 2\)"):
             model(**embeds, **bounds, image_memory=whole.image_memory)
 
 
@@ -119,7 +119,7 @@ def test_what_a_pack_cannot_be():
     mask[0, 0] = 0
     with pytest.raises(ValueError, match=r"packed rows .* got padding"):
         model(input_ids=row, cu_seqlens=bounds, attention_mask=mask)
-    with pytest.raises(ValueError, match=r"must lead from 0 to 14.*got"):
+    with pytest.raises(ValueError, match=r"must run from 0 to 14.*got"):
         model(input_ids=row, cu_seqlens=bounds[:-1])
     with pytest.raises(ValueError, match="cu_seq_lens_q, cu_seq_lens_k must be the same bounds"):
         model(input_ids=row, cu_seq_lens_q=bounds, cu_seq_lens_k=torch.tensor([0, 14]))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.internvl import modeling_internvl as internvl
 
-from comemo.fusable import PLAIN, is_own
+from comemo.fusable import FUSABLE, is_original
 from comemo.mixin import MixinLayer
 
 VERSION = 1  # of what keys are made of and of the files; raised when either changes
@@ -79,13 +79,13 @@ def _find_reason(model: Any) -> str | None:
         name = f"language_model.layers.{i}.mixin"
         whole[name] = (model.language_model.layers[i].mixin, MixinLayer)
     for name, (module, own) in whole.items():
-        if not is_own(module, own):
+        if not is_original(module, own):
             return f"{name} is a {type(module).__name__} (an adapter, or quantised), or has hooks"
     weights = set()
     for part, root in memory_parts(model).items():
         for inner, module in root.named_modules():
             name, kind = f"{part}.{inner}".rstrip("."), type(module)
-            if kind not in (*PLAIN, *PLAIN_VISION) and not _is_activation(module):
+            if kind not in (*FUSABLE, *PLAIN_VISION) and not _is_activation(module):
                 return f"{name} is a {kind.__name__} (an adapter, or quantised)"
             if hasattr(module, "_hf_hook") or "forward" in vars(module):
                 return f"another forward was put into {name} (as offloading does)"
