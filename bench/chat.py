@@ -1,12 +1,12 @@
-"""What a user waits for: time to the first token and tokens per second, end to end.
+"""End to end: time to the first token and tokens per second of a conversation.
 
-A conversation about one picture with random weights: a question about a new picture, a second
-question, and a question about a known picture in another conversation, from a store. Beside it
-the published way: for every question the vision tower and the whole prompt again, and for every
-token the memory again. On a GPU also decoding in batches whose prompts have a picture each: the
-decode loop, plain calls with a growing cache, torch.compile with a static cache, the published way.
-`peak_gib` is the largest memory so far of the process, on a GPU of the row; `predicted_gib` what
-the formula of `bench.peak` says.
+A conversation about one image with random weights: a question about a new image, a second
+question, and a question about a known image in another conversation, from a store. The published
+way for comparison runs the vision tower and the whole prompt for every question, and builds the
+memory for every token. On a GPU also decoding in batches with one image per prompt: the decode
+loop, plain calls with a growing KV cache, torch.compile with a static cache, the published way.
+`peak_gib` is the peak memory of the process so far, on a GPU of the row; `predicted_gib` is the
+formula of `bench.peak`.
 """
 
 import argparse
@@ -34,11 +34,11 @@ WAYS = ("ours", "eager, memory kept", "torch.compile, static cache", "published"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     batches = [1, 8, 32] if torch.cuda.is_available() else []
     parser.add_argument("--size", choices=SIZES, default="2B")
-    parser.add_argument("--layers", type=int, help="decoder layers, if not the size's own")
+    parser.add_argument("--layers", type=int, help="decoder layers, default: those of the size")
     parser.add_argument("--cols", type=int, default=4)
     parser.add_argument("--rows", type=int, default=3)
-    parser.add_argument("--pictures", type=int, default=1, help="of the first question")
-    parser.add_argument("--tokens", type=int, default=8, help="of each answer")
+    parser.add_argument("--pictures", type=int, default=1, help="images of the first question")
+    parser.add_argument("--tokens", type=int, default=8, help="tokens of each answer")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batches", type=int, nargs="*", default=batches)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -106,7 +106,7 @@ def _conversation(
 
 
 def _warm_up(model: Any, processor: Any, settings: dict[str, Any]) -> None:
-    """What is done once a process: kernels loaded, threads started, the weights' digest taken."""
+    """What is done once per process: load kernels, start threads, compute the weights' digest."""
     talk = ChatSession(model, processor, **settings | {"max_new_tokens": 2})
     talk.ask("a", (torch.randn(1, 3, 448, 448), (1, 1)))
     talk.ask("b")
@@ -115,7 +115,7 @@ def _warm_up(model: Any, processor: Any, settings: dict[str, Any]) -> None:
 def _published(
     model: Any, processor: Any, pictures: Any, history: Any, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """A second question as the published code answers it."""
+    """A second question, answered like the published code."""
     clock = TokenClock()
     tiles = [pixel_values for pixel_values, _ in pictures]
     _, inputs = model.prepare_chat(
@@ -139,7 +139,7 @@ def _published(
 def _decode(
     model: Any, grid: tuple[int, int], batch: int, way: str, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Tokens per second of a batch, behind prompts of one picture each."""
+    """Tokens per second of a batch, after prompts of one image each."""
     inputs, _, memory = draw_prompts(model, grid, batch)
     static = GenerationConfig(cache_implementation="static", compile_config=CompileConfig())
     chosen = {
@@ -151,7 +151,7 @@ def _decode(
         memory, building = RecomputedMemory.of(memory), recomputing(model.model)
     times: list[float] = []
     with building:
-        for tokens in (8, max(options.tokens, 16)):  # the first captures and compiles
+        for tokens in (8, max(options.tokens, 16)):  # the first run captures and compiles
             peak.reset()
             clock = TokenClock()
             model.generate(

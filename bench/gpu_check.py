@@ -1,12 +1,12 @@
-"""Whether all is right on a GPU, in under five minutes: the GPU suite, then compute-sanitizer.
+"""All correctness checks on a GPU in under five minutes: the GPU tests, then compute-sanitizer.
 
-Writes into the folder `--out`: gpu-check.txt, the short table that is printed last, too;
-gpu-check.log, what the stages print; gpu-check.tar.gz: how each test ended, every comparison of the
-harness, the logs. All are written anew every few seconds. The suite runs in twelve processes that
-share what the compiler makes; no failure stops it. Then memcheck and racecheck, side by side, each
-on one small launch of every kernel (`bench.sanitize`).
-Needs no network, and of packages torch, triton, transformers, sentencepiece, pillow, safetensors,
-pytest, hypothesis and pytest-benchmark; with pytest-xdist it takes a tenth of the time.
+Writes to the folder `--out`: gpu-check.txt, the summary that is also printed at the end;
+gpu-check.log, the output of the stages; gpu-check.tar.gz: the outcome of each test, every
+comparison of the harness, the logs. All are rewritten every few seconds. The tests run in twelve
+processes that share compiled kernels; a failure does not stop them. Then memcheck and racecheck run
+in parallel, each on one small launch of every kernel (`bench.sanitize`). Needs no network, and the
+packages torch, triton, transformers, sentencepiece, pillow, safetensors, pytest, hypothesis and
+pytest-benchmark; with pytest-xdist it takes a tenth of the time.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from bench.stages import Process, Stage
 
 SUITE = ("-m", "pytest", "-m", "kernel or gpu", "-p", "no:cacheprovider", "-p", "bench.reports")
 PARALLEL = ("-n", "12", "--dist", "worksteal")
-SECONDS = {"suite": 200.0, "memcheck": 80.0, "racecheck": 80.0}  # the last two at once
-TOOL, TOOL_FOLDER = "compute-sanitizer", "/usr/local/cuda/bin"  # where it is not on the PATH
+SECONDS = {"suite": 200.0, "memcheck": 80.0, "racecheck": 80.0}  # the last two in parallel
+TOOL, TOOL_FOLDER = "compute-sanitizer", "/usr/local/cuda/bin"  # if it is not on the PATH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,11 +72,11 @@ def run(options: argparse.Namespace) -> int:
 def _stage(name: str, folder: Path) -> Stage:
     if name == "suite":
         parallel = PARALLEL if importlib.util.find_spec("xdist") else ()
-        # The processors are taken by processes.
+        # One thread per process: there are as many processes as cores.
         command = ["env", "OMP_NUM_THREADS=1", sys.executable, *SUITE]
         command += ["--reports", str(folder), *parallel]
     else:
-        # Of memory that PyTorch keeps the tool knows no bounds.
+        # The tool does not see the bounds of tensors in PyTorch's cached blocks.
         command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", _find_tool() or TOOL, "--tool", name]
         command += ["--error-exitcode", "99"]
         command += [sys.executable, "-m", "bench.sanitize"]
@@ -88,7 +88,7 @@ def _find_tool() -> str | None:
 
 
 def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: Path) -> None:
-    """All files, of what there is."""
+    """Write all files with the results so far."""
     stages.join_logs(out / "gpu-check.log", chosen, folder)
     tests = _lines(folder / "tests.jsonl")
     errors = [line for file in sorted(folder.glob("errors-*.jsonl")) for line in _lines(file)]
@@ -99,11 +99,11 @@ def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: 
     left_out += [f"{count} tests: {said}" for said, count in skipped.most_common()]
     if (folder / "collected").is_file():
         missing = int((folder / "collected").read_text()) - len({test["test"] for test in tests})
-        left_out += [f"{missing} tests: not run until now"] if missing > 0 else []
+        left_out += [f"{missing} tests: not run so far"] if missing > 0 else []
     failures, tools = group_failures(tests), [s for s in chosen if s.name != "suite"]
     parts = [
-        ("failures, by what they say:", failures),
-        *[(f"{tool.name}:", _findings(stages.read_log(tool, folder))) for tool in tools],
+        ("failures, by message:", failures),
+        *((f"{tool.name}:", _findings(stages.read_log(tool, folder))) for tool in tools),
         *stages.reasons([stage for stage in chosen if stage in tools or not failures], folder),
         ("largest errors, as shares of their budget:", group_errors(errors)),
         ("left out:", left_out),
@@ -115,7 +115,7 @@ def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: 
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """Of a file that may still be written: whole lines alone."""
+    """Complete lines of a file that may still be written."""
     if not file.is_file():
         return []
     whole = file.read_text().rpartition("\n")[0]
@@ -123,7 +123,7 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def group_failures(tests: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each message, whatever numbers are in it: how often, and one test's name."""
+    """A line for each message, numbers ignored: how often it occurs, and the name of one test."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for test in tests:
         if test["outcome"] == "failed":
@@ -137,7 +137,7 @@ def group_failures(tests: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def group_errors(errors: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each op and dtype: the largest share, of how many, of what, and where."""
+    """A line for each op and dtype: the largest share, number of comparisons, output and test."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for error in errors:
         name = error["op"] if error["op"] in comemo_kernels.__all__ else error["file"]
@@ -164,7 +164,7 @@ def _count(tests: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _findings(log: Sequence[str]) -> list[str]:
-    """What compute-sanitizer has found: its sums, and what came first."""
+    """Findings of compute-sanitizer: the summaries, then the first lines."""
     said = [line for line in log if "=====" in line]
     sums = [line for line in said if "SUMMARY" in line]
     return [line.lstrip("= ")[:160] for line in [*sums, *(x for x in said[:16] if x not in sums)]]

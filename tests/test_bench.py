@@ -15,7 +15,7 @@ from timed import options_of
 
 import comemo_kernels as ops
 from bench import __main__ as command
-from bench import measure, memory, plot, positions, rotary, ways
+from bench import measure, memory, plot, positions, rotary, tuning, ways
 from bench.cases import PROMPTS, Prompt
 
 
@@ -77,7 +77,7 @@ def test_position_rows_and_a_wrong_one(monkeypatch):
     assert len(rows) == 8
     assert all(row["us"] > 0 for row in rows)
     monkeypatch.setattr(ops, "rope_dhr_positions", lambda image, *_, **kw: image.long())
-    with pytest.raises(RuntimeError, match="ours numbers one_image_3k otherwise"):
+    with pytest.raises(RuntimeError, match="ours is not timed: other ids for one_image_3k"):
         list(positions.run(options_of(positions, *words)))
 
 
@@ -92,7 +92,7 @@ def test_host_and_tuning_rows(tiny_copy, monkeypatch):
     """What only a GPU is asked for, with the clocks of a GPU replaced."""
     monkeypatch.setattr(measure, "graph_us", lambda call: (call(), 1.5)[1])
     monkeypatch.setattr(measure, "host_us", lambda call: (call(), 9.5)[1])
-    monkeypatch.setattr(ways, "watch", lambda kernel, call: (call(), True))
+    monkeypatch.setattr(tuning, "watch", lambda kernel, call: (call(), True))
     bench = rotary.RotaryBench("cpu", torch.float32, 1e10, rounds=1)
     rows = bench.time_host("2B")
     assert {(row["case"], row["way"]) for row in rows} == {

@@ -193,7 +193,7 @@ def test_who_waits_for_nothing_ends(tmp_path, monkeypatch):
     assert not is_running(int(pid.read_text()))
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(sys, "argv", ["bench", "positions", "--wait"])
-    with pytest.raises(SystemExit, match="positions --wait: nobody is there any more"):
+    with pytest.raises(SystemExit, match="positions --wait: stdin was closed"):
         command.main()
 
 

@@ -135,7 +135,7 @@ def test_a_wrong_way_of_ours_is_not_timed_and_the_next_case_is(monkeypatch, caps
     rows, failed = rows_of(attend, "--sizes", "tiny", "--cases", "small_decode", "small_shared")
     assert failed
     assert {row["case"] for row in rows} == {"small_shared tiny"}
-    assert "ours is not timed: it errs by 1.0e-02" in capsys.readouterr().err
+    assert "ours is not timed: relative error 1.0e-02" in capsys.readouterr().err
 
 
 def test_what_is_read_where_there_is_nothing_is_wrong(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from timed import clock, options_of
 
 import comemo_kernels as ops
-from bench import attend, measure, memory, mixin, ways
+from bench import attend, measure, memory, mixin, tuning, ways
 from bench.readings import SMALL, Reading
 from bench.ways import Work
 from comemo_kernels._op import Kernel
@@ -30,7 +30,7 @@ def test_graphs_of_what_fits(monkeypatch, capsys):
     ]
     assert rows[0]["of_limit"] == pytest.approx(2.0)
     assert seen == [0, 1]
-    assert "other fits no graph: RuntimeError: no capture" in capsys.readouterr().out
+    assert "other cannot be captured: RuntimeError: no capture" in capsys.readouterr().out
     with pytest.raises(RuntimeError, match="no capture"):
         list(clock().time_graphs(labels, {"ours": unfit}, 2, Work(1, 1)))
 
@@ -46,7 +46,7 @@ def test_graphs_of_what_fits(monkeypatch, capsys):
 )
 def test_tuning_times_every_configuration(tune, least, monkeypatch):
     pytest.importorskip("triton")
-    monkeypatch.setattr(ways, "watch", lambda kernel, call: (call(), True))
+    monkeypatch.setattr(tuning, "watch", lambda kernel, call: (call(), True))
     rows = list(tune())
     assert len(rows) >= least
     assert {row["pass"] for row in rows} == {"tune"}
@@ -72,7 +72,7 @@ class Nothing(Kernel):
 
 def test_a_configuration_counts_only_where_its_kernel_is_launched(capsys):
     one, other = Nothing(), Nothing()
-    calls = ways.each_configuration({"one": one, "other": other}, lambda i: one.launch(i))
+    calls = tuning.each_configuration({"one": one, "other": other}, lambda i: one.launch(i))
     right = ways.keep_right("c", calls, lambda *_: 0.0, 0.1, must=False)
     assert list(right) == [f"one {config}" for config in one.configs]
     assert (
@@ -82,7 +82,7 @@ def test_a_configuration_counts_only_where_its_kernel_is_launched(capsys):
         call(0)
     # Each once to be looked at, then the other's two, and once to be timed.
     assert one.launched == [*one.configs, one.configs[0], one.configs[0], *one.configs]
-    rows = list(ways.tell_configurations([{"way": way} for way in right], {"one": one}))
+    rows = list(tuning.tell_configurations([{"way": way} for way in right], {"one": one}))
     assert [(row["kernel"], row["config"], row["first"]) for row in rows] == [
         ("one", "M 1 warps 4", True),
         ("one", "M 2 warps 8", False),
