@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _conversation(
     model: Any, processor: Any, grid: tuple[int, int], tiles: int, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    pictures = [(torch.randn(tiles, 3, 448, 448), grid) for _ in range(options.pictures)]
+    images = [(torch.randn(tiles, 3, 448, 448), grid) for _ in range(options.pictures)]
     settings = {"max_new_tokens": options.tokens, "do_sample": False, "eos_token_id": None}
     store = MemoryStore(budget=2**40)
     _warm_up(model, processor, settings | {"memory_store": store})
@@ -81,9 +81,9 @@ def _conversation(
 
     first, known = session(), session()
     for name, talk, question, shown in (
-        ("new picture", first, QUESTIONS[0], pictures),
+        ("new picture", first, QUESTIONS[0], images),
         ("second question", first, QUESTIONS[1], None),
-        ("known picture", known, "Look here: <image>" + "<image>" * (len(pictures) - 1), pictures),
+        ("known picture", known, "Look here: <image>" + "<image>" * (len(images) - 1), images),
     ):
         peak.reset()
         talk.ask(question, shown)
@@ -101,7 +101,7 @@ def _conversation(
     if "published" in options.ways:
         peak.reset()
         yield {"pass": "second question", "way": "published"} | _published(
-            model, processor, pictures, first.history[:1], settings
+            model, processor, images, first.history[:1], settings
         )
 
 
@@ -113,17 +113,17 @@ def _warm_up(model: Any, processor: Any, settings: dict[str, Any]) -> None:
 
 
 def _published(
-    model: Any, processor: Any, pictures: Any, history: Any, settings: dict[str, Any]
+    model: Any, processor: Any, images: Any, history: Any, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """A second question, answered like the published code."""
     clock = TokenClock()
-    tiles = [pixel_values for pixel_values, _ in pictures]
+    tiles = [pixel_values for pixel_values, _ in images]
     _, inputs = model.prepare_chat(
         processor.tokenizer,
         torch.cat(tiles),
         [*history, (QUESTIONS[1], None)],
         [len(t) for t in tiles],
-        [grid for _, grid in pictures],
+        [grid for _, grid in images],
     )
     inputs["image_memory"] = RecomputedMemory.of(inputs["image_memory"])
     with recomputing(model.model):

@@ -23,17 +23,17 @@ def compare(rows: Sequence[Row]) -> list[str]:
         if ours is None or time is None:
             continue
         scale, unit = TIMES[time]
-        told = [f"{bench} {case} {kind}: {scale * ours[time]:.4g} {unit}"]
-        told += [f"{100 * ours[n]:.0f}% {n[3:]}" for n in ("of_limit", "of_copy") if n in ours]
-        told += [f"first {1e3 * ours['first_s']:.0f} ms"] if "first_s" in ours else []
+        parts = [f"{bench} {case} {kind}: {scale * ours[time]:.4g} {unit}"]
+        parts += [f"{100 * ours[n]:.0f}% {n[3:]}" for n in ("of_limit", "of_copy") if n in ours]
+        parts += [f"first {1e3 * ours['first_s']:.0f} ms"] if "first_s" in ours else []
         others = sorted(
             (row[time] / ours[time], row["way"]) for row in group if row is not ours and time in row
         )
         foreign = [other for other in others if not _names_ours(other[1])]
         shown = [other for other in others if _names_ours(other[1])] + foreign[:1]
         shown += [other for other in foreign[1:] if other[1] == "published"]
-        told += [f"{way} x{share:.3g}" for share, way in shown]
-        lines.append(", ".join(told))
+        parts += [f"{way} x{share:.3g}" for share, way in shown]
+        lines.append(", ".join(parts))
     return lines
 
 
@@ -53,14 +53,14 @@ def choose(rows: Sequence[Row]) -> list[str]:
         fastest = min(group, key=lambda row: row["us"])
         first = next((row for row in group if row["first"]), None)
         if first is fastest:
-            said = f"the first is the fastest of {len(group)}, {first['us']:.4g} us"
+            line = f"the first is the fastest of {len(group)}, {first['us']:.4g} us"
         else:
-            said = "the first was not timed, fastest"
+            line = "the first was not timed, fastest"
             if first is not None:
                 gain = 100 * (first["us"] / fastest["us"] - 1)
-                said = f"first {first['us']:.4g} us {first['config']}, {gain:.1f}% behind"
-            said += f" {fastest['us']:.4g} us {fastest['config']}"
-        lines.append(f"{bench} {case}, {kernel}: {said}")
+                line = f"first {first['us']:.4g} us {first['config']}, {gain:.1f}% slower than"
+            line += f" {fastest['us']:.4g} us {fastest['config']}"
+        lines.append(f"{bench} {case}, {kernel}: {line}")
     return lines
 
 

@@ -68,13 +68,13 @@ def run(options: argparse.Namespace) -> int:
         chosen = [_stage(name, folder) for name in STAGES if name in options.stages]
         stages.share(chosen, options.minutes)
 
-        def look() -> None:
+        def report() -> None:
             _write(machine, chosen, folder, options.out)
 
         with stages.stopped_in_order():
-            stages.run_in_turn(chosen, folder, look)
+            stages.run_in_turn(chosen, folder, report)
         _draw(_rows(chosen, folder), folder)
-        look()
+        report()
     print((options.out / "gpu-bench.txt").read_text(), flush=True)
     return int(any(stage.failed for stage in chosen))
 
@@ -110,8 +110,8 @@ def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: 
     measure.write("results", rows, machine, folder)
     stages.join_logs(out / "gpu-bench.log", chosen, folder)
     left_out = [name for name in STAGES if name not in {s.name for s in chosen if s.took}]
-    said = [line for stage in chosen for line in stages.read_log(stage, folder)]
-    left_out += [line[:160] for line in dict.fromkeys(said) if NOT_TIMED.search(line)]
+    printed = [line for stage in chosen for line in stages.read_log(stage, folder)]
+    left_out += [line[:160] for line in dict.fromkeys(printed) if NOT_TIMED.search(line)]
     table = stages.describe("gpu-bench", machine, chosen)
     parts = [
         ("configurations, of which the first is used:", digest.choose(rows)),

@@ -53,20 +53,20 @@ def run(options: argparse.Namespace) -> int:
         tools = [stage for stage in chosen if stage.name != "suite"]
         stages.share([*suite, *tools[:1]], options.minutes)
 
-        def look() -> None:
+        def report() -> None:
             _write(machine, chosen, folder, options.out)
 
         with stages.stopped_in_order():
-            stages.run_in_turn(suite, folder, look)
+            stages.run_in_turn(suite, folder, report)
             left = deadline - time.monotonic() - stages.GRACE
             if tools and _find_tool() is None:
                 for stage in tools:
-                    stage.said = f"left out: there is no {TOOL}"
+                    stage.outcome = f"left out: there is no {TOOL}"
             elif tools and left > 0:
-                stages.run_together([Process(stage, folder) for stage in tools], left, look)
-        look()
+                stages.run_together([Process(stage, folder) for stage in tools], left, report)
+        report()
     print((options.out / "gpu-check.txt").read_text(), flush=True)
-    return int(any(stage.failed or stage.said.startswith("out of") for stage in chosen))
+    return int(any(stage.failed or stage.outcome.startswith("out of") for stage in chosen))
 
 
 def _stage(name: str, folder: Path) -> Stage:
@@ -92,18 +92,17 @@ def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: 
     stages.join_logs(out / "gpu-check.log", chosen, folder)
     tests = _lines(folder / "tests.jsonl")
     errors = [line for file in sorted(folder.glob("errors-*.jsonl")) for line in _lines(file)]
-    left_out = [
-        f"{name}: not asked for" for name in SECONDS if name not in {s.name for s in chosen}
-    ]
-    skipped = Counter(test["said"] for test in tests if test["outcome"] == "skipped")
-    left_out += [f"{count} tests: {said}" for said, count in skipped.most_common()]
+    left_out = [f"{name}: not selected" for name in SECONDS if name not in {s.name for s in chosen}]
+    skipped = Counter(test["message"] for test in tests if test["outcome"] == "skipped")
+    left_out += [f"{count} tests: {reason}" for reason, count in skipped.most_common()]
     if (folder / "collected").is_file():
         missing = int((folder / "collected").read_text()) - len({test["test"] for test in tests})
         left_out += [f"{missing} tests: not run so far"] if missing > 0 else []
     failures, tools = group_failures(tests), [s for s in chosen if s.name != "suite"]
+    found_by_tool = [(f"{tool.name}:", _findings(stages.read_log(tool, folder))) for tool in tools]
     parts = [
         ("failures, by message:", failures),
-        *((f"{tool.name}:", _findings(stages.read_log(tool, folder))) for tool in tools),
+        *found_by_tool,
         *stages.reasons([stage for stage in chosen if stage in tools or not failures], folder),
         ("largest errors, as shares of their budget:", group_errors(errors)),
         ("left out:", left_out),
@@ -127,12 +126,12 @@ def group_failures(tests: Sequence[dict[str, Any]]) -> list[str]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for test in tests:
         if test["outcome"] == "failed":
-            message = (test["said"].strip() or "?").splitlines()[0]
+            message = (test["message"].strip() or "?").splitlines()[0]
             groups.setdefault(re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", message), []).append(test)
     lines = []
     for held in sorted(groups.values(), key=len, reverse=True):
-        said = held[0]["said"].strip().splitlines()[:1]
-        lines.append(f"{len(held)}x {''.join(said)[:200]}  in {held[0]['test']}")
+        first_line = held[0]["message"].strip().splitlines()[:1]
+        lines.append(f"{len(held)}x {''.join(first_line)[:200]}  in {held[0]['test']}")
     return lines
 
 
@@ -146,8 +145,8 @@ def group_errors(errors: Sequence[dict[str, Any]]) -> list[str]:
     for (name, dtype), held in sorted(groups.items()):
         worst = max(held, key=lambda error: (math.isnan(error["share"]), error["share"]))
         test = worst["test"].rpartition("/")[2]
-        told = [f"{worst['share']:.2f}, the largest of {len(held)}", worst["output"], test[:90]]
-        lines.append(f"{name} {dtype}: {', '.join(filter(None, told))}")
+        words = [f"{worst['share']:.2f}, the largest of {len(held)}", worst["output"], test[:90]]
+        lines.append(f"{name} {dtype}: {', '.join(filter(None, words))}")
     return lines
 
 
@@ -165,6 +164,8 @@ def _count(tests: Sequence[dict[str, Any]]) -> list[str]:
 
 def _findings(log: Sequence[str]) -> list[str]:
     """Findings of compute-sanitizer: the summaries, then the first lines."""
-    said = [line for line in log if "=====" in line]
-    sums = [line for line in said if "SUMMARY" in line]
-    return [line.lstrip("= ")[:160] for line in [*sums, *(x for x in said[:16] if x not in sums)]]
+    findings = [line for line in log if "=====" in line]
+    sums = [line for line in findings if "SUMMARY" in line]
+    return [
+        line.lstrip("= ")[:160] for line in [*sums, *(x for x in findings[:16] if x not in sums)]
+    ]

@@ -55,10 +55,10 @@ def _describe_gpu() -> dict[str, Any]:
     query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
-        said = f"unknown ({error})"
-    return {"gpu": torch.cuda.get_device_name(), query: said}
+        answer = f"unknown ({error})"
+    return {"gpu": torch.cuda.get_device_name(), query: answer}
 
 
 def _version(package: str) -> str:

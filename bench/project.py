@@ -180,10 +180,10 @@ class Projection:
 
             def error(_: str, found: Any) -> float:
                 media, embeds = found
-                seen = embeds.flatten(0, 1)[self.rows]
+                embedded = embeds.flatten(0, 1)[self.rows]
                 return max(
                     relative_error(t.view(len(self.tokens), -1, t.shape[-1])[ends], wanted)
-                    for t in (media, seen)
+                    for t in (media, embedded)
                 )
 
             return error

@@ -65,10 +65,10 @@ class Outcomes:
             crash = getattr(report.longrepr, "reprcrash", None)
             # Without a crash entry, as for a failed import, the last line is the error.
             text = crash.message if crash else str(report.longrepr).strip().rpartition("\n")[2]
-            line["said"] = text.removeprefix("E ").strip()
+            line["message"] = text.removeprefix("E ").strip()
         elif report.outcome == "skipped":
-            told = report.longrepr
-            line["said"] = told[2] if isinstance(told, tuple) else str(told)
+            skip = report.longrepr
+            line["message"] = skip[2] if isinstance(skip, tuple) else str(skip)
         with self.file.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -91,7 +91,7 @@ class RotaryBench:
         wide_cos, wide_sin = published.widen((cos, sin), self.dtype)
         yield "eager", lambda q, k: rotate_as_published(q, k, wide_cos, wide_sin, ids)
         if compiled:
-            torch._dynamo.reset()
+            torch.compiler.reset()
             rotate = torch.compile(reference.apply_rotary)
             yield "compile", lambda q, k: rotate(q, k, cos, sin, ids)
         if LigerRopeFunction is not None and self.device == "cuda":

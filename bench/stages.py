@@ -31,12 +31,12 @@ class Stage:
     command: list[str]
     seconds: float
     waits: bool = False  # for a line on stdin before it starts measuring
-    said: str = "not run: no time left"
+    outcome: str = "not run: no time left"
     took: float = 0.0
 
     @property
     def failed(self) -> bool:
-        return self.said.startswith("failed")
+        return self.outcome.startswith("failed")
 
     @property
     def log(self) -> str:
@@ -107,7 +107,7 @@ def share(stages: Sequence[Stage], minutes: float) -> None:
         stage.seconds *= 60 * minutes / whole
 
 
-def run_in_turn(stages: Sequence[Stage], folder: Path, look: Callable[[], None]) -> None:
+def run_in_turn(stages: Sequence[Stage], folder: Path, report: Callable[[], None]) -> None:
     """Run stages one after the other; each has its share of time and what earlier ones left over.
 
     While a stage runs, the next one is started if it `waits`: it imports its packages meanwhile.
@@ -115,30 +115,30 @@ def run_in_turn(stages: Sequence[Stage], folder: Path, look: Callable[[], None])
     Args:
         stages: in this order.
         folder: for their output.
-        look: called every few seconds and after each stage, to write the results so far.
+        report: called every few seconds and after each stage, to write the results so far.
     """
     began, due = time.monotonic(), 0.0
-    ahead: Process | None = None
+    next_process: Process | None = None
     try:
         for stage, following in itertools.zip_longest(stages, stages[1:]):
             due += stage.seconds
             left = due - (time.monotonic() - began)
-            process, ahead = ahead, None
+            process, next_process = next_process, None
             if left < 2 * GRACE:
                 if process is not None:
                     process.end()
                 continue
             process = process or Process(stage, folder)
-            ahead = Process(following, folder) if following and following.waits else None
-            run_together([process], left - GRACE, look)
+            next_process = Process(following, folder) if following and following.waits else None
+            run_together([process], left - GRACE, report)
     finally:
-        if ahead is not None:
-            ahead.end()
+        if next_process is not None:
+            next_process.end()
 
 
-def run_together(processes: Sequence[Process], limit: float, look: Callable[[], None]) -> None:
+def run_together(processes: Sequence[Process], limit: float, report: Callable[[], None]) -> None:
     """Run processes in parallel for at most `limit` seconds, then end them."""
-    began = looked = time.monotonic()
+    began = reported = time.monotonic()
     running = list(processes)
     try:
         for process in running:
@@ -148,17 +148,17 @@ def run_together(processes: Sequence[Process], limit: float, look: Callable[[], 
             for process in [p for p in running if p.code() is not None]:
                 running.remove(process)
                 code, process.stage.took = process.code(), time.monotonic() - began
-                process.stage.said = "passed" if code == 0 else f"failed, exit code {code}"
-            if time.monotonic() - looked > STEP:
-                looked = time.monotonic()
-                look()
+                process.stage.outcome = "passed" if code == 0 else f"failed, exit code {code}"
+            if time.monotonic() - reported > STEP:
+                reported = time.monotonic()
+                report()
         for process in running:
-            process.stage.said = f"out of time after {limit:.0f} s"
+            process.stage.outcome = f"out of time after {limit:.0f} s"
             process.stage.took = limit
     finally:
         for process in processes:
             process.end()
-        look()
+        report()
 
 
 @contextlib.contextmanager
@@ -177,7 +177,7 @@ def describe(command: str, machine: dict[str, Any], stages: Sequence[Stage]) -> 
         f"{key} {machine[key]}" for key in ("gpu", "torch", "triton", "commit", "date")
     )
     width = max(len(stage.name) for stage in stages)
-    lines = [f"{stage.name:{width}}  {stage.took:5.1f} s  {stage.said}" for stage in stages]
+    lines = [f"{stage.name:{width}}  {stage.took:5.1f} s  {stage.outcome}" for stage in stages]
     return "\n".join([f"{command}  {known}", *lines])
 
 
@@ -188,8 +188,8 @@ def reasons(stages: Sequence[Stage], folder: Path) -> list[tuple[str, list[str]]
         if stage.failed:
             lines = read_log(stage, folder)
             errors = Counter(line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line))
-            told = [f"{count}x {line}" for line, count in errors.most_common()] or lines[-8:]
-            found.append((f"why {stage.name} failed:", [line[:200] for line in told]))
+            shown = [f"{count}x {line}" for line, count in errors.most_common()] or lines[-8:]
+            found.append((f"why {stage.name} failed:", [line[:200] for line in shown]))
     return found
 
 

@@ -205,6 +205,6 @@ def each_case(
         except Exception:
             traceback.print_exc()
             options.failed = True
-        torch._dynamo.reset()
+        torch.compiler.reset()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

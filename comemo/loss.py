@@ -32,10 +32,10 @@ def next_token_loss(
     """
     B, N, _ = logits.shape
     wanted, name = (labels, "labels") if shift_labels is None else (shift_labels, "shift_labels")
-    for told, given in ((name, wanted), ("loss_weights", weights)):
+    for argument, given in ((name, wanted), ("loss_weights", weights)):
         if given is not None and given.shape != (B, N):
             raise ValueError(
-                f"CoMemo: {told} must be {(B, N)}, as the logits (logits_to_keep=0), got"
+                f"CoMemo: {argument} must be {(B, N)}, as the logits (logits_to_keep=0), got"
                 f" {tuple(given.shape)}"
             )
     assert wanted is not None

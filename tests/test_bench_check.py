@@ -154,4 +154,4 @@ def test_a_suite_that_cannot_be_read_is_told(check):
     code, table = check("import nothing_of_that_name", names=("suite",))
     assert code == 1
     assert "1x ModuleNotFoundError: No module named 'nothing_of_that_name'  in" in table
-    assert "memcheck: not asked for" in table
+    assert "memcheck: not selected" in table

@@ -33,7 +33,7 @@ def test_the_fastest_variant_stands_beside_the_first():
     rows = [row("a", "M 1", 3.0, True), row("a", "M 2", 2.0), row("b", "M 1", 1.0, True)]
     rows += [row("d", "M 2", 1.0), row("b", "M 2", 1.5)]
     assert digest.choose(rows) == [
-        "attend c, a: first 3 us M 1, 50.0% behind 2 us M 2",
+        "attend c, a: first 3 us M 1, 50.0% slower than 2 us M 2",
         "attend c, b: the first is the fastest of 2, 1 us",
         "attend c, d: the first was not timed, fastest 1 us M 2",
     ]

@@ -175,7 +175,7 @@ def test_who_waits_loads_its_packages_while_another_runs(tmp_path):
     lines = told.read_text().splitlines()
     assert sorted(lines) == sorted(f"{w} {n}" for w in ("loaded", "begun", "ended") for n in "ab")
     assert lines.index("loaded b") < lines.index("ended a") < lines.index("begun b")
-    assert all(stage.said == "passed" for stage in found)
+    assert all(stage.outcome == "passed" for stage in found)
 
 
 def test_who_waits_for_nothing_ends(tmp_path, monkeypatch):
@@ -211,7 +211,7 @@ def test_workers_end_with_their_stage(tmp_path):
     process = stages.Process(stage, tmp_path)
     wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
     stages.run_together([process], 0.1, lambda: None)
-    assert stage.said == "out of time after 0 s"
+    assert stage.outcome == "out of time after 0 s"
     workers = [int(file.stem) for file in tmp_path.glob("*.pid")]
     wait_for(lambda: not any(map(is_running, workers)), 5)
 
