@@ -1,4 +1,4 @@
-"""Benchmarks of what becomes of pixels: projection, vision tower, store."""
+"""Benchmarks of images: projection, vision tower, store."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_rows_of_the_projection():
 
 
 def test_a_wrong_projection_is_not_timed(monkeypatch):
-    """Of ours nothing is told then; of the others the right ones."""
+    """If ours is wrong there are no rows; otherwise rows of the correct ways."""
     wrong = project.project_as_published
     monkeypatch.setattr(project, "project_as_published", lambda *args: wrong(*args).flip(1))
     rows, failed = rows_of(project, "--sizes", "tiny", "--tiles", "1", "--no-compile")
@@ -62,10 +62,10 @@ def test_rows_of_a_store(model, monkeypatch):
 
 
 def test_flops_of_the_vision_tower(model):
-    """Against what PyTorch counts."""
+    """Equal to PyTorch's counter."""
     config, tiles = model.config, torch.randn(1, 3, 448, 448, device=model.device)
     vision_config, width = config.vision_config, config.text_config.hidden_size
-    whole = sdpa_kernel(SDPBackend.MATH)  # a fused attention is not counted on a CPU
+    whole = sdpa_kernel(SDPBackend.MATH)  # fused attention is not counted on a CPU
     with torch.no_grad(), whole, FlopCounterMode(display=False) as counter:
         model.model.project_images(tiles)
     found = vision.flops_of_tile(vision_config, width, config.tokens_per_tile)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("made_up_limits")
 # --- cases ---
 
 
-def test_readings_are_what_they_say():
+def test_readings_have_the_sizes_of_their_names():
     assert READINGS["prefill_8k_13k"].pairs == 8192 * 13312
     assert READINGS["few_500_40k"].shape == (1, 500)
     assert sum(READINGS["few_500_40k"].sizes) == 39936
@@ -39,7 +39,10 @@ def test_spans_and_places_fit_the_memory(case):
     assert spans.min() >= 0
     assert spans.max() == len(ids) == sum(reading.sizes)
     held = ops.ImageMemory.from_media(torch.zeros(len(ids), 2), ids, [len(ids)], reading.sizes)
-    assert (spans.dtype, ids.dtype) == (held.spans.dtype, held.ids.dtype)  # one variant for both
+    assert (spans.dtype, ids.dtype) == (
+        held.spans.dtype,
+        held.ids.dtype,
+    )  # the same variant of the kernel
     assert biases.shape == (1, len(starts))
     assert reading.positions("cpu").shape == reading.shape
 
@@ -52,8 +55,12 @@ WAYS = {
     "small_prompt": {"sdpa flash", "sdpa flash + rotary", "cached", "published"},
     "small_decode": {"ours fp8", "sdpa flash", "sdpa flash + rotary", "cached", "published"},
     "small_shared": {
-        *("ours fp8", "sdpa flash", "sdpa flash + rotary", "sdpa flash folded"),
-        *("cached", "published"),
+        "ours fp8",
+        "sdpa flash",
+        "sdpa flash + rotary",
+        "sdpa flash folded",
+        "cached",
+        "published",
     },
     "small_ragged": {"ours fp8", "dense mask", "cached"},
 }
@@ -67,7 +74,7 @@ def test_attention_rows():
         assert found == {"ours", "ours no rotation", *wanted}
 
 
-def test_what_of_the_limit_attention_reaches():
+def test_attention_relative_to_the_limit():
     """48 queries read 512 keys of two heads, in float32."""
     rows, _ = rows_of(attend, "--sizes", "tiny", "--cases", "small_prompt")
     flops = 4 * 48 * 512 * 2 * 128
@@ -79,14 +86,14 @@ def test_what_of_the_limit_attention_reaches():
         assert row["of_limit"] == pytest.approx(least / row["us"])
 
 
-def test_the_limit_is_the_slower_of_product_and_copy():
+def test_the_limit_is_the_slower_of_gemm_and_copy():
     limits = Limits(GEMM, COPY)
     assert limits.us(Work(flops=2e12, moved=1)) == pytest.approx(2e6)
     assert limits.us(Work(flops=1, moved=3e10)) == pytest.approx(3e6)
     assert clock().reached(4e6, Work(2e12, 1e10))["of_limit"] == pytest.approx(0.5)
 
 
-def test_sets_rotate_only_where_caches_count(monkeypatch):
+def test_several_input_sets_only_for_memory_bound_work(monkeypatch):
     monkeypatch.setattr(measure, "cache_bytes", lambda device: 1000)
     assert clock().sets(Work(flops=1e9, moved=100)) == 1
     assert clock().sets(Work(flops=1, moved=100)) == 10
@@ -112,16 +119,15 @@ def test_mixin_rows():
     layer = {row["way"] for row in rows if row["pass"] == "layer"}
     assert layer == {"ours", "published", "cached"}
     parts = [row for row in rows if row["pass"] != "layer"]
-    assert {row["pass"].split()[0] for row in parts} == {
-        *("norm_linear", "norm_swiglu", "gated_residual")
-    }
+    verbs = {row["pass"].split()[0] for row in parts}
+    assert verbs == {"norm_linear", "norm_swiglu", "gated_residual"}
     for row in parts:
         assert row["of_copy"] == pytest.approx(row["gb_s"] * 1e9 / COPY)
     swiglu = next(row for row in parts if row["pass"] == "norm_swiglu")
     assert swiglu["gb_s"] == pytest.approx(2 * 96 * 64 * 4 / swiglu["us"] / 1e3)
 
 
-# --- what is wrong is not timed ---
+# --- wrong ways are not timed ---
 
 
 def test_a_wrong_way_of_ours_is_not_timed_and_the_next_case_is(monkeypatch, capsys):
@@ -138,7 +144,7 @@ def test_a_wrong_way_of_ours_is_not_timed_and_the_next_case_is(monkeypatch, caps
     assert "ours is not timed: relative error 1.0e-02" in capsys.readouterr().err
 
 
-def test_what_is_read_where_there_is_nothing_is_wrong(monkeypatch):
+def test_outputs_of_empty_spans_must_be_zero(monkeypatch):
     right = ops.attend_spans
     monkeypatch.setattr(ops, "attend_spans", lambda *given, **named: right(*given, **named) + 1e-9)
     rows, failed = rows_of(attend, "--sizes", "tiny", "--cases", "small_pack")
@@ -146,7 +152,7 @@ def test_what_is_read_where_there_is_nothing_is_wrong(monkeypatch):
     assert rows == []
 
 
-def test_a_wrong_rival_is_left_out(monkeypatch, capsys):
+def test_a_wrong_foreign_way_is_left_out(monkeypatch, capsys):
     right = attend.published.build
     monkeypatch.setattr(attend.published, "build", lambda *given: right(*given)[::-1])
     rows, failed = rows_of(attend, "--sizes", "tiny", "--cases", "small_decode")
@@ -162,7 +168,7 @@ def test_a_wrong_memory_is_not_timed(monkeypatch):
 
     def wrong(media, *others, **options):
         right(media, *others, **options)
-        if len(media) > 256:  # not where every element is looked at
+        if len(media) > 256:  # not in the small case in which every element is compared
             others[5][0][-1] = 0
 
     monkeypatch.setattr(ops, "build_memory", wrong)
@@ -171,7 +177,7 @@ def test_a_wrong_memory_is_not_timed(monkeypatch):
 
 
 def test_a_wrong_layer_is_not_timed(monkeypatch):
-    """Attention is a share of what a layer adds that the comparison sees."""
+    """Attention is a large enough part of the layer's output for the comparison."""
     right = ops.attend_spans
     monkeypatch.setattr(
         ops, "attend_spans", lambda q, k, v, *given, **named: right(-q, k, v, *given, **named)

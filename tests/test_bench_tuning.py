@@ -15,7 +15,7 @@ from comemo_kernels._op import Kernel
 pytestmark = pytest.mark.usefixtures("made_up_limits")
 
 
-def test_graphs_of_what_fits(monkeypatch, capsys):
+def test_graphs_of_ways_that_can_be_captured(monkeypatch, capsys):
     monkeypatch.setattr(measure, "graph_us", lambda call, calls: (call(), call(), 3.0)[-1])
     seen = []
 
@@ -56,7 +56,7 @@ def test_tuning_times_every_configuration(tune, least, monkeypatch):
 
 
 class Nothing(Kernel):
-    """A kernel of two configurations that says in which it was launched."""
+    """A kernel with two configurations that records which was launched."""
 
     def __init__(self):
         self.function = types.SimpleNamespace(fn=types.SimpleNamespace(__name__="nothing"))
@@ -80,7 +80,7 @@ def test_a_configuration_counts_only_where_its_kernel_is_launched(capsys):
     )
     for call in right.values():
         call(0)
-    # Each once to be looked at, then the other's two, and once to be timed.
+    # Each once to be checked, then the other kernel's two, then each once to be timed.
     assert one.launched == [*one.configs, one.configs[0], one.configs[0], *one.configs]
     rows = list(tuning.tell_configurations([{"way": way} for way in right], {"one": one}))
     assert [(row["kernel"], row["config"], row["first"]) for row in rows] == [
@@ -89,8 +89,7 @@ def test_a_configuration_counts_only_where_its_kernel_is_launched(capsys):
     ]
 
 
-def test_descriptors_are_timed_where_they_are_launched(monkeypatch):
-    """By their own name, and as the last."""
+def test_descriptors_are_timed_last_under_their_own_name(monkeypatch):
     attention = pytest.importorskip("comemo_kernels.attention")
     from comemo_kernels import _attend_tma, _descriptors
 
@@ -134,15 +133,18 @@ def test_splits_of_a_decode_step_are_timed(monkeypatch):
     monkeypatch.setitem(SMALL, "case", Reading(((1, ((1, 1),)),)))
     rows = [row for row in attend.tune("tiny", "case", clock()) if row["kernel"] == "splits"]
     assert [(row["config"], row["first"]) for row in rows] == [
-        *(("1", False), ("2", False), ("3", True), ("4", False), ("8", False))
+        ("1", False),
+        ("2", False),
+        ("3", True),
+        ("4", False),
+        ("8", False),
     ]
     assert asked == [None, 1, 2, 3, 4, 8]
 
 
-def test_the_build_by_descriptors_is_timed_last_and_by_its_name(monkeypatch):
-    build = pytest.importorskip("comemo_kernels.memory_build")
-    from comemo_kernels import _descriptors
-    from comemo_kernels import _memory_build_tma as _build_tma
+def test_a_build_with_descriptors_is_timed_last_under_its_own_name(monkeypatch):
+    memory_build = pytest.importorskip("comemo_kernels.memory_build")
+    from comemo_kernels import _descriptors, _memory_build_tma
 
     if not _descriptors.AVAILABLE:
         pytest.skip("triton below 3.4 makes no descriptors in a kernel")
@@ -150,13 +152,13 @@ def test_the_build_by_descriptors_is_timed_last_and_by_its_name(monkeypatch):
     right = ops.build_memory
 
     def build_memory(*given, **named):
-        kernels["project by TMA" if build.USE_TMA else "plain"].launch()
+        kernels["project by TMA" if memory_build.USE_TMA else "plain"].launch()
         return right(*given, **named)
 
     monkeypatch.setattr(ops, "build_memory", build_memory)
     for name in ("norm_media", "project_media"):
-        monkeypatch.setattr(build, name, kernels["plain"])
-    monkeypatch.setattr(_build_tma, "project_tma", kernels["project by TMA"])
+        monkeypatch.setattr(memory_build, name, kernels["plain"])
+    monkeypatch.setattr(_memory_build_tma, "project_tma", kernels["project by TMA"])
     rows = list(memory.MemoryBench(clock(), 1).tune(("tiny", 2)))
     assert [row["kernel"] for row in rows[::2]] == [
         f"ours {form} {name}"
@@ -165,7 +167,7 @@ def test_the_build_by_descriptors_is_timed_last_and_by_its_name(monkeypatch):
         for name in names
     ]
     assert kernels["project by TMA"].launched
-    assert not build.USE_TMA
+    assert not memory_build.USE_TMA
 
 
 @pytest.mark.parametrize("module", [attend, memory, mixin])

@@ -8,23 +8,24 @@ from transformers import DataCollatorWithFlattening
 
 
 def alone(model, samples):
-    """Logits of each sample by itself."""
+    """Logits of each sample in a forward of its own."""
     with torch.no_grad():
         return [model(input_ids=place(ids[None]), use_cache=False).logits[0] for ids in samples]
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("told", ["position_ids", "cu_seq_lens", "cu_seqlens"])
-def test_samples_that_transformers_packed_are_the_samples_alone(implementation, told):
+@pytest.mark.parametrize("given", ["position_ids", "cu_seq_lens", "cu_seqlens"])
+def test_samples_packed_by_transformers_equal_the_samples_alone(implementation, given):
     model = make_model()
     model.set_attn_implementation(implementation)
     samples = [torch.randint(10, 200, (n,)) for n in (7, 1, 12, 5)]
     collator = DataCollatorWithFlattening(
-        return_position_ids=told == "position_ids", return_flash_attn_kwargs=told == "cu_seq_lens"
+        return_position_ids=given == "position_ids",
+        return_flash_attn_kwargs=given == "cu_seq_lens",
     )
     batch = collator([{"input_ids": ids.tolist()} for ids in samples])
     labels = batch.pop("labels")
-    if told == "cu_seqlens":
+    if given == "cu_seqlens":
         batch["cu_seqlens"] = torch.tensor([0, 7, 8, 20, 25])
     batch = place(dict(batch))
     with torch.no_grad():
@@ -36,14 +37,14 @@ def test_samples_that_transformers_packed_are_the_samples_alone(implementation, 
     assert out.loss.isfinite()
 
 
-def test_pictures_of_a_pack_are_seen_by_their_own_sample():
+def test_samples_read_only_their_own_images():
     model = make_model()
     prompts = make_prompts(model)
     ids, mask = prompts["input_ids"], prompts["attention_mask"].bool()
     tiles, grids = prompts["pixel_values"], prompts["tile_grid"]
     text = place(torch.randint(10, 200, (6,)))
     samples = [(ids[0][mask[0]], [0]), (text, []), (ids[1], [1, 2])]
-    logits, places = [], []
+    logits, ids_alone = [], []
     with torch.no_grad():
         for own, which in samples:
             given = {"pixel_values": tiles[which], "tile_grid": [grids[i] for i in which]}
@@ -51,19 +52,21 @@ def test_pictures_of_a_pack_are_seen_by_their_own_sample():
             logits.append(model(input_ids=own[None], use_cache=False, **given).logits[0])
             image = model.model.find_image_tokens(own[None])
             grid = given.get("tile_grid")
-            places.append(model.model.prompt_position_ids(image, torch.ones_like(own[None]), grid))
+            ids_alone.append(
+                model.model.prompt_position_ids(image, torch.ones_like(own[None]), grid)
+            )
         row = torch.cat([own for own, _ in samples])[None]
         lengths = torch.tensor([0, *(len(own) for own, _ in samples)]).cumsum(0)
         given = {"input_ids": row, "pixel_values": tiles, "tile_grid": grids}
         for packed in (
-            {"position_ids": torch.cat(places, 1)},
+            {"position_ids": torch.cat(ids_alone, 1)},
             {"cu_seq_lens_q": place(lengths), "cu_seq_lens_k": place(lengths)},
         ):
             found = model(**given, **packed).logits[0]
             assert torch.allclose(found, torch.cat(logits), atol=5e-5), list(packed)
 
 
-def test_a_memory_of_packed_rows_goes_on_being_read_by_its_samples():
+def test_a_memory_can_be_read_again_in_a_pack():
     model = make_model()
     prompts = make_prompts(model)
     ids = prompts["input_ids"][1]
@@ -82,19 +85,19 @@ def test_a_memory_of_packed_rows_goes_on_being_read_by_its_samples():
             model(**embeds, **bounds, image_memory=whole.image_memory)
 
 
-def test_two_rows_may_be_packed():
+def test_two_packed_rows():
     model = make_model()
     samples = [torch.randint(10, 200, (n,)) for n in (4, 8, 6, 6)]
     rows = place(torch.stack([torch.cat(samples[:2]), torch.cat(samples[2:])]))
-    places = [torch.arange(len(ids)) for ids in samples]
-    ids = place(torch.stack([torch.cat(places[:2]), torch.cat(places[2:])]))
+    numbers = [torch.arange(len(ids)) for ids in samples]
+    ids = place(torch.stack([torch.cat(numbers[:2]), torch.cat(numbers[2:])]))
     with torch.no_grad():
         found = model(input_ids=rows, position_ids=ids).logits.flatten(0, 1)
     assert torch.allclose(found, torch.cat(alone(model, samples)), atol=2e-5)
 
 
 @TRACED
-def test_a_compiled_forward_packs_too(real_device):
+def test_packed_rows_under_torch_compile(real_device):
     model = make_model().to(real_device)
     samples = [torch.randint(10, 200, (n,)) for n in (5, 9)]
     ids = torch.cat([torch.arange(len(s)) for s in samples])[None].to(real_device)
@@ -106,7 +109,7 @@ def test_a_compiled_forward_packs_too(real_device):
     assert torch.allclose(found, torch.cat(wanted), atol=2e-5)
 
 
-def test_what_a_pack_cannot_be():
+def test_invalid_packs_are_refused():
     model = make_model(rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=8)
     row, bounds = place(torch.randint(10, 200, (1, 14))), torch.tensor([0, 5, 14])
     with pytest.raises(ValueError, match=r"trained range of 8.*got one of 9: pass it alone"):

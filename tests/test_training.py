@@ -21,7 +21,7 @@ def trainable(**llm):
 
 # --- Trainer ---
 
-# Its clipping mixes a number on the CPU into sums on a GPU, which a real one allows.
+# Its clipping adds a CPU scalar to sums on the GPU, which a real GPU allows.
 ON_CPU = pytest.mark.no_virtual_gpu("Trainer places and clips by its own rules")
 
 IDS = torch.arange(3, 3 + 4 * 24).view(4, 24)
@@ -33,7 +33,7 @@ def collate(rows):
 
 
 class Noted(TrainerCallback):
-    """The head's weights when training begins."""
+    """The weights when training begins."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -58,14 +58,14 @@ def train(model, folder, rows=ROWS, resume=None, **options):
 
 @ON_CPU
 @pytest.mark.parametrize("weighted", [False, True])
-def test_gradients_do_not_depend_on_how_a_batch_is_split(golden, tmp_path, weighted):
+def test_gradients_do_not_depend_on_gradient_accumulation(golden, tmp_path, weighted):
     torch.manual_seed(0)
     rows = [dict(row, labels=row["labels"].clone()) for row in ROWS]
     if weighted:
         for i, row in enumerate(rows):
             row["loss_weights"] = torch.rand(24)
             row["labels"][: 3 * i] = -100  # samples of different lengths
-    told = set()
+    logged = set()
     for batch, steps in ((4, 1), (2, 2), (1, 4)):
         model = AutoModel.from_pretrained(golden / "ckpt_a", dtype=torch.float32).to(here())
         trainer, _ = train(
@@ -79,19 +79,19 @@ def test_gradients_do_not_depend_on_how_a_batch_is_split(golden, tmp_path, weigh
             gradient_accumulation_steps=steps,
         )
         log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-        told.add((round(log["loss"], 3), round(log["grad_norm"], 2)))
-    assert len(told) == 1, told
+        logged.add((round(log["loss"], 3), round(log["grad_norm"], 2)))
+    assert len(logged) == 1, logged
     if not weighted:
-        # Of 92 labels that are predicted; Trainer counted the first of a row too until 5.11.
+        # 92 labels are predicted; until 5.11 Trainer also counted the first of each row.
         counted = int(trainer._get_num_items_in_batch([collate(rows)], "cpu"))
         assert counted in (92, 96)
-        ((loss, norm),) = told
+        ((loss, norm),) = logged
         assert loss == pytest.approx(9.696 * 92 / counted, abs=6e-4)
         assert norm == pytest.approx(20.06 * 92 / counted, abs=6e-3)
 
 
 @ON_CPU
-def test_a_run_goes_on_from_its_checkpoint(tmp_path):
+def test_a_run_resumes_from_its_checkpoint(tmp_path):
     options = {"per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2}
     model = trainable()
     train(model, tmp_path, max_steps=2, **options)
@@ -104,12 +104,12 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path):
 
 
 @ON_CPU
-def test_the_best_model_is_there_at_the_end(tmp_path):
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
     model = trainable()
     trainer, _ = train(
         model,
         tmp_path,
-        learning_rate=1.0,  # far too large: the first step is the best
+        learning_rate=1.0,  # far too large, so the first step is the best
         max_steps=2,
         save_strategy="steps",
         save_steps=1,
@@ -126,21 +126,21 @@ def test_the_best_model_is_there_at_the_end(tmp_path):
 
 
 @ON_CPU
-def test_a_checkpoint_of_a_trainer_tells_its_config(tmp_path):
+def test_a_checkpoint_of_a_trainer_has_the_config(tmp_path):
     trainer, _ = train(trainable(), tmp_path, max_steps=1)
     trainer.save_model(str(tmp_path / "out"))
-    told = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert told["model_type"] == comemo.CoMemoConfig.model_type
-    assert {"llm_config", "text_config", "vision_config", "mixin_config"} <= told.keys()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == comemo.CoMemoConfig.model_type
+    assert {"llm_config", "text_config", "vision_config", "mixin_config"} <= config.keys()
 
 
 @ON_CPU
-def test_predictions_are_the_logits_with_pictures_and_without(tmp_path):
-    """A step of an evaluation may hold pictures, the next none; what they give is joined."""
+def test_predictions_are_logits_with_and_without_images(tmp_path):
+    """Trainer concatenates the outputs of evaluation steps, some with images, some without."""
     model = make_model()
-    pictured = make_prompts(model)
-    ids = pictured["input_ids"].masked_fill(pictured["input_ids"] == 299, 5)
-    steps = [pictured, {"input_ids": ids, "attention_mask": pictured["attention_mask"]}]
+    batch = make_prompts(model)
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == 299, 5)
+    steps = [batch, {"input_ids": ids, "attention_mask": batch["attention_mask"]}]
     options = {"use_cpu": here() == "cpu", "report_to": [], "disable_tqdm": True}
     trainer = Trainer(
         model,
@@ -152,7 +152,7 @@ def test_predictions_are_the_logits_with_pictures_and_without(tmp_path):
     torch.testing.assert_close(torch.from_numpy(found), wanted)
 
 
-# --- weights by load_state_dict, as trainers load them ---
+# --- load_state_dict, as trainers use it ---
 
 
 def published_weights(model, folder, **options):
@@ -182,12 +182,12 @@ def test_published_names_are_loaded(tmp_path, architecture, part):
         assert torch.equal(found.state_dict()[name], weight), name
 
 
-def test_weights_that_do_not_fit_leave_the_model_as_it_was(tmp_path):
+def test_wrong_weights_leave_the_model_unchanged(tmp_path):
     model = trainable()
     (weights,) = published_weights(model, tmp_path)
     before = copy.deepcopy(model.state_dict())
     name = "language_model.output.weight"
-    for broken, told in (
+    for broken, message in (
         (weights | {"language_model.model.more.weight": torch.zeros(1)}, "unexpected.*more"),
         (weights | {name: torch.zeros(3, 64)}, r"of another shape.*\(3, 64\) for \(300, 64\)"),
         ({n: w for n, w in weights.items() if n != name}, "missing.*lm_head"),
@@ -195,10 +195,10 @@ def test_weights_that_do_not_fit_leave_the_model_as_it_was(tmp_path):
         changed = {
             n: torch.zeros_like(w) if w.is_floating_point() else w for n, w in broken.items()
         }
-        with pytest.raises(ValueError, match=f"load_state_dict: weights {told}"):
+        with pytest.raises(ValueError, match=f"load_state_dict: weights {message}"):
             model.load_state_dict(changed)
-        if not told.startswith("missing"):  # which may be asked for
-            with pytest.raises(ValueError, match=f"load_state_dict: weights {told}"):
+        if not message.startswith("missing"):  # which strict=False allows
+            with pytest.raises(ValueError, match=f"load_state_dict: weights {message}"):
                 model.load_state_dict(changed, strict=False)
         assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
     ours = from_published(weights, model.config)

@@ -24,20 +24,20 @@ def assert_same_gradients(found, wanted, tolerance=1e-5):
         assert (found[name] - grad).abs().max() <= tolerance * scale, name
 
 
-# --- checkpointing of gradients ---
+# --- gradient checkpointing ---
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("pictures", [False, True])
-def test_checkpointed_gradients_are_those_of_none(reentrant, pictures):
+@pytest.mark.parametrize("images", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant, images):
     model = trainable().train()
     batch = make_prompts(model)
-    if not pictures:
+    if not images:
         batch = {"input_ids": place(torch.randint(10, 200, (2, 9)))}
     labels = batch["input_ids"].clone()
     model(**batch, labels=labels).loss.backward()
     wanted = {n: g for n, g in gradients(model).items() if g is not None}
-    assert pictures == ("model.vision_tower.embeddings.cls_token" in wanted)
+    assert images == ("model.vision_tower.embeddings.cls_token" in wanted)
     model.zero_grad()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     out = model(**batch, labels=labels)
@@ -64,35 +64,35 @@ def cpu_model(real_device):
     return trainable().cpu().train()
 
 
-def test_ddp_takes_batches_without_pictures(group, cpu_model):
-    """Each step must bring a gradient for every weight: zero where no picture was seen."""
+def test_ddp_accepts_batches_without_images(group, cpu_model):
+    """Each step must produce a gradient for every weight: zero without images."""
     text = {"input_ids": torch.randint(10, 200, (2, 9))}
-    pictures = {n: x.cpu() if hasattr(x, "cpu") else x for n, x in make_prompts(cpu_model).items()}
+    images = {n: x.cpu() if hasattr(x, "cpu") else x for n, x in make_prompts(cpu_model).items()}
     with torch.no_grad():
         plain = copy.deepcopy(cpu_model).eval()(**text).logits
     wrapped = torch.nn.parallel.DistributedDataParallel(cpu_model)
-    for batch in (text, pictures, text):
+    for batch in (text, images, text):
         cpu_model.zero_grad()
         out = wrapped(**batch, labels=batch["input_ids"])
         out.loss.backward()
         assert all(p.grad is not None for p in cpu_model.parameters())
         assert (out.image_memory is None) == (batch is text)
     assert torch.allclose(out.logits, plain, atol=1e-6)
-    blind = [n for n, g in gradients(cpu_model).items() if "vision_tower" in n or "mixin" in n]
-    assert blind
-    assert all(cpu_model.get_parameter(n).grad.abs().max() == 0 for n in blind)
+    unused = [n for n, g in gradients(cpu_model).items() if "vision_tower" in n or "mixin" in n]
+    assert unused
+    assert all(cpu_model.get_parameter(n).grad.abs().max() == 0 for n in unused)
 
 
-def test_fsdp2_shards_the_layers_that_accelerate_finds(group, cpu_model):
-    """By its choice of layers; its own wrapping asks for an accelerator."""
+def test_fsdp2_shards_the_layers_that_accelerate_selects(group, cpu_model):
+    """Without accelerate's own wrapping, which needs an accelerator."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    pictures = {n: x.cpu() if hasattr(x, "cpu") else x for n, x in make_prompts(cpu_model).items()}
-    batches = [pictures, {"input_ids": torch.randint(10, 200, (2, 9))}]
+    images = {n: x.cpu() if hasattr(x, "cpu") else x for n, x in make_prompts(cpu_model).items()}
+    batches = [images, {"input_ids": torch.randint(10, 200, (2, 9))}]
     wanted = []
     for batch in batches:
         cpu_model.zero_grad()
