@@ -1,1 +1,1 @@
-"""Measurements. `python -m bench` is the only door; a number is only ever printed by a run."""
+"""Benchmarks, run by `python -m bench`. Every published number was printed by a run."""

@@ -35,7 +35,7 @@ BENCHMARKS: dict[str, Any] = {
     "store": store,
     "vision": vision,
 }
-COMMANDS: dict[str, Any] = {"gpu-check": gpu_check, "gpu-bench": gpu_bench}  # of many stages
+COMMANDS: dict[str, Any] = {"gpu-check": gpu_check, "gpu-bench": gpu_bench}  # run many stages
 
 
 def main() -> None:
@@ -48,19 +48,19 @@ def main() -> None:
             command.add_argument("--out", type=Path, required=True, help="folder for its files")
             continue
         command.add_argument("--out", type=Path, help="folder for NAME.json and NAME.csv")
-        command.add_argument("--wait", action="store_true", help="for a line, then begin")
+        command.add_argument("--wait", action="store_true", help="for a line on stdin, then start")
     options = parser.parse_args()
     if options.name in COMMANDS:
         sys.exit(COMMANDS[options.name].run(options))
     if options.wait and not sys.stdin.readline():
-        sys.exit(f"python -m bench {options.name} --wait: nobody is there any more")
+        sys.exit(f"python -m bench {options.name} --wait: stdin was closed")
     machine = measure.describe_machine()
     print("  ".join(f"{key} {value}" for key, value in machine.items()))
     rows: list[dict[str, Any]] = []
     for row in BENCHMARKS[options.name].run(options):
         rows.append(row)
         if options.out:
-            # At once: what is measured outlives a run that is cut short.
+            # After each row: an interrupt loses no measured row.
             measure.write(options.name, rows, machine, options.out)
     measure.show(rows)
     sys.exit(1 if getattr(options, "failed", False) else 0)

@@ -1,12 +1,12 @@
-"""Attention over the image memory, against a large product and a large copy.
+"""Attention over the image memory, compared with a large GEMM and a large copy.
 
-Ways: `ours`, queries rotated as they are loaded; `ours no rotation`, of queries and keys at the
-ids of the prompt; `ours fp8`, of a memory stored as float8. `sdpa flash` and `sdpa cudnn`, pinned,
-of queries rotated beforehand, and `+ rotary` with that rotation; `folded`, with the rows that
-share a memory as queries of one. `varlen`, PyTorch's flash attention of packed rows; `flex`,
-compiled, by blocks; `dense mask`, SDPA with a boolean mask. `published` builds keys and values
-anew, `cached` keeps them, padded to the longest row: then whatever SDPA chooses.
-A decode step also within a CUDA graph, and by what it costs the host.
+Ways: `ours` rotates queries as they are loaded; `ours no rotation` takes queries and keys that are
+rotated already; `ours fp8` reads a float8 memory. `sdpa flash` and `sdpa cudnn` pin that backend,
+with queries rotated beforehand; `+ rotary` includes their rotation; `folded` treats rows that share
+a memory as queries of one row. `varlen` is PyTorch's flash attention of packed rows; `flex` is
+FlexAttention, compiled, with a block mask; `dense mask` is SDPA with a boolean mask. `published`
+builds keys and values in every call, `cached` keeps them, padded to the longest row; SDPA then
+chooses its backend. A decode step is also timed in a CUDA graph, and its cost on the host.
 """
 
 import argparse
@@ -14,7 +14,6 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -25,17 +24,8 @@ from bench import measure, published
 from bench.attending import Attending
 from bench.cases import HEAD_DIM
 from bench.readings import READINGS, SMALL
-from bench.ways import (
-    Clock,
-    Row,
-    Ways,
-    add_way_arguments,
-    compiles,
-    each_case,
-    each_configuration,
-    keep_right,
-    tell_configurations,
-)
+from bench.tuning import each_configuration, tell_configurations, with_descriptors
+from bench.ways import Clock, Row, Ways, add_way_arguments, compiles, each_case, keep_right
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -43,7 +33,7 @@ except ImportError:
     varlen_attn = None
 
 SPLITS = (1, 2, 4, 8, 13, 16, 26, 52)
-FLEX = ("pack_16k", "prefill_8k_13k")  # of which each is compiled
+FLEX = ("pack_16k", "prefill_8k_13k")  # cases of FlexAttention: each takes a compilation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,7 +53,7 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
 
 
 class AttendWays(Attending):
-    """Every way to read a memory."""
+    """All ways to read the memory of a case."""
 
     def ways(self, compiled: bool) -> Ways:
         return {
@@ -75,36 +65,36 @@ class AttendWays(Attending):
 
     def our_ways(self, workspace: bool = False, splits: int | None = None) -> Ways:
         first = self.sets[0]
-        room = ops.attention_workspace(first.q, first.k, splits) if workspace else None
+        held = ops.attention_workspace(first.q, first.k, splits) if workspace else None
 
         def ours(i: int) -> Any:
             s = self.sets[i]
-            return ops.attend_spans(s.q, s.k, s.v, self.spans, self.rotation, workspace=room)
+            return ops.attend_spans(s.q, s.k, s.v, self.spans, self.rotation, workspace=held)
 
         def ours_no_rotation(i: int) -> Any:
             s = self.sets[i]
-            return ops.attend_spans(s.turned, s.absolute, s.v, self.spans, workspace=room)
+            return ops.attend_spans(s.rotated, s.absolute, s.v, self.spans, workspace=held)
 
         def ours_fp8(i: int) -> Any:
             assert self.float8 is not None
             q, kv, scales = self.sets[i].q, self.float8_sets[i], self.float8[2]
-            return ops.attend_spans(q, *kv, self.spans, self.rotation, scales, workspace=room)
+            return ops.attend_spans(q, *kv, self.spans, self.rotation, scales, workspace=held)
 
         ways: Ways = {"ours": ours, "ours no rotation": ours_no_rotation}
         return ways | ({"ours fp8": ours_fp8} if self.float8 is not None else {})
 
     def rows_of(self, x: Tensor) -> Tensor:
-        """[M, G, D] as a batch [B, M/B, G, D]; shared, where rows read the same."""
+        """[M, G, D] as a batch [B, M/B, G, D], or [B, M, G, D] where all rows read the same."""
         B = self.reading.shape[0]
         return x[None].expand(B, -1, -1, -1) if self.reading.shared else x.unflatten(0, (B, -1))
 
     def batched_ways(self) -> Ways:
-        cos, sin, _, *_ = self.rotation
+        cos, sin = self.rotation[:2]
 
         def pinned(backend: SDPBackend, rotate: bool) -> Callable[[int], Any]:
             def call(i: int) -> Tensor:
                 s = self.sets[i]
-                q = s.turned
+                q = s.rotated
                 if rotate:
                     q = ops.apply_rotary(s.q, None, cos, sin, self.positions)[0]
                 with sdpa_kernel(backend):
@@ -115,7 +105,7 @@ class AttendWays(Attending):
         def folded(i: int) -> Tensor:
             s = self.sets[i]
             with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                q = s.turned.transpose(0, 1)  # [1, B, H, D]
+                q = s.rotated.transpose(0, 1)  # [1, B, H, D]
                 return published.attend(q, s.absolute[None], s.v[None]).transpose(0, 1)
 
         def cached(i: int) -> Tensor:
@@ -139,31 +129,31 @@ class AttendWays(Attending):
         return ways | {"cached": cached, "published": as_published}
 
     def masked_ways(self) -> Ways:
-        places, spans = torch.arange(len(self.ids), device=self.device), self.spans
+        keys, spans = torch.arange(len(self.ids), device=self.device), self.spans
         B, N = self.reading.shape
-        seen = ((places >= spans[..., :1]) & (places < spans[..., 1:])).flatten(0, 1)  # [B * N, M]
+        mask = ((keys >= spans[..., :1]) & (keys < spans[..., 1:])).flatten(0, 1)  # [B * N, M]
 
         def dense(i: int) -> Tensor:
             s = self.sets[i]
-            q = s.turned.flatten(0, 1)[None]
-            return published.attend(q, s.absolute[None], s.v[None], seen).view(B, N, -1, HEAD_DIM)
+            q = s.rotated.flatten(0, 1)[None]
+            return published.attend(q, s.absolute[None], s.v[None], mask).view(B, N, -1, HEAD_DIM)
 
         if self.reading.packed:
             return {"dense mask": dense}
         lengths = torch.tensor(self.reading.lengths, device=self.device)
         longest = max(self.reading.lengths)
-        held = torch.arange(longest, device=self.device) < lengths[:, None]  # [B, longest]
+        filled = torch.arange(longest, device=self.device) < lengths[:, None]  # [B, longest]
 
         def padded(x: Tensor) -> Tensor:
-            rows = x.new_zeros(len(held), longest, *x.shape[1:])
-            rows[held] = x
+            rows = x.new_zeros(len(filled), longest, *x.shape[1:])
+            rows[filled] = x
             return rows
 
         caches = [(padded(s.absolute), padded(s.v)) for s in self.sets]
 
         def cached(i: int) -> Tensor:
             q = published.rotate(self.sets[i].q, *self.wide, self.positions)
-            return published.attend(q, *caches[i], held[:, None, None])
+            return published.attend(q, *caches[i], filled[:, None, None])
 
         return {"dense mask": dense, "cached": cached}
 
@@ -171,15 +161,15 @@ class AttendWays(Attending):
         if varlen_attn is None or self.reading.shared:
             return {}
         counts, lengths = [count for count, _ in self.reading.samples], self.reading.lengths
-        borders = [
+        bounds = [
             torch.tensor([0, *itertools.accumulate(t)], dtype=torch.int32, device=self.device)
             for t in (counts, lengths)
         ]
 
         def varlen(i: int) -> Tensor:
             s = self.sets[i]
-            q, most = s.turned.flatten(0, 1), (max(counts), max(lengths))
-            return varlen_attn(q, s.absolute, s.v, *borders, *most).view(s.q.shape)
+            q, longest = s.rotated.flatten(0, 1), (max(counts), max(lengths))
+            return varlen_attn(q, s.absolute, s.v, *bounds, *longest).view(s.q.shape)
 
         return {"varlen": varlen}
 
@@ -197,7 +187,7 @@ class AttendWays(Attending):
 
         def flex(i: int) -> Tensor:
             s = self.sets[i]
-            q, k, v = (t.transpose(1, 2) for t in (s.turned, s.absolute[None], s.v[None]))
+            q, k, v = (t.transpose(1, 2) for t in (s.rotated, s.absolute[None], s.v[None]))
             return attend(q, k, v, block_mask=mask).transpose(1, 2)
 
         return {"flex": flex}
@@ -222,27 +212,16 @@ def time_case(size: str, case: str, clock: Clock, compiled: bool) -> Iterator[Ro
         yield labels | {"pass": "host", "way": way, "host_us": cost}
 
 
-def by_descriptors(way: Callable[[int], Any]) -> Callable[[int], Any]:
-    """The same with tensor descriptors allowed."""
-    from comemo_kernels import attention
-
-    def call(i: int) -> Any:
-        with mock.patch.object(attention, "USE_TMA", True):
-            return way(i)
-
-    return call
-
-
 @torch.no_grad()
 def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
-    """Every configuration of the kernel that a case takes, and every number of splits.
+    """Time every configuration of the kernel of a case, and several numbers of splits.
 
-    The fastest belongs first.
+    The fastest configuration has to become the first of its list.
     """
     from comemo_kernels import _attend_tma, _descriptors, attention
 
     attending = AttendWays(size, case, clock)
-    rows = attending.reading.queries  # of a key head
+    rows = attending.reading.queries  # per key head
     kernel = attention._kernel_for(attending.dtype, rows)
     labels: Row = {"case": f"{case} {size}", "pass": "tune"}
     ours = attending.our_ways(workspace=attending.reading.decoding)
@@ -261,14 +240,14 @@ def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
     yield from tell_configurations(timed(calls), kernels)
     if attending.reading.decoding:
         q, k = attending.sets[0].q, attending.sets[0].k
-        usual = attention._choose_splits(q, k)
-        counts = sorted({usual, *(n for n in SPLITS if n <= 4 * usual)})
+        default = attention._choose_splits(q, k)
+        counts = sorted({default, *(n for n in SPLITS if n <= 4 * default)})
         calls = {f"ours {n}": attending.our_ways(True, n)["ours"] for n in counts}
         for row in timed(calls):
             count = row["way"].split()[1]
-            yield row | {"kernel": "splits", "config": count, "first": int(count) == usual}
+            yield row | {"kernel": "splits", "config": count, "first": int(count) == default}
     elif kernel is attention.attend_many and _descriptors.AVAILABLE:
-        # Behind all others: a fault of these may end the process.
+        # Last: a fault in these kernels may end the process.
         kernels = {"descriptors": _attend_tma.attend_tma}
-        calls = each_configuration(kernels, by_descriptors(ours["ours"]))
+        calls = each_configuration(kernels, with_descriptors(attention, ours["ours"]))
         yield from tell_configurations(timed(calls), kernels)

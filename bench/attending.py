@@ -1,4 +1,4 @@
-"""Memory and queries of a case of attention, and what is right of it."""
+"""Inputs of a case of attention over the image memory, and the exact result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,21 +13,20 @@ from bench.cases import HEAD_DIM, MIXINS
 from bench.readings import READINGS, SMALL
 from bench.ways import Clock, Work, relative_error
 from comemo_kernels import MemoryScales, QueryRotation, reference
-from comemo_kernels._op import has_float8
 from comemo_kernels.reference.attention import turn
 
-CHECKED = 64  # queries
-POSITIONS = 32768
+CHECKED = 64  # queries that are compared with exact arithmetic
+POSITIONS = 32768  # rows of the table of angles
 
 
 @dataclass
 class Inputs:
-    """One set of inputs; sets differ by address, not by value."""
+    """One set of inputs; sets are equal but have their own memory."""
 
     q: Tensor  # [B, N, H, D]
-    turned: Tensor  # the same at the ids of the prompt
-    k: Tensor  # [M, G, D] at the ids of the images
-    absolute: Tensor  # the same at the ids of the prompt
+    rotated: Tensor  # q rotated by the ids of the prompt
+    k: Tensor  # [M, G, D] rotated by the place in the image
+    absolute: Tensor  # keys rotated by the ids of the prompt
     v: Tensor  # [M, G, D]
 
     def clone(self) -> "Inputs":
@@ -35,7 +34,7 @@ class Inputs:
 
 
 class Attending:
-    """A case."""
+    """A case: spans, rotation, memory and queries."""
 
     def __init__(self, size: str, case: str, clock: Clock) -> None:
         self.name, self.device, self.dtype = case, clock.device, clock.dtype
@@ -51,34 +50,37 @@ class Attending:
         sizes = torch.tensor(self.reading.sizes, device=self.device)
         shift = biases[0].repeat_interleave(sizes)
         self.prompt_ids = (self.ids + shift).long()  # [M]
-        self.media = self.draw(len(self.ids), d)
-        self.weight = self.draw(2 * self.heads * HEAD_DIM, d) / d**0.5
+        self.media = clock.draw(len(self.ids), d)
+        self.weight = clock.draw(2 * self.heads * HEAD_DIM, d) / d**0.5
         self.norm = torch.ones_like(self.media[0])
         k, v = self.build(self.dtype)
         self.float8: tuple[Tensor, Tensor, MemoryScales] | None = None
-        if self.reading.decoding and (self.device == "cpu" or has_float8(0)):
+        if self.reading.decoding and clock.float8:
             tiles = (2, -(-len(k) // 256), self.heads)
             scales = MemoryScales(*torch.ones(tiles, device=self.device).unbind(0))
             self.float8 = (*self.build(torch.float8_e4m3fn, scales), scales)
-        q = self.draw(*self.reading.shape, self.heads, HEAD_DIM)
-        turned = turn(q, self.positions, cos, sin)
+        q = clock.draw(*self.reading.shape, self.heads, HEAD_DIM)
+        rotated = turn(q, self.positions, cos, sin)
         self.work = self._work(k)
-        first = Inputs(q, turned, k, turn(k, shift, cos, sin), v)
+        first = Inputs(q, rotated, k, turn(k, shift, cos, sin), v)
         self.sets = [first, *(first.clone() for _ in range(clock.sets(self.work) - 1))]
         self.float8_sets = (
             [[t.clone() for t in self.float8[:2]] for _ in self.sets] if self.float8 else []
         )
 
-    def draw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
-
     def build(self, dtype: torch.dtype, scales: MemoryScales | None = None) -> tuple[Any, Any]:
-        """By the reference: a fault of the kernels that build must not show here."""
+        """Keys and values by the reference, so that errors of the build kernels do not matter."""
         shape = (2, len(self.media), self.heads, HEAD_DIM)
         k, v = torch.empty(shape, device=self.device, dtype=dtype).unbind(0)
         reference.build_memory(
-            *(self.media, [self.weight], [self.norm], *self.rotation[:2], self.ids),
-            *([k], [v], None if scales is None else [scales]),
+            self.media,
+            [self.weight],
+            [self.norm],
+            *self.rotation[:2],
+            self.ids,
+            [k],
+            [v],
+            None if scales is None else [scales],
         )
         return k, v
 
@@ -88,7 +90,7 @@ class Attending:
         return Work(flops, queries + 2 * k.numel() * k.itemsize)
 
     def works(self) -> dict[str, Work]:
-        """Of the way whose memory takes other bytes."""
+        """Work of `ours fp8`, whose memory has fewer bytes."""
         if self.float8 is None:
             return {}
         k, _, scales = self.float8
@@ -97,7 +99,7 @@ class Attending:
         return {"ours fp8": Work(self.work.flops, self.work.moved - saved + scaled)}
 
     def error_of(self) -> Callable[[str, Any], float]:
-        """How far some queries' outputs are from exact ones; ours must be 0 of empty spans."""
+        """Relative error of some queries' outputs; ours must also be 0 for empty spans."""
         count = self.reading.queries
         rows = torch.arange(0, count, max(1, count // CHECKED), device=self.device)
         spans = self.spans.expand(*self.reading.shape, 2).flatten(0, 1)[rows][None]
@@ -114,14 +116,14 @@ class Attending:
 
         wanted = exact(self.sets[0].k, self.sets[0].v)
         wanted_float8 = None if self.float8 is None else exact(*self.float8)
-        some = (spans[..., 1] > spans[..., 0])[0]
+        reads = (spans[..., 1] > spans[..., 0])[0]
 
         def error(name: str, found: Tensor) -> float:
             found = found.flatten(0, 1)[rows]
-            if name.startswith("ours") and found[~some].any():
+            if name.startswith("ours") and found[~reads].any():
                 return float("inf")
-            right = wanted_float8 if name.startswith("ours fp8") else wanted
-            assert right is not None
-            return relative_error(found[some], right[some])
+            truth = wanted_float8 if name.startswith("ours fp8") else wanted
+            assert truth is not None
+            return relative_error(found[reads], truth[reads])
 
         return error

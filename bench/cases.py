@@ -15,12 +15,12 @@ HEAD_DIM = 128
 
 
 class MixinSize(NamedTuple):
-    """Mixin layers of a model."""
+    """Sizes of a model's mixin layers."""
 
     width: int
     heads: int  # of queries and of keys
     layers: int
-    wide: int  # of the feed-forward network
+    wide: int  # inner width of the feed-forward network
 
 
 MIXINS = {  # the first is for tests
@@ -33,11 +33,12 @@ TOKENS_PER_TILE = 256
 
 @dataclass(frozen=True)
 class Prompt:
-    """Samples in one row: each is text, then pictures with some text behind each."""
+    """A row of samples; each is some text, then images with some text after each."""
 
-    samples: list[tuple[int, list[Grid], int]]  # text ahead, grids, text behind each picture
+    # Of each sample: tokens before the first image, grids, tokens after each image.
+    samples: list[tuple[int, list[Grid], int]]
     batch: int = 1
-    decoding: int | None = None  # position of the one token of a decode step, if it is one
+    decoding: int | None = None  # position id of the one token, if this is a decode step
     grids: list[Grid] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,25 +46,25 @@ class Prompt:
 
     @property
     def tokens(self) -> int:
-        """Of one row."""
+        """Tokens of one row."""
         if self.decoding is not None:
             return 1
         return sum(
-            ahead + sum(ops.image_tokens(grid) + behind for grid in grids)
-            for ahead, grids, behind in self.samples
+            before + sum(ops.image_tokens(grid) + after for grid in grids)
+            for before, grids, after in self.samples
         )
 
     def image_grids(self, device: str) -> ImageGrids:
-        """Where the pictures of a row lie."""
+        """Grids, offsets and biases of a row's images and text."""
         entries: list[tuple[Grid, int, int]] = []
         place = 0
-        for ahead, grids, behind in self.samples:
+        for before, grids, after in self.samples:
             entries.append((TEXT, place, 0))
-            place, count = place + ahead, ahead
+            place, count = place + before, before
             for grid in grids:
                 entries.append((grid, place, count))
-                place += ops.image_tokens(grid) + behind
-                count += TOKENS_PER_TILE + behind
+                place += ops.image_tokens(grid) + after
+                count += TOKENS_PER_TILE + after
         kinds, offsets, biases = zip(*entries, strict=True)
         return ImageGrids.pack(kinds, offsets, biases, device=device)
 
@@ -77,20 +78,20 @@ class Prompt:
     def masks(self, device: str) -> tuple[Tensor, Tensor]:
         """Image mask and attention mask [B, N]."""
         row: list[bool] = []
-        for ahead, grids, behind in self.samples:
-            row += [False] * ahead
+        for before, grids, after in self.samples:
+            row += [False] * before
             for grid in grids:
-                row += [True] * ops.image_tokens(grid) + [False] * behind
+                row += [True] * ops.image_tokens(grid) + [False] * after
         image = torch.tensor(row, device=device).expand(self.batch, -1).contiguous()
         return image, torch.ones_like(image, dtype=torch.int64)
 
 
 PROMPTS = {
-    # A chat about nothing but words.
+    # A chat without images.
     "chat_1k": Prompt([(1024, [], 0)]),
-    # System message and question around a picture of 12 tiles and its thumbnail: 3,424 tokens.
+    # System message and question around an image of 12 tiles and its thumbnail: 3,424 tokens.
     "one_image_3k": Prompt([(60, [(4, 3)], 36)]),
-    # A training row of 16,384 tokens and 46 tiles: six samples, one of them without a picture.
+    # A training row of 16,384 tokens and 46 tiles: six samples, one of them without images.
     "pack_16k": Prompt(
         [
             (100, [(4, 3)], 300),
@@ -101,7 +102,7 @@ PROMPTS = {
             (500, [(2, 2)], 1604),
         ]
     ),
-    # The next token of one conversation, of 32.
+    # A decode step of one conversation, and of 32.
     "decode_1": Prompt([], batch=1, decoding=352),
     "decode_32": Prompt([], batch=32, decoding=352),
 }

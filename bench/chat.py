@@ -1,18 +1,19 @@
-"""What a user waits for: time to the first token and tokens per second, end to end.
+"""End to end: time to the first token and tokens per second of a conversation.
 
-A conversation about one picture with random weights: a question about a new picture, a second
-question, and a question about a known picture in another conversation, from a store. Beside it
-the published way: for every question the vision tower and the whole prompt again, and for every
-token the memory again. On a GPU also decoding in batches whose prompts have a picture each: the
-decode loop, plain calls with a growing cache, torch.compile with a static cache, the published way.
-`peak_gib` is the largest memory so far of the process, on a GPU of the row; `predicted_gib` what
-the formula of `bench.peak` says.
+A conversation about one image with random weights: a question about a new image, a second
+question, and a question about a known image in another conversation, from a store. The published
+way for comparison runs the vision tower and the whole prompt for every question, and builds the
+memory for every token. On a GPU also decoding in batches with one image per prompt: the decode
+loop, plain calls with a growing KV cache, torch.compile with a static cache, the published way.
+`peak_gib` is the peak memory of the process so far, on a GPU of the row; `predicted_gib` is the
+formula of `bench.peak`.
 """
 
 import argparse
 import gc
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from transformers.generation.configuration_utils import CompileConfig
 import comemo_kernels as ops
 from bench import measure, peak
 from bench.models import SIZES, draw_model, draw_prompts, give_words
+from bench.recompute import RecomputedMemory, recomputing
 from comemo import ChatSession, DecodeLoop, MemoryStore
 from comemo.chat.streamers import TokenClock
-from comemo.cli.demo import RecomputedMemory
 
 QUESTIONS = ("What is in this picture?", "And who is on the boat?")
 WAYS = ("ours", "eager, memory kept", "torch.compile, static cache", "published")
@@ -33,11 +34,11 @@ WAYS = ("ours", "eager, memory kept", "torch.compile, static cache", "published"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     batches = [1, 8, 32] if torch.cuda.is_available() else []
     parser.add_argument("--size", choices=SIZES, default="2B")
-    parser.add_argument("--layers", type=int, help="decoder layers, if not the size's own")
+    parser.add_argument("--layers", type=int, help="decoder layers, default: those of the size")
     parser.add_argument("--cols", type=int, default=4)
     parser.add_argument("--rows", type=int, default=3)
-    parser.add_argument("--pictures", type=int, default=1, help="of the first question")
-    parser.add_argument("--tokens", type=int, default=8, help="of each answer")
+    parser.add_argument("--pictures", type=int, default=1, help="images of the first question")
+    parser.add_argument("--tokens", type=int, default=8, help="tokens of each answer")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--batches", type=int, nargs="*", default=batches)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def _conversation(
     model: Any, processor: Any, grid: tuple[int, int], tiles: int, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    pictures = [(torch.randn(tiles, 3, 448, 448), grid) for _ in range(options.pictures)]
+    images = [(torch.randn(tiles, 3, 448, 448), grid) for _ in range(options.pictures)]
     settings = {"max_new_tokens": options.tokens, "do_sample": False, "eos_token_id": None}
     store = MemoryStore(budget=2**40)
     _warm_up(model, processor, settings | {"memory_store": store})
@@ -80,9 +81,9 @@ def _conversation(
 
     first, known = session(), session()
     for name, talk, question, shown in (
-        ("new picture", first, QUESTIONS[0], pictures),
+        ("new picture", first, QUESTIONS[0], images),
         ("second question", first, QUESTIONS[1], None),
-        ("known picture", known, "Look here: <image>" + "<image>" * (len(pictures) - 1), pictures),
+        ("known picture", known, "Look here: <image>" + "<image>" * (len(images) - 1), images),
     ):
         peak.reset()
         talk.ask(question, shown)
@@ -100,32 +101,33 @@ def _conversation(
     if "published" in options.ways:
         peak.reset()
         yield {"pass": "second question", "way": "published"} | _published(
-            model, processor, pictures, first.history[:1], settings
+            model, processor, images, first.history[:1], settings
         )
 
 
 def _warm_up(model: Any, processor: Any, settings: dict[str, Any]) -> None:
-    """What is done once a process: kernels loaded, threads started, the weights' digest taken."""
+    """What is done once per process: load kernels, start threads, compute the weights' digest."""
     talk = ChatSession(model, processor, **settings | {"max_new_tokens": 2})
     talk.ask("a", (torch.randn(1, 3, 448, 448), (1, 1)))
     talk.ask("b")
 
 
 def _published(
-    model: Any, processor: Any, pictures: Any, history: Any, settings: dict[str, Any]
+    model: Any, processor: Any, images: Any, history: Any, settings: dict[str, Any]
 ) -> dict[str, Any]:
-    """A second question as the published code answers it."""
+    """A second question, answered like the published code."""
     clock = TokenClock()
-    tiles = [pixel_values for pixel_values, _ in pictures]
+    tiles = [pixel_values for pixel_values, _ in images]
     _, inputs = model.prepare_chat(
         processor.tokenizer,
         torch.cat(tiles),
         [*history, (QUESTIONS[1], None)],
         [len(t) for t in tiles],
-        [grid for _, grid in pictures],
+        [grid for _, grid in images],
     )
     inputs["image_memory"] = RecomputedMemory.of(inputs["image_memory"])
-    model.generate(**inputs, **settings, past_key_values=DynamicCache(), streamer=clock)
+    with recomputing(model.model):
+        model.generate(**inputs, **settings, past_key_values=DynamicCache(), streamer=clock)
     return {
         "first_s": clock.first,
         "token_s": clock.per_token,
@@ -137,29 +139,31 @@ def _published(
 def _decode(
     model: Any, grid: tuple[int, int], batch: int, way: str, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Tokens per second of a batch, behind prompts of one picture each."""
+    """Tokens per second of a batch, after prompts of one image each."""
     inputs, _, memory = draw_prompts(model, grid, batch)
     static = GenerationConfig(cache_implementation="static", compile_config=CompileConfig())
     chosen = {
         "ours": {"decode_loop": DecodeLoop(model)},
         "torch.compile, static cache": {"generation_config": static},
     }.get(way)
+    building: AbstractContextManager[None] = nullcontext()
     if way == "published":
-        memory = RecomputedMemory.of(memory)
+        memory, building = RecomputedMemory.of(memory), recomputing(model.model)
     times: list[float] = []
-    for tokens in (8, max(options.tokens, 16)):  # the first captures and compiles
-        peak.reset()
-        clock = TokenClock()
-        model.generate(
-            **inputs,
-            image_memory=memory,
-            prefill_chunk_size=4096,
-            max_new_tokens=tokens,
-            streamer=clock,
-            **{"do_sample": False, "eos_token_id": None, "pad_token_id": 2},
-            **(chosen or {"past_key_values": DynamicCache()}),
-        )
-        times = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
+    with building:
+        for tokens in (8, max(options.tokens, 16)):  # the first run captures and compiles
+            peak.reset()
+            clock = TokenClock()
+            model.generate(
+                **inputs,
+                image_memory=memory,
+                prefill_chunk_size=4096,
+                max_new_tokens=tokens,
+                streamer=clock,
+                **{"do_sample": False, "eos_token_id": None, "pad_token_id": 2},
+                **(chosen or {"past_key_values": DynamicCache()}),
+            )
+            times = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
     token_s = sorted(times)[len(times) // 2] if times else math.nan
     return {
         "way": way,

@@ -1,11 +1,10 @@
 """Time per generated token, with the image memory and without it.
 
-The same model with random weights, the same prompt and the same cache take decode steps by turns
-in two ways: reading the image memory that the prefill left (ours), and building keys and values
-of all image tokens anew in every mixin layer (as the published code does for every token).
-It runs on a GPU if there is one; every part is then waited for, which a real step would not do.
-The floor is the bytes that a step must read (weights, self-attention cache, image memory) over
-the read bandwidth measured in the same run.
+One model with random weights takes decode steps on one prompt and KV cache, alternating between two
+ways: read the image memory of the prefill (ours), or build keys and values of all image tokens
+again in every mixin layer (the published code, for every token). On a GPU there is a sync after
+each part, which a real step does not have. The floor is the bytes that a step has to read (weights,
+KV cache, image memory) divided by the read bandwidth measured in the same run.
 """
 
 import argparse
@@ -18,18 +17,18 @@ from torch import Tensor
 import comemo_kernels as ops
 from bench import measure
 from bench.models import SIZES, draw_model, draw_prompts
+from bench.recompute import RecomputedMemory, recomputing
 from comemo import CoMemoForConditionalGeneration
-from comemo.cli.demo import RecomputedMemory
 from comemo.mixin import MixinLayer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, default="2B")
-    parser.add_argument("--layers", type=int, help="decoder layers, if not the size's own")
+    parser.add_argument("--layers", type=int, help="decoder layers, default: those of the size")
     parser.add_argument("--cols", type=int, default=4)
     parser.add_argument("--rows", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=8, help="decode steps of each way")
-    parser.add_argument("--vision-tiles", type=int, default=2, help="tiles to time the tower on")
+    parser.add_argument("--vision-tiles", type=int, default=2, help="tiles to time the tower")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
 
 
@@ -67,8 +66,8 @@ def _measure(
     whole: dict[str, list[float]] = {name: [] for name in ways}
     mixin: dict[str, list[float]] = {name: [] for name in ways}
     token = out.logits[:, -1].argmax(-1, keepdim=True)
-    place = int(position_ids.max()) + 1
-    with MixinClock(model) as clock:
+    position = int(position_ids.max()) + 1
+    with recomputing(model.model), MixinClock(model) as clock:
         for step in range(tokens + 1):  # the first is a warm-up
             logits: list[Tensor] = []
             for name, way in ways.items():
@@ -76,7 +75,7 @@ def _measure(
                 start = measure.now()
                 result = model(
                     input_ids=token,
-                    position_ids=torch.tensor([[place]], device=device),
+                    position_ids=torch.tensor([[position]], device=device),
                     query_position_ids=torch.tensor([[M + 96]], device=device),
                     past_key_values=cache,
                     image_memory=way,
@@ -86,14 +85,14 @@ def _measure(
                     whole[name].append(measure.now() - start)
                     mixin[name].append(clock.seconds)
                 logits.append(result.logits)
-                cache.crop(-1)  # both ways take the same step
+                cache.crop(-1)  # the other way takes the same step
             if not torch.allclose(*logits, rtol=1e-3, atol=1e-3):
-                raise RuntimeError("both ways must say the same: a wrong step is not timed")
+                raise RuntimeError("decode is not timed: logits of both ways must be equal")
 
-    held = [*model.model.language_model.layers.parameters(), model.lm_head.weight]
-    held += [p for layer in cache.layers for p in (layer.keys, layer.values)]
+    read = [*model.model.language_model.layers.parameters(), model.lm_head.weight]
+    read += [p for layer in cache.layers for p in (layer.keys, layer.values)]
     unread = [m.kv_proj.weight for m in model.modules() if isinstance(m, MixinLayer)]
-    step_bytes = sum(t.nbytes for t in held) + memory.nbytes - sum(t.nbytes for t in unread)
+    step_bytes = sum(t.nbytes for t in read) + memory.nbytes - sum(t.nbytes for t in unread)
     floor = step_bytes / measure.read_bandwidth(device)
     rows = []
     for name in ways:
@@ -116,13 +115,13 @@ def _measure(
     print(
         f"\nwhole step {theirs['token_s'] / ours['token_s']:.1f}x, mixin layers"
         f" {theirs['mixin_s'] / ours['mixin_s']:.1f}x faster with the memory;"
-        f" {floor / ours['token_s']:.0%} of what reading {step_bytes / 2**30:.2f} GiB allows\n"
+        f" {floor / ours['token_s']:.0%} of the bandwidth limit of {step_bytes / 2**30:.2f} GiB\n"
     )
     return rows
 
 
 class MixinClock:
-    """Seconds spent in mixin layers, keys and values included, within a `with` block."""
+    """Seconds in mixin layers inside a `with` block, including the build of keys and values."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.layers = [m for m in model.modules() if isinstance(m, MixinLayer)]

@@ -1,4 +1,4 @@
-"""What a run says in a few lines: ours beside the others, variants beside the first."""
+"""A run in a few lines: our ways compared with others, configurations with the first."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -6,14 +6,15 @@ from typing import Any
 from bench.ways import is_ours
 
 Row = dict[str, Any]
-LIMIT = 11000  # characters of all that is printed last: of a long output only the end is seen
+LIMIT = 11000  # characters printed last; only the end of a long output is visible
 TIMES = {"us": (1.0, "us"), "token_s": (1e3, "ms a token"), "host_us": (1.0, "us of the host")}
 
 
 def compare(rows: Sequence[Row]) -> list[str]:
-    """A line for each case and pass: the first way of ours, and the others by its time.
+    """A line for each case and pass: the first of our ways, and others relative to its time.
 
-    The fastest of the others comes first, then the published way; "x0.5" is twice as fast as ours.
+    After our other ways come the fastest foreign one and the published one; "x0.5" is twice as fast
+    as ours.
     """
     lines = []
     for (bench, case, kind), group in _grouped(rows, "bench", "case", "pass"):
@@ -22,17 +23,17 @@ def compare(rows: Sequence[Row]) -> list[str]:
         if ours is None or time is None:
             continue
         scale, unit = TIMES[time]
-        told = [f"{bench} {case} {kind}: {scale * ours[time]:.4g} {unit}"]
-        told += [f"{100 * ours[n]:.0f}% {n[3:]}" for n in ("of_limit", "of_copy") if n in ours]
-        told += [f"first {1e3 * ours['first_s']:.0f} ms"] if "first_s" in ours else []
+        parts = [f"{bench} {case} {kind}: {scale * ours[time]:.4g} {unit}"]
+        parts += [f"{100 * ours[n]:.0f}% {n[3:]}" for n in ("of_limit", "of_copy") if n in ours]
+        parts += [f"first {1e3 * ours['first_s']:.0f} ms"] if "first_s" in ours else []
         others = sorted(
             (row[time] / ours[time], row["way"]) for row in group if row is not ours and time in row
         )
         foreign = [other for other in others if not _names_ours(other[1])]
         shown = [other for other in others if _names_ours(other[1])] + foreign[:1]
         shown += [other for other in foreign[1:] if other[1] == "published"]
-        told += [f"{way} x{share:.3g}" for share, way in shown]
-        lines.append(", ".join(told))
+        parts += [f"{way} x{share:.3g}" for share, way in shown]
+        lines.append(", ".join(parts))
     return lines
 
 
@@ -41,25 +42,25 @@ def _is_ours(row: Row) -> bool:
 
 
 def _names_ours(way: str) -> bool:
-    return is_ours(way.split(",")[0]) or way == "memory"  # so `bench decode` calls it
+    return is_ours(way.split(",")[0]) or way == "memory"  # the name in `bench decode`
 
 
 def choose(rows: Sequence[Row]) -> list[str]:
-    """A line for each kernel and case that was tuned: the first configuration, and the fastest."""
+    """A line for each kernel and case of `--tune`: the first configuration, and the fastest."""
     lines = []
     tuned = [row for row in rows if row["pass"] == "tune"]
     for (bench, case, kernel), group in _grouped(tuned, "bench", "case", "kernel"):
         fastest = min(group, key=lambda row: row["us"])
         first = next((row for row in group if row["first"]), None)
         if first is fastest:
-            said = f"the first is the fastest of {len(group)}, {first['us']:.4g} us"
+            line = f"the first is the fastest of {len(group)}, {first['us']:.4g} us"
         else:
-            said = "the first was not timed, fastest"
+            line = "the first was not timed, fastest"
             if first is not None:
                 gain = 100 * (first["us"] / fastest["us"] - 1)
-                said = f"first {first['us']:.4g} us {first['config']}, {gain:.1f}% behind"
-            said += f" {fastest['us']:.4g} us {fastest['config']}"
-        lines.append(f"{bench} {case}, {kernel}: {said}")
+                line = f"first {first['us']:.4g} us {first['config']}, {gain:.1f}% slower than"
+            line += f" {fastest['us']:.4g} us {fastest['config']}"
+        lines.append(f"{bench} {case}, {kernel}: {line}")
     return lines
 
 
@@ -71,9 +72,9 @@ def _grouped(rows: Iterable[Row], *names: str) -> Iterable[tuple[tuple[str, ...]
 
 
 def fit(parts: Sequence[tuple[str, Sequence[str]]], limit: int = LIMIT) -> str:
-    """Titles with their lines as one text of at most so many characters; what is cut is counted.
+    """Titles with their lines as one text of at most `limit` characters.
 
-    Lines go from the longest part first, and from its end.
+    Lines are cut from the end of the longest part; their number is printed.
     """
     kept = {title: list(lines) for title, lines in parts if lines}
 

@@ -1,11 +1,11 @@
-"""Every benchmark that needs a GPU, what decides most first, in under five minutes.
+"""All benchmarks on a GPU in under five minutes, the most important first.
 
-Writes into the folder `--out`: gpu-bench.txt, the short table that is printed last, too;
-gpu-bench.log, what the stages print; gpu-bench.tar.gz: results.json (the machine, all rows),
-results.csv, a plot of each benchmark where matplotlib is installed, the logs. All are written anew
-every few seconds: who ends it at any time loses no more. A stage that fails or runs out of time
-does not stop the next; what it has measured counts.
-Needs no network, and of packages torch, triton, transformers, sentencepiece, pillow, safetensors.
+Writes to the folder `--out`: gpu-bench.txt, the summary that is also printed at the end;
+gpu-bench.log, the output of the stages; gpu-bench.tar.gz: results.json (the machine, all rows),
+results.csv, a plot of each benchmark if matplotlib is installed, the logs. All are rewritten every
+few seconds, so an interrupt loses no more than that. A stage that fails or runs out of time does
+not stop the next; its rows so far count. Needs no network, and the packages torch, triton,
+transformers, sentencepiece, pillow and safetensors.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import torch
 from bench import digest, measure, plot, stages
 from bench.stages import Stage
 
-# A case for each kernel; a prompt of one picture, too: of several keys are turned first.
+# A case for each kernel. Also a prompt of one image: with several, keys are rotated first.
 TUNED = ("decode_1", "prefill_8k_3k", "prefill_8k_13k", "decode_8", "few_500_13k")
 CHAT = ("chat", "--dtype", "bfloat16", "--tokens", "32")
 STAGES: dict[str, tuple[float, list[str]]] = {  # name -> seconds, arguments of `python -m bench`
@@ -42,14 +42,14 @@ STAGES: dict[str, tuple[float, list[str]]] = {  # name -> seconds, arguments of 
     "chat": (26, [*CHAT, "--ways", "ours", "eager, memory kept", "published"]),
     "vision": (7, ["vision"]),
     "positions": (5, ["positions"]),
-    # Behind all others, with what they left: of its time most is the compiler's.
+    # Last, with the remaining time: most of it is compilation.
     "chat compiled": (
         8,
         [*CHAT, "--batches", "1", "--ways", "ours", "torch.compile, static cache"],
     ),
 }
 
-NOT_TIMED = re.compile(" is not timed: | fits no graph: ")  # as `bench.ways` says it
+NOT_TIMED = re.compile(" is not timed: | cannot be captured: ")  # messages of `bench.ways`
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Exit code: 1 if a stage failed; one that ran out of time did not."""
+    """Exit code: 1 if a stage failed; running out of time is no failure."""
     if not torch.cuda.is_available():
         raise SystemExit("python -m bench gpu-bench: needs a GPU, torch sees none")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -68,13 +68,13 @@ def run(options: argparse.Namespace) -> int:
         chosen = [_stage(name, folder) for name in STAGES if name in options.stages]
         stages.share(chosen, options.minutes)
 
-        def look() -> None:
+        def report() -> None:
             _write(machine, chosen, folder, options.out)
 
         with stages.stopped_in_order():
-            stages.run_in_turn(chosen, folder, look)
+            stages.run_in_turn(chosen, folder, report)
         _draw(_rows(chosen, folder), folder)
-        look()
+        report()
     print((options.out / "gpu-bench.txt").read_text(), flush=True)
     return int(any(stage.failed for stage in chosen))
 
@@ -100,22 +100,22 @@ def _rows(chosen: Sequence[Stage], folder: Path) -> list[dict[str, Any]]:
 def _draw(rows: list[dict[str, Any]], folder: Path) -> None:
     try:
         plot.draw([row for row in rows if row["pass"] != "tune"], folder)
-    except Exception:  # the numbers are worth more than their pictures
+    except Exception:  # no reason to lose the numbers
         traceback.print_exc()
 
 
 def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: Path) -> None:
-    """All files, of what there is."""
+    """Write all files with the results so far."""
     rows = _rows(chosen, folder)
     measure.write("results", rows, machine, folder)
     stages.join_logs(out / "gpu-bench.log", chosen, folder)
     left_out = [name for name in STAGES if name not in {s.name for s in chosen if s.took}]
-    said = [line for stage in chosen for line in stages.read_log(stage, folder)]
-    left_out += [line[:160] for line in dict.fromkeys(said) if NOT_TIMED.search(line)]
+    printed = [line for stage in chosen for line in stages.read_log(stage, folder)]
+    left_out += [line[:160] for line in dict.fromkeys(printed) if NOT_TIMED.search(line)]
     table = stages.describe("gpu-bench", machine, chosen)
     parts = [
-        ("variants, of which the first ships:", digest.choose(rows)),
-        ("ours, and what others take by its time:", digest.compare(rows)),
+        ("configurations, of which the first is used:", digest.choose(rows)),
+        ("ours, and others relative to its time:", digest.compare(rows)),
         ("left out:", left_out),
         *stages.reasons(chosen, folder),
     ]

@@ -1,12 +1,12 @@
-"""Whether all is right on a GPU, in under five minutes: the GPU suite, then compute-sanitizer.
+"""All correctness checks on a GPU in under five minutes: the GPU tests, then compute-sanitizer.
 
-Writes into the folder `--out`: gpu-check.txt, the short table that is printed last, too;
-gpu-check.log, what the stages print; gpu-check.tar.gz: how each test ended, every comparison of the
-harness, the logs. All are written anew every few seconds. The suite runs in twelve processes that
-share what the compiler makes; no failure stops it. Then memcheck and racecheck, side by side, each
-on one small launch of every kernel (`bench.sanitize`).
-Needs no network, and of packages torch, triton, transformers, sentencepiece, pillow, safetensors,
-pytest, hypothesis and pytest-benchmark; with pytest-xdist it takes a tenth of the time.
+Writes to the folder `--out`: gpu-check.txt, the summary that is also printed at the end;
+gpu-check.log, the output of the stages; gpu-check.tar.gz: the outcome of each test, every
+comparison of the harness, the logs. All are rewritten every few seconds. The tests run in twelve
+processes that share compiled kernels; a failure does not stop them. Then memcheck and racecheck run
+in parallel, each on one small launch of every kernel (`bench.sanitize`). Needs no network, and the
+packages torch, triton, transformers, sentencepiece, pillow, safetensors, pytest, hypothesis and
+pytest-benchmark; with pytest-xdist it takes a tenth of the time.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from bench.stages import Process, Stage
 
 SUITE = ("-m", "pytest", "-m", "kernel or gpu", "-p", "no:cacheprovider", "-p", "bench.reports")
 PARALLEL = ("-n", "12", "--dist", "worksteal")
-SECONDS = {"suite": 200.0, "memcheck": 80.0, "racecheck": 80.0}  # the last two at once
-TOOL, TOOL_FOLDER = "compute-sanitizer", "/usr/local/cuda/bin"  # where it is not on the PATH
+SECONDS = {"suite": 200.0, "memcheck": 80.0, "racecheck": 80.0}  # the last two in parallel
+TOOL, TOOL_FOLDER = "compute-sanitizer", "/usr/local/cuda/bin"  # if it is not on the PATH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,30 +53,30 @@ def run(options: argparse.Namespace) -> int:
         tools = [stage for stage in chosen if stage.name != "suite"]
         stages.share([*suite, *tools[:1]], options.minutes)
 
-        def look() -> None:
+        def report() -> None:
             _write(machine, chosen, folder, options.out)
 
         with stages.stopped_in_order():
-            stages.run_in_turn(suite, folder, look)
+            stages.run_in_turn(suite, folder, report)
             left = deadline - time.monotonic() - stages.GRACE
             if tools and _find_tool() is None:
                 for stage in tools:
-                    stage.said = f"left out: there is no {TOOL}"
+                    stage.outcome = f"left out: there is no {TOOL}"
             elif tools and left > 0:
-                stages.run_together([Process(stage, folder) for stage in tools], left, look)
-        look()
+                stages.run_together([Process(stage, folder) for stage in tools], left, report)
+        report()
     print((options.out / "gpu-check.txt").read_text(), flush=True)
-    return int(any(stage.failed or stage.said.startswith("out of") for stage in chosen))
+    return int(any(stage.failed or stage.outcome.startswith("out of") for stage in chosen))
 
 
 def _stage(name: str, folder: Path) -> Stage:
     if name == "suite":
         parallel = PARALLEL if importlib.util.find_spec("xdist") else ()
-        # The processors are taken by processes.
+        # One thread per process: there are as many processes as cores.
         command = ["env", "OMP_NUM_THREADS=1", sys.executable, *SUITE]
         command += ["--reports", str(folder), *parallel]
     else:
-        # Of memory that PyTorch keeps the tool knows no bounds.
+        # The tool does not see the bounds of tensors in PyTorch's cached blocks.
         command = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", _find_tool() or TOOL, "--tool", name]
         command += ["--error-exitcode", "99"]
         command += [sys.executable, "-m", "bench.sanitize"]
@@ -88,22 +88,21 @@ def _find_tool() -> str | None:
 
 
 def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: Path) -> None:
-    """All files, of what there is."""
+    """Write all files with the results so far."""
     stages.join_logs(out / "gpu-check.log", chosen, folder)
     tests = _lines(folder / "tests.jsonl")
     errors = [line for file in sorted(folder.glob("errors-*.jsonl")) for line in _lines(file)]
-    left_out = [
-        f"{name}: not asked for" for name in SECONDS if name not in {s.name for s in chosen}
-    ]
-    skipped = Counter(test["said"] for test in tests if test["outcome"] == "skipped")
-    left_out += [f"{count} tests: {said}" for said, count in skipped.most_common()]
+    left_out = [f"{name}: not selected" for name in SECONDS if name not in {s.name for s in chosen}]
+    skipped = Counter(test["message"] for test in tests if test["outcome"] == "skipped")
+    left_out += [f"{count} tests: {reason}" for reason, count in skipped.most_common()]
     if (folder / "collected").is_file():
         missing = int((folder / "collected").read_text()) - len({test["test"] for test in tests})
-        left_out += [f"{missing} tests: not run until now"] if missing > 0 else []
+        left_out += [f"{missing} tests: not run so far"] if missing > 0 else []
     failures, tools = group_failures(tests), [s for s in chosen if s.name != "suite"]
+    found_by_tool = [(f"{tool.name}:", _findings(stages.read_log(tool, folder))) for tool in tools]
     parts = [
-        ("failures, by what they say:", failures),
-        *[(f"{tool.name}:", _findings(stages.read_log(tool, folder))) for tool in tools],
+        ("failures, by message:", failures),
+        *found_by_tool,
         *stages.reasons([stage for stage in chosen if stage in tools or not failures], folder),
         ("largest errors, as shares of their budget:", group_errors(errors)),
         ("left out:", left_out),
@@ -115,7 +114,7 @@ def _write(machine: dict[str, Any], chosen: Sequence[Stage], folder: Path, out: 
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """Of a file that may still be written: whole lines alone."""
+    """Complete lines of a file that may still be written."""
     if not file.is_file():
         return []
     whole = file.read_text().rpartition("\n")[0]
@@ -123,21 +122,21 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 
 def group_failures(tests: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each message, whatever numbers are in it: how often, and one test's name."""
+    """A line for each message, numbers ignored: how often it occurs, and the name of one test."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for test in tests:
         if test["outcome"] == "failed":
-            message = (test["said"].strip() or "?").splitlines()[0]
+            message = (test["message"].strip() or "?").splitlines()[0]
             groups.setdefault(re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", message), []).append(test)
     lines = []
     for held in sorted(groups.values(), key=len, reverse=True):
-        said = held[0]["said"].strip().splitlines()[:1]
-        lines.append(f"{len(held)}x {''.join(said)[:200]}  in {held[0]['test']}")
+        first_line = held[0]["message"].strip().splitlines()[:1]
+        lines.append(f"{len(held)}x {''.join(first_line)[:200]}  in {held[0]['test']}")
     return lines
 
 
 def group_errors(errors: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each op and dtype: the largest share, of how many, of what, and where."""
+    """A line for each op and dtype: the largest share, number of comparisons, output and test."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for error in errors:
         name = error["op"] if error["op"] in comemo_kernels.__all__ else error["file"]
@@ -146,8 +145,8 @@ def group_errors(errors: Sequence[dict[str, Any]]) -> list[str]:
     for (name, dtype), held in sorted(groups.items()):
         worst = max(held, key=lambda error: (math.isnan(error["share"]), error["share"]))
         test = worst["test"].rpartition("/")[2]
-        told = [f"{worst['share']:.2f}, the largest of {len(held)}", worst["output"], test[:90]]
-        lines.append(f"{name} {dtype}: {', '.join(filter(None, told))}")
+        words = [f"{worst['share']:.2f}, the largest of {len(held)}", worst["output"], test[:90]]
+        lines.append(f"{name} {dtype}: {', '.join(filter(None, words))}")
     return lines
 
 
@@ -164,7 +163,9 @@ def _count(tests: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _findings(log: Sequence[str]) -> list[str]:
-    """What compute-sanitizer has found: its sums, and what came first."""
-    said = [line for line in log if "=====" in line]
-    sums = [line for line in said if "SUMMARY" in line]
-    return [line.lstrip("= ")[:160] for line in [*sums, *(x for x in said[:16] if x not in sums)]]
+    """Findings of compute-sanitizer: the summaries, then the first lines."""
+    findings = [line for line in log if "=====" in line]
+    sums = [line for line in findings if "SUMMARY" in line]
+    return [
+        line.lstrip("= ")[:160] for line in [*sums, *(x for x in findings[:16] if x not in sums)]
+    ]

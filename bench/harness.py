@@ -1,4 +1,4 @@
-"""The tests' comparison, by its path: an installed package `tests` would be found first."""
+"""The comparison of the tests, loaded by path: an installed package `tests` would shadow it."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ PATH = Path(__file__).parents[1] / "tests" / "harness.py"
 
 
 def _load() -> ModuleType:
-    """The module `harness`, the same one that the tests import."""
+    """The module `harness`, the same object that the tests import."""
     held = sys.modules.get("harness")
     if held is not None and held.__file__ is not None and PATH.samefile(held.__file__):
         return held

@@ -1,8 +1,8 @@
-"""What a call costs the host before the driver's own launch, on a machine without a GPU.
+"""Time of a call on the host without the driver's launch, on a machine without a GPU.
 
-Tensors lie on the CPU and the driver is replaced by one that launches nothing: checks, dispatch,
-allocation and the search for the compiled kernel are what they are on a GPU. `triton's launch`
-finds the compiled kernel as Triton does for any kernel, by looking at every argument.
+Tensors are on the CPU and the driver is replaced by one that launches nothing. Checks, dispatch,
+allocation and the lookup of the compiled kernel are the same as on a GPU. `triton's launch` looks
+the kernel up as Triton does by default, by specialising on every argument.
 """
 
 import argparse
@@ -28,15 +28,14 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime import driver
 
-    from comemo_kernels import _op, aot, attention, rotary
-    from comemo_kernels import fused_linear as glue
+    from comemo_kernels import _op, aot, attention, fused_linear, rotary
 
     if torch.cuda.is_available():
-        raise SystemExit("python -m bench host: there is a GPU, `bench rotary` measures this")
+        raise SystemExit("python -m bench host: only without a GPU; with one use `bench rotary`")
     for name, launch in (
         ("rotary", rotary._launch),
         ("attend_", attention._launch_into),
-        ("rows", glue._launch),
+        ("rows", fused_linear._launch),
     ):
         torch.library.impl(f"comemo::{name}", "CPU", _op._on_its_device(launch))
     driver.set_active(aot.OfflineDriver(aot.CHIPS["sm_90"].target))
@@ -44,13 +43,13 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     launches_nothing = property(lambda self: lambda *args: None)
     with (
         contextlib.ExitStack() as stack,
-        # Functions, for a mock would take part in what is measured.
+        # Functions, because calls of a mock would add to the time.
         mock.patch.object(CompiledKernel, "_init_handles", lambda self: None),  # noqa: PT008
         mock.patch.object(CompiledKernel, "run", launches_nothing),
         mock.patch.object(CompiledKernel, "function", None, create=True),
         torch.no_grad(),
     ):
-        for module in (rotary, attention, glue):
+        for module in (rotary, attention, fused_linear):
             stack.enter_context(mock.patch.object(module, "on_triton", lambda x: True))  # noqa: PT008
         for heads in options.heads:
             for case, (kernel, call) in cases(heads).items():
@@ -64,8 +63,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def cases(heads: str) -> dict[str, tuple[Any, Callable[[], Any]]]:
     """Name -> a kernel, and a call that launches it."""
-    from comemo_kernels import attention, rotary
-    from comemo_kernels import fused_linear as glue
+    from comemo_kernels import attention, fused_linear, rotary
 
     new = functools.partial(torch.empty, dtype=torch.bfloat16)
     cos, sin = (t[0] for t in ops.rotary_table(torch.arange(4096)[None], HEAD_DIM))
@@ -75,14 +73,14 @@ def cases(heads: str) -> dict[str, tuple[Any, Callable[[], Any]]]:
         q, k = (new(prompt.batch, prompt.tokens, n, HEAD_DIM) for n in HEADS[heads])
         call = functools.partial(ops.apply_rotary, q, k, cos, sin, ids)
         found[case] = rotary.rotary_kernel, call
-    # A decode step of one conversation with a picture.
+    # A decode step of one conversation about one image.
     G, d = HEADS[heads][0], HEADS[heads][0] * HEAD_DIM
     q, k = new(1, 1, G, HEAD_DIM), new(3328, G, HEAD_DIM)
     place = torch.zeros(1, dtype=torch.int32)
     rotation = QueryRotation(cos, sin, torch.tensor([[5]]), place, place[None])
     spans = torch.tensor([[[0, 3328]]])
-    room = attention._allocate(q, k, attention._choose_splits(q, k), lasting=True)
-    attend = functools.partial(ops.attend_spans, q, k, k, spans, rotation, workspace=room)
+    workspace = ops.attention_workspace(q, k)
+    attend = functools.partial(ops.attend_spans, q, k, k, spans, rotation, workspace=workspace)
     found["attend_spans"] = attention.attend_one, attend
     call = functools.partial(ops.norm_linear, new(1, 1, d), new(d), new(d, d))
-    return found | {"norm_linear": (glue.one_weight_kernel, call)}
+    return found | {"norm_linear": (fused_linear.one_weight_kernel, call)}

@@ -1,4 +1,4 @@
-"""What every measurement needs: the machine in words, a clock, bytes, tables and files."""
+"""Shared by all measurements: the machine, clocks, bandwidth, memory, tables and files."""
 
 import contextlib
 import csv
@@ -55,10 +55,10 @@ def _describe_gpu() -> dict[str, Any]:
     query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
     command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "--id=0"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
-        said = f"unknown ({error})"
-    return {"gpu": torch.cuda.get_device_name(), query: said}
+        answer = f"unknown ({error})"
+    return {"gpu": torch.cuda.get_device_name(), query: answer}
 
 
 def _version(package: str) -> str:
@@ -69,10 +69,10 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    """The tree's: by COMEMO_COMMIT, by git, or by the file `.commit` of a copy without history."""
-    if told := os.environ.get("COMEMO_COMMIT"):
-        return told
-    if (ROOT / ".git").exists():  # or git would name that of a folder around it
+    """From COMEMO_COMMIT, from git, or from the file `.commit` in a copy without a repository."""
+    if commit := os.environ.get("COMEMO_COMMIT"):
+        return commit
+    if (ROOT / ".git").exists():  # otherwise git would look in the parent folders
         with contextlib.suppress(OSError, subprocess.CalledProcessError):
             changed = _git("status", "--porcelain", "--untracked-files=no")
             return _git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
@@ -85,15 +85,20 @@ def _git(*command: str) -> str:
     return done.stdout.strip()
 
 
+def default_device() -> str:
+    """A GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def now() -> float:
-    """Seconds of a clock, read when all work given to a GPU is done."""
+    """Seconds of a clock, read after a sync of the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
-    """Median wall time of `run` in seconds; the caller warms up."""
+    """Median wall time of `run` in seconds, without a warm-up."""
     times = []
     for _ in range(repeats):
         start = now()
@@ -104,7 +109,7 @@ def seconds(run: Callable[[], Any], repeats: int = 1) -> float:
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds a call: median, and the 20th and 80th percentile, of the rounds."""
+    """Microseconds per call: median, 20th and 80th percentile over the rounds."""
 
     us: float
     low_us: float
@@ -114,17 +119,17 @@ class Timing:
 def compare(
     ways: dict[str, Callable[[int], Any]], sets: int, device: str, rounds: int = 15
 ) -> dict[str, Timing]:
-    """Time several ways to do one thing, by turns.
+    """Time several ways to compute one thing, interleaved.
 
     Args:
-        ways: name -> a call on input set i. Enough sets make every call find the caches cold.
-        sets: how many input sets there are; a round calls each once.
-        device: where the work runs. On a GPU events bracket a round, and the GPU is kept busy
-            until the host has queued all of it, so that no launch is waited for.
-        rounds: of each way; the first is a warm-up and does not count.
+        ways: name -> a call on input set i. With enough sets every call finds cold caches.
+        sets: number of input sets; a round calls each once.
+        device: where the work runs. On a GPU a round is timed by events, and the GPU is kept busy
+            until the host has queued the round, so that launch latencies do not count.
+        rounds: of each way, after one more as a warm-up.
     """
     seconds_of: dict[str, list[float]] = {name: [] for name in ways}
-    queueing = dict.fromkeys(ways, 2e-3)  # seconds that the host takes to queue a round
+    queueing = dict.fromkeys(ways, 2e-3)  # seconds in which the host queues a round
     for turn in range(rounds + 1):
         for name, way in ways.items():
             if device == "cuda":
@@ -150,10 +155,10 @@ def _cpu_round(way: Callable[[int], Any], sets: int) -> float:
 
 
 def _gpu_round(way: Callable[[int], Any], sets: int, queueing: float) -> tuple[float, float]:
-    """Seconds that the GPU took, and that the host took to queue it all."""
+    """Seconds of the GPU, and seconds in which the host queued the round."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    # Cycles, of at most 2 GHz. A way that waits for the GPU waits for this too: hence the bound.
+    # In cycles, at most 2 GHz. A way with a sync waits for this, too, so it is bounded.
     torch.cuda._sleep(int(2e9 * min(1.5 * queueing, 0.05)))
     began = time.perf_counter()
     start.record()
@@ -166,7 +171,7 @@ def _gpu_round(way: Callable[[int], Any], sets: int, queueing: float) -> tuple[f
 
 
 def host_us(call: Callable[[], Any], calls: int = 300) -> float:
-    """Microseconds of the host's time that a call takes, nothing waited for: best of 5."""
+    """Microseconds that a call takes on the host, without a sync: best of 6 rounds."""
     best = math.inf
     for _ in range(6):
         if torch.cuda.is_available():
@@ -179,7 +184,7 @@ def host_us(call: Callable[[], Any], calls: int = 300) -> float:
 
 
 def graph_us(call: Callable[[], Any], calls: int = 50) -> float:
-    """Microseconds of a call within a CUDA graph of `calls` of them."""
+    """Microseconds of a call in a CUDA graph of `calls` such calls."""
 
     def repeat() -> None:
         for _ in range(calls):
@@ -190,7 +195,7 @@ def graph_us(call: Callable[[], Any], calls: int = 50) -> float:
 
 
 def extra_mib(call: Callable[[], Any]) -> float:
-    """MiB of GPU memory that a call needs beyond what is held, its results included."""
+    """MiB of GPU memory that a call allocates at its peak, its results included."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -201,7 +206,7 @@ def extra_mib(call: Callable[[], Any]) -> float:
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes per second, read and written, of a copy too large for any cache."""
+    """Bytes per second, read and written, of a copy that exceeds all caches."""
     elements = 2**30 if device == "cuda" else 2**27
     source = torch.randn(elements // 2**10, device=device).repeat(2**10)
     target = torch.empty_like(source)
@@ -210,7 +215,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def gemm_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP per second of a large product of random matrices: of zeros it would be faster."""
+    """FLOP per second of a large GEMM of random matrices; with zeros it would be faster."""
     size = 8192 if device == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     timing = compare({"gemm": lambda _: a @ b}, 4, device, rounds=9)
@@ -218,21 +223,26 @@ def gemm_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def cache_bytes(device: str) -> int:
-    """Bytes of input that leave nothing of an earlier call in the cache."""
+    """Bytes of inputs that evict everything else from the cache."""
     if device == "cpu":
         return 2**28
     return 3 * torch.cuda.get_device_properties(0).L2_cache_size
 
 
+def cold_sets(device: str, nbytes: int, most: int) -> int:
+    """Input sets of so many bytes that evict each other from the cache: 2 to `most`."""
+    return max(2, min(most, -(-cache_bytes(device) // nbytes)))
+
+
 def read_bandwidth(device: torch.device, gibibytes: float = 1.0) -> float:
-    """Bytes per second of a float32 matrix-vector product too large for any cache."""
+    """Bytes per second of a float32 matrix-vector product that exceeds all caches."""
     rows = int(gibibytes * 2**30 / 4 / 4096)
     matrix, vector = torch.ones(rows, 4096, device=device), torch.ones(4096, device=device)
     return matrix.nbytes / min(seconds(lambda: matrix @ vector) for _ in range(5))
 
 
 def peak_gib() -> float:
-    """Largest memory of the GPU, or resident memory of this process, so far in GiB."""
+    """Peak GPU memory, or without a GPU peak resident memory of this process, in GiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     scale = 1 if platform.system() == "Darwin" else 1024  # bytes there, KiB elsewhere
@@ -240,9 +250,9 @@ def peak_gib() -> float:
 
 
 def write(name: str, rows: list[dict[str, Any]], machine: dict[str, Any], out: Path) -> None:
-    """`name`.json with the machine, and `name`.csv, into the folder `out`."""
+    """Write `name`.json with the machine, and `name`.csv, to the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    part = out / f"{name}.json.part"  # until it is whole: who is cut short leaves what was
+    part = out / f"{name}.json.part"  # renamed when complete: an interrupt leaves the previous file
     part.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
     part.replace(out / f"{name}.json")
     with (out / f"{name}.csv").open("w", newline="") as file:
@@ -262,7 +272,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    """Every column that a row has, in the order of their first appearance."""
+    """All columns, in order of first appearance."""
     return list(dict.fromkeys(name for row in rows for name in row))
 
 

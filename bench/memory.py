@@ -1,15 +1,15 @@
-"""Building the image memory: keys and values of all mixin layers, against a large product.
+"""Building the image memory: keys and values of all mixin layers, compared with a large GEMM.
 
-Ways: `published`, layer by layer RMSNorm in float32, product and rotation by halves; `compile`,
-that under torch.compile; `library`, layer by layer PyTorch's RMSNorm, its product, this library's
-rotation, and copies into the memory; `ours exact`, which rounds as the model does; `ours folded`,
-with the norm's weight in the product's; `ours fp8`, exact and stored as float8.
+Ways: `published`, per layer RMSNorm in float32, a GEMM and rotation of halves; `compile`, the same
+under torch.compile; `library`, per layer PyTorch's RMSNorm and GEMM, this library's rotation, and
+copies into the memory; `ours exact`, rounded like the model; `ours folded`, with the norm's weight
+folded into the projection; `ours fp8`, exact and stored as float8.
 """
 
 import argparse
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,10 @@ from torch import Tensor
 
 import comemo_kernels as ops
 from bench import published
-from bench.cases import HEAD_DIM, MIXINS
+from bench.cases import HEAD_DIM, MIXINS, TOKENS_PER_TILE
 from bench.harness import assert_matches
-from bench.readings import PICTURE
+from bench.readings import IMAGE
+from bench.tuning import each_configuration, tell_configurations, with_descriptors
 from bench.ways import (
     Clock,
     Row,
@@ -28,24 +29,21 @@ from bench.ways import (
     add_way_arguments,
     compiles,
     each_case,
-    each_configuration,
     keep_right,
     relative_error,
-    tell_configurations,
 )
 from comemo.mixin import EPS
 from comemo_kernels import ImageMemory, MemoryScales, reference
-from comemo_kernels._op import Kernel, has_float8
+from comemo_kernels._op import Kernel
 
-PICTURES = (1, 4, 12)  # 13, 52 and 156 tiles
-TILE = 256
-COMPILED = ("2B", 13)  # the case of few that are compiled
-FLOAT8_BOUND = 6e-2  # three bits of mantissa
+IMAGES = (1, 4, 12)  # 13, 52 and 156 tiles
+COMPILED = ("2B", 13)  # the one case that is compiled with --few-compiled
+FLOAT8_BOUND = 6e-2  # relative error: three bits of mantissa
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_way_arguments(parser)
-    parser.add_argument("--tiles", nargs="+", type=int, help="of the media")
+    parser.add_argument("--tiles", nargs="+", type=int, help="tiles of the media")
     parser.add_argument("--layers", type=int, help="mixin layers, if not the size's own")
 
 
@@ -53,7 +51,7 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
     clock = Clock.of(options, "memory")
     gpu = clock.device == "cuda"
     sizes = options.sizes or (["2B", "9B"] if gpu else ["2B"])
-    tiles = options.tiles or ([13 * n for n in PICTURES] if gpu else [13])
+    tiles = options.tiles or ([13 * n for n in IMAGES] if gpu else [13])
     layers = options.layers or (None if gpu else 1)
     bench = MemoryBench(clock, layers)
     cases = [(size, count) for size in sizes for count in tiles]
@@ -65,29 +63,25 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
 
 
 class Build:
-    """Media and weights of a case, and the memory that they are built into."""
+    """Media and weights of a case, and memories to build."""
 
     def __init__(self, size: str, tiles: int, layers: int, clock: Clock) -> None:
         d, heads, _, _ = MIXINS[size]
-        self.device, self.dtype = clock.device, clock.dtype
+        self.clock, self.device, self.dtype = clock, clock.device, clock.dtype
         torch.manual_seed(0)
-        self.media = self.draw(tiles * TILE, d)
-        self.weights = [self.draw(2 * heads * HEAD_DIM, d) / d**0.5 for _ in range(layers)]
-        self.norms = [1 + 0.1 * self.draw(d) for _ in range(layers)]
+        M = tiles * TOKENS_PER_TILE
+        self.media = clock.draw(M, d)
+        self.weights = [clock.draw(2 * heads * HEAD_DIM, d) / d**0.5 for _ in range(layers)]
+        self.norms = [1 + 0.1 * clock.draw(d) for _ in range(layers)]
         self.folded = [w * n for w, n in zip(self.weights, self.norms, strict=True)]
-        picture = ops.image_position_ids(PICTURE).to(self.device)  # [13 tiles]
-        self.ids = picture.repeat(-(-tiles // 13))[: tiles * TILE].int()
+        ids = ops.image_position_ids(IMAGE).to(self.device)  # of 13 tiles
+        self.ids = ids.repeat(-(-tiles // 13))[:M].int()
         self.table = ops.distance_table(HEAD_DIM, 1e6, 4096, torch.device(self.device))
         self.wide = published.widen(self.table, self.dtype)
         self.memories = {
-            dtype: ImageMemory.allocate(
-                tiles * TILE, range(layers), heads, HEAD_DIM, self.table, dtype
-            )
+            dtype: ImageMemory.allocate(M, range(layers), heads, HEAD_DIM, self.table, dtype)
             for dtype in (self.dtype, torch.float8_e4m3fn)
         }
-
-    def draw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
 
     def work(self) -> Work:
         M, d = self.media.shape
@@ -134,20 +128,23 @@ class Build:
         ways["library"] = lambda _: self.library()
         ways["ours exact"] = lambda _: self.ours(self.weights, self.norms, self.dtype)
         ways["ours folded"] = lambda _: self.ours(self.folded, None, self.dtype)
-        if self.device == "cpu" or has_float8(0):
+        if self.clock.float8:
             ways["ours fp8"] = lambda _: self.ours(self.weights, self.norms, torch.float8_e4m3fn)
         return ways
 
     def error_of(self) -> Callable[[str, Any], float]:
-        """How far first and last rows of the first and the last layer are from exact arithmetic."""
+        """Relative error of the first and last rows of the first and the last layer."""
         M = len(self.media)
         rows = torch.tensor([*range(32), *range(M - 32, M)], device=self.device)
         layers = sorted({0, len(self.weights) - 1})
         wanted = [
             _build(
                 reference.build_memory,
-                *(self.media[rows].double(), self.weights[i].double()[None]),
-                *(self.norms[i].double()[None], *self.table, self.ids[rows]),
+                self.media[rows].double(),
+                self.weights[i].double()[None],
+                self.norms[i].double()[None],
+                *self.table,
+                self.ids[rows],
             )
             for i in layers
         ]
@@ -163,7 +160,7 @@ class Build:
 
 
 class _Scaled:
-    """Keys or values stored as float8, of which rows can be taken."""
+    """Keys or values stored as float8; indexing converts rows to float32."""
 
     def __init__(self, held: Tensor, factors: Tensor, scales: MemoryScales) -> None:
         self.held, self.factors, self.tile = held, factors, scales.tile
@@ -181,7 +178,7 @@ def _build(
     sin: Tensor,
     ids: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values [L, M, G, D], of a verb that writes them."""
+    """Keys and values [L, M, G, D] by an operation that writes into its arguments."""
     shape = (len(weights), len(media), weights.shape[1] // (2 * HEAD_DIM), HEAD_DIM)
     keys, values = (torch.empty(shape, dtype=media.dtype, device=media.device) for _ in range(2))
     norm_list = None if norms is None else list(norms)
@@ -190,7 +187,7 @@ def _build(
 
 
 def check_small(size: str, clock: Clock) -> None:
-    """Hold the kernels against the reference on one tile and two layers, every element."""
+    """Compare the kernels with the reference on one tile and two layers, every element."""
     build = Build(size, 1, 2, clock)
     for weights, norms in ((build.weights, build.norms), (build.folded, None)):
         inputs = {
@@ -209,7 +206,7 @@ def check_small(size: str, clock: Clock) -> None:
 
 
 class MemoryBench:
-    """What every case shares."""
+    """Times or tunes cases on one clock."""
 
     def __init__(self, clock: Clock, layers: int | None) -> None:
         self.clock, self.layers = clock, layers
@@ -226,9 +223,8 @@ class MemoryBench:
         build, name = self.inputs(size, tiles)
         ways, error = build.ways(compiled), build.error_of()
         float8 = {n: way for n, way in ways.items() if n == "ours fp8"}
-        right = keep_right(
-            name, {n: w for n, w in ways.items() if n not in float8}, error, self.clock.bound
-        )
+        others = {n: way for n, way in ways.items() if n not in float8}
+        right = keep_right(name, others, error, self.clock.bound)
         right |= keep_right(name, float8, error, FLOAT8_BOUND)
         work = build.work()
         stored = Work(work.flops, work.moved - build.memories[build.dtype].nbytes)
@@ -238,10 +234,8 @@ class MemoryBench:
 
     @torch.no_grad()
     def tune(self, case: tuple[str, int]) -> Iterator[Row]:
-        """Every shipped configuration of the kernels; the fastest belongs first in its list."""
-        from comemo_kernels import _descriptors
-        from comemo_kernels import _memory_build_tma as _build_tma
-        from comemo_kernels import memory_build as kernels
+        """Every shipped configuration of the kernels; the fastest has to become the first."""
+        from comemo_kernels import _descriptors, _memory_build_tma, memory_build
 
         build, name = self.inputs(*case)
         found = build.ways(compiled=False)
@@ -255,23 +249,13 @@ class MemoryBench:
             }
             bound = self.clock.bound
             right = keep_right(name, calls, build.error_of(), bound, must=False)
-            told = self.clock.time({"case": name, "pass": "tune"}, right, 1, build.work())
+            rows = self.clock.time({"case": name, "pass": "tune"}, right, 1, build.work())
             known = {f"{way} {n}": kernel for way in both for n, kernel in product.items()}
-            yield from tell_configurations(told, known)
+            yield from tell_configurations(rows, known)
 
-        plain = {"norm": kernels.norm_media, "project": kernels.project_media}
+        plain = {"norm": memory_build.norm_media, "project": memory_build.project_media}
         yield from timed(plain, lambda way: way)
         if _descriptors.AVAILABLE:
-            # Behind all others: a fault of these may end the process.
-            yield from timed({"project by TMA": _build_tma.project_tma}, by_tma)
-
-
-def by_tma(way: Callable[[int], Any]) -> Callable[[int], Any]:
-    """The same with the product by tensor descriptors allowed."""
-    from comemo_kernels import memory_build as build
-
-    def call(i: int) -> Any:
-        with mock.patch.object(build, "USE_TMA", True):
-            return way(i)
-
-    return call
+            # Last: a fault in these kernels may end the process.
+            by_descriptors = functools.partial(with_descriptors, memory_build)
+            yield from timed({"project by TMA": _memory_build_tma.project_tma}, by_descriptors)

@@ -1,9 +1,10 @@
-"""A whole mixin layer, and what stands around its attention, against a large copy.
+"""A whole mixin layer, and its fused norms, projections and residuals, compared with a large copy.
 
-Ways of a layer: `ours`, on a built memory; `published`, which builds keys and values of all image
-tokens in every call; `cached`, the same with them kept; `compile`, that under torch.compile. Passes
-`norm_linear`, `norm_swiglu` and `gated_residual` are the parts alone: `ours` against `eager`, the
-plain composition, by the bytes of their weights. A decode step also within a CUDA graph.
+Ways of a layer: `ours`, with a built memory; `published`, which builds keys and values of all image
+tokens in every call; `cached`, the same without the build; `compile`, `cached` under torch.compile.
+Passes `norm_linear`, `norm_swiglu` and `gated_residual` time these operations alone: `ours` and the
+`eager` composition, relative to the bytes of their weights. A decode step is also timed in a CUDA
+graph.
 """
 
 import argparse
@@ -19,8 +20,10 @@ import comemo_kernels as ops
 from bench import published
 from bench.cases import HEAD_DIM, MIXINS
 from bench.harness import assert_matches
+from bench.models import made_on
 from bench.published import Block
-from bench.readings import PICTURE, Reading
+from bench.readings import IMAGE, Reading
+from bench.tuning import each_configuration, tell_configurations
 from bench.ways import (
     Clock,
     Row,
@@ -29,10 +32,8 @@ from bench.ways import (
     add_way_arguments,
     compiles,
     each_case,
-    each_configuration,
     keep_right,
     relative_error,
-    tell_configurations,
 )
 from comemo.config import MixinConfig
 from comemo.mixin import EPS, MixinLayer
@@ -45,7 +46,7 @@ CASES = {
     "decode_32": (32, 1),
     "prefill_2k": (1, 2048),
 }
-COMPILED = (("2B", "decode_1"), ("2B", "prefill_2k"))  # the cases of few that are compiled
+COMPILED = (("2B", "decode_1"), ("2B", "prefill_2k"))  # with --few-compiled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,24 +69,24 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
 
 
 class Inputs(NamedTuple):
-    """One set of inputs: sets differ by address, not by value."""
+    """One set of inputs; sets are equal but have their own memory."""
 
     layer: MixinLayer
     block: Block
-    key: Tensor  # [M, H, D] at the ids of the images
+    key: Tensor  # [M, H, D] rotated by the place in the image
     value: Tensor
-    absolute: Tensor  # keys [B, M/B, H, D] at the ids of the prompts
+    absolute: Tensor  # keys [B, M/B, H, D] rotated by the ids of the prompts
     rows: Tensor  # values [B, M/B, H, D]
 
 
 class Mixing:
-    """A layer with random weights, prompts with an image each, and their tokens."""
+    """A layer with random weights, a memory of one image per prompt, and tokens."""
 
     def __init__(self, size: str, case: str, clock: Clock) -> None:
         d, heads, _, wide = MIXINS[size]
         (B, N), device = CASES[case], clock.device
-        self.reading = Reading(((N, (PICTURE,)),) * B)
-        self.device, self.dtype = device, clock.dtype
+        self.reading = Reading(((N, (IMAGE,)),) * B)
+        self.clock, self.dtype = clock, clock.dtype
         torch.manual_seed(0)
         config = MixinConfig(
             language_dim=d,
@@ -100,7 +101,7 @@ class Mixing:
         sizes = self.reading.sizes
         shift = biases[0].repeat_interleave(torch.tensor(sizes, device=device))
         self.prompt_ids = (ids + shift).long().view(B, -1)  # [B, M/B]
-        self.x, media = self.draw(B, N, d) / 4, self.draw(len(ids), d)
+        self.x, media = clock.draw(B, N, d) / 4, clock.draw(len(ids), d)
         table = ops.distance_table(HEAD_DIM, 1e6, 4096, torch.device(device))
         self.wide = published.widen(table, self.dtype)
         self.memory = ImageMemory.from_media(
@@ -109,9 +110,8 @@ class Mixing:
         self.rotation = self.memory.rotation(self.positions)
         self.media = media.view(B, -1, d)
         block = Block.of(layer)
-        key, value = torch.empty(
-            2, len(ids), heads, HEAD_DIM, device=device, dtype=self.dtype
-        ).unbind(0)
+        shape = (2, len(ids), heads, HEAD_DIM)
+        key, value = torch.empty(shape, device=device, dtype=self.dtype).unbind(0)
         reference.build_memory(
             media, [block.kv], [block.attn_norm], *table, ids, [key], [value], eps=EPS
         )
@@ -125,28 +125,20 @@ class Mixing:
             tensors = (t.clone() for t in first[2:])
             self.sets.append(Inputs(other, Block.of(other), *tensors))
 
-    def draw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
-
     def draw_layer(self, config: MixinConfig) -> MixinLayer:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-        try:
-            with torch.device(self.device):
-                layer = MixinLayer(config, 0)
-        finally:
-            torch.set_default_dtype(before)
+        with made_on(self.clock.device, self.dtype):
+            layer = MixinLayer(config, 0)
         for weight in layer.parameters():
             if weight.ndim == 2:
                 weight.normal_(std=weight.shape[1] ** -0.5)
-        # Of many random values the mean is small: what is read must count in what is compared.
+        # The attention averages random values, so its output is small: make it count in the error.
         layer.o_proj.weight.mul_(32)
         for gate in (layer.attn_gate, layer.mlp_gate):
             gate.fill_(0.5)
         return layer.requires_grad_(False)
 
     def build(self, block: Block) -> tuple[Tensor, Tensor]:
-        """As published, of media [B, M/B, d]."""
+        """Keys and values of media [B, M/B, d], as published."""
         return published.build(self.media, block.attn_norm, block.kv, *self.wide, self.prompt_ids)
 
     def _work(self, block: Block, key: Tensor) -> Work:
@@ -178,7 +170,7 @@ class Mixing:
         return ways
 
     def error_of(self) -> Callable[[str, Any], float]:
-        """How far the first and last prompt's first and last tokens are from exact arithmetic."""
+        """Relative error of the first and last tokens of the first and the last prompt."""
         B, N, _ = self.x.shape
         prompts = sorted({0, B - 1})
         tokens = sorted({*range(min(16, N)), *range(max(0, N - 16), N)})
@@ -192,17 +184,17 @@ class Mixing:
         k, v = published.build(media, block.attn_norm, block.kv, *wide, ids)
         x = some(self.x).double()
         wanted = published.mix(x, k, v, block, *wide, some(self.positions))
-        # Of what the layer adds: of the sum the residual would hide its errors.
+        # Without the residual, which would hide errors of what the layer adds.
         return lambda _, found: relative_error(some(found).double() - x, wanted - x)
 
 
 class Part(NamedTuple):
-    """One of the parts around attention, of which sets of weights differ by address."""
+    """One operation of the layer, with several sets of weights."""
 
     op: Callable[..., Tensor]
     eager: Callable[..., Tensor]
     inputs: list[dict[str, Tensor]]
-    moved: int  # bytes of its weights
+    moved: int  # bytes of the weights
 
     def work(self) -> Work:
         first = self.inputs[0]
@@ -217,10 +209,10 @@ class Part(NamedTuple):
 
 
 def parts_of(mixing: Mixing) -> dict[str, Part]:
-    """Each of the parts with the layer's weights, on what the layer would hand it."""
-    x, blocks = mixing.x, [s.block for s in mixing.sets]
-    read = mixing.draw(*x.shape[:-1], blocks[0].o.shape[1])
-    inner = mixing.draw(*x.shape[:-1], blocks[0].down.shape[1])
+    """Each operation with the layer's weights and inputs of the layer's shapes."""
+    x, blocks, draw = mixing.x, [s.block for s in mixing.sets], mixing.clock.draw
+    read = draw(*x.shape[:-1], blocks[0].o.shape[1])
+    inner = draw(*x.shape[:-1], blocks[0].down.shape[1])
     inputs: dict[str, list[dict[str, Tensor]]] = {
         "norm_linear": [{"x": x, "norm_weight": b.attn_norm, "weight": b.q} for b in blocks],
         "norm_swiglu": [
@@ -266,20 +258,21 @@ def time_case(size: str, case: str, clock: Clock, compiled: bool) -> Iterator[Ro
 
 @torch.no_grad()
 def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
-    """Every configuration of every kernel of the parts; the fastest belongs first in its list."""
-    from comemo_kernels import fused_linear as glue
+    """Every configuration of every kernel of the parts; the fastest has to become the first."""
+    from comemo_kernels import fused_linear
 
     mixing = Mixing(size, case, clock)
-    kernels = {n: kernel for n, kernel in vars(glue).items() if isinstance(kernel, Kernel)}
+    kernels = {n: kernel for n, kernel in vars(fused_linear).items() if isinstance(kernel, Kernel)}
     for verb, part in parts_of(mixing).items():
         swiglu = verb == "norm_swiglu"
         own = {n: k for n, k in kernels.items() if ("two" in n) == swiglu}
         wanted = part.eager(**{n: t.double() for n, t in part.inputs[0].items()})
         ways = each_configuration(own, part.ways()["ours"])
-        right = keep_right(
-            *(f"{case} {size} {verb}", ways, lambda _, y, w=wanted: relative_error(y, w)),
-            *(clock.bound, False),
-        )
         labels: Row = {"case": f"{case} {size} {verb}", "pass": "tune"}
-        told = clock.time(labels, right, len(mixing.sets), part.work())
-        yield from tell_configurations(told, own)
+
+        def error_of(_: str, found: Tensor, wanted: Tensor = wanted) -> float:
+            return relative_error(found, wanted)
+
+        right = keep_right(labels["case"], ways, error_of, clock.bound, must=False)
+        rows = clock.time(labels, right, len(mixing.sets), part.work())
+        yield from tell_configurations(rows, own)

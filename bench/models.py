@@ -1,12 +1,15 @@
-"""Models of the published sizes with random weights, and what is said to them."""
+"""Models of the published sizes with random weights, a tokenizer and prompts for them."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import comemo_kernels as ops
+from bench import measure
 from comemo import CoMemoConfig, CoMemoForConditionalGeneration, CoMemoProcessor
 from comemo.tiny_checkpoint import make_checkpoint
 from comemo_kernels import ImageMemory
@@ -30,24 +33,37 @@ SIZES: dict[str, dict[str, dict[str, int]]] = {
 }
 
 
+@contextmanager
+def made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Modules made inside the `with` block have parameters of this device and dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def draw_model(
     size: str, dtype: torch.dtype, layers: int | None = None
 ) -> CoMemoForConditionalGeneration:
-    """A model with open gates, on a GPU if there is one; `layers` instead of the size's own."""
-    base = CoMemoConfig().to_dict() | {"text_config": None}  # told by llm_config alone
+    """A model with open gates, on a GPU if there is one.
+
+    Args:
+        size: "2B" or "9B".
+        dtype: of the weights.
+        layers: decoder layers; None for those of the size.
+    """
+    base = CoMemoConfig().to_dict() | {"text_config": None}  # it is made from llm_config
     parts = {part: base[part] | sizes for part, sizes in SIZES[size].items()}
     if layers:
         parts["llm_config"]["num_hidden_layers"] = layers
     config = CoMemoConfig.from_dict(base | parts)
     print(f"drawing random weights of {size}, {config.text_config.num_hidden_layers} layers")
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-            model = CoMemoForConditionalGeneration(config).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with made_on(measure.default_device(), dtype):
+        model = CoMemoForConditionalGeneration(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("_gate"):
@@ -56,14 +72,18 @@ def draw_model(
 
 
 def give_words(model: CoMemoForConditionalGeneration) -> CoMemoProcessor:
-    """A small tokenizer for a model of any vocabulary, which then says nothing but its words."""
+    """A processor with a small tokenizer; the model then generates only its words.
+
+    Args:
+        model: of any larger vocabulary. Its `lm_head` is zero for all other tokens afterwards.
+    """
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(Path(folder))
         processor = CoMemoProcessor.from_pretrained(folder)
     tokenizer = processor.tokenizer
     control = list(tokenizer.added_tokens_decoder)
     model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    with torch.no_grad():  # a logit of 0 is never the highest of hundreds
+    with torch.no_grad():  # a logit of 0 is never the largest of hundreds
         model.lm_head.weight[len(tokenizer) :].zero_()
         model.lm_head.weight[control].zero_()
     return processor
@@ -72,8 +92,12 @@ def give_words(model: CoMemoForConditionalGeneration) -> CoMemoProcessor:
 def draw_prompts(
     model: CoMemoForConditionalGeneration, grid: tuple[int, int], batch: int
 ) -> tuple[dict[str, Tensor], Tensor, ImageMemory]:
-    """Prompts of 96 words around a picture each, as ids, mask and positions; where the pictures
-    are, bool [B, N]; their memory, of random media."""
+    """Prompts with one image each and 96 words around it.
+
+    Returns:
+        Input ids, attention mask and position ids by name, each [B, N]; the image mask, bool
+        [B, N]; the image memory, of random media.
+    """
     device, config = model.device, model.config
     M = ops.image_tokens(grid, config.side)
     image = torch.zeros(batch, M + 96, dtype=torch.bool, device=device)

@@ -1,4 +1,4 @@
-"""What a conversation needs of memory, by a formula."""
+"""A formula for the peak memory of a conversation."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from comemo.chat.session import ChatSession
 
 
 def reset() -> None:
-    """Forget the largest memory of a GPU so far; that of a process cannot be forgotten."""
+    """Reset the peak memory of a GPU; that of a process cannot be reset."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -18,40 +18,40 @@ def predict(model: Any, session: ChatSession, tiles: int) -> int:
     """Bytes at the peak of an answer.
 
     Args:
-        model: whose weights count.
-        session: behind the answer: cache and memory are what it holds then.
-        tiles: of new pictures.
+        model: its weights count.
+        session: after the answer, with its KV cache and image memory.
+        tiles: of new images.
 
     Returns:
-        weights + cache + image memory and media + the larger of what the vision tower and a piece
-        of the prompt need for a moment.
+        weights + KV cache + image memory and media + the activations of the vision tower or of a
+        chunk of the prefill, whichever are larger.
     """
     report = session.report
     assert report is not None
     weights = sum(p.nbytes for p in model.parameters())
-    piece = min(report.read_tokens, session.prefill_chunk_size or report.read_tokens)
-    seeing = moment_of_vision(model, min(tiles, model.config.tiles_at_once), tiles)
-    reading = moment_of_reading(model, piece, report.prompt_tokens)
-    return weights + session.nbytes + max(seeing, reading)
+    chunk = min(report.read_tokens, session.prefill_chunk_size or report.read_tokens)
+    vision = vision_activations(model, min(tiles, model.config.tiles_at_once), tiles)
+    text = text_activations(model, chunk, report.prompt_tokens)
+    return weights + session.nbytes + max(vision, text)
 
 
-def moment_of_vision(model: Any, at_once: int, tiles: int) -> int:
-    """Bytes that the tower holds beside its weights: pixels of all tiles, and of those at once
-    residual, normed residual and both sides of the activation."""
+def vision_activations(model: Any, at_once: int, tiles: int) -> int:
+    """Bytes in the tower beside its weights: the pixels of all tiles, and for `at_once` of them
+    residual, normed residual, and input and output of the activation function."""
     vision, size = model.config.vision_config, model.dtype.itemsize
     side = vision.image_size[0]
     tokens = 1 + (side // vision.patch_size[0]) ** 2
-    held = 2 * vision.hidden_size + 2 * vision.intermediate_size
-    return size * (tiles * 3 * side**2 + at_once * tokens * held)
+    per_token = 2 * vision.hidden_size + 2 * vision.intermediate_size
+    return size * (tiles * 3 * side**2 + at_once * tokens * per_token)
 
 
-def moment_of_reading(model: Any, piece: int, prompt: int) -> int:
-    """Bytes that a layer holds beside weights and cache: for each token of the piece embeddings,
-    residuals before and behind the attention, normed residual before and after it is weighted, and
-    three rows of the widest product; a mask and repeated keys and values of the whole prompt where
-    a piece has a past."""
+def text_activations(model: Any, chunk: int, prompt: int) -> int:
+    """Bytes in a decoder layer beside weights and KV cache: for each token of the chunk its
+    embedding, the residual before and after the attention, the normed residual without and with
+    its weight, and three rows of the widest GEMM; for a chunk with a past also the mask and
+    repeated keys and values of the whole prompt."""
     text, size = model.config.text_config, model.dtype.itemsize
-    held = piece * (5 * text.hidden_size + 3 * text.intermediate_size)
-    if 1 < piece < prompt:
-        held += piece * prompt + 2 * prompt * text.num_attention_heads * text.head_dim
-    return size * held
+    elements = chunk * (5 * text.hidden_size + 3 * text.intermediate_size)
+    if 1 < chunk < prompt:
+        elements += chunk * prompt + 2 * prompt * text.num_attention_heads * text.head_dim
+    return size * elements

@@ -1,4 +1,4 @@
-"""Pictures of what was measured; measures nothing itself."""
+"""Plots of measured rows."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +14,15 @@ LABELS = {
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> list[Path]:
     """A PNG for each benchmark: a bar for each way, grouped by case and pass.
 
-    Bars are the share of a plain copy's bandwidth, or of the limit, where rows tell it, else
-    microseconds.
+    Bars show the first column of `LABELS` that all rows of a benchmark have: the share of a copy's
+    bandwidth, the share of the limit, or microseconds.
 
     Args:
         rows: of `results.json`.
         out: folder for `<bench>.png`.
 
     Returns:
-        The files; none where matplotlib is not installed, which is said.
+        The files; none, with a message, if matplotlib is not installed.
     """
     try:
         import matplotlib

@@ -1,8 +1,8 @@
-"""Position ids of whole prompts: one launch, against the published loops over tiles on the host.
+"""Position ids of whole prompts: one launch, compared with the published loops on the host.
 
-Ways: `eager`, loops over tiles with torch.linspace on the CPU and a copy to the device, as the
-published code numbers a prompt; `reference`, this library's vectorised PyTorch on the device;
-`ours`. `ours` without validation waits for nothing.
+Ways: `eager`, loops over tiles with torch.linspace on the CPU and a copy to the device, like the
+published code; `reference`, this library's vectorised PyTorch on the device; `ours`; and `ours, not
+validated`, which has no sync.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = measure.default_device()
     for case in options.cases:
         prompt = SIZES[case]
         image, attention = prompt.masks(device)
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         wanted = ways["reference"]()
         for name, way in ways.items():
             if not torch.equal(way(), wanted):
-                raise RuntimeError(f"positions: {name} numbers {case} otherwise, it is not timed")
+                raise RuntimeError(f"positions: {name} is not timed: other ids for {case}")
         calls = {name: _of_any_set(way) for name, way in ways.items()}
         for name, timing in measure.compare(calls, 4, device, options.rounds).items():
             row: dict[str, Any] = {"case": case, "pass": "forward", "way": name}
@@ -63,13 +63,13 @@ def _of_any_set(call: Callable[[], Tensor]) -> Callable[[int], Tensor]:
 
 
 def number_as_published(prompt: Prompt, device: str, side: int = 16) -> Tensor:
-    """Ids [B, N], one tile column after the other by rounding down a float64 linspace."""
+    """Ids [B, N]: tile by tile, column by column, by rounding down a float64 linspace."""
     rows = []
     for _ in range(prompt.batch):
         parts, count = [], 0
-        for ahead, grids, behind in prompt.samples:
-            parts.append(count + torch.arange(ahead))
-            count += ahead
+        for before, grids, after in prompt.samples:
+            parts.append(count + torch.arange(before))
+            count += before
             for cols, tiles_down in grids:
                 raster = torch.arange(side * side).view(side, side)
                 for i in range(cols if cols * tiles_down > 1 else 0):
@@ -82,7 +82,7 @@ def number_as_published(prompt: Prompt, device: str, side: int = 16) -> Tensor:
                         parts.append(count + raster[y.long()][:, x.long()].flatten())
                 parts.append(count + raster.flatten())
                 count += side * side
-                parts.append(count + torch.arange(behind))
-                count += behind
+                parts.append(count + torch.arange(after))
+                count += after
         rows.append(torch.cat(parts))
     return torch.stack(rows).to(device)

@@ -1,10 +1,10 @@
-"""Vision tokens to image tokens, in the sequence and in the memory's media.
+"""The projection of vision tokens to image tokens, into the sequence and the memory's media.
 
-Ways: `published`, operation by operation, the fold as two permuted copies, the sequence by a mask;
-`compile`, that under torch.compile; `library`, PyTorch's LayerNorm and products around a fold of
-one copy; `library, norm ours`, one kernel that folds and norms in front of PyTorch's products;
-`ours`, `project_tiles`. Passes: `forward`, into both destinations; `backward`, of media alone with
-the forward pass that it needs, gradients of tokens and of all weights.
+Ways: `published`, one operation at a time, the fold as two permuted copies, the sequence by a mask;
+`compile`, the same under torch.compile; `library`, PyTorch's LayerNorm and GEMMs with a fold of
+one copy; `library, norm ours`, one kernel for fold and norm before PyTorch's GEMMs; `ours`,
+`project_tiles`. Passes: `forward`, into both destinations; `backward`, forward and backward of the
+media only, with gradients of tokens and all weights.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from torch import Tensor
 import comemo_kernels as ops
 from bench.cases import MIXINS, TOKENS_PER_TILE
 from bench.harness import assert_matches
+from bench.tuning import each_configuration, tell_configurations
 from bench.ways import (
     Clock,
     Row,
@@ -26,18 +27,16 @@ from bench.ways import (
     add_way_arguments,
     compiles,
     each_case,
-    each_configuration,
     keep_right,
     relative_error,
-    tell_configurations,
 )
 from comemo_kernels import reference
 from comemo_kernels._op import Kernel
 
 CHANNELS, SIDE = 1024, 32  # of InternViT-300M
-AHEAD, BEHIND = 60, 36  # words around the picture
+BEFORE, AFTER = 60, 36  # text tokens around the image
 TILES = (1, 13, 52)
-COMPILED = ("2B", 13)  # the case of few that are compiled
+COMPILED = ("2B", 13)  # the one case that is compiled with --few-compiled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,7 +59,7 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
 
 
 class Weights(NamedTuple):
-    """Of a projector, in the order that `project_tiles` takes them."""
+    """Weights of a projector, in the order of arguments of `project_tiles`."""
 
     norm_weight: Tensor
     norm_bias: Tensor
@@ -71,7 +70,7 @@ class Weights(NamedTuple):
 
 
 def project_as_published(tokens: Tensor, weights: Weights) -> Tensor:
-    """[T, tokens, d]: the class token cut off, folded by two permuted copies."""
+    """Image tokens [T, tokens, d]: without the class token, folded by two permuted copies."""
     T, C = tokens.shape[0], tokens.shape[2]
     x = tokens[:, 1:].reshape(T, SIDE, SIDE // 2, 2 * C).permute(0, 2, 1, 3).contiguous()
     x = x.view(T, SIDE // 2, SIDE // 2, 4 * C).permute(0, 2, 1, 3).contiguous()
@@ -79,6 +78,7 @@ def project_as_published(tokens: Tensor, weights: Weights) -> Tensor:
 
 
 def multiply(x: Tensor, weights: Weights) -> Tensor:
+    """Both GEMMs and the activation, on normed tokens."""
     y = F.gelu(F.linear(x, weights.weight1, weights.bias1))
     return F.linear(y, weights.weight2, weights.bias2)
 
@@ -92,30 +92,27 @@ class Projection:
 
     def __init__(self, size: str, tiles: int, clock: Clock) -> None:
         d, W = MIXINS[size].width, 4 * CHANNELS
-        self.device, self.dtype = clock.device, clock.dtype
+        self.device, draw = clock.device, clock.draw
         torch.manual_seed(0)
-        self.tokens = self.draw(tiles, 1 + SIDE * SIDE, CHANNELS)
+        self.tokens = draw(tiles, 1 + SIDE * SIDE, CHANNELS)
         self.weights = Weights(
-            norm_weight=1 + 0.1 * self.draw(W),
-            norm_bias=0.1 * self.draw(W),
-            weight1=self.draw(d, W) / W**0.5,
-            bias1=0.1 * self.draw(d),
-            weight2=self.draw(d, d) / d**0.5,
-            bias2=0.1 * self.draw(d),
+            norm_weight=1 + 0.1 * draw(W),
+            norm_bias=0.1 * draw(W),
+            weight1=draw(d, W) / W**0.5,
+            bias1=0.1 * draw(d),
+            weight2=draw(d, d) / d**0.5,
+            bias2=0.1 * draw(d),
         )
         count = tiles * TOKENS_PER_TILE
-        self.mask = torch.zeros(1, AHEAD + count + BEHIND, dtype=torch.bool, device=self.device)
-        self.mask[:, AHEAD : AHEAD + count] = True
+        self.mask = torch.zeros(1, BEFORE + count + AFTER, dtype=torch.bool, device=self.device)
+        self.mask[:, BEFORE : BEFORE + count] = True
         self.rows = ops.image_rows(self.mask, count)
-        self.embeds = self.draw(*self.mask.shape, d)
-        self.media = self.draw(count, d)
-        self.cotangent = self.draw(tiles, TOKENS_PER_TILE, d)
-
-    def draw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, device=self.device, dtype=self.dtype)
+        self.embeds = draw(*self.mask.shape, d)
+        self.media = draw(count, d)
+        self.cotangent = draw(tiles, TOKENS_PER_TILE, d)
 
     def work(self, backward: bool) -> Work:
-        """Products, three times of them with gradients; bytes that must move once."""
+        """FLOPs of the GEMMs and bytes that move once; both three times with gradients."""
         R, d = self.media.shape
         W = 4 * CHANNELS
         flops, moved = 2 * R * d * (W + d), sum(t.nbytes for t in self.weights)
@@ -123,7 +120,7 @@ class Projection:
         return Work(flops, moved) if not backward else Work(3 * flops, 3 * moved)
 
     def both(self, project: Callable[[Tensor, Weights], Tensor]) -> tuple[Tensor, Tensor]:
-        """Media and sequence, the latter by the mask as published."""
+        """Media and sequence; the sequence is filled by a mask, as published."""
         media = project(self.tokens, self.weights).flatten(0, 1)
         return media, self.embeds.masked_scatter(self.mask[..., None], media)
 
@@ -175,7 +172,7 @@ class Projection:
         return call
 
     def error_of(self, backward: bool) -> Callable[[str, Any], float]:
-        """How far the first and the last tile are from exact arithmetic, and all gradients."""
+        """Relative error of the first and the last tile; with `backward` of all gradients."""
         ends = sorted({0, len(self.tokens) - 1})
         if not backward:
             exact = (self.tokens[ends].double(), *(t.double() for t in self.weights))
@@ -183,10 +180,10 @@ class Projection:
 
             def error(_: str, found: Any) -> float:
                 media, embeds = found
-                seen = embeds.flatten(0, 1)[self.rows]
+                embedded = embeds.flatten(0, 1)[self.rows]
                 return max(
                     relative_error(t.view(len(self.tokens), -1, t.shape[-1])[ends], wanted)
-                    for t in (media, seen)
+                    for t in (media, embedded)
                 )
 
             return error
@@ -199,7 +196,7 @@ class Projection:
 
 
 def check_small(size: str, clock: Clock) -> None:
-    """Hold the kernels against the reference on one tile, every element and gradient."""
+    """Compare the kernels with the reference on one tile, every element and gradient."""
     case = Projection(size, 1, clock)
     inputs = {"tokens": case.tokens} | case.weights._asdict()
     for gradients in (False, True):
@@ -209,7 +206,7 @@ def check_small(size: str, clock: Clock) -> None:
 
 
 class ProjectBench:
-    """What every case shares."""
+    """Times or tunes cases on one clock."""
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
@@ -217,13 +214,13 @@ class ProjectBench:
     @torch.no_grad()
     def time_case(self, case: tuple[str, int], compiled: bool) -> Iterator[Row]:
         size, tiles = case
-        if self.clock.device == "cuda":  # on a CPU they are one
+        if self.clock.device == "cuda":  # on a CPU the reference runs
             check_small(size, self.clock)
         inputs, name = Projection(size, tiles, self.clock), f"{size} {tiles} tiles"
         for backward in (False, True):
             ways = (inputs.backward_ways if backward else inputs.forward_ways)(compiled)
             error, work = inputs.error_of(backward), inputs.work(backward)
-            # A bias's gradient sums all rows, which a CPU does in bfloat16.
+            # A bias's gradient sums over all rows; a CPU does so in bfloat16.
             right = keep_right(name, ways, error, self.clock.bound * (4 if backward else 1))
             labels: Row = {"case": name, "pass": "backward" if backward else "forward"}
             yield from self.clock.time(labels, right, 1, work)
@@ -232,14 +229,13 @@ class ProjectBench:
 
     @torch.no_grad()
     def tune(self, case: tuple[str, int]) -> Iterator[Row]:
-        """Every shipped configuration of the kernels; the fastest belongs first in its list."""
-        from comemo_kernels import _gemm as _product
-        from comemo_kernels import _unshuffle_norm as _fold
+        """Every shipped configuration of the kernels; the fastest has to become the first."""
+        from comemo_kernels import _gemm, _unshuffle_norm
 
         inputs, name = Projection(*case, self.clock), f"{case[0]} {case[1]} tiles"
         for backward, kernels in (
-            (False, {"fold": _fold.fold_norm, "product": _product.product}),
-            (True, {"fold gradient": _fold.fold_norm_gradient}),
+            (False, {"fold": _unshuffle_norm.fold_norm, "product": _gemm.product}),
+            (True, {"fold gradient": _unshuffle_norm.fold_norm_gradient}),
         ):
             found = inputs.backward_ways(False) if backward else inputs.forward_ways(False)
             shipped: dict[str, Kernel] = kernels
@@ -249,5 +245,5 @@ class ProjectBench:
             }
             error, work = inputs.error_of(backward), inputs.work(backward)
             right = keep_right(name, calls, error, self.clock.bound, must=False)
-            told = self.clock.time({"case": name, "pass": "tune"}, right, 1, work)
-            yield from tell_configurations(told, {f"ours {n}": k for n, k in shipped.items()})
+            rows = self.clock.time({"case": name, "pass": "tune"}, right, 1, work)
+            yield from tell_configurations(rows, {f"ours {n}": k for n, k in shipped.items()})

@@ -1,4 +1,4 @@
-"""The mixin layer as published, operation by operation: what this library is held against."""
+"""The mixin layer as published, one PyTorch operation at a time: the baseline."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from comemo_kernels.reference.fused_linear import rms_norm
 
 
 class Block(NamedTuple):
-    """Weights of a mixin layer, as what torch.compile takes for inputs."""
+    """Weights of a mixin layer, as inputs of a compiled function."""
 
     attn_norm: Tensor
     q: Tensor
@@ -45,19 +45,23 @@ class Block(NamedTuple):
 
     @property
     def read_bytes(self) -> int:
-        """Of the weights that a layer with a built memory reads."""
+        """Bytes of the weights that a layer with a built memory reads."""
         return sum(t.nbytes for t in self) - self.kv.nbytes
 
 
 def widen(table: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos, sin [P, D/2] doubled to [P, D], rounded to the activations' dtype."""
+    """cos, sin [P, D/2] repeated to [P, D], rounded to the activations' dtype."""
     cos, sin = (torch.cat([t, t], -1).to(dtype) for t in table)
     return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, ids: Tensor) -> Tensor:
-    """[..., H, D] by rows `ids` [...] of doubled tables [P, D], in float32 at least."""
-    cos, sin = cos[ids].unsqueeze(-2), sin[ids].unsqueeze(-2)
+    """Rotate [..., H, D] by rows `ids` [...] of tables [P, D] of `widen`."""
+    return rotate_by(x, cos[ids].unsqueeze(-2), sin[ids].unsqueeze(-2))
+
+
+def rotate_by(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate halves of [..., H, D] by cos, sin [..., 1, D], in float32 at least."""
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     first, second = exact.chunk(2, dim=-1)
     return (exact * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
@@ -73,7 +77,7 @@ def build(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[B, N, H, D] over [B, M, G, D], by whatever SDPA chooses."""
+    """q [B, N, H, D] on keys and values [B, M, G, D], by the backend that SDPA chooses."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
@@ -81,7 +85,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 def mix(
     x: Tensor, k: Tensor, v: Tensor, block: Block, cos: Tensor, sin: Tensor, ids: Tensor
 ) -> Tensor:
-    """x [B, N, d] behind the layer, which reads k, v [B, M, G, D]; `ids` [B, N] of the queries."""
+    """The layer on x [B, N, d]: it reads k, v [B, M, G, D]; `ids` [B, N] of the queries."""
     q = F.linear(rms_norm(x, block.attn_norm, EPS), block.q).unflatten(-1, (-1, k.shape[-1]))
     read = attend(rotate(q, cos, sin, ids), k, v).flatten(2)
     x = x + block.attn_gate.tanh() * F.linear(read, block.o)

@@ -1,4 +1,4 @@
-"""Who asks and who reads which images, by name: cases of attention over the image memory."""
+"""Cases of attention over the image memory, by name: which queries read which images."""
 
 import itertools
 from dataclasses import dataclass
@@ -10,30 +10,30 @@ import comemo_kernels as ops
 from bench.cases import PROMPTS, Prompt
 from comemo_kernels.grids import Grid
 
-PICTURE: Grid = (4, 3)  # 13 tiles with its thumbnail, 3,328 tokens
-AHEAD, SPENT = 64, 292  # ids ahead of the first image; of an image and the words behind it
+IMAGE: Grid = (4, 3)  # 13 tiles with its thumbnail, 3,328 tokens
+BEFORE, PER_IMAGE = 64, 292  # ids before the first image; ids of an image and the text after it
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Samples, each with its queries and the images that they read."""
+    """Samples, each with a number of queries and the images that they read."""
 
     samples: tuple[tuple[int, tuple[Grid, ...]], ...]
-    packed: bool = False  # samples share one row; else each is a row
-    shared: bool = False  # all read the images of the first sample
+    packed: bool = False  # samples are packed into one row; otherwise each is a row
+    shared: bool = False  # all samples read the images of the first
 
     @classmethod
     def of(cls, prompt: Prompt) -> "Reading":
-        """Of a packed row: every token asks for the images of its own sample."""
+        """A packed row: every token reads the images of its own sample."""
         samples = tuple(
-            (ahead + sum(ops.image_tokens(grid) + behind for grid in grids), tuple(grids))
-            for ahead, grids, behind in prompt.samples
+            (before + sum(ops.image_tokens(grid) + after for grid in grids), tuple(grids))
+            for before, grids, after in prompt.samples
         )
         return cls(samples, packed=True)
 
     @property
     def queries(self) -> int:
-        """Of all rows."""
+        """Queries of all rows."""
         return sum(count for count, _ in self.samples)
 
     @property
@@ -43,7 +43,7 @@ class Reading:
 
     @property
     def grids(self) -> list[Grid]:
-        """Of the memory's images."""
+        """Grids of the images in the memory."""
         samples = self.samples[:1] if self.shared else self.samples
         return [grid for _, grids in samples for grid in grids]
 
@@ -59,12 +59,12 @@ class Reading:
 
     @property
     def pairs(self) -> int:
-        """Of a query and a key that it reads."""
+        """Number of (query, key) pairs."""
         return sum(n * m for (n, _), m in zip(self.samples, self.lengths, strict=True))
 
     @property
     def uniform(self) -> bool:
-        """Whether rows are what a batch of SDPA takes without a mask."""
+        """Whether SDPA can process the batch without a mask."""
         return not self.packed and len(set(self.lengths)) == 1
 
     @property
@@ -72,9 +72,9 @@ class Reading:
         return not self.packed and self.samples[0][0] == 1
 
     def positions(self, device: str) -> Tensor:
-        """Ids of the queries [B, N]: a decoded token's behind its images, else from 0 on."""
+        """Ids of the queries [B, N]: after the images for a decode step, otherwise 0, 1, ..."""
         if self.decoding:
-            rows = [[AHEAD + SPENT * len(grids)] for _, grids in self.samples]
+            rows = [[BEFORE + PER_IMAGE * len(grids)] for _, grids in self.samples]
             return torch.tensor(rows, device=device)
         parts = [torch.arange(count, device=device) for count, _ in self.samples]
         return torch.cat(parts).view(self.shape)
@@ -87,7 +87,7 @@ class Reading:
         return [(end - length, end) for end, length in zip(ends, self.lengths, strict=True)]
 
     def spans(self, device: str) -> Tensor:
-        """int64 [B, 1, 2], of a packed row [1, N, 2]; as the model's memory holds them."""
+        """int64 [B, 1, 2], or [1, N, 2] of a packed row, like the model's image memory."""
         spans = torch.tensor(self.ranges(), device=device)
         if not self.packed:
             return spans[:, None]
@@ -95,23 +95,23 @@ class Reading:
         return spans.repeat_interleave(counts, 0)[None]
 
     def places(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids [M] within their images; first key and bias of each image, int32 [I] and [1, I]."""
+        """Place [M] of each key in its image; first key [I], bias [1, I] of each image; int32."""
         ids = torch.cat([ops.image_position_ids(grid) for grid in self.grids]).int()
         starts = [0, *itertools.accumulate(self.sizes)][:-1]
         samples = self.samples[:1] if self.shared else self.samples
-        biases = [AHEAD + SPENT * i for _, grids in samples for i in range(len(grids))]
+        biases = [BEFORE + PER_IMAGE * i for _, grids in samples for i in range(len(grids))]
         starts, biases = (
             torch.tensor(t, dtype=torch.int32, device=device) for t in (starts, [biases])
         )
         return ids.to(device), starts, biases
 
 
-def _prompt(queries: int, pictures: int) -> Reading:
-    return Reading(((queries, (PICTURE,) * pictures),))
+def _prompt(queries: int, images: int) -> Reading:
+    return Reading(((queries, (IMAGE,) * images),))
 
 
 def _batch(rows: int, shared: bool = False) -> Reading:
-    return Reading(((1, (PICTURE,)),) * rows, shared=shared)
+    return Reading(((1, (IMAGE,)),) * rows, shared=shared)
 
 
 RAGGED: tuple[Grid, ...] = ((4, 3), (2, 2), (3, 2), (1, 1), (3, 3), (4, 3), (2, 1), (1, 1))

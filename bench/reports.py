@@ -1,13 +1,12 @@
-"""A pytest plugin that writes down what a run finds as it comes: `-p bench.reports --reports DIR`.
+"""A pytest plugin that writes outcomes as they come: `-p bench.reports --reports DIR`.
 
-`collected`: how many tests there are. `tests.jsonl`: a line for each that ran or was skipped, and
-for each file that could not be read: test, outcome, seconds, the error's message or the reason.
-`errors-*.jsonl`, of each process that runs tests: a line for each comparison of the harness: file,
-op, dtype, output, the share of its budget that the error takes, test. A run that is killed leaves
-what it has written.
+`collected`: the number of tests. `tests.jsonl`: a line for each test that ran or was skipped, and
+for each file that could not be imported: test, outcome, seconds, the error's message or the reason.
+`errors-*.jsonl`, one per process: a line for each comparison of the harness: file, op, dtype,
+output, the error's share of its budget, test. Lines are complete if the run is killed.
 
-A worker of pytest-xdist whose GPU context a test has destroyed ends: in another the next tests are
-what they are. Else it would fail them all, faster than the others could take them.
+A worker of pytest-xdist exits if a test has destroyed its GPU context; a new one runs the next
+tests. Otherwise it would fail all remaining tests, faster than other workers could run them.
 """
 
 import json
@@ -20,7 +19,7 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--reports", help="folder for what tests find, as JSON lines")
+    parser.addoption("--reports", help="folder for outcomes and errors, as JSON lines")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -28,7 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if folder is None:
         return
     worker = getattr(config, "workerinput", {}).get("workerid")
-    if worker is None:  # alone, or what workers report to
+    if worker is None:  # the only process, or the controller of the workers
         config.pluginmanager.register(Outcomes(Path(folder) / "tests.jsonl"))
     if worker is not None:
         config.pluginmanager.register(Health())
@@ -37,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Outcomes:
-    """Writes how each test ended."""
+    """Writes the outcome of each test."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -64,18 +63,18 @@ class Outcomes:
         line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(seconds, 3)}
         if report.outcome == "failed":
             crash = getattr(report.longrepr, "reprcrash", None)
-            # Of a file that cannot be read the last line is the error.
+            # Without a crash entry, as for a failed import, the last line is the error.
             text = crash.message if crash else str(report.longrepr).strip().rpartition("\n")[2]
-            line["said"] = text.removeprefix("E ").strip()
+            line["message"] = text.removeprefix("E ").strip()
         elif report.outcome == "skipped":
-            told = report.longrepr
-            line["said"] = told[2] if isinstance(told, tuple) else str(told)
+            skip = report.longrepr
+            line["message"] = skip[2] if isinstance(skip, tuple) else str(skip)
         with self.file.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
 
 class Health:
-    """Ends a process that can do nothing more."""
+    """Exits a worker that has lost its GPU."""
 
     failed = False
 
@@ -86,13 +85,13 @@ class Health:
     def pytest_runtest_protocol(self) -> Iterator[None]:
         yield
         if self.failed and _is_lost():
-            os._exit(1)  # what it has reported is sent; the test counts as one that crashed
+            os._exit(1)  # reports are sent already; xdist counts the test as crashed
         self.failed = False
 
 
 def _is_lost() -> bool:
-    """Whether every call of the GPU fails from now on."""
-    import torch  # not where nothing but reports is done
+    """Whether the CUDA context is destroyed: every further call fails."""
+    import torch  # here: the controller needs no torch
 
     if not torch.cuda.is_initialized():
         return False
@@ -104,7 +103,7 @@ def _is_lost() -> bool:
 
 
 class Errors:
-    """Writes what the harness compares."""
+    """Writes the comparisons of the harness."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

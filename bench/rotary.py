@@ -1,10 +1,10 @@
-"""Rotary embedding of q and k: GB/s of several ways, against a plain copy in the same run.
+"""Rotary embedding of q and k: GB/s of several ways, relative to a plain copy in the same run.
 
-Ways: `eager`, the published one (gather rows of a table, rotate by halves); `compile`, this
-library's reference under torch.compile; `liger`, where Liger-Kernel is installed (it rotates in
-place, in the activations' dtype, from rows already gathered, and copies what is not contiguous);
-`ours`, `ours in place` and `ours grids`, which derives ids from the picture's grid. Rows `host`:
-what a call costs the host, and what it takes within a CUDA graph.
+Ways: `eager`, the published one (gather rows of a table, rotate halves); `compile`, this library's
+reference under torch.compile; `liger`, if Liger-Kernel is installed (it rotates in place, in the
+activations' dtype, with rows gathered beforehand, and copies inputs that are not contiguous);
+`ours`, `ours in place`, and `ours grids`, which computes ids from the image's grid. Rows `host`:
+time of a call on the host, and in a CUDA graph.
 """
 
 import argparse
@@ -16,18 +16,11 @@ import torch
 from torch import Tensor
 
 import comemo_kernels as ops
-from bench import measure
+from bench import measure, published
 from bench.cases import HEAD_DIM, HEADS, PROMPTS, Prompt
 from bench.harness import assert_matches
-from bench.ways import (
-    Row,
-    add_compile_arguments,
-    compiles,
-    each_configuration,
-    keep_right,
-    relative_error,
-    tell_configurations,
-)
+from bench.tuning import each_configuration, tell_configurations
+from bench.ways import Row, add_compile_arguments, compiles, keep_right, relative_error
 from comemo_kernels import reference
 from comemo_kernels.rotary import rotary_kernel
 
@@ -38,7 +31,7 @@ except ImportError:
 
 SIZES = ("chat_1k", "one_image_3k", "pack_16k")
 LAYOUTS = ("contiguous", "packed qkv")
-COMPILED = ("2B", "one_image_3k", "contiguous")  # the case of few that are compiled
+COMPILED = ("2B", "one_image_3k", "contiguous")  # with --few-compiled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Iterator[Row]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = measure.default_device()
     if options.tune and device == "cpu":
         raise SystemExit("python -m bench rotary --tune: needs a GPU, found none")
     name = options.dtype or ("bfloat16" if device == "cuda" else "float32")
@@ -73,7 +66,7 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
 
 
 class RotaryBench:
-    """What every case shares: device, dtype, and the bandwidth that it is held against."""
+    """Times cases on one device and in one dtype, relative to the bandwidth of a copy."""
 
     def __init__(self, device: str, dtype: torch.dtype, copy: float, rounds: int) -> None:
         self.device, self.dtype, self.copy, self.rounds = device, dtype, copy, rounds
@@ -93,12 +86,12 @@ class RotaryBench:
         )
 
     def ways(self, prompt: Prompt, compiled: bool) -> Iterator[tuple[str, Callable[..., Any]]]:
-        """Name and rotation (q, k) -> (q, k) of every way that can do a prompt."""
+        """Name and rotation (q, k) -> (q, k) of every way that supports a prompt."""
         cos, sin, (ids, *grids) = self.cos, self.sin, self.positions(prompt)
-        wide_cos, wide_sin = (torch.cat([t, t], -1).to(self.dtype) for t in (cos, sin))
+        wide_cos, wide_sin = published.widen((cos, sin), self.dtype)
         yield "eager", lambda q, k: rotate_as_published(q, k, wide_cos, wide_sin, ids)
         if compiled:
-            torch._dynamo.reset()
+            torch.compiler.reset()
             rotate = torch.compile(reference.apply_rotary)
             yield "compile", lambda q, k: rotate(q, k, cos, sin, ids)
         if LigerRopeFunction is not None and self.device == "cuda":
@@ -117,12 +110,12 @@ class RotaryBench:
     def right_ways(
         self, prompt: Prompt, heads: str, layout: str, compiled: bool
     ) -> dict[str, Callable[..., Any]]:
-        """The ways that are right; a wrong one is not timed, and if it is ours nothing is."""
+        """The correct ways; a wrong one is not timed, and if it is ours the run fails."""
         given = [(self.draw(prompt, heads, layout), prompt)]
         if prompt.decoding is None:
             small = Prompt([(40, [(2, 1)], 7)])
             leaves = tuple(x.requires_grad_() for x in self.draw(small, heads, layout))
-            given.append((leaves, small))  # gradients too
+            given.append((leaves, small))  # with gradients
         for (q, k), of in given:
             inputs = {"q": q, "k": k, "cos": self.cos, "sin": self.sin}
             for positions in self.positions(of):
@@ -135,39 +128,39 @@ class RotaryBench:
         right = {}
         for name, way in self.ways(prompt, compiled):
             try:
-                error = max(
-                    ((x.double() - y).norm() / y.norm()).item()
-                    for x, y in zip(way(q.clone(), k.clone()), exact, strict=True)
-                )
-            except Exception as fault:  # another library's, in a version that we do not know
+                found = way(q.clone(), k.clone())
+                error = max(relative_error(x, y) for x, y in zip(found, exact, strict=True))
+            except Exception as fault:  # of another library, in an unknown version
                 print(f"rotary: {name} is not timed: {type(fault).__name__}: {fault}")
                 continue
-            if error < 1e-2:  # bfloat16 rounds to 4e-3
+            if error < 1e-2:  # bfloat16 rounds by 4e-3
                 right[name] = way
             else:
-                print(f"rotary: {name} is not timed: it errs by {error:.1e}")
+                print(f"rotary: {name} is not timed: relative error {error:.1e}")
         return right
 
     def positions(self, prompt: Prompt) -> list[Any]:
-        """Its ids, and its grids where it has some."""
+        """A prompt's ids, and its grids if it is one row with images."""
         found: list[Any] = [prompt.position_ids(self.device)]
         if prompt.grids and prompt.batch == 1:
             found.append(prompt.image_grids(self.device))
         return found
 
     def time_case(self, case: str, heads: str, layout: str, compiled: bool) -> list[Row]:
-        """Forward and backward of every way, on inputs that no cache holds."""
+        """Forward and backward of every way, with cold caches."""
         prompt = PROMPTS[case]
         H, G = HEADS[heads]
         moved = 2 * prompt.batch * prompt.tokens * (H + G) * HEAD_DIM * self.dtype.itemsize
-        sets = max(2, min(64, -(-measure.cache_bytes(self.device) // moved)))
+        sets = measure.cold_sets(self.device, moved, 64)
         ways = self.right_ways(prompt, heads, layout, compiled)
         inputs = [self.draw(prompt, heads, layout) for _ in range(sets)]
         rows = []
 
         def record(direction: str, calls: dict[str, Callable[[int], Any]]) -> None:
             for name, timing in measure.compare(calls, sets, self.device, self.rounds).items():
-                speed = moved / timing.us * 1e6
+                speed, extra = moved / timing.us * 1e6, 0.0
+                if self.device == "cuda":
+                    extra = measure.extra_mib(functools.partial(calls[name], 0))
                 rows.append(
                     {
                         "case": f"{case} {heads} {layout}",
@@ -178,9 +171,7 @@ class RotaryBench:
                         "high_us": timing.high_us,
                         "gb_s": speed / 1e9,
                         "of_copy": speed / self.copy,
-                        "extra_mib": measure.extra_mib(functools.partial(calls[name], 0))
-                        if self.device == "cuda"
-                        else 0.0,
+                        "extra_mib": extra,
                     }
                 )
 
@@ -193,13 +184,12 @@ class RotaryBench:
             return ops.apply_rotary(q, k, self.cos, self.sin, ids, inplace=True)
 
         with torch.no_grad():
-            record(
-                "forward", {n: call(way) for n, way in (ways | {"ours in place": in_place}).items()}
-            )
+            forward = ways | {"ours in place": in_place}
+            record("forward", {name: call(way) for name, way in forward.items()})
         gradients = {}
         for name, way in ways.items():
             leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in inputs]
-            # Of what is not a leaf, which Liger may write into.
+            # Views are no leaves, so Liger may write into them.
             outputs = [way(*(x.view_as(x) for x in pair)) for pair in leaves]
             gradients[name] = self._gradient(outputs, leaves, inputs)
         record("backward", gradients)
@@ -212,7 +202,7 @@ class RotaryBench:
         )
 
     def time_host(self, heads: str) -> list[Row]:
-        """A decode step's call: the host's time, and the GPU's within a graph."""
+        """A call of a decode step: time on the host, and time in a CUDA graph."""
         rows = []
         for case in ("decode_1", "decode_32", "chat_1k"):
             prompt = PROMPTS[case]
@@ -234,13 +224,13 @@ class RotaryBench:
 
     @torch.no_grad()
     def tune(self, case: str, heads: list[str]) -> Iterator[Row]:
-        """Every shipped configuration of the kernel; the fastest belongs first in its list."""
+        """Every shipped configuration of the kernel; the fastest has to become the first."""
         prompt, kernels = PROMPTS[case], {"ours": rotary_kernel}
         ids = prompt.position_ids(self.device)
         for size in heads:
             H, G = HEADS[size]
             moved = 2 * prompt.tokens * (H + G) * HEAD_DIM * self.dtype.itemsize
-            sets = max(2, min(64, -(-measure.cache_bytes(self.device) // moved)))
+            sets = measure.cold_sets(self.device, moved, 64)
             inputs = [self.draw(prompt, size, "contiguous") for _ in range(sets)]
             q, k = inputs[0]
             exact = reference.apply_rotary(q.double(), k.double(), self.cos, self.sin, ids)
@@ -262,12 +252,6 @@ class RotaryBench:
 
 
 def rotate_as_published(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, ids: Tensor) -> Any:
-    """Gather rows [B, N, D] of doubled tables in the activations' dtype, rotate in float32."""
+    """Gather rows [B, N, D] of tables of `published.widen` once, rotate q and k in float32."""
     cos, sin = cos[ids].unsqueeze(2), sin[ids].unsqueeze(2)
-
-    def rotate(x: Tensor) -> Tensor:
-        x = x.float()
-        first, second = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-    return rotate(q).to(q.dtype), rotate(k).to(k.dtype)
+    return published.rotate_by(q, cos, sin), published.rotate_by(k, cos, sin)

@@ -1,7 +1,7 @@
-"""One small launch of every kernel, to be looked at by a tool: `python -m bench.sanitize`.
+"""One small launch of every kernel for compute-sanitizer: `python -m bench.sanitize`.
 
-compute-sanitizer makes each access many times slower: no shape is larger than what every loop and
-every mask of a kernel needs.
+The tool makes each memory access many times slower. So shapes are just large enough for every loop
+and every mask of a kernel.
 """
 
 import functools
@@ -22,7 +22,7 @@ HALF = torch.bfloat16
 
 
 def cases(device: str) -> dict[str, Callable[[], Any]]:
-    """Name -> a call that returns what its kernels have written."""
+    """Name -> a call that returns the outputs of its kernels."""
     draw = functools.partial(_draw, device=device)
     found: dict[str, Callable[[], Any]] = {
         "rotary": lambda: rotate(draw),
@@ -73,13 +73,13 @@ def number(device: str) -> Any:
 
 
 def attend(draw: Callable[..., Tensor], N: int, M: int) -> Any:
-    """Two images, keys split over programs where queries are few."""
+    """Two images; split-K if there are few queries."""
     q, k, v = draw(1, N, 4, 64), draw(M, 2, 64), draw(M, 2, 64)
     return _attend(q, k, v, [0, M // 3])
 
 
 def attend_one(draw: Callable[..., Tensor]) -> Any:
-    """In every configuration: not all put the parts together in a launch of its own."""
+    """In every configuration: some combine split-K parts in the same launch."""
     from comemo_kernels import attention
 
     found = []
@@ -91,15 +91,15 @@ def attend_one(draw: Callable[..., Tensor]) -> Any:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Any:
     cos, sin = _table(q.device, 150, 64)
-    places = torch.tensor([starts], dtype=torch.int32, device=q.device)
+    first_keys = torch.tensor([starts], dtype=torch.int32, device=q.device)  # [1, I]
     ids = torch.arange(q.shape[1], device=q.device)[None]
-    rotation = QueryRotation(cos, sin, ids, places[0], places % 7)
+    rotation = QueryRotation(cos, sin, ids, first_keys[0], first_keys % 7)
     spans = torch.tensor([[[3, len(k)]]], device=q.device)
     return ops.attend_spans(q, k, v, spans, rotation)
 
 
 def attend_by_descriptors(draw: Callable[..., Tensor]) -> Any:
-    """In every configuration, of one image and of two, in splits and whole."""
+    """In every configuration, with one image and with two, split-K and not."""
     from comemo_kernels import _attend_tma, attention
 
     found = []
@@ -128,23 +128,22 @@ def build(draw: Callable[..., Tensor], stored: torch.dtype) -> Any:
 
 
 def build_by_descriptors(draw: Callable[..., Tensor]) -> Any:
-    """In each form of it; more tiles than programs, each of them ends in the midst."""
-    from comemo_kernels import _memory_build_tma as _build_tma
-    from comemo_kernels import memory_build as kernels
+    """In every configuration; more blocks than programs, all of them partial."""
+    from comemo_kernels import _memory_build_tma, memory_build
 
     found = []
-    for config in _build_tma.project_tma.configs:
+    for config in _memory_build_tma.project_tma.configs:
         with (
-            _build_tma.project_tma.using(config),
-            mock.patch.object(kernels, "USE_TMA", True),
-            mock.patch.object(_build_tma, "multiprocessors", return_value=3),
+            _memory_build_tma.project_tma.using(config),
+            mock.patch.object(memory_build, "USE_TMA", True),
+            mock.patch.object(_memory_build_tma, "multiprocessors", return_value=3),
         ):
             found += build(draw, HALF)
     return found
 
 
 def project(draw: Callable[..., Tensor]) -> Any:
-    """One tile of 4 tokens, as deep as makes its one block a sum of parts."""
+    """One tile of 4 tokens, wide enough for a split-K GEMM."""
     tokens, W, d = draw(1, 17, 256), 1024, 40
     weights = [draw(W), draw(W), draw(d, W) / 32, draw(d), draw(d, d) / 6, draw(d)]
     leaves = [t.requires_grad_() for t in (tokens, *weights)]
@@ -153,14 +152,14 @@ def project(draw: Callable[..., Tensor]) -> Any:
 
 
 def fold_wide(draw: Callable[..., Tensor]) -> Any:
-    """Tokens so wide that they take kernels of more warps, without the products behind them."""
-    from comemo_kernels import _unshuffle_norm as _fold
+    """Tokens wide enough for configurations with more warps, without the GEMMs after the fold."""
+    from comemo_kernels import _unshuffle_norm
 
     tokens, W = draw(1, 17, 2056), 4 * 2056
     normed, stats = draw(4, W), draw(4, 2).float()
     norm = draw(W), draw(W)
-    _fold.launch_fold_norm(normed, stats, tokens, *norm, 2, False, 1e-5)
-    gradients = _fold.fold_norm_gradient_op(
+    _unshuffle_norm.launch_fold_norm(normed, stats, tokens, *norm, 2, False, 1e-5)
+    gradients = _unshuffle_norm.fold_norm_gradient_op(
         draw(4, W), tokens, norm[0], stats, 2, False, True, True
     )
     return [normed, stats, *gradients]

@@ -1,4 +1,4 @@
-"""Commands that share a time: each in a process group of its own, and ended with all of it."""
+"""Commands that share a time limit, each in a process group that is ended as a whole."""
 
 import contextlib
 import itertools
@@ -18,38 +18,38 @@ from typing import Any
 
 from bench.measure import ROOT
 
-GRACE = 5.0  # seconds from an interrupt to the end: pytest then tells what it has found
-STEP = 5.0  # seconds between two looks at what there is
-CACHES = Path(tempfile.gettempdir()) / "comemo-caches"  # a later command finds kernels compiled
+GRACE = 5.0  # seconds from an interrupt to a kill, in which pytest prints its summary
+STEP = 5.0  # seconds between two reports
+CACHES = Path(tempfile.gettempdir()) / "comemo-caches"  # shared with later commands
 
 
 @dataclass
 class Stage:
-    """A command, its share of the time in seconds, and what became of it."""
+    """A command, its share of the time in seconds, and its outcome."""
 
     name: str
     command: list[str]
     seconds: float
-    waits: bool = False  # for a line on its input, before it begins
-    said: str = "not run: no time left"
+    waits: bool = False  # for a line on stdin before it starts measuring
+    outcome: str = "not run: no time left"
     took: float = 0.0
 
     @property
     def failed(self) -> bool:
-        return self.said.startswith("failed")
+        return self.outcome.startswith("failed")
 
     @property
     def log(self) -> str:
-        """Name of the file that holds what it prints."""
+        """Name of the file with its output."""
         return f"{self.name}.log".replace(" ", "-")
 
 
 class Process:
-    """A stage's command, and all that it starts."""
+    """A stage's command and its child processes."""
 
     def __init__(self, stage: Stage, folder: Path) -> None:
-        """Start it; what it prints goes to a file of the folder."""
-        # Not a session of its own, where there is a choice: whoever ends ours should reach it.
+        """Start the command; its output goes to a file in the folder."""
+        # No session of its own, if possible, so that ending our session ends it, too.
         group: Any = {"process_group": 0}
         if sys.version_info < (3, 11):
             group = {"start_new_session": True}
@@ -66,28 +66,29 @@ class Process:
             )
 
     def begin(self) -> None:
+        """Let a stage that `waits` start measuring."""
         if self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):  # it has ended already
+            with contextlib.suppress(BrokenPipeError):  # the process has ended already
                 self._process.stdin.write(b"\n")
                 self._process.stdin.close()
 
     def code(self) -> int | None:
-        """Of its end; None while it runs."""
+        """Exit code; None while it runs."""
         return self._process.poll()
 
     def end(self) -> None:
-        """End it and all that it has started."""
+        """End the command and its child processes."""
         if self.code() is None:
             self._process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE)
-        with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+        with contextlib.suppress(ProcessLookupError):  # the group has ended already
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 def environment() -> dict[str, str]:
-    """Of a stage's command: finds this tree, compiles once for all."""
+    """Environment of stages: this source tree, and common caches of compiled kernels."""
     paths = (str(ROOT), os.environ.get("PYTHONPATH"))
     ours = {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
@@ -100,43 +101,44 @@ def environment() -> dict[str, str]:
 
 
 def share(stages: Sequence[Stage], minutes: float) -> None:
-    """Make the stages' seconds sum to so many minutes."""
+    """Scale the stages' seconds so that they sum to `minutes`."""
     whole = sum(stage.seconds for stage in stages)
     for stage in stages:
         stage.seconds *= 60 * minutes / whole
 
 
-def run_in_turn(stages: Sequence[Stage], folder: Path, look: Callable[[], None]) -> None:
-    """Run stages one after the other; each may take its share and what earlier ones left.
+def run_in_turn(stages: Sequence[Stage], folder: Path, report: Callable[[], None]) -> None:
+    """Run stages one after the other; each has its share of time and what earlier ones left over.
 
-    While one runs the next is started, if it waits: it loads its packages meanwhile.
+    While a stage runs, the next one is started if it `waits`: it imports its packages meanwhile.
 
     Args:
-        folder: for what they print.
-        look: called every few seconds and behind each stage, to write what there is.
+        stages: in this order.
+        folder: for their output.
+        report: called every few seconds and after each stage, to write the results so far.
     """
     began, due = time.monotonic(), 0.0
-    ahead: Process | None = None
+    next_process: Process | None = None
     try:
         for stage, following in itertools.zip_longest(stages, stages[1:]):
             due += stage.seconds
             left = due - (time.monotonic() - began)
-            process, ahead = ahead, None
+            process, next_process = next_process, None
             if left < 2 * GRACE:
                 if process is not None:
                     process.end()
                 continue
             process = process or Process(stage, folder)
-            ahead = Process(following, folder) if following and following.waits else None
-            run_together([process], left - GRACE, look)
+            next_process = Process(following, folder) if following and following.waits else None
+            run_together([process], left - GRACE, report)
     finally:
-        if ahead is not None:
-            ahead.end()
+        if next_process is not None:
+            next_process.end()
 
 
-def run_together(processes: Sequence[Process], limit: float, look: Callable[[], None]) -> None:
-    """Let processes run side by side, for so many seconds at most, and end them."""
-    began = looked = time.monotonic()
+def run_together(processes: Sequence[Process], limit: float, report: Callable[[], None]) -> None:
+    """Run processes in parallel for at most `limit` seconds, then end them."""
+    began = reported = time.monotonic()
     running = list(processes)
     try:
         for process in running:
@@ -146,22 +148,22 @@ def run_together(processes: Sequence[Process], limit: float, look: Callable[[], 
             for process in [p for p in running if p.code() is not None]:
                 running.remove(process)
                 code, process.stage.took = process.code(), time.monotonic() - began
-                process.stage.said = "passed" if code == 0 else f"failed, exit code {code}"
-            if time.monotonic() - looked > STEP:
-                looked = time.monotonic()
-                look()
+                process.stage.outcome = "passed" if code == 0 else f"failed, exit code {code}"
+            if time.monotonic() - reported > STEP:
+                reported = time.monotonic()
+                report()
         for process in running:
-            process.stage.said = f"out of time after {limit:.0f} s"
+            process.stage.outcome = f"out of time after {limit:.0f} s"
             process.stage.took = limit
     finally:
         for process in processes:
             process.end()
-        look()
+        report()
 
 
 @contextlib.contextmanager
 def stopped_in_order() -> Iterator[None]:
-    """Within the block whoever is told to end ends what it has started, too."""
+    """Inside the block SIGTERM exits by an exception, so that child processes are ended, too."""
     previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield
@@ -170,42 +172,42 @@ def stopped_in_order() -> Iterator[None]:
 
 
 def describe(command: str, machine: dict[str, Any], stages: Sequence[Stage]) -> str:
-    """The machine in a line, and a line for each stage: how it ended, and what it took."""
+    """A line for the machine, and one for each stage: seconds and outcome."""
     known = "  ".join(
         f"{key} {machine[key]}" for key in ("gpu", "torch", "triton", "commit", "date")
     )
     width = max(len(stage.name) for stage in stages)
-    lines = [f"{stage.name:{width}}  {stage.took:5.1f} s  {stage.said}" for stage in stages]
+    lines = [f"{stage.name:{width}}  {stage.took:5.1f} s  {stage.outcome}" for stage in stages]
     return "\n".join([f"{command}  {known}", *lines])
 
 
 def reasons(stages: Sequence[Stage], folder: Path) -> list[tuple[str, list[str]]]:
-    """What stages that failed say of it, under a title each: errors, else their last lines."""
+    """For each failed stage a title and its errors, or its last lines if it names no error."""
     found = []
     for stage in stages:
         if stage.failed:
             lines = read_log(stage, folder)
             errors = Counter(line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line))
-            told = [f"{count}x {line}" for line, count in errors.most_common()] or lines[-8:]
-            found.append((f"why {stage.name} failed:", [line[:200] for line in told]))
+            shown = [f"{count}x {line}" for line, count in errors.most_common()] or lines[-8:]
+            found.append((f"why {stage.name} failed:", [line[:200] for line in shown]))
     return found
 
 
 def read_log(stage: Stage, folder: Path) -> list[str]:
-    """The lines that a stage has printed until now."""
+    """The lines that a stage has printed so far."""
     log = folder / stage.log
     return log.read_text(errors="replace").splitlines() if log.is_file() else []
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Nobody finds half of it."""
+    """Write a text file atomically."""
     part = file.with_name(f"{file.name}.part")
     part.write_text(text)
     part.replace(file)
 
 
 def write_archive(file: Path, folder: Path) -> None:
-    """All files of a folder as one, whole at any time."""
+    """Write all files of a folder to an archive, atomically."""
     part = file.with_name(f"{file.name}.part")
     with tarfile.open(part, "w:gz") as archive:
         for held in sorted(folder.rglob("*")):
@@ -215,7 +217,7 @@ def write_archive(file: Path, folder: Path) -> None:
 
 
 def join_logs(file: Path, stages: Sequence[Stage], folder: Path) -> None:
-    """What all stages have printed, one after the other."""
+    """Write the output of all stages to one file."""
     lines = []
     for stage in stages:
         lines += [f"--- {stage.name}: {' '.join(stage.command)}", *read_log(stage, folder)]

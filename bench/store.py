@@ -1,7 +1,7 @@
-"""A store of known pictures: to recognise a model and a picture, to write, to read, to hand over.
+"""`MemoryStore`, the cache of image memories: digests of model and image, hits, misses and files.
 
-The vision tower does not run, its output is random: a miss takes as much longer as `bench vision`
-says. Rows tell what a way looks at, `mib`, and that in a second, `gb_s`.
+The vision tower does not run, its output is random; add its time from `bench vision` to a miss.
+Rows have the bytes that a way processes, `mib`, and those per second, `gb_s`.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def _measure(model: Any, grid: tuple[int, int], folder: str) -> Iterator[tuple[str, float, int]]:
-    """Ways, their seconds, and the bytes of what they look at."""
+    """Ways, their seconds, and the bytes that they process."""
     config, device = model.config, model.device
     tokens = ops.image_tokens(grid, config.side, config.use_thumbnail)
     side = config.vision_config.image_size[0]
@@ -54,7 +54,7 @@ def _measure(model: Any, grid: tuple[int, int], folder: str) -> Iterator[tuple[s
     media = torch.randn(1, tokens, config.text_config.hidden_size, device=device).to(model.dtype)
     weights = sum(weight.nbytes for _, weight in memory_weights(model))
 
-    def remember(store: MemoryStore) -> Any:
+    def build(store: MemoryStore) -> Any:
         with mock.patch.object(type(model), "project_images", return_value=media):
             return model.build_image_memory(pixels, image_mask, places, [grid], store)
 
@@ -73,13 +73,13 @@ def _measure(model: Any, grid: tuple[int, int], folder: str) -> Iterator[tuple[s
 
     def miss(store: MemoryStore) -> None:
         store.clear(disk=True)
-        remember(store)
+        build(store)
 
     held, filed, read = (MemoryStore(), MemoryStore(directory=folder), MemoryStore(0, folder))
     missed, written = timed(lambda: miss(held)), timed(lambda: miss(filed))
     nbytes = held.stats.bytes
     yield "miss, without the tower", missed, nbytes
     yield "miss, and written to a file", written, nbytes
-    yield "hit in memory", timed(lambda: remember(held)), nbytes
-    yield "hit in a file", timed(lambda: remember(read)), nbytes
+    yield "hit in memory", timed(lambda: build(held)), nbytes
+    yield "hit in a file", timed(lambda: build(read)), nbytes
     assert (read.stats.disk_hits, read.stats.misses) == (4, 0)

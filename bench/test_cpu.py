@@ -1,6 +1,6 @@
-"""What runs on a CPU, timed by pytest-benchmark: `python -m pytest bench --benchmark-enable`.
+"""Operations on a CPU, timed by pytest-benchmark: `python -m pytest bench --benchmark-enable`.
 
-What is timed is held against another way to the same numbers.
+Each timed result is compared with that of another way.
 """
 
 from unittest import mock
@@ -26,7 +26,7 @@ def clock_of(dtype):
 
 @pytest.fixture(params=DTYPES, ids=str, scope="module")
 def rotary_inputs(request):
-    """q, k, table and ids of one picture at the 2B model's heads."""
+    """q, k, table and ids of one image, with the heads of the 2B model."""
     prompt, (H, G), dtype = PROMPTS["one_image_3k"], HEADS["2B"], request.param
     q, k = (torch.randn(1, prompt.tokens, heads, HEAD_DIM, dtype=dtype) for heads in (H, G))
     cos, sin = (t[0] for t in ops.rotary_table(torch.arange(512)[None], HEAD_DIM, 1e6))
@@ -87,14 +87,14 @@ def attending(request):
     indirect=True,
 )
 def test_attention(benchmark, attending, way):
-    """Of the 2B model; the first is a step of a conversation on one picture."""
+    """Sizes of the 2B model; `decode_1` is a decode step of a conversation about one image."""
     found = benchmark(attending.our_ways()[way], 0)
     assert attending.error_of()(way, found) < clock_of(attending.dtype).bound
 
 
 @pytest.fixture(scope="module")
 def build():
-    """One layer of the 2B model, the tokens of one tile."""
+    """One layer of the 2B model and the tokens of one tile."""
     return Build("2B", 1, 1, clock_of(torch.float32))
 
 

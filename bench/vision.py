@@ -1,7 +1,7 @@
-"""The vision tower and the projector, from pixels to media: images a second, and their memory.
+"""The vision tower and the projector, from pixels to media: images per second, and memory.
 
-Ways: `N at once`, so many tiles pass the tower together (`config.tiles_at_once`). FLOPs are those
-of the products and of the attention; the limit is a large product's rate.
+Ways: `N at once`, the tower's batch size in tiles (`config.tiles_at_once`). FLOPs are those of the
+GEMMs and of the attention; the limit is the rate of a large GEMM. Images have 13 tiles.
 """
 
 import argparse
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.inference_mode()
 def run(options: argparse.Namespace) -> Iterator[Row]:
-    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, options.dtype)
-    # Of the language model nothing runs.
+    device, dtype = measure.default_device(), getattr(torch, options.dtype)
+    # Few layers: the language model does not run.
     model = draw_model(options.size, dtype, layers=4).model
     config, vision = model.config, model.config.vision_config
     side = vision.image_size[0]
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
 
     for at_once in options.at_once:
         config.tiles_at_once = at_once
-        once = measure.seconds(see)  # a CPU has then been timed, a GPU warmed up
+        once = measure.seconds(see)  # the result on a CPU, a warm-up on a GPU
         best = once if device == "cpu" else measure.seconds(see, 5)
         row: Row = {"case": f"{options.size}, {options.tiles} tiles, {options.dtype}"}
         row |= {"pass": "vision", "way": f"ours, {at_once} at once", "us": 1e6 * best}
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def flops_of_tile(vision: Any, width: int, tokens: int) -> float:
-    """Of one tile, from patches to image tokens."""
+    """FLOPs of one tile, from patches to image tokens."""
     C, wide, layers = vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers
     patches = (vision.image_size[0] // vision.patch_size[0]) ** 2
     n = patches + 1

@@ -1,7 +1,7 @@
-"""Compile what ships, side by side, to where a launch finds it: `python -m bench.warm`.
+"""Compile all shipped kernels in parallel into Triton's cache: `python -m bench.warm`.
 
-A benchmark compiles one after the other. What a launch looks for in Triton's cache is what the
-ahead-of-time compiler leaves there for the same GPU: code, dtypes, compile-time values, alignment.
+A benchmark would compile them one after the other. Ahead-of-time compilation for the same GPU
+writes the cache entries that launches look up: code, dtypes, constexpr values, alignment.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.warm", description=__doc__)
-    parser.add_argument("--chip", help="sm_90, say, instead of the GPU's")
+    parser.add_argument("--chip", help="such as sm_90, default: the GPU's")
     options = parser.parse_args()
     chip = options.chip or "sm_{}{}".format(*torch.cuda.get_device_capability())
     began, work = time.perf_counter(), variants(chip)
@@ -26,7 +26,7 @@ def main() -> None:
         seconds = list(pool.map(functools.partial(compile_variant, chip), work))
     print(
         f"{len(work)} variants for {chip} by {workers} processes in"
-        f" {time.perf_counter() - began:.0f} s, {sum(seconds):.0f} s one after the other"
+        f" {time.perf_counter() - began:.0f} s, {sum(seconds):.0f} s of compilation in all"
     )
 
 
@@ -38,7 +38,7 @@ def _cases() -> list[Any]:
 
 
 def variants(chip: str) -> list[tuple[int, int]]:
-    """Case and configuration of everything that ships for a chip, what takes longest first."""
+    """Indices of case and configuration of all kernels for a chip, the slowest to compile first."""
     found = [
         (i, j)
         for i, case in enumerate(_cases())
@@ -49,7 +49,7 @@ def variants(chip: str) -> list[tuple[int, int]]:
 
 
 def compile_variant(chip: str, place: tuple[int, int]) -> float:
-    """Seconds that it took."""
+    """Compile one; the seconds that it took."""
     from comemo_kernels import aot
 
     case, began = _cases()[place[0]], time.perf_counter()

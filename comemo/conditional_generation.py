@@ -21,7 +21,7 @@ from comemo.folding import FoldsForInference
 from comemo.generation import CoMemoGeneration
 from comemo.loss import next_token_loss
 from comemo.model import CoMemoModel, CoMemoPreTrainedModel
-from comemo.outputs import CACHE, CoMemoOutput, one_cache, told_of_old_name
+from comemo.outputs import CACHE, CoMemoOutput, one_cache, warn_old_name
 from comemo_kernels import ImageMemory
 
 
@@ -49,7 +49,7 @@ class CoMemoForConditionalGeneration(
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.set_input_embeddings(value)
 
-    @told_of_old_name
+    @warn_old_name
     @can_return_tuple
     def forward(
         self,

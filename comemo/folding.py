@@ -1,11 +1,11 @@
-"""Norms and gates folded into the projections behind them, for inference.
+"""Fold norms and gates into the projections that they scale, for inference.
 
     (y * norm) W^T = y (W * norm)^T            tanh(gate) * (a W^T) = a (tanh(gate) * W)^T
 
-What is folded is neutral where it was: norms become ones and gates 20, whose tanh is 1 in every
-dtype, so that modules that are called compute the same. The weights of q, k and v of a
-self-attention come to lie behind one another. Then a layer takes one launch for each group of
-projections, and the image memory of all mixin layers is built from one norm of the media.
+A folded vector is set to a neutral value: norms to ones, gates to 20, whose tanh is 1 in every
+dtype. So modules that have to be called compute the same. The q, k and v weights of a
+self-attention are concatenated. Then a layer takes one launch for each group of projections, and
+the image memory of all mixin layers is built from one norm of the media.
 """
 
 from collections.abc import Iterator
@@ -16,21 +16,22 @@ from torch import Tensor, nn
 
 from comemo.fusable import is_fusable, refuse_folded
 from comemo.mixin import MixinLayer
+from comemo.model import CoMemoModel
 
 OPEN = 20.0  # a gate whose tanh is exactly 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Fold(NamedTuple):
-    """A vector, by its module and name, and the linear layers that take it in."""
+    """A vector, by its module and name, and the linear layers that it is folded into."""
 
     module: nn.Module
     name: str
-    neutral: float  # what stays in its place
+    neutral: float  # the vector's value while it is folded
     linears: tuple[nn.Linear, ...]
 
     def factor(self) -> Tensor:
-        """What weights [O, d] are multiplied with: [d] of a norm, [1] of a gate."""
+        """The factor of weights [O, d], in float32 at least: [d] of a norm, [1] of a gate."""
         vector = self.module._parameters[self.name]
         assert vector is not None
         exact = vector.data.to(torch.promote_types(vector.dtype, torch.float32))
@@ -38,7 +39,7 @@ class Fold(NamedTuple):
 
 
 class Original(NamedTuple):
-    """A parameter as it was; by its module, for a conversion may put another in its place."""
+    """A parameter's tensor before folding; by its module, because a conversion replaces it."""
 
     module: nn.Module
     name: str
@@ -46,16 +47,16 @@ class Original(NamedTuple):
 
 
 class FoldedModel:
-    """What `fold_for_inference` returns: the weights as they were, and the way back to them.
+    """The handle that `fold_for_inference` returns: it holds the original weights.
 
-    In a `with` block the model is folded, and behind it as it was. Undoing is up to the caller:
-    a handle that is dropped takes the original weights with it.
+    As a context manager it undoes the fold at the end of the block. Otherwise the caller calls
+    `undo`; without the handle the original weights are lost.
 
     Attributes:
         active: whether the model is folded.
     """
 
-    def __init__(self, model: Any, keep_on: torch.device | None) -> None:
+    def __init__(self, model: "FoldsForInference", keep_on: torch.device | None) -> None:
         self.active = True
         self._layers = list(model.model.language_model.layers)
         self._originals: list[Original] = []
@@ -74,18 +75,18 @@ class FoldedModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights that are kept to undo it."""
+        """Bytes of the original weights."""
         return sum(original.tensor.nbytes for original in self._originals)
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put back every weight, bit for bit, where the model is and in the dtype it has now.
+        """Restore every weight bit for bit, on the model's current device and in its dtype.
 
         Raises:
-            ValueError: it was undone before.
+            ValueError: already undone.
         """
         if not self.active:
-            raise ValueError("undo: wanted a model that is folded, got one that was undone before")
+            raise ValueError("undo: wanted a model that is folded, got one that is undone already")
         for layer in self._layers:
             for module in filter(None, (layer, layer.mixin, layer.self_attn)):
                 for name in ("folded", "qkv"):
@@ -108,11 +109,11 @@ class FoldedModel:
         factor = fold.factor()
         for linear in fold.linears:
             weight = linear.weight
-            # One rounding: the product is of the wider dtype, and `out` takes it.
+            # One rounding: the product is computed in the wider dtype and rounded into `out`.
             product = torch.mul(
                 weight.data, factor.to(weight.device), out=torch.empty_like(weight.data)
             )
-            if not torch.stack(torch.aminmax(product)).isfinite().all():  # NaN is either's
+            if not torch.stack(torch.aminmax(product)).isfinite().all():  # NaN is both
                 raise ValueError(
                     f"fold_for_inference: products with {fold.name} of a"
                     f" {type(fold.module).__name__} must be finite in {product.dtype}, got up to"
@@ -134,50 +135,52 @@ class FoldedModel:
         held.data = new
 
 
-class FoldsForInference:
-    """`fold_for_inference` of a model with a language modelling head."""
+class FoldsForInference(nn.Module):
+    """`fold_for_inference` for a model with a language modelling head."""
+
+    model: CoMemoModel
+    lm_head: nn.Linear
 
     def fold_for_inference(self, keep_on: torch.device | str | None = "cpu") -> FoldedModel:
-        """Fold the decoder's norms and gates into its projections, until it is undone.
+        """Fold the decoder's norms and gates into its projections, until `undo`.
 
         Each product is computed in float32 (of float64 in float64) and rounded once. The last
-        hidden state is then the normed one without the final norm's weight, which is in `lm_head`;
-        everything else is the same but for rounding. While folded the model refuses to be trained,
-        saved and loaded into. An image memory serves it folded and unfolded. Weights move: a CUDA
-        graph captured before this, or before `undo()`, has to be captured again.
+        hidden state then lacks the final norm's weight, which is in `lm_head`; everything else
+        is equal up to rounding. A folded model cannot be trained, saved or loaded into. An image
+        memory is valid for the folded and the original model. Weights change their addresses: a
+        CUDA graph captured before this call, or before `undo()`, has to be captured again.
 
         Args:
-            keep_on: device to keep the original weights on, the host's memory by default; None
-                for where they are.
+            keep_on: device for the original weights, the CPU by default; None for their own.
 
         Returns:
             The handle whose `undo()` restores the model; also a context manager.
 
         Raises:
-            ValueError: the model is folded, in training mode or has parameters that require
-                gradients; adapters, hooks, quantised, sharded, offloaded or tied weights; products
-                that the dtype does not hold. Nothing is changed then, nor where anything else
-                fails on the way.
+            ValueError: the model is folded already, in training mode or has parameters that
+                require gradients; adapters, hooks, quantised, sharded, offloaded or tied weights;
+                products that overflow the dtype. The model is then unchanged, as after any other
+                error.
         """
         place = None if keep_on is None else torch.device(keep_on)
         if place is not None and place.type == "meta":
-            raise ValueError("fold_for_inference: keep_on must be a device that holds, got meta")
+            raise ValueError("fold_for_inference: keep_on must be a device with memory, got meta")
         check_foldable(self)
         return FoldedModel(self, place)
 
     def train(self, mode: bool = True) -> Any:
-        """As a module's; refused while the model is folded.
+        """Set training mode, see `nn.Module.train`; a folded model has only evaluation mode.
 
         Raises:
-            ValueError: training a folded model, whose weights would be lost.
+            ValueError: `mode` is True and the model is folded: `undo` would discard the training.
         """
         if mode:
             refuse_folded("train", self)
-        return super().train(mode)  # type: ignore[misc]
+        return super().train(mode)
 
 
-def folds_of(model: Any) -> Iterator[Fold]:
-    """Everything that is folded, of a `CoMemoForConditionalGeneration`; each weight once."""
+def folds_of(model: FoldsForInference) -> Iterator[Fold]:
+    """All folds of a `CoMemoForConditionalGeneration`; each weight is part of one."""
     text = model.model.language_model
     for layer in text.layers:
         mixin, attention, mlp = layer.mixin, layer.self_attn, layer.mlp
@@ -193,11 +196,8 @@ def folds_of(model: Any) -> Iterator[Fold]:
     yield Fold(text.norm, "weight", 1, (model.lm_head,))
 
 
-def check_foldable(model: Any) -> None:
+def check_foldable(model: FoldsForInference) -> None:
     """Raise the errors of `fold_for_inference` that depend on the model.
-
-    Args:
-        model: a `CoMemoForConditionalGeneration`.
 
     Raises:
         ValueError: with the reason.
@@ -209,7 +209,7 @@ def check_foldable(model: Any) -> None:
     try:
         folds = list(folds_of(model))
     except AttributeError as error:
-        raise ValueError(f"{verb}: wanted the modules the model was made of: {error}") from error
+        raise ValueError(f"{verb}: wanted the model's original modules: {error}") from error
     modules = {id(module): name for name, module in model.named_modules()}
     owners: dict[tuple[torch.device, int], list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -220,21 +220,21 @@ def check_foldable(model: Any) -> None:
             title = f"{modules[id(module)]}.{name}"
             if type(module) is not MixinLayer and not is_fusable(module, biased=True):
                 raise ValueError(
-                    f"{verb}: modules must be as they were made (no adapter, quantisation,"
+                    f"{verb}: modules must be the original ones (no adapter, quantisation,"
                     f" sharding, offloading or hook), got {title} of a {type(module).__name__}"
                 )
             parameter = getattr(module, name)
             kind = type(parameter).__name__
             if kind != "Parameter" or parameter.is_meta or parameter.dtype not in DTYPES:
                 raise ValueError(
-                    f"{verb}: weights must be whole, of float16, bfloat16, float32 or float64, got"
-                    f" {title}: {kind} of {parameter.dtype} on {parameter.device}"
+                    f"{verb}: weights must be parameters in memory, of float16, bfloat16, float32"
+                    f" or float64, got {title}: {kind} of {parameter.dtype} on {parameter.device}"
                 )
             if parameter.requires_grad:
                 raise ValueError(
-                    f"{verb}: wanted weights that need no gradients, got {title} that does: call"
-                    " requires_grad_(False)"
+                    f"{verb}: wanted weights that require no gradients, got {title} that does:"
+                    " call requires_grad_(False)"
                 )
             shared = owners[parameter.device, parameter.data_ptr()]
             if len(shared) > 1:
-                raise ValueError(f"{verb}: wanted weights of their own, got tied ones: {shared}")
+                raise ValueError(f"{verb}: wanted weights that are not tied, got {shared}")

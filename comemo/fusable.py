@@ -1,89 +1,91 @@
-"""Whether modules may be computed from their weights, and whether their weights are folded."""
+"""Which modules may be computed from their weights instead of being called.
+
+Fused operations read a module's weights and skip its `forward`. That is only correct for modules as
+the model was made: hooks, adapters, quantisation and offloading need the call.
+"""
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-PLAIN = frozenset(
-    (
-        *(nn.Linear, LlamaRMSNorm, LlamaMLP, SiLUActivation, nn.SiLU),
-        *(nn.Sequential, nn.LayerNorm, nn.GELU),  # of the projector
-    )
-)
-_has_hooks_everywhere = nn.modules.module._has_any_global_hook
+_OF_DECODER = (nn.Linear, LlamaRMSNorm, LlamaMLP, SiLUActivation, nn.SiLU)
+_OF_PROJECTOR = (nn.Sequential, nn.LayerNorm, nn.Linear, nn.GELU)
+FUSABLE = frozenset(_OF_DECODER + _OF_PROJECTOR)
+_any_global_hook = nn.modules.module._has_any_global_hook
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Whether nothing but its own forward runs where a module is called.
+    """Whether calling a module runs its own forward and nothing else.
 
     Args:
-        module: looked at alone, without what it holds.
+        module: its submodules are not checked.
 
     Returns:
-        False where hooks of any kind or another forward were put on it.
+        False if it has hooks of any kind, or if its forward was replaced.
     """
-    held = vars(module)
+    attributes = vars(module)
     return not (
-        held["_forward_hooks"]
-        or held["_forward_pre_hooks"]
-        or held["_backward_hooks"]
-        or held["_backward_pre_hooks"]
-        or "forward" in held
-        or "_hf_hook" in held
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+        or "forward" in attributes
+        or "_hf_hook" in attributes
     )
 
 
-def is_own(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is exactly of its own class and untouched.
+def is_original(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module has the class that the model was made with, and is untouched.
 
-    Then what it holds may be called without calling it. Adapters put another class in its place,
-    hooks of offloading bring the weights of all that it holds.
+    Then its submodules may be called without it. Adapters replace its class; hooks of offloading
+    load the weights of all its submodules.
 
     Args:
-        module: looked at alone, without what it holds.
+        module: its submodules are not checked.
         kind: the class that the model was made with.
     """
-    return type(module) is kind and is_untouched(module) and not _has_hooks_everywhere()
+    return type(module) is kind and is_untouched(module) and not _any_global_hook()
 
 
 def is_fusable(*modules: nn.Module, biased: bool = False) -> bool:
-    """Whether modules are what they were made as, and may be computed from their weights.
+    """Whether modules may be computed from their weights, without calling them.
 
-    Adapters and quantisation replace modules, sharding and offloading replace weights or bring
-    them by hooks: then the modules themselves have to be called. This runs in every layer of every
-    decode step: no generators.
+    Adapters and quantisation replace modules; sharding and offloading replace weights or load them
+    by hooks. Such modules have to be called. This runs in every layer of every decode step:
+    no generators.
 
     Args:
-        modules: linear layers, norms and feed-forward networks, looked at with what they hold.
+        modules: linear layers, norms and feed-forward networks; submodules are checked, too.
         biased: whether linear layers may have a bias.
 
     Returns:
-        True if all of them are.
+        True if all of them are of classes in `FUSABLE`, untouched, with ordinary parameters that
+        are not on the meta device.
     """
-    if _has_hooks_everywhere():
+    if _any_global_hook():
         return False
-    for part in modules:
-        if type(part) not in PLAIN or not is_untouched(part):
+    for module in modules:
+        if type(module) not in FUSABLE or not is_untouched(module):
             return False
-        held = vars(part)
-        for name, parameter in held["_parameters"].items():
+        attributes = vars(module)
+        for name, parameter in attributes["_parameters"].items():
             if parameter is not None and (
                 type(parameter) is not nn.Parameter
                 or parameter.is_meta
                 or (name == "bias" and not biased)
             ):
                 return False
-        inner = held["_modules"]
-        if inner and not is_fusable(*inner.values(), biased=biased):
+        children = attributes["_modules"]
+        if children and not is_fusable(*children.values(), biased=biased):
             return False
     return True
 
 
 def offloaded_to(model: nn.Module) -> torch.device | None:
-    """The device that accelerate's hooks bring offloaded weights to; None if there are no hooks."""
+    """The device on which accelerate's hooks execute offloaded modules; None without such hooks."""
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         for part in getattr(hook, "hooks", (hook,)):
@@ -94,9 +96,13 @@ def offloaded_to(model: nn.Module) -> torch.device | None:
 
 
 def in_step(model: Any) -> bool:
-    """Whether other processes may be waiting for this one to call each module that they call.
+    """Whether all ranks have to call the same modules in the same order.
 
-    True in training where `torch.distributed` is initialised, and wherever weights are sharded.
+    True in training where `torch.distributed` is initialised, and wherever weights are sharded:
+    other ranks would wait in a collective for a module that this one does not call.
+
+    Args:
+        model: a `CoMemoModel`.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
@@ -106,31 +112,31 @@ def in_step(model: Any) -> bool:
     return hasattr(weight, "full_tensor")  # a DTensor
 
 
-def refuse_folded(verb: str, model: Any) -> None:
-    """Raise for what a folded model cannot do.
+def refuse_folded(verb: str, model: nn.Module) -> None:
+    """Raise if norms and gates are folded into projections.
 
     Args:
-        verb: the function to name.
-        model: a module, looked at with all that it holds.
+        verb: the function that the error names.
+        model: all its submodules are checked.
 
     Raises:
-        ValueError: norms and gates of a layer are folded into its projections.
+        ValueError: a layer is folded, see `fold_for_inference`.
     """
     if any(getattr(module, "folded", False) for module in model.modules()):
         raise ValueError(
             f"{verb}: wanted a model with its own weights, got one whose norms and gates are"
-            " folded into its projections: undo() what fold_for_inference returned first"
+            " folded into its projections: call undo() on the result of fold_for_inference first"
         )
 
 
-def join_weights(*linears: nn.Linear) -> torch.Tensor:
-    """Lay the weights of linear layers behind one another; their parameters become views.
+def join_weights(*linears: nn.Linear) -> Tensor:
+    """Concatenate the weights of linear layers; their parameters become views of the result.
 
     Args:
-        linears: layers of [O, d] each, of one d, dtype and device.
+        linears: layers with weights [O, d] of one d, dtype and device; O may differ.
 
     Returns:
-        [sum of all O, d], with the storage of all of them.
+        [sum of all O, d], the storage of all these weights.
     """
     weights = [linear.weight for linear in linears]
     joined = torch.cat([weight.data for weight in weights])
@@ -139,10 +145,10 @@ def join_weights(*linears: nn.Linear) -> torch.Tensor:
     return joined
 
 
-def are_joined(joined: torch.Tensor, *linears: nn.Linear) -> bool:
-    """Whether the weights of linear layers are still views of what `join_weights` returned.
+def are_joined(joined: Tensor, *linears: nn.Linear) -> bool:
+    """Whether the weights of linear layers still are views of the result of `join_weights`.
 
-    Moving, converting or replacing one of them tears it out.
+    Moving, converting or replacing a weight gives it a storage of its own.
     """
     address, step = joined.data_ptr(), joined.element_size() * joined.shape[1]
     for linear in linears:

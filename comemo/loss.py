@@ -1,4 +1,4 @@
-"""The training loss, by the conventions of transformers' Trainer."""
+"""The training loss, with the conventions of transformers' Trainer."""
 
 import torch
 import torch.nn.functional as F
@@ -12,31 +12,30 @@ def next_token_loss(
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """Cross-entropy of the next token: sum(w * l) / sum(w) over the labels that count.
+    """Cross-entropy of the next token: sum(w * l) / sum(w) over labels other than -100.
 
     Args:
         logits: [B, N, V].
-        labels: integers [B, N], -100 where nothing is to be learned; token n is predicted from
-            logits n - 1.
-        weights: [B, N], weight of each label; None for 1.
-        shift_labels: integers [B, N] instead of `labels`, those that logits n predict, as context
-            parallelism needs them; `weights` go with them place by place.
-        num_items_in_batch: what to divide by instead of sum(w). Gradient accumulation hands the
-            labels of all its micro-batches, so that the gradient does not depend on how they are
-            split; with weights, hand the sum of all weights for their mean.
+        labels: integers [B, N], -100 to ignore; logits n - 1 predict label n.
+        weights: [B, N], the weight of each label; None for 1.
+        shift_labels: integers [B, N] instead of `labels`: logits n predict label n, as context
+            parallelism needs it. `weights` are then shifted, too.
+        num_items_in_batch: the divisor instead of sum(w). With gradient accumulation it is the
+            number of labels in all micro-batches, so that the gradient does not depend on how a
+            batch is split; with weights, pass the sum of all weights for the weighted mean.
 
     Returns:
-        A number, float32; NaN where no label counts and nothing else is to be divided by.
+        Scalar, float32; NaN if all labels are -100 and `num_items_in_batch` is None.
 
     Raises:
-        ValueError: labels or weights that do not fit the logits.
+        ValueError: labels or weights of another shape than the logits.
     """
     B, N, _ = logits.shape
     wanted, name = (labels, "labels") if shift_labels is None else (shift_labels, "shift_labels")
-    for told, given in ((name, wanted), ("loss_weights", weights)):
+    for argument, given in ((name, wanted), ("loss_weights", weights)):
         if given is not None and given.shape != (B, N):
             raise ValueError(
-                f"CoMemo: {told} must be {(B, N)}, as the logits (logits_to_keep=0), got"
+                f"CoMemo: {argument} must be {(B, N)}, as the logits (logits_to_keep=0), got"
                 f" {tuple(given.shape)}"
             )
     assert wanted is not None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
-from comemo.fusable import is_fusable, is_own
+from comemo.fusable import is_fusable, is_original
 from comemo.mixin import MixinLayer
 from comemo_kernels import ImageMemory
 
@@ -65,7 +65,7 @@ class BuildsMemory:
         layers = {i: self.layers[i].mixin for i in self.comemo_config.mixin_layers}
         assert table is not None
         if not all(
-            is_own(mixin, MixinLayer) and is_fusable(mixin.attn_norm, mixin.kv_proj)
+            is_original(mixin, MixinLayer) and is_fusable(mixin.attn_norm, mixin.kv_proj)
             for mixin in layers.values()
         ):
             return False

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.internvl import modeling_internvl as internvl
 
 from comemo.config import CoMemoConfig
-from comemo.fusable import PLAIN, is_own
+from comemo.fusable import is_original
 from comemo.language_model import CoMemoTextModel
 from comemo.mixin import MixinLayer
 from comemo_kernels import ImageMemory
@@ -162,7 +162,7 @@ def _find_reason(model: StorableModel) -> str | None:
         name = f"language_model.layers.{i}.mixin"
         parents[name] = model.language_model.layers[i].mixin, MixinLayer
     for name, (module, own) in parents.items():
-        if not is_own(module, own):
+        if not is_original(module, own):
             return f"{name} is a {type(module).__name__} (an adapter, or quantised), or has hooks"
     weights = set()
     for part, root in memory_modules(model).items():
@@ -187,7 +187,7 @@ def _find_reason(model: StorableModel) -> str | None:
 def _find_fault(module: nn.Module) -> str | None:
     """Why a module may compute something that its weights do not say; None if it does not."""
     kind = type(module)
-    if kind not in PLAIN and kind not in PLAIN_VISION and not _is_activation(module):
+    if kind not in FUSABLE and kind not in PLAIN_VISION and not _is_activation(module):
         return f"is a {kind.__name__} (an adapter, or quantised)"
     if hasattr(module, "_hf_hook") or "forward" in vars(module):
         return "has a replaced forward (as by offloading)"

@@ -19,7 +19,7 @@ from comemo.config import CoMemoConfig
 from comemo.fusable import in_step, offloaded_to
 from comemo.image_inputs import CoMemoImages
 from comemo.language_model import CoMemoTextModel
-from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache, told_of_old_name
+from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache, warn_old_name
 from comemo.packing import (
     VARLEN,
     find_begins,
@@ -101,7 +101,7 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.embed_tokens = value
 
-    @told_of_old_name
+    @warn_old_name
     @can_return_tuple
     def forward(
         self,

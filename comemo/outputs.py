@@ -1,7 +1,7 @@
-"""What the models return, and the two names of the self-attention's cache.
+"""Outputs of the models, and the two names of the KV cache.
 
-transformers 5.24 renamed `past_key_values` to `cache`, in arguments and in outputs. Here both names
-are taken and given; what transformers' own code reads and writes goes by `CACHE`.
+transformers 5.24 renamed `past_key_values` to `cache`, in arguments and in outputs. The models
+accept and return both names; `CACHE` is the name that the installed transformers uses.
 """
 
 from collections.abc import Callable
@@ -23,11 +23,11 @@ CACHE = "cache" if RENAMED else OLD_NAME
 
 
 def one_cache(verb: str, cache: Any, past_key_values: Any) -> Any:
-    """The cache that was given, by whichever of its names.
+    """The KV cache, by whichever of its names.
 
     Args:
-        verb: the function to name.
-        cache, past_key_values: of which at most one is no None, unless they are the same object.
+        verb: the function that the error names.
+        cache, past_key_values: at least one is None, or both are the same object.
 
     Raises:
         ValueError: two different caches.
@@ -41,7 +41,7 @@ def one_cache(verb: str, cache: Any, past_key_values: Any) -> Any:
 
 
 def take_cache(verb: str, kwargs: dict[str, Any]) -> Any:
-    """Leave the cache among keyword arguments under the name of this transformers, and return it.
+    """Rename the KV cache in keyword arguments to `CACHE`, and return it.
 
     Raises:
         ValueError: two different caches.
@@ -53,15 +53,15 @@ def take_cache(verb: str, kwargs: dict[str, Any]) -> Any:
     return cache
 
 
-def told_of_old_name(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A forward that warns of the old name where transformers' own models do."""
+def warn_old_name(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a forward: it warns about the deprecated name as transformers' models do."""
     if not RENAMED:
         return forward
     return deprecate_kwarg(OLD_NAME, "5.40.0", new_name="cache", raise_if_both_names=True)(forward)
 
 
 class BothNames:
-    """Gives the field `past_key_values` of an output the name `cache` too; since 5.24 both are."""
+    """Gives an output the field `cache` beside `past_key_values`; since 5.24 it has both."""
 
     if not RENAMED:
 
@@ -75,10 +75,10 @@ class BothNames:
 
 @dataclass
 class CoMemoModelOutput(BothNames, BaseModelOutputWithPast):
-    """What the model without its head returns.
+    """Output of the model without its head.
 
     Attributes:
-        image_memory: the memory that was read, to be handed to the next call.
+        image_memory: the memory that was read, an argument of the next call.
         image_outputs: with `pixel_values`, the image tokens [T, tokens per tile, d] as its
             `pooler_output`.
     """
@@ -89,7 +89,7 @@ class CoMemoModelOutput(BothNames, BaseModelOutputWithPast):
 
 @dataclass
 class CoMemoOutput(BothNames, CausalLMOutputWithPast):
-    """What the model returns; `image_memory` and `image_outputs` as of `CoMemoModelOutput`."""
+    """Output of the model with its head; `image_memory`, `image_outputs`: `CoMemoModelOutput`."""
 
     image_memory: ImageMemory | None = None
     image_outputs: BaseModelOutputWithPooling | None = None

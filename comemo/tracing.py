@@ -1,11 +1,10 @@
-"""The image memory of prompts while they are traced: what is asked of the host elsewhere, is not.
+"""The image memory under torch.compile and torch.export, without a sync.
 
-torch.compile and torch.export know shapes and no values: how many image tokens a prompt has, and
-where they stand, stays on the device, and nothing is checked.
+A trace knows shapes, not values. How many image tokens a prompt has, and where they are, stays on
+the device, and nothing is checked.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,14 +19,14 @@ def traced_memory(
     sizes: Sequence[int] | None,
     absolute: bool,
 ) -> ImageMemory:
-    """As `ImageMemory.from_media`, of prompts [B, N] whose images lie in reading order.
+    """`ImageMemory.from_media` for a trace: prompts [B, N], images in reading order.
 
     Args:
         media: [M, d].
         image_mask: bool [B, N], True at M tokens.
         position_ids: [B, N].
-        sizes: tokens of each image; None takes all for one.
-        absolute: rotate keys by the ids, as published.
+        sizes: tokens of each image; None for one image.
+        absolute: rotate keys by `position_ids`, as published.
     """
     M, device = len(media), media.device
     rows = torch.argsort(~image_mask.flatten(), stable=True)[:M]
@@ -52,6 +51,7 @@ def traced_memory(
 
 
 def with_media(embeds: Tensor, image_mask: Tensor, memory: ImageMemory) -> Tensor:
-    """Embeddings [B, N, d] whose image tokens are the memory's media."""
-    media: Any = memory.media
+    """Embeddings [B, N, d] with the memory's media at image tokens."""
+    media = memory.media
+    assert media is not None
     return embeds.masked_scatter(image_mask[..., None], media.to(embeds.device, embeds.dtype))

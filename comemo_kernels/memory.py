@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,8 +66,6 @@ class ImageMemory:
     scales: dict[int, MemoryScales] = field(default_factory=dict)
     table: Table | None = None
     absolute: bool = False
-
-    keeps: ClassVar[bool] = True  # whether `update` keeps what it is given
 
     @classmethod
     @public

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
-import virtual_gpu  # before comemo: it must see its operators
+import virtual_gpu  # before comemo: it replaces how operators are registered
 from hypothesis import Phase, settings
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
@@ -22,14 +22,14 @@ from comemo.cli import demo
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-# torch.compile and opcheck trace with fake tensors, which are on no virtual GPU.
-TRACED = pytest.mark.no_virtual_gpu("Dynamo and opcheck do not see through a function mode")
+# torch.compile and opcheck trace with fake tensors, which the virtual GPU does not support.
+TRACED = pytest.mark.no_virtual_gpu("Dynamo and opcheck cannot trace a function mode")
 
 GPU = torch.cuda.is_available()  # a real one
-# In the interpreter tensors claim to be on a GPU, as with VIRTUAL_GPU=1 elsewhere.
+# In the interpreter tensors report to be on a GPU, like elsewhere with VIRTUAL_GPU=1.
 VIRTUAL = os.environ.get("VIRTUAL_GPU", "1" if INTERPRET else "0") == "1" and not GPU
 DEVICE = "cuda" if GPU or VIRTUAL else "cpu"
-NO_BFLOAT16 = None  # why kernels cannot be tested in it
+NO_BFLOAT16 = None  # the reason if kernels cannot be tested in bfloat16
 if INTERPRET:
     import interpreter
 
@@ -41,7 +41,7 @@ if NO_BFLOAT16:
 PRESENCE = pytest.StashKey[contextlib.ExitStack]()
 
 settings.register_profile("comemo", derandomize=True, deadline=None, max_examples=40)
-# In the interpreter an example takes its time, on a GPU the compiler does; shrinking one, minutes.
+# Examples are slow in the interpreter, and on a GPU each may compile; shrinking takes minutes.
 settings.register_profile(
     "kernels",
     settings.get_profile("comemo"),
@@ -53,8 +53,8 @@ settings.register_profile("quick", PROFILE)
 settings.register_profile("all", PROFILE, max_examples=100)
 
 
-SLOW = () if GPU else pytest.mark.slow  # what a GPU does in no time
-# For tests that draw shapes: bfloat16 and float32 are drawn in every run.
+SLOW = () if GPU else pytest.mark.slow  # for tests that are fast on a GPU
+# For tests that draw shapes: bfloat16 and float32 are part of every run.
 WITHOUT_HALF = [
     pytest.param(dtype, marks=SLOW if dtype == torch.float16 and len(DTYPES) > 2 else ())
     for dtype in DTYPES
@@ -62,7 +62,7 @@ WITHOUT_HALF = [
 
 
 def every_two(*axes):
-    """All combinations as parameters; those without which every two values still meet are slow."""
+    """All combinations as parameters; those not needed to cover every pair of values are slow."""
     rest = list(itertools.product(*axes))
     pairs = {values: set(itertools.combinations(enumerate(values), 2)) for values in rest}
     unmet, chosen = set().union(*pairs.values()), []
@@ -75,24 +75,24 @@ def every_two(*axes):
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--all", action="store_true", help="also what takes too long for every change, drawn wider"
+        "--all", action="store_true", help="also slow tests, and more examples of each property"
     )
 
 
 def pytest_configure(config):
-    if os.environ.get("PYTEST_XDIST_WORKER"):  # the processors are taken by processes
+    if os.environ.get("PYTEST_XDIST_WORKER"):  # one process per core
         torch.set_num_threads(1)
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     settings.load_profile("all" if config.getoption("--all") else "quick")
-    config.addinivalue_line("markers", "slow: left out unless --all is given")
+    config.addinivalue_line("markers", "slow: deselected without --all")
     config.addinivalue_line(
         "markers",
-        "kernel: runs kernels, on a GPU or with TRITON_INTERPRET=1; deselected elsewhere unless"
-        " kernel(reference=True), which is worth running on the reference too",
+        "kernel: runs kernels, on a GPU or with TRITON_INTERPRET=1; deselected elsewhere, except"
+        " kernel(reference=True), which then runs the reference",
     )
     config.addinivalue_line("markers", "gpu: needs a GPU; deselected elsewhere")
     config.addinivalue_line(
-        "markers", "no_virtual_gpu(reason): runs on the CPU where others run on the virtual GPU"
+        "markers", "no_virtual_gpu(reason): runs on the CPU when others run on the virtual GPU"
     )
     if VIRTUAL:
         config.stash[PRESENCE] = contextlib.ExitStack()
@@ -109,7 +109,7 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Keep what can run here: under the interpreter kernels alone, on a virtual GPU models."""
+    """Keep what can run here: in the interpreter only kernels, on a virtual GPU only models."""
 
     def runs_here(item):
         kernel = item.get_closest_marker("kernel")
@@ -119,13 +119,13 @@ def pytest_collection_modifyitems(config, items):
             return GPU
         if INTERPRET:
             return kernel is not None
-        if VIRTUAL:  # kernels are the interpreter's, and benchmarks time what is there
-            unseen = item.get_closest_marker("no_virtual_gpu") or "bench" in item.nodeid
-            return kernel is None and not unseen
+        if VIRTUAL:  # kernels run in the interpreter, benchmarks on real devices
+            excluded = item.get_closest_marker("no_virtual_gpu") or "bench" in item.nodeid
+            return kernel is None and not excluded
         return kernel is None or GPU or kernel.kwargs.get("reference", False)
 
     moving = [item.nodeid for item in items if " at 0x" in item.nodeid]
-    if moving:  # processes that share the tests would not know them for the same
+    if moving:  # workers of pytest-xdist would collect different names
         raise pytest.UsageError(f"names of tests must not hold an address, got {moving}")
     config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
     items[:] = [item for item in items if runs_here(item)]
@@ -133,24 +133,24 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where tensors are: on a GPU if there is one, if only a virtual one, else on the CPU."""
+    """Device of tensors: a GPU if there is one, real or virtual, otherwise the CPU."""
     return DEVICE
 
 
 def here() -> str:
-    """`DEVICE`, but the CPU in a test that no virtual GPU sees."""
+    """`DEVICE`, or the CPU in a test marked no_virtual_gpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session")
 def real_device() -> str:
-    """Where they are in a test that no virtual GPU sees."""
+    """Device of tensors in tests marked no_virtual_gpu."""
     return "cuda" if GPU else "cpu"
 
 
 @pytest.fixture(autouse=True)
 def virtual(request):
-    """Whether there is a virtual GPU; it is asked whether tensors of two devices met."""
+    """Whether there is a virtual GPU; afterwards there must be no mix of devices."""
     if not VIRTUAL:
         yield False
     elif request.node.get_closest_marker("no_virtual_gpu"):
@@ -166,13 +166,13 @@ def virtual(request):
 def golden() -> Path:
     """Folder of the recorded inputs and outputs of the published model."""
     if not GOLDEN.is_dir():
-        pytest.skip("no ../shared/golden beside the clone: nothing recorded to compare with")
+        pytest.skip("no ../shared/golden next to the clone: no recorded outputs to compare with")
     return GOLDEN
 
 
 @pytest.fixture(scope="session")
 def inputs(golden) -> ModuleType:
-    """The functions that draw the recorded inputs."""
+    """The functions that generate the recorded inputs."""
     spec = importlib.util.spec_from_file_location("golden_inputs", golden / "inputs.py")
     assert spec is not None
     assert spec.loader is not None
@@ -195,7 +195,7 @@ def _model(checkpoint):
 
 @pytest.fixture
 def model(_model):
-    """The tiny model in float32; its config and gradients are as loaded in every test."""
+    """The tiny model in float32; each test gets it with its original config and no gradients."""
     before = dict(vars(_model.config))
     yield _model
     vars(_model.config).update(before)
@@ -219,14 +219,26 @@ def seed():
 
 @pytest.fixture(scope="session")
 def photograph():
-    from pictures import COFFEE  # here: it skips where no photographs are installed
+    from pictures import COFFEE  # here: it skips if no photographs are installed
 
     return Image.open(COFFEE).convert("RGB").crop((100, 50, 400, 250)).copy()
 
 
+@pytest.fixture
+def made_up_limits(monkeypatch):
+    """Benchmarks do not measure the machine's limits, and use one set of inputs."""
+    from timed import COPY, GEMM
+
+    from bench import measure
+
+    monkeypatch.setattr(measure, "copy_bandwidth", lambda device: COPY)
+    monkeypatch.setattr(measure, "gemm_rate", lambda *_: GEMM)
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: 1)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
-    """Threads cost a tiny model more than they give."""
+    """Threads slow a tiny model down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -256,13 +268,13 @@ def core(loaded):
 
 @pytest.fixture
 def fresh(core):
-    """One of its own, to be changed."""
+    """A copy of `core` that a test may change."""
     return copy.deepcopy(core)
 
 
 @pytest.fixture(scope="session")
 def picture_file(tmp_path_factory):
-    """A PNG of the picture that `comemo demo` draws."""
+    """A PNG of the image that `comemo demo` draws."""
     path = tmp_path_factory.mktemp("pictures") / "harbour.png"
     demo.draw_picture(320, 300).save(path)
     return path
@@ -270,7 +282,7 @@ def picture_file(tmp_path_factory):
 
 @pytest.fixture
 def light(demo_checkpoint, tmp_path):
-    """A copy of a checkpoint whose weights are shared: its other files may be changed."""
+    """A copy of a checkpoint that shares the weights; tests may change the other files."""
     copied = tmp_path / "light"
     copied.mkdir()
     for path in demo_checkpoint.iterdir():

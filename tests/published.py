@@ -1,4 +1,4 @@
-"""Tiny checkpoints written from the description of the published layout."""
+"""Tiny checkpoints in the published layout, written from its description."""
 
 import json
 
@@ -29,13 +29,13 @@ MIXIN = {
     "language_dim": 32,
     "vision_dim": 32,
     "head_dim": 16,
-    "num_heads": 3,  # inner width 48: not the language model's
+    "num_heads": 3,  # inner width 48, other than the language model's
     "intermediate_size": 40,
     "mixin_every_n_layers": 2,
 }
 INTERNLM2 = {"architectures": ["InternLM2ForCausalLM"], "bias": False, "rope_theta": 1e6}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "rope_theta": 1e4}
-VARIANTS = {
+VARIANTS = {  # arguments of `published_config`
     "internlm2": {},
     "attention_bias": {"llm": {"bias": True}},
     "many_kv_heads": {"llm": {"num_key_value_heads": 4}},
@@ -71,7 +71,7 @@ def published_config(llm=None, vision=None, mixin=None, top=None):
 
 
 def published_weights(config):
-    """Random weights under the published names, written from the layout's description."""
+    """Random weights with the published names and shapes."""
     llm, vision, mixin = (config[f"{part}_config"] for part in ("llm", "vision", "mixin"))
     d, f, h, g = (
         llm[k]

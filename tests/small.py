@@ -1,4 +1,4 @@
-"""A model of four layers in which every norm, gate and bias counts, and prompts for it."""
+"""A model of four layers with random norms, gates and biases, and prompts for it."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from comemo.tiny_checkpoint import spread_weights
 
 
 def place(inputs, device=None):
-    """Inputs of a model by name, or tensors in tuples, on a device; grids stay with the host."""
+    """Move inputs by name, or tensors in lists and tuples, to a device; grids stay on the CPU."""
     device = device or here()
     if isinstance(inputs, dict):
         return {n: x if n == "tile_grid" else place(x, device) for n, x in inputs.items()}
@@ -39,7 +39,7 @@ def make_model(dtype=torch.float32, **llm):
 
 
 def make_prompts(model):
-    """Two prompts, the first with one picture and padding, the second with two pictures."""
+    """Two prompts: the first with one image and left padding, the second with two images."""
     config, side = model.config, model.config.vision_config.image_size[0]
     per = config.tokens_per_tile
     ids = torch.randint(10, 200, (2, 2 * per + 9))
@@ -53,7 +53,7 @@ def make_prompts(model):
 
 
 def one_more(prompts, out):
-    """Inputs of a decode step behind whole prompts: a token each, the cache and the memory."""
+    """Inputs of a decode step after the prefill: a token per prompt, KV cache, image memory."""
     return {
         "input_ids": torch.full((2, 1), 7, device=here()),
         "attention_mask": F.pad(prompts["attention_mask"], (0, 1), value=1),
@@ -64,7 +64,7 @@ def one_more(prompts, out):
 
 @torch.no_grad()
 def logits_of(model, prompts):
-    """Logits [T, vocabulary] of all tokens but padding, and of one more for each prompt."""
+    """Logits [T, vocabulary] of all tokens except padding, then of a decode step per prompt."""
     out = model(**prompts, use_cache=True)
     whole = out.logits[prompts["attention_mask"].bool()]
     return torch.cat([whole, model(**one_more(prompts, out)).logits.flatten(0, 1)])

@@ -1,4 +1,4 @@
-"""The model as users of transformers know it: names, outputs, inputs, parts, configs, export."""
+"""Transformers' conventions: argument names, outputs, inputs, submodels, configs, export."""
 
 import copy
 import json
@@ -29,11 +29,11 @@ def prompts(model):
     return make_prompts(model)
 
 
-# --- the cache by both its names ---
+# --- both names of the KV cache ---
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_the_cache_has_two_names(model, prompts, name):
+def test_both_names_of_the_cache(model, prompts, name):
     with torch.no_grad():
         out = model(**prompts, **{name: DynamicCache()}, use_cache=True)
         assert out.cache is out.past_key_values is out["cache"] is out["past_key_values"]
@@ -58,7 +58,7 @@ def test_the_cache_has_two_names(model, prompts, name):
     assert getattr(told, CACHE).get_seq_length() == answer.shape[1] - 1
 
 
-def test_two_caches_are_one_too_many(model, prompts):
+def test_two_caches_are_refused(model, prompts):
     both = {"cache": DynamicCache(), "past_key_values": DynamicCache()}
     with pytest.raises(ValueError, match=r"cache.*past_key_values|past_key_values.*cache"):
         model(**prompts, **both)
@@ -92,7 +92,7 @@ def test_outputs_are_dictionaries_and_tuples(model, prompts):
             assert whole(input_ids=prompts["input_ids"]).image_outputs is None
 
 
-def test_image_features_are_those_of_internvl(model, prompts):
+def test_image_features_like_internvl(model, prompts):
     tiles = prompts["pixel_values"]
     with torch.no_grad():
         wanted = model.model.project_images(tiles)
@@ -133,7 +133,7 @@ def test_image_features_are_those_of_internvl(model, prompts):
         (lambda tiles: tiles[..., ::2, ::2], r"\(3, 3, 56, 56\)"),
     ],
 )
-def test_tiles_of_another_form_are_refused(model, prompts, spoil, got):
+def test_tiles_of_another_shape_are_refused(model, prompts, spoil, got):
     prompts["pixel_values"] = spoil(prompts["pixel_values"])
     told = rf"pixel_values must be a tensor \[tiles, 3, 112, 112\], got {got}"
     for verb in (model, model.model, model.generate):
@@ -144,7 +144,7 @@ def test_tiles_of_another_form_are_refused(model, prompts, spoil, got):
 # --- inputs ---
 
 
-def test_embeddings_alone_are_numbered_by_their_mask(model):
+def test_position_ids_of_embeddings_come_from_their_mask(model):
     ids = place(torch.randint(10, 200, (2, 9)))
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
@@ -160,7 +160,7 @@ def test_embeddings_alone_are_numbered_by_their_mask(model):
     assert torch.equal(both[:, 9:], wanted)
 
 
-def test_pictures_go_into_embeddings_where_the_ids_say(model, prompts):
+def test_images_replace_embeddings_at_image_ids(model, prompts):
     embeds = model.get_input_embeddings()(prompts["input_ids"])
     with torch.no_grad():
         wanted = model(**prompts).logits
@@ -173,7 +173,7 @@ def test_pictures_go_into_embeddings_where_the_ids_say(model, prompts):
             call(**prompts, inputs_embeds=embeds)
 
 
-def test_embeddings_need_a_cache_and_no_drafts(model):
+def test_embeddings_need_a_cache_and_no_speculative_decoding(model):
     embeds = place(torch.randn(1, 5, 64))
     with pytest.raises(ValueError, match=r"inputs_embeds need a cache.*use_cache=False"):
         model.generate(inputs_embeds=embeds, use_cache=False, **GREEDY)
@@ -183,10 +183,10 @@ def test_embeddings_need_a_cache_and_no_drafts(model):
         model(input_ids=place(torch.ones(1, 5).long()), inputs_embeds=embeds)
 
 
-def test_without_any_input_an_answer_begins_at_the_start(model):
+def test_without_input_generation_starts_at_the_bos_token(model):
     start = model.generate(place(torch.tensor([[1]])), **GREEDY)
     assert torch.equal(model.generate(bos_token_id=1, **GREEDY), start)
-    assert torch.equal(model.generate(**GREEDY), start)  # of the text's config
+    assert torch.equal(model.generate(**GREEDY), start)  # from the text config
     other = copy.copy(model)
     other.config = copy.deepcopy(model.config)
     other.generation_config = copy.deepcopy(model.generation_config)
@@ -198,7 +198,7 @@ def test_without_any_input_an_answer_begins_at_the_start(model):
         model.generate(ids, input_ids=ids, **GREEDY)
 
 
-def test_prompts_that_are_padded_on_the_right_are_refused(model):
+def test_right_padding_is_refused(model):
     ids = place(torch.randint(10, 200, (3, 6)))
     mask = torch.ones_like(ids)
     mask[1, 4:] = 0
@@ -206,11 +206,11 @@ def test_prompts_that_are_padded_on_the_right_are_refused(model):
         model.generate(ids, attention_mask=mask, **GREEDY)
 
 
-# --- drafts ---
+# --- speculative decoding ---
 
 
 @pytest.mark.parametrize("drafts", ["lookup", "assistant"])
-def test_drafts_change_no_answer(model, prompts, drafts):
+def test_speculative_decoding_changes_no_answer(model, prompts, drafts):
     prompts = {n: x[1:] if n in ("input_ids", "attention_mask") else x for n, x in prompts.items()}
     prompts["pixel_values"], prompts["tile_grid"] = prompts["pixel_values"][1:], [(1, 1)] * 2
     options = {"max_new_tokens": 12, "do_sample": False}
@@ -219,7 +219,7 @@ def test_drafts_change_no_answer(model, prompts, drafts):
     assert torch.equal(model.generate(**prompts, **options, **more), wanted)
 
 
-# --- parts and configs ---
+# --- submodels and configs ---
 
 
 @pytest.mark.parametrize("original", [True, False])
@@ -235,7 +235,7 @@ def test_a_model_without_head_is_saved_and_loaded(model, prompts, tmp_path, orig
         CoMemoForConditionalGeneration.from_pretrained(tmp_path / "base")
 
 
-def test_parts_of_a_config_are_read_by_their_own_classes(model, tmp_path):
+def test_sub_configs_are_read_by_their_own_classes(model, tmp_path):
     model.config.save_pretrained(tmp_path)
     told = model.config.to_dict()
     for name, kind in (("text_config", LlamaConfig), ("vision_config", InternVLVisionConfig)):
@@ -259,7 +259,7 @@ def test_a_config_that_contradicts_itself_is_refused(model):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "linear"])
-def test_llamas_own_scaling_is_taken_over(model, kind):
+def test_rope_scaling_of_llama_is_accepted(model, kind):
     scaled = {"rope_type": kind, "factor": 4.0, "rope_theta": 1e6}
     text = dict(model.config.text_config.to_dict(), rope_parameters=scaled)
     parts = {"vision_config": model.config.vision_config, "mixin_config": model.config.mixin_config}
@@ -275,7 +275,7 @@ def test_llamas_own_scaling_is_taken_over(model, kind):
         CoMemoConfig(text_config=text, rope_scaling={"type": kind, "factor": 2.0}, **parts)
 
 
-def test_scaling_that_the_model_does_not_do_is_refused(model):
+def test_unsupported_rope_scaling_is_refused(model):
     yarn = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}
     text = model.config.text_config.to_dict() | {"rope_parameters": yarn}
     with pytest.raises(ValueError, match=r"type must be 'dynamic' or 'linear'.*yarn"):
@@ -307,8 +307,8 @@ def exported():
 
 @TRACED
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("what", ["text", "pictures", "memory", "step"])
-def test_forwards_and_steps_are_exported(exported, real_device, what):
+@pytest.mark.parametrize("what", ["text", "images", "memory", "step"])
+def test_prefills_and_decode_steps_are_exported(exported, real_device, what):
     model = make_model().to(real_device)
     prompts = place(make_prompts(model), real_device)
     with torch.no_grad():
@@ -316,7 +316,7 @@ def test_forwards_and_steps_are_exported(exported, real_device, what):
         whole = {n: prompts[n] for n in ("input_ids", "attention_mask")}
         given = {
             "text": {"input_ids": whole["input_ids"].clamp(max=200), "use_cache": False},
-            "pictures": prompts | {"use_cache": False},
+            "images": prompts | {"use_cache": False},
             "memory": whole | {"image_memory": out.image_memory, "use_cache": False},
             "step": place(one_more(prompts, out), real_device),
         }[what]
@@ -325,7 +325,7 @@ def test_forwards_and_steps_are_exported(exported, real_device, what):
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
-def test_a_memory_is_a_tree():
+def test_a_memory_is_a_pytree():
     from torch.utils import _pytree as pytree
 
     memory = ImageMemory.from_media(torch.randn(8, 4), torch.arange(8), [6, 2], [4, 2, 2])
@@ -339,5 +339,5 @@ def test_a_memory_is_a_tree():
     assert told == tree
 
 
-def test_the_surface_names_both_outputs():
+def test_both_output_classes_are_public():
     assert {"CoMemoOutput", "CoMemoModelOutput"} <= set(comemo.__all__)

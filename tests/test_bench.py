@@ -1,6 +1,5 @@
-"""The benchmarks: cases that are what they say, rows, wrong ways that are not timed, stages."""
+"""Benchmarks of rotary embedding and position ids; the machine, files and plots of all."""
 
-import argparse
 import csv
 import json
 import os
@@ -12,21 +11,15 @@ import harness
 import pytest
 import torch
 from conftest import GPU, INTERPRET
+from timed import options_of
 
 import comemo_kernels as ops
-from bench import measure, plot, positions, rotary, ways
+from bench import __main__ as command
+from bench import measure, memory, plot, positions, rotary, tuning, ways
 from bench.cases import PROMPTS, Prompt
 
 
-def options_of(module, *words):
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    options = parser.parse_args(words)
-    options.out = None
-    return options
-
-
-def test_cases_are_what_they_say():
+def test_cases_have_the_sizes_of_their_names():
     assert PROMPTS["chat_1k"].tokens == 1024
     assert PROMPTS["one_image_3k"].tokens == 3424
     assert PROMPTS["pack_16k"].tokens == 16384
@@ -53,10 +46,8 @@ RUN = ("--cases", "chat_1k", "--heads", "2B", "--rounds", "1", "--no-compile")
 def test_rotary_rows(tiny_copy):
     rows = list(rotary.run(options_of(rotary, *RUN)))
     assert {row["case"] for row in rows} == {"chat_1k 2B contiguous", "chat_1k 2B packed qkv"}
-    assert {(row["pass"], row["way"]) for row in rows} == {
-        *((kind, way) for kind in ("forward", "backward") for way in ("eager", "ours")),
-        ("forward", "ours in place"),
-    }
+    both = {(kind, way) for kind in ("forward", "backward") for way in ("eager", "ours")}
+    assert {(row["pass"], row["way"]) for row in rows} == both | {("forward", "ours in place")}
     moved = 2 * 128 * 24 * 128 * 4
     for row in rows:
         assert 0 < row["low_us"] <= row["us"] <= row["high_us"]
@@ -78,13 +69,13 @@ def test_a_wrong_kernel_is_not_timed(tiny_copy, monkeypatch, capsys):
         list(rotary.run(options_of(rotary, *RUN)))
 
 
-def test_position_rows_and_a_wrong_one(monkeypatch):
+def test_position_rows_and_wrong_ids(monkeypatch):
     words = ("--rounds", "1", "--cases", "one_image_3k", "eight_of_3k")
     rows = list(positions.run(options_of(positions, *words)))
     assert len(rows) == 8
     assert all(row["us"] > 0 for row in rows)
     monkeypatch.setattr(ops, "rope_dhr_positions", lambda image, *_, **kw: image.long())
-    with pytest.raises(RuntimeError, match="ours numbers one_image_3k otherwise"):
+    with pytest.raises(RuntimeError, match="ours is not timed: other ids for one_image_3k"):
         list(positions.run(options_of(positions, *words)))
 
 
@@ -96,10 +87,10 @@ def test_tuning_needs_a_gpu(tiny_copy):
 
 
 def test_host_and_tuning_rows(tiny_copy, monkeypatch):
-    """What only a GPU is asked for, with the clocks of a GPU replaced."""
+    """Rows that only a GPU has, with its clocks replaced."""
     monkeypatch.setattr(measure, "graph_us", lambda call: (call(), 1.5)[1])
     monkeypatch.setattr(measure, "host_us", lambda call: (call(), 9.5)[1])
-    monkeypatch.setattr(ways, "watch", lambda kernel, call: (call(), True))
+    monkeypatch.setattr(tuning, "watch", lambda kernel, call: (call(), True))
     bench = rotary.RotaryBench("cpu", torch.float32, 1e10, rounds=1)
     rows = bench.time_host("2B")
     assert {(row["case"], row["way"]) for row in rows} == {
@@ -147,13 +138,13 @@ MEASURED = [
 
 @pytest.fixture
 def copied(tmp_path, monkeypatch):
-    """A copy of the tree, of which nothing tells the commit."""
+    """A copy of the source tree without any information about its commit."""
     monkeypatch.delenv("COMEMO_COMMIT", raising=False)
     monkeypatch.setattr(measure, "ROOT", tmp_path)
     return tmp_path
 
 
-def test_a_copy_without_history_names_its_commit_if_it_is_told(copied, monkeypatch):
+def test_a_copy_without_a_repository_takes_its_commit_from_file_or_variable(copied, monkeypatch):
     assert measure.describe_machine()["commit"] == "unknown"
     (copied / ".commit").write_text("abc1234\n")
     assert measure.describe_machine()["commit"] == "abc1234"
@@ -180,8 +171,8 @@ def test_a_commit_with_changes(copied):
     assert measure.describe_machine()["commit"] == f"{head}+changes"
 
 
-def test_an_installed_package_of_tests_is_not_the_harness(tmp_path):
-    """Nor is what the tests import another module than what the benchmarks do."""
+def test_an_installed_package_does_not_shadow_the_harness(tmp_path):
+    """Tests and benchmarks import the same module object."""
     for name in ("tests", "harness"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise RuntimeError('shadowed')")
@@ -204,8 +195,8 @@ def test_an_installed_package_of_tests_is_not_the_harness(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(GPU or INTERPRET, reason="replaces the driver of a machine without a GPU")
-def test_what_a_call_costs_the_host(tmp_path):
-    """In a process of its own: the operators stay registered for the CPU."""
+def test_host_time_of_a_call(tmp_path):
+    """In a subprocess, because operators stay registered for the CPU."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "bench", "host", "--out", str(tmp_path)]
     subprocess.run(command, cwd=measure.ROOT, capture_output=True, check=True)
@@ -227,3 +218,26 @@ def test_files_and_plots(tmp_path):
     pytest.importorskip("matplotlib")
     assert {file.name for file in plot.draw(MEASURED, tmp_path)} == {"a.png", "b.png"}
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
+    held = []
+
+    def run(options):
+        yield {"case": "c", "way": "ours", "us": 1.0}
+        held.append(json.loads((tmp_path / "memory.json").read_text())["rows"])
+        yield {"case": "c", "way": "other", "us": 2.0}
+
+    monkeypatch.setattr(memory, "run", run)
+    monkeypatch.setattr(sys, "argv", ["bench", "memory", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 0
+    assert [len(rows) for rows in held] == [1]
+    assert len(json.loads((tmp_path / "memory.json").read_text())["rows"]) == 2
+
+
+def test_our_ways_are_recognised_by_name():
+    assert ways.is_ours("ours")
+    assert ways.is_ours("ours fp8")
+    assert not ways.is_ours("sdpa flash")

@@ -1,10 +1,10 @@
-"""The end-to-end benchmark: its rows, and its formula of the peak against what is allocated."""
+"""The end-to-end benchmark: rows, and the formula of peak memory compared with allocations."""
 
 import copy
 
 import pytest
 import torch
-from test_bench import options_of
+from timed import options_of
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def drawn(loaded, monkeypatch):
-    """The tiny model instead of one that takes gigabytes."""
+    """The tiny model instead of one of several gigabytes."""
     monkeypatch.setattr(chat, "draw_model", lambda *_: copy.deepcopy(loaded[0]))
 
 
@@ -28,8 +28,7 @@ def test_rows(drawn):
         ("second question", "ours"),
         ("known picture", "ours"),
         ("second question", "published"),
-        *(("decode, batch 2", way) for way in chat.WAYS),
-    ]
+    ] + [("decode, batch 2", way) for way in chat.WAYS]
     new, second, known, published = rows[:4]
     assert new["read_tokens"] > 768 > 100 > second["read_tokens"]
     assert known["read_tokens"] > 768
@@ -43,7 +42,7 @@ def test_rows(drawn):
 
 
 def allocated(run):
-    """Most bytes that a CPU call had allocated at once, beyond those before it."""
+    """Peak bytes that a call allocates on the CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     held, most = 0, 0
@@ -59,8 +58,8 @@ def allocated(run):
     ("chunk", "tiles_at_once"), [(256, 4), pytest.param(4096, 1, marks=pytest.mark.slow)]
 )
 def test_the_peak_is_predicted(chunk, tiles_at_once):
-    """At widths where weights and activations count, and nothing else does."""
-    base = CoMemoConfig().to_dict() | {"text_config": None}  # told by llm_config alone
+    """At widths at which weights and activations dominate."""
+    base = CoMemoConfig().to_dict() | {"text_config": None}  # it is made from llm_config
     base["llm_config"] |= {"num_hidden_layers": 2, "hidden_size": 512, "intermediate_size": 2048}
     base["llm_config"] |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 700}
     base["vision_config"] |= {"num_hidden_layers": 2, "hidden_size": 512}

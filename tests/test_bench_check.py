@@ -1,4 +1,4 @@
-"""The check of a GPU in one command: what it tells of a suite and of a tool that find something."""
+"""`gpu-check`: its summary of failing tests and of findings of compute-sanitizer."""
 
 import argparse
 import contextlib
@@ -34,7 +34,7 @@ def test_skipped():
 
 @pytest.fixture
 def check(monkeypatch, tmp_path):
-    """`gpu-check` of another suite and another tool."""
+    """`gpu-check` with other tests and another tool."""
 
     def run(tests=TESTS, tool=None, names=("suite", "memcheck", "racecheck"), parallel=()):
         place = tmp_path / "tests"
@@ -57,7 +57,7 @@ def check(monkeypatch, tmp_path):
     return run
 
 
-def test_the_check_tells_failures_errors_and_what_is_left_out(check, tmp_path, capsys):
+def test_failures_errors_and_skips_are_printed(check, tmp_path, capsys):
     code, table = check()
     assert code == 1
     first = "3x RuntimeError: Triton Error [CUDA]: 0 misaligned address  in "
@@ -99,7 +99,7 @@ def test_some(i):
 
 
 @pytest.mark.slow
-def test_a_worker_that_has_lost_its_gpu_fails_no_other_test(check, tmp_path):
+def test_a_worker_with_a_destroyed_context_fails_no_other_test(check, tmp_path):
     code, table = check(LOSES, names=("suite",), parallel=("-n", "1", "--dist", "worksteal"))
     assert code == 1
     lines = [json.loads(x) for x in archived(tmp_path / "out")["tests.jsonl"].splitlines()]
@@ -111,7 +111,7 @@ def test_a_worker_that_has_lost_its_gpu_fails_no_other_test(check, tmp_path):
 
 
 @pytest.mark.slow
-def test_tests_that_had_no_time_are_counted(check, monkeypatch):
+def test_tests_without_time_are_counted(check, monkeypatch):
     slow = "import pytest, time\n@pytest.mark.parametrize('i', range(5))\ndef test_a(i): "
     monkeypatch.setattr(gpu_check, "SECONDS", {"suite": 1.0})
     began, run = time.monotonic(), stages.run_in_turn
@@ -129,10 +129,10 @@ def test_tests_that_had_no_time_are_counted(check, monkeypatch):
 
     monkeypatch.setattr(stages, "run_in_turn", until_two_have_run)
     _, table = check(slow + "time.sleep(i)", names=("suite",))
-    assert re.search(r"[123] tests: not run until now", table)
+    assert re.search(r"[123] tests: not run so far", table)
 
 
-def test_what_the_tool_finds_is_told(check):
+def test_findings_of_the_tool_are_printed(check):
     tool = 'echo "========= $2 Invalid read"; echo "========= ERROR SUMMARY: 3 errors"; exit 99'
     code, table = check(tool=tool, names=("memcheck", "racecheck"))
     assert code == 1
@@ -141,7 +141,7 @@ def test_what_the_tool_finds_is_told(check):
     assert table.count("failed, exit code 99") == 2
 
 
-def test_a_check_that_finds_nothing(check):
+def test_a_check_without_findings(check):
     tool = 'echo "========= ERROR SUMMARY: 0 errors"'
     code, table = check(tool=tool, names=("memcheck", "racecheck"))
     assert code == 0
@@ -150,8 +150,8 @@ def test_a_check_that_finds_nothing(check):
 
 
 @pytest.mark.slow
-def test_a_suite_that_cannot_be_read_is_told(check):
+def test_a_failed_import_of_tests_is_printed(check):
     code, table = check("import nothing_of_that_name", names=("suite",))
     assert code == 1
     assert "1x ModuleNotFoundError: No module named 'nothing_of_that_name'  in" in table
-    assert "memcheck: not asked for" in table
+    assert "memcheck: not selected" in table

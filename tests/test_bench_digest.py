@@ -1,9 +1,9 @@
-"""The few lines that a run of benchmarks is told in."""
+"""The summary of a run of benchmarks."""
 
 from bench import digest
 
 
-def test_ours_is_compared_within_a_case():
+def test_ways_are_compared_within_a_case():
     same = {"bench": "memory", "case": "c", "pass": "build"}
     rows = [
         same | {"way": "published", "us": 8.0},
@@ -25,7 +25,7 @@ def test_ours_is_compared_within_a_case():
     ]
 
 
-def test_the_fastest_variant_stands_beside_the_first():
+def test_the_fastest_configuration_is_compared_with_the_first():
     def row(kernel, config, us, first=False):
         same = {"bench": "attend", "case": "c", "pass": "tune", "way": f"{kernel} {config}"}
         return same | {"kernel": kernel, "config": config, "us": us, "first": first}
@@ -33,13 +33,13 @@ def test_the_fastest_variant_stands_beside_the_first():
     rows = [row("a", "M 1", 3.0, True), row("a", "M 2", 2.0), row("b", "M 1", 1.0, True)]
     rows += [row("d", "M 2", 1.0), row("b", "M 2", 1.5)]
     assert digest.choose(rows) == [
-        "attend c, a: first 3 us M 1, 50.0% behind 2 us M 2",
+        "attend c, a: first 3 us M 1, 50.0% slower than 2 us M 2",
         "attend c, b: the first is the fastest of 2, 1 us",
         "attend c, d: the first was not timed, fastest 1 us M 2",
     ]
 
 
-def test_what_does_not_fit_is_counted():
+def test_lines_that_are_cut_are_counted():
     parts = [("few:", ["a", "b"]), ("none:", []), ("many:", [str(i) for i in range(999)])]
     text = digest.fit(parts, 200)
     assert len(text) <= 200

@@ -1,4 +1,4 @@
-"""The benchmarks of a GPU in one command: stages that fail, hang or are killed; what is told."""
+"""`gpu-bench`: stages that fail, hang or are killed, and the summary."""
 
 import argparse
 import io
@@ -36,7 +36,7 @@ def made_up_machine(monkeypatch):
 
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
-    """`gpu-bench` of other stages: name -> seconds, code."""
+    """`gpu-bench` with other stages: name -> seconds, code."""
 
     def run(found, minutes, names=None):
         monkeypatch.setattr(gpu_bench, "STAGES", {n: (s, [c]) for n, (s, c) in found.items()})
@@ -58,7 +58,7 @@ def archived(folder):
 
 
 def is_running(pid):
-    """Of a process that is no child: a zombie has ended."""
+    """Whether a process that is not our child runs; a zombie does not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -73,7 +73,7 @@ def wait_for(condition, seconds=30):
     assert condition()
 
 
-def test_stages_of_the_benchmarks_are_commands_that_exist(tmp_path):
+def test_stages_are_valid_commands(tmp_path):
     names = list(gpu_bench.STAGES)
     assert names[:5] == ["compile", "attend", "tune attend", "memory", "tune memory"]
     for name in names[1:]:
@@ -86,7 +86,7 @@ def test_stages_of_the_benchmarks_are_commands_that_exist(tmp_path):
         parser.parse_args(words[4:])
 
 
-def test_what_ships_is_compiled_to_where_a_launch_finds_it(monkeypatch, tmp_path):
+def test_shipped_kernels_are_compiled_into_the_cache(monkeypatch, tmp_path):
     pytest.importorskip("triton")
     places = warm.variants("sm_90")
     cases = warm._cases()
@@ -94,9 +94,9 @@ def test_what_ships_is_compiled_to_where_a_launch_finds_it(monkeypatch, tmp_path
     kernels = {case.kernel for case in cases if "sm_90" in case.chips}
     assert held == {(kernel, j) for kernel in kernels for j in range(len(kernel.configs))}
     assert [cases[i].dot for i, _ in places] == sorted((cases[i].dot for i, _ in places))[::-1]
-    from comemo_kernels import fused_linear as glue
+    from comemo_kernels import fused_linear
 
-    place = next(p for p in places if cases[p[0]].kernel is glue.one_weight_kernel)
+    place = next(p for p in places if cases[p[0]].kernel is fused_linear.one_weight_kernel)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     cases[place[0]].kernel.function.device_caches.clear()
     assert warm.compile_variant("sm_90", place) > 0
@@ -126,14 +126,14 @@ def test_a_stage_that_fails_or_hangs_does_not_stop_the_next(bench, tmp_path, cap
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_one_stage_of_many_has_all_the_time_and_the_others_are_told(bench):
+def test_a_selected_stage_has_all_the_time_and_the_others_are_listed(bench):
     found = {"a": (1, MEASURE), "b": (99, MEASURE)}
     code, table = bench(found, 0.5, ["a"])
     assert code == 0
     assert "left out:\n  b" in table
 
 
-def test_a_plot_that_fails_costs_no_number(bench, monkeypatch, capsys):
+def test_a_plot_that_fails_loses_no_rows(bench, monkeypatch, capsys):
     def fail(*_):
         raise ValueError("no axis")
 
@@ -146,7 +146,7 @@ def test_a_plot_that_fails_costs_no_number(bench, monkeypatch, capsys):
     assert "no axis" in told.err
 
 
-def test_no_time_is_told(bench):
+def test_stages_without_time_are_listed(bench):
     code, table = bench({"a": (1, MEASURE)}, 0.0)
     assert code == 0
     assert "not run: no time left" in table
@@ -160,7 +160,7 @@ def test_shares_sum_to_the_minutes():
 
 
 @pytest.mark.slow
-def test_who_waits_loads_its_packages_while_another_runs(tmp_path):
+def test_a_waiting_stage_imports_while_another_runs(tmp_path):
     told = tmp_path / "told"
     code = (
         "import sys, time; f = open(sys.argv[1], 'a', 1); print('loaded', sys.argv[2], file=f);"
@@ -175,17 +175,19 @@ def test_who_waits_loads_its_packages_while_another_runs(tmp_path):
     lines = told.read_text().splitlines()
     assert sorted(lines) == sorted(f"{w} {n}" for w in ("loaded", "begun", "ended") for n in "ab")
     assert lines.index("loaded b") < lines.index("ended a") < lines.index("begun b")
-    assert all(stage.said == "passed" for stage in found)
+    assert all(stage.outcome == "passed" for stage in found)
 
 
-def test_who_waits_for_nothing_ends(tmp_path, monkeypatch):
-    """A stage that has no time left when its turn comes, and one whose command has gone."""
+def test_a_waiting_stage_that_is_not_needed_ends(tmp_path, monkeypatch):
+    """A stage without time left when its turn comes, and one whose stdin is closed."""
     pid = tmp_path / "pid"
-    tell = f"import os, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); input()"
+    write_pid = (
+        f"import os, pathlib; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); input()"
+    )
     stages.run_in_turn(
         [
             Stage("long", [sys.executable, "-c", "import time; time.sleep(9)"], 2.0),
-            Stage("none", [sys.executable, "-c", tell], 0.0, waits=True),
+            Stage("none", [sys.executable, "-c", write_pid], 0.0, waits=True),
         ],
         tmp_path,
         lambda: None,
@@ -193,12 +195,12 @@ def test_who_waits_for_nothing_ends(tmp_path, monkeypatch):
     assert not is_running(int(pid.read_text()))
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     monkeypatch.setattr(sys, "argv", ["bench", "positions", "--wait"])
-    with pytest.raises(SystemExit, match="positions --wait: nobody is there any more"):
+    with pytest.raises(SystemExit, match="positions --wait: stdin was closed"):
         command.main()
 
 
-def test_workers_end_with_their_stage(tmp_path):
-    """Pytest's in parallel, and whatever else a stage has started."""
+def test_child_processes_end_with_their_stage(tmp_path):
+    """Such as workers of pytest-xdist."""
     (tmp_path / "test_a.py").write_text(
         "import os, pathlib, time, pytest\n"
         "@pytest.mark.parametrize('i', range(2))\n"
@@ -211,16 +213,16 @@ def test_workers_end_with_their_stage(tmp_path):
     process = stages.Process(stage, tmp_path)
     wait_for(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
     stages.run_together([process], 0.1, lambda: None)
-    assert stage.said == "out of time after 0 s"
+    assert stage.outcome == "out of time after 0 s"
     workers = [int(file.stem) for file in tmp_path.glob("*.pid")]
     wait_for(lambda: not any(map(is_running, workers)), 5)
 
 
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=["told to end", "killed"])
-def test_what_was_measured_outlives_a_kill(end, bench, tmp_path):
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=["terminated", "killed"])
+def test_measured_rows_survive_a_kill(end, bench, tmp_path):
     pid = tmp_path / "pid"
-    tell = f"pathlib.Path({str(pid)!r}).write_text(str(__import__('os').getpid())); "
-    code = "import pathlib; " + tell + MEASURE + "time.sleep(60)"
+    write_pid = f"pathlib.Path({str(pid)!r}).write_text(str(__import__('os').getpid())); "
+    code = "import pathlib; " + write_pid + MEASURE + "time.sleep(60)"
     run = multiprocessing.get_context("fork").Process(target=bench, args=({"a": (60, code)}, 1))
     run.start()
 

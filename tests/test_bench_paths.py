@@ -1,11 +1,11 @@
-"""What the benchmarks do on a GPU alone, on a virtual one."""
+"""Code of the benchmarks that only runs on a GPU, on the virtual one."""
 
 import copy
 
 import pytest
 import virtual_gpu
 from conftest import GPU, SLOW
-from test_bench import options_of
+from timed import options_of
 
 from bench import attend, chat, decode, measure, memory, mixin, positions, project, rotary, vision
 from bench.cases import PROMPTS, Prompt
@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.skipif(GPU, reason="make gpu-bench runs them"),
 ]
-WAYS = [way for way in chat.WAYS if "compile" not in way]  # which traces through no virtual GPU
+WAYS = [way for way in chat.WAYS if "compile" not in way]  # it cannot trace a virtual GPU
 OF_MODELS = {
     chat: ("--cols", "2", "--rows", "1", "--tokens", "2", "--batches", "2", "--ways", *WAYS),
     decode: ("--cols", "1", "--rows", "1", "--tokens", "2", "--vision-tiles", "1"),
@@ -30,7 +30,7 @@ OF_KERNELS = {
     project: (*TINY, "--tiles", "1"),
     rotary: ("--cases", "chat_1k", "--heads", "2B", "--layouts", "contiguous", *TINY[2:]),
 }
-ON_GPU_ALONE = {  # passes, if there are any
+ON_GPU_ONLY = {  # passes, if there are any
     attend: {"forward graph", "host"},
     memory: {"build"},
     mixin: {"layer graph", "norm_swiglu graph"},
@@ -38,7 +38,7 @@ ON_GPU_ALONE = {  # passes, if there are any
     project: {"forward graph"},
     rotary: {"host"},
 }
-# Of a build for CPUs, and of a kernel that is launched without asking for a GPU.
+# Messages of a PyTorch without CUDA, and of a kernel launched without a GPU.
 ABSENT = ("No viable backend", "_flash_attention_forward", "libcuda.so")
 
 
@@ -65,16 +65,16 @@ def test_every_way_is_timed(gpu, bench, capsys):
     options = options_of(bench, *OF_KERNELS[bench])
     rows = list(bench.run(options))
     passes = {row["pass"] for row in rows if row["way"].startswith("ours")}
-    assert ON_GPU_ALONE[bench] <= passes
+    assert ON_GPU_ONLY[bench] <= passes
     assert not getattr(options, "failed", False)
-    told = capsys.readouterr().out.splitlines()
-    left = [line for line in told if "not timed" in line]
+    printed = capsys.readouterr().out.splitlines()
+    left = [line for line in printed if "not timed" in line]
     assert all(any(name in line for name in ABSENT) for line in left), left
 
 
 @pytest.mark.parametrize(
     "bench",
-    # What `bench.chat` tells of a CPU is tested in every run.
+    # `bench.chat` on a CPU is tested in every run.
     [pytest.param(b, marks=SLOW if b is chat else ()) for b in OF_MODELS],
     ids=lambda bench: bench.__name__,
 )

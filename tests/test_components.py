@@ -1,4 +1,4 @@
-"""Every recorded component of the published model: outputs and gradients."""
+"""Components compared with recordings of the published model: outputs and gradients."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ MIXIN = {  # published parameter -> ours, of a mixin layer
 
 
 def read(golden, prefix: str) -> dict[str, Tensor]:
-    """Recorded tensors, where the model is."""
+    """Recorded tensors, on the model's device."""
     return place(recorded(golden, "components.safetensors", prefix))
 
 
@@ -37,7 +37,7 @@ def mixin(model):
 
 
 def check(tensors: dict[str, Tensor], out: Tensor, grads: dict[str, Tensor]) -> None:
-    """`out` and the gradients of (out * loss_weight).sum(), by the golden's names."""
+    """Compare `out` and gradients of (out * loss_weight).sum(), by their recorded names."""
     assert_relative(out, tensors["out"], "out")
     (out * tensors["loss_weight"]).sum().backward()
     for name, leaf in grads.items():
@@ -54,7 +54,7 @@ def table(model, position_ids: Tensor):
 
 
 def rotation(model, position_ids: Tensor) -> QueryRotation:
-    """Of queries that read keys at the ids of their prompt, as the recorded ones."""
+    """Rotation of queries for keys rotated by the ids of the prompt, as recorded."""
     mixin = model.config.mixin_config
     length = mixin.max_position_embeddings
     found = ops.distance_table(mixin.head_dim, mixin.rope_theta, length, position_ids.device)
@@ -62,7 +62,7 @@ def rotation(model, position_ids: Tensor) -> QueryRotation:
 
 
 def positions(golden, N: int, M: int) -> tuple[Tensor, Tensor]:
-    """All cases stand where the plain one does; shorter ones at its first places."""
+    """Ids of the case `plain`, which all cases share; shorter ones use the first of them."""
     plain = read(golden, "cross_attn/plain/")
     return plain["text_position_ids"][:, :N], plain["media_position_ids"][:, :M]
 
@@ -71,11 +71,11 @@ def spans_of(tensors: dict[str, Tensor], B: int, N: int, M: int) -> Tensor:
     if "cu_seqlens_q" in tensors:
         q, k = tensors["cu_seqlens_q"][0].long(), tensors["cu_seqlens_k"][0].long()
         return spans_from_cu_seqlens(q, k, N)
-    if "media_attn_mask" in tensors:  # True where a token may read
+    if "media_attn_mask" in tensors:  # True where a token may attend
         mask = tensors["media_attn_mask"][:, 0]
         start = mask.long().argmax(-1)
         return torch.stack([start, start + mask.sum(-1)], -1)
-    if "text_time" in tensors:  # rows of value 1 read nothing
+    if "text_time" in tensors:  # tokens with value 1 attend to nothing
         ends = torch.where(tensors["text_time"] == 1, 0, M).expand(B, N)
         return torch.stack([torch.zeros_like(ends), ends], -1).long()
     starts = place(M * torch.arange(B))
@@ -88,7 +88,7 @@ def test_cross_attention(golden, model, mixin, case):
     x, media = leaf(tensors["in/x"]), leaf(tensors["in/media"])
     (B, N, _), M = x.shape, media.shape[1]
     text_ids, media_ids = positions(golden, N, M)
-    # The golden's media are normed already: the projection alone is compared.
+    # The recorded media are normed already, so the projection is compared without the norm.
     key, value = mixin.kv_proj(media).flatten(0, 1).unflatten(-1, (2, 4, 32)).unbind(1)
     key = ops.apply_rotary(key.view(B, M, 4, 32), None, *table(model, media_ids))[0].flatten(0, 1)
     q, _ = ops.apply_rotary(mixin.q_proj(x).unflatten(-1, (4, 32)), None, *table(model, text_ids))
@@ -111,7 +111,7 @@ def test_gated_block(golden, model, mixin, case):
     tensors = read(golden, f"gated_block/{case}/")
     x, media = leaf(tensors["in/x"]), leaf(tensors["in/media"])
     (B, N, _), M = x.shape, media.shape[1]
-    if case == "packed":  # the same samples as the packed cross-attention
+    if case == "packed":  # the same samples as in the packed cross-attention
         bounds = read(golden, "cross_attn/packed/cu_seqlens_")
         tensors |= {f"cu_seqlens_{name}": bound for name, bound in bounds.items()}
     text_ids, media_ids = positions(golden, N, M)
@@ -134,7 +134,7 @@ def test_gated_block_decodes_from_built_memory(golden, model, mixin):
         prefill = mixin(plain["in/x"], None, memory, rotation(model, text_ids))
         assert_relative(prefill, steps["prefill_out"])
         for i, (x, wanted) in enumerate(zip(steps["step_x"], steps["step_out"], strict=True)):
-            count = place(torch.tensor([[N + i]]))  # raw
+            count = place(torch.tensor([[N + i]]))  # queries count tokens, as published
             assert_relative(mixin(x, None, memory, rotation(model, count)), wanted, str(i))
 
 
@@ -149,7 +149,7 @@ def test_projector(golden, model):
 def test_rms_norm(golden, model):
     tensors = read(golden, "rmsnorm/")
     x = leaf(tensors["in/x"])
-    # Which of the model's norms was recorded is not: exactly one must fit.
+    # It is not known which norm was recorded: exactly one must match.
     candidates = [m for m in model.modules() if isinstance(m, LlamaRMSNorm)]
     matching = [m for m in candidates if torch.allclose(m(x), tensors["out"], rtol=1e-4, atol=1e-5)]
     assert len(matching) == 1
@@ -230,7 +230,7 @@ def test_vision_tower_of_other_sizes(golden, inputs, model, name, seed, size):
                 model.model.project_images(pixel_values)
 
 
-def test_select_layer_runs_no_layer_too_many(golden, inputs, model):
+def test_select_layer_stops_the_tower(golden, inputs, model):
     tensors = read(golden, "vision/")
     for select_layer, depth in ((-1, 2), (-2, 1), (-3, 0), (1, 1)):
         model.config.select_layer = select_layer

@@ -44,9 +44,7 @@ def test_a_call_that_fails_leaves_loop_and_cache_usable(model, loop, ahead, fail
 
 
 def test_a_step_that_fails(model, loop, ahead, monkeypatch):
-    monkeypatch.setattr(
-        ops, "capture", lambda function, device: function
-    )  # graphs call no hooks
+    monkeypatch.setattr(ops, "capture", lambda function, device: function)  # graphs call no hooks
     batch, cache = make_prompts(model), RoomyCache(4)
     calls = [0]
 

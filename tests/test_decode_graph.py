@@ -56,9 +56,7 @@ def test_a_step_never_syncs(model, loop, prompts, monkeypatch):
     wanted = model.generate(**batch, **GREEDY)[:, -7:]
     model.generate(**batch, **GREEDY | {"max_new_tokens": 2}, decode_loop=loop)
     (step,) = loop._steps.values()
-    monkeypatch.setattr(
-        torch.compiler, "is_compiling", lambda: True
-    )  # or CPU values are read
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # or CPU values are read
     tokens = []
     with torch.no_grad(), NothingRead():
         for _ in range(5):

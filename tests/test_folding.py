@@ -1,4 +1,4 @@
-"""Norms and gates folded into the projections: the same model by other weights."""
+"""A model with norms and gates folded into its projections computes the same."""
 
 import copy
 
@@ -28,7 +28,7 @@ def layers_of(model):
 
 
 def folds():
-    """Each vector's name and those of the weights it belongs into, spelled out."""
+    """Name of each vector -> names of the weights that it is folded into."""
     found = {f"{TEXT}norm.weight": ["lm_head"]}
     for i in range(4):
         at = f"{TEXT}layers.{i}."
@@ -49,7 +49,7 @@ def folds():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
-def test_errs_no_more_than_the_model_itself(dtype, bias):
+def test_errors_are_no_larger_than_the_models_own(dtype, bias):
     model = make_model(dtype, bias=bias)
     prompts = make_prompts(model)
     exact = copy.deepcopy(model).double()
@@ -57,12 +57,12 @@ def test_errs_no_more_than_the_model_itself(dtype, bias):
     own = logits_of(model, prompts)
     with model.fold_for_inference():
         folded = logits_of(model, prompts)
-    assert not torch.equal(folded, own), "other weights round otherwise"
+    assert not torch.equal(folded, own), "other weights round differently"
     assert_errs_no_more(folded, own, truth)
 
 
 def test_gives_every_recorded_answer(golden, inputs, checkpoint, tokenizer, request):
-    """Without --all some of them."""
+    """A quarter of them without --all."""
     names = CHATS if request.config.getoption("--all") else CHATS[::4]
     model = CoMemoForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
     with model.eval().requires_grad_(False).fold_for_inference():
@@ -92,7 +92,7 @@ def test_weights_are_products_rounded_once(dtype):
         assert torch.equal(after[name], tensor), name
 
 
-# --- what is called ---
+# --- calls ---
 
 
 def spy_on(monkeypatch, *verbs):
@@ -124,26 +124,26 @@ def test_a_decode_step_takes_four_calls_a_layer(model, monkeypatch):
 
 def test_memory_is_built_from_one_norm(model, monkeypatch):
     prompts, norms, build = make_prompts(model), [], ops.build_memory
-    seen = prompts["attention_mask"].bool()
+    tokens = prompts["attention_mask"].bool()
     with torch.no_grad():
         own = model(**prompts, use_cache=True)
         record = lambda *args, **kw: norms.append(args[2]) or build(*args, **kw)  # noqa: E731
         monkeypatch.setattr(ops, "build_memory", record)
         with model.fold_for_inference():
             memory = model(**prompts, use_cache=True).image_memory
-            # Each layer by itself, by the modules.
-            assert_relative(model(**prompts, use_cache=False).logits[seen], own.logits[seen])
+            # Each layer builds its own, by its modules.
+            assert_relative(model(**prompts, use_cache=False).logits[tokens], own.logits[tokens])
             assert norms == [None]
             del prompts["pixel_values"]
             for held in (memory, own.image_memory):
                 logits = model(**prompts, image_memory=held).logits
-                assert_relative(logits[seen], own.logits[seen])
+                assert_relative(logits[tokens], own.logits[tokens])
     for layer, key in own.image_memory.keys.items():
         assert_relative(memory.keys[layer], key)
         assert_relative(memory.values[layer], own.image_memory.values[layer])
 
 
-def test_modules_that_are_called_compute_the_same(model):
+def test_called_modules_compute_the_same(model):
     prompts, called, handles = make_prompts(model), set(), []
     with model.fold_for_inference():
         plain = logits_of(model, prompts)
@@ -158,7 +158,7 @@ def test_modules_that_are_called_compute_the_same(model):
 
 
 @TRACED
-def test_a_compiled_step_is_whole(real_device):
+def test_a_decode_step_compiles_without_graph_breaks(real_device):
     model = make_model().to(real_device)
     prompts = make_prompts(model)
     with torch.no_grad(), model.fold_for_inference():
@@ -171,11 +171,11 @@ def test_a_compiled_step_is_whole(real_device):
         counter = CompileCounter()
         compiled = torch.compile(model.forward, fullgraph=True, backend=counter)
         assert_relative(compiled(**step).logits, model(**step).logits)
-    torch._dynamo.reset()  # of other models' shapes it would make symbols
+    torch._dynamo.reset()  # otherwise shapes of other tests become dynamic
     assert counter.frame_count == 1
 
 
-# --- where weights lie ---
+# --- storage of weights ---
 
 
 def storages(weights):
@@ -183,7 +183,7 @@ def storages(weights):
     return {storage.data_ptr(): storage.nbytes() for storage in held}
 
 
-def test_takes_no_memory_and_joins_weights(model):
+def test_q_k_v_weights_are_concatenated_in_the_same_memory(model):
     before = storages(model.parameters())
     shapes = {name: weight.shape for name, weight in model.named_parameters()}
     model.fold_for_inference()
@@ -196,7 +196,7 @@ def test_takes_no_memory_and_joins_weights(model):
         assert torch.equal(attention.qkv, torch.cat(weights))
 
 
-def test_joined_weights_alone_change_nothing(model):
+def test_concatenated_weights_change_nothing(model):
     prompts = make_prompts(model)
     wanted = logits_of(model, prompts)
     for layer in layers_of(model):
@@ -213,7 +213,7 @@ def test_projections_with_a_bias_are_called():
         assert torch.equal(attention.q_proj.bias, bias)
 
 
-def test_weights_stay_joined_where_the_model_goes(model):
+def test_weights_stay_concatenated_after_a_conversion(model):
     prompts = make_prompts(model)
     wanted, attention = logits_of(model, prompts), layers_of(model)[2].self_attn
     folded = model.fold_for_inference()
@@ -227,8 +227,8 @@ def test_weights_stay_joined_where_the_model_goes(model):
     assert torch.equal(logits_of(model, prompts), wanted)
 
 
-def test_a_weight_that_is_replaced_is_seen(model):
-    """Adapters are merged so; a copy of the model has weights of its own."""
+def test_a_replaced_weight_is_used(model):
+    """As in merging an adapter; a copy of the model has its own weights, too."""
     prompts = make_prompts(model)
     with model.fold_for_inference():
         plain, other = logits_of(model, prompts), copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""The way back from a folded model, and what can not be folded or done with one."""
+"""Undo of a fold, models that cannot be folded, and what a folded model refuses."""
 
 import pytest
 import torch
@@ -17,13 +17,13 @@ def layers_of(model):
 
 
 def state(model):
-    """All that folding may change: weights, where they lie, and what modules hold beside them."""
+    """All that folding may change: weights, their addresses, and attributes of modules."""
     weights = {name: (t.clone(), t.data_ptr()) for name, t in model.state_dict().items()}
     return weights, {name: set(vars(module)) for name, module in model.named_modules()}
 
 
 def shared(weights):
-    """Which weights lie at one address: of each the first that does."""
+    """For each weight the first one with the same address."""
     first = {}
     return [first.setdefault(address, name) for name, (_, address) in weights.items()]
 
@@ -34,13 +34,13 @@ def assert_state(model, before):
     assert shared(weights) == shared(wanted)
     for name, (tensor, address) in weights.items():
         assert torch.equal(tensor, wanted[name][0]), name
-        # From a GPU they went to the CPU and back.
+        # Weights of a GPU were copied to the CPU and back.
         assert address == wanted[name][1] or tensor.is_cuda, name
     assert held == wanted_held
 
 
 @pytest.mark.parametrize("keep_on", ["cpu", torch.device("cpu"), None])
-def test_undo_puts_everything_back(model, keep_on):
+def test_undo_restores_everything(model, keep_on):
     before, prompts = state(model), make_prompts(model)
     logits = logits_of(model, prompts)
     decoder = model.model.language_model
@@ -55,14 +55,14 @@ def test_undo_puts_everything_back(model, keep_on):
     assert not folded.active
     assert folded.nbytes == 0
     assert torch.equal(logits_of(model, prompts), logits)
-    with pytest.raises(ValueError, match=r"^undo: .*undone before"):
+    with pytest.raises(ValueError, match=r"^undo: .*undone already"):
         folded.undo()
     with model.fold_for_inference(keep_on):
         pass
     assert_state(model, before)
 
 
-def test_a_block_ends_folding(model):
+def test_a_with_block_undoes_the_fold(model):
     before = state(model)
     with model.fold_for_inference() as folded:
         assert folded.active
@@ -75,7 +75,7 @@ def test_a_block_ends_folding(model):
     assert_state(model, before)
 
 
-def test_undo_follows_a_conversion(model):
+def test_undo_after_a_conversion(model):
     wanted = {name: t.bfloat16() for name, t in model.state_dict().items()}
     folded = model.fold_for_inference()
     model.bfloat16()
@@ -85,7 +85,7 @@ def test_undo_follows_a_conversion(model):
 
 
 @pytest.mark.parametrize("count", [0, 1, 7, 20, 33])
-def test_a_failure_on_the_way_changes_nothing(model, monkeypatch, count):
+def test_an_error_during_folding_changes_nothing(model, monkeypatch, count):
     before, replace, left = state(model), folding.FoldedModel._replace, [count]
 
     def failing(*args):
@@ -98,7 +98,7 @@ def test_a_failure_on_the_way_changes_nothing(model, monkeypatch, count):
     assert_state(model, before)
 
 
-def test_a_failure_to_join_changes_nothing(model, monkeypatch):
+def test_an_error_during_concatenation_changes_nothing(model, monkeypatch):
     before, cat, left = state(model), torch.cat, [2]
 
     def failing(*args):
@@ -160,22 +160,22 @@ def replace(model):
 
 
 WRONG = {
-    "folded twice": (lambda model: model.fold_for_inference(), "folded into its projections: undo"),
+    "folded twice": (lambda model: model.fold_for_inference(), "its projections: call undo"),
     "training": (lambda model: model.train(), "evaluation mode, got training"),
-    "gradients": (lambda model: model.requires_grad_(True), "no gradients, got .* that does: call"),
+    "gradients": (lambda model: model.requires_grad_(True), "no gradients, got .* that does:"),
     "an adapter": (adapt, r"got .*1\.self_attn\.k_proj\.weight of a Adapter"),
     "a hook": (hook, r"got .*1\.mixin\.kv_proj\.weight of a Linear"),
     "offloaded": (lambda m: layers_of(m)[2].mlp.to("meta"), r"got .*2\.mlp\.gate_proj\.weight of"),
     "an offloaded gate": (offload_gate, r"mixin\.attn_gate: Parameter of torch.float32 on meta"),
     "quantised": (quantise, r"got lm_head\.weight: Parameter of torch\.float8_e4m3fn"),
-    "tied": (tie, r"tied ones: \['model.*embed_tokens\.weight', 'lm_head\.weight'\]"),
-    "a shared layer": (share, r"tied ones: .*layers\.0\.mlp.*layers\.1\.mlp"),
-    "another network": (replace, "modules the model was made of: 'Identity'"),
+    "tied": (tie, r"not tied, got \['model.*embed_tokens\.weight', 'lm_head\.weight'\]"),
+    "a shared layer": (share, r"not tied, got .*layers\.0\.mlp.*layers\.1\.mlp"),
+    "another network": (replace, "original modules: 'Identity'"),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_says_what_is_wrong(model, case):
+def test_models_that_cannot_be_folded(model, case):
     change, message = WRONG[case]
     change(model)
     before = {name: t.data_ptr() for name, t in model.state_dict().items()}
@@ -184,12 +184,12 @@ def test_says_what_is_wrong(model, case):
     assert {name: t.data_ptr() for name, t in model.state_dict().items()} == before
 
 
-def test_the_place_of_the_originals_must_hold_them(model):
+def test_originals_cannot_be_kept_on_meta(model):
     with pytest.raises(ValueError, match=r"^fold_for_inference: keep_on .* got meta"):
         model.fold_for_inference("meta")
 
 
-def test_a_folded_model_is_not_trained_saved_or_loaded_into(model, tmp_path):
+def test_a_folded_model_refuses_training_saving_and_loading(model, tmp_path):
     weights = {name: t.clone() for name, t in model.state_dict().items()}
     with model.fold_for_inference():
         for whole in (model, model.model):

@@ -1,4 +1,4 @@
-"""A decoder layer by the verbs of the library: Llama's own layer, and who has to be called."""
+"""Decoder layers by fused operations equal Llama's layers; modules that have to be called."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def gradients(out, layer, x):
 
 
 @pytest.mark.parametrize("llm", [{}, {"bias": True}, {"hidden_act": "gelu"}, {"mlp_bias": True}])
-def test_a_layer_is_llamas_bit_for_bit(llm):
+def test_a_layer_equals_llamas_bit_for_bit(llm):
     layer, x, rest = layer_and_inputs(**llm)
     out, wanted = layer(x, **rest), LlamaDecoderLayer.forward(layer, x, **rest)
     assert torch.equal(out, wanted)
@@ -43,7 +43,7 @@ def test_a_layer_is_llamas_bit_for_bit(llm):
     [({}, (1, 2)), ({"bias": True}, (1, 1)), ({"hidden_act": "gelu"}, (0, 1))],
     ids=str,
 )
-def test_what_has_a_bias_or_another_activation_is_called(monkeypatch, llm, wanted):
+def test_modules_with_bias_or_another_activation_are_called(monkeypatch, llm, wanted):
     layer, x, rest = layer_and_inputs(**llm)
     calls = count(monkeypatch)
     layer(x, **rest)
@@ -64,8 +64,8 @@ def count(monkeypatch):
 
 
 @pytest.mark.parametrize("only", ["self_attn", "mlp", "self_attn.o_proj", ""])
-def test_modules_with_hooks_see_what_they_saw(only):
-    """A hook on any part, the attention itself included, gets Llama's inputs and outputs."""
+def test_hooks_get_the_inputs_and_outputs_of_llamas_layer(only):
+    """On any submodule, including the attention itself."""
     layer, x, rest = layer_and_inputs()
     seen: dict[str, list] = {}
 
@@ -88,7 +88,7 @@ def test_modules_with_hooks_see_what_they_saw(only):
         assert all(torch.equal(a, b) for a, b in zip(ours[name], tensors, strict=True)), name
 
 
-def test_attention_weights_are_captured_and_change_nothing():
+def test_returning_attention_weights_changes_nothing():
     model = make_model()
     model.set_attn_implementation("eager")
     prompts = make_prompts(model)
@@ -114,21 +114,21 @@ HOOKS = {
 
 @pytest.mark.parametrize("change", HOOKS)
 @pytest.mark.parametrize("at", ["up_proj", ""])
-def test_touched_modules_are_not_plain(change, at):
+def test_modified_modules_are_not_fusable(change, at):
     mlp = make_model().model.language_model.layers[0].mlp
     assert is_fusable(mlp)
     HOOKS[change](mlp.get_submodule(at))
     assert not is_fusable(mlp)
 
 
-def test_a_weight_of_another_class_is_not_plain():
+def test_a_weight_of_another_class_is_not_fusable():
     linear = nn.Linear(4, 4, bias=False)
     assert is_fusable(linear)
     linear.weight = type("Quantised", (nn.Parameter,), {})(linear.weight.data)
     assert not is_fusable(linear)
 
 
-def test_a_bias_is_plain_only_where_it_may_be():
+def test_a_bias_is_fusable_only_with_biased():
     linear = nn.Linear(4, 4)
     assert not is_fusable(linear)
     assert is_fusable(linear, biased=True)
@@ -138,7 +138,7 @@ def test_a_bias_is_plain_only_where_it_may_be():
     assert not is_fusable(nn.ModuleList([linear]), biased=True)
 
 
-def test_joined_weights_are_told_from_torn_ones():
+def test_concatenated_weights_are_views_until_one_is_replaced():
     linears = [nn.Linear(6, n, bias=False) for n in (4, 2, 3)]
     before = [linear.weight.data.clone() for linear in linears]
     whole = join_weights(*linears)

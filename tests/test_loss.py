@@ -1,4 +1,4 @@
-"""The training loss: what it divides by, shifted labels, weights, and labels that do not fit."""
+"""The training loss: divisor, shifted labels, weights, and errors."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def drawn():
     return torch.randn(4, 9, 11), labels, torch.rand(4, 9)
 
 
-def test_is_the_loss_of_transformers(drawn):
+def test_equals_the_loss_of_transformers(drawn):
     logits, labels, _ = drawn
     for items in (None, 50, torch.tensor(50)):
         wanted = ForCausalLMLoss(logits, labels, 11, num_items_in_batch=items)
@@ -30,7 +30,7 @@ def test_is_the_loss_of_transformers(drawn):
     assert torch.allclose(next_token_loss(logits, other, shift_labels=shifted), wanted)
 
 
-def test_weights_say_what_a_label_counts(drawn):
+def test_weighted_mean(drawn):
     logits, labels, weights = drawn
     losses = F.cross_entropy(
         logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none"
@@ -46,7 +46,7 @@ def test_weights_say_what_a_label_counts(drawn):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_no_split_changes_the_sum(drawn, weighted):
+def test_the_sum_does_not_depend_on_the_split(drawn, weighted):
     logits, labels, weights = drawn
     items = (labels[:, 1:] != -100).sum()
 
@@ -60,14 +60,14 @@ def test_no_split_changes_the_sum(drawn, weighted):
         assert torch.allclose(torch.stack(parts).sum(), whole)
 
 
-def test_everything_masked_is_no_number_but_with_a_divisor(drawn):
+def test_all_labels_masked_is_nan_without_a_divisor(drawn):
     logits, labels, _ = drawn
     masked = torch.full_like(labels, -100)
     assert next_token_loss(logits, masked).isnan()
     assert next_token_loss(logits, masked, num_items_in_batch=7) == 0
 
 
-def test_what_does_not_fit_is_refused(drawn):
+def test_wrong_shapes_are_refused(drawn):
     logits, labels, weights = drawn
     with pytest.raises(ValueError, match=r"labels must be \(4, 9\).*logits_to_keep=0.* \(4, 8\)"):
         next_token_loss(logits, labels[:, 1:])
@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused(drawn):
         next_token_loss(logits, labels, weights[:, :1])
 
 
-def test_the_model_takes_what_a_trainer_hands_it():
+def test_the_model_accepts_arguments_of_trainer():
     model = make_model()
     batch = make_prompts(model)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -1,4 +1,4 @@
-"""Packed training forward against the recorded one: logits, losses, every gradient."""
+"""A packed training forward compared with recordings: logits, losses, every gradient."""
 
 import copy
 import json
@@ -20,7 +20,7 @@ def load(golden, case):
     """A recorded batch and the tiles of each of its samples."""
     notes = json.loads((golden / "packed.json").read_text())
     batch = place(recorded(golden, "packed.safetensors", f"{case}/"))
-    if case == "single1":  # the same picture as the pack's second sample
+    if case == "single1":  # the image of the pack's second sample
         batch["pixel_u8"] = place(
             recorded(golden, "packed.safetensors", "packed3/pixel_u8")[""][1:4]
         )
@@ -28,7 +28,7 @@ def load(golden, case):
 
 
 def forward(model, inputs, batch, seq_imgs, weighted, absolute=False):
-    """The published batch: every sample's tiles are its memory, dummies included."""
+    """Forward of a published batch: each sample reads its own tiles, dummies included."""
     tokens = model.config.tokens_per_tile
     media = model.model.project_images(
         inputs.normalise(batch["pixel_u8"].cpu().numpy()).to(model.device)
@@ -44,9 +44,9 @@ def forward(model, inputs, batch, seq_imgs, weighted, absolute=False):
     ).reading(spans_from_cu_seqlens(cu_seqlens, tiles * tokens, input_ids.shape[1]))
     image_mask = model.model.find_image_tokens(input_ids)
     embeds = model.get_input_embeddings()(input_ids)
-    shown = media[batch["image_flags"].bool()].flatten(0, 1)
+    embedded = media[batch["image_flags"].bool()].flatten(0, 1)
     return model(
-        inputs_embeds=embeds.masked_scatter(image_mask[..., None], shown),
+        inputs_embeds=embeds.masked_scatter(image_mask[..., None], embedded),
         position_ids=batch["position_ids"].long(),
         image_memory=memory,
         cu_seqlens=cu_seqlens,
@@ -76,13 +76,13 @@ def test_recorded_pack(golden, inputs, model, case, loss, absolute):
         assert grads[name].norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-7), name
     if loss == "weighted":
         found = {name: t for name, t in batch.items() if name.startswith("a/grad/")}
-        assert found or case == "single1"  # of which only the norms were recorded
+        assert found or case == "single1"  # only its norms were recorded
         for name, grad in found.items():
             assert_relative(grads[name.removeprefix("a/grad/")], grad, name)
 
 
 def published_gradients(model):
-    """Gradients under the names, and in the fusions, of the published weights."""
+    """Gradients with names and fused layouts of the published weights."""
     model._weight_conversions = conversions(model.config.llm_architecture)
     grads = {name: p.grad for name, p in model.named_parameters()}
     return revert_weight_conversion(model, grads)
@@ -90,7 +90,7 @@ def published_gradients(model):
 
 def test_gradient_checkpointing_changes_nothing(golden, inputs, model):
     batch, seq_imgs, _ = load(golden, "single1")
-    model = copy.deepcopy(model)  # hooks of checkpointing stay
+    model = copy.deepcopy(model)  # because hooks of checkpointing remain
     losses, grads = [], []
     for enable in (False, True):
         model.zero_grad(set_to_none=True)
@@ -111,7 +111,7 @@ def test_gradient_checkpointing_changes_nothing(golden, inputs, model):
         assert_relative(grads[1][name], grad, name)
 
 
-def test_a_sample_alone_is_the_sample_in_its_pack(golden, inputs, model):
+def test_a_sample_alone_equals_the_sample_in_its_pack(golden, inputs, model):
     batch, seq_imgs, _ = load(golden, "packed3")
     with torch.no_grad():
         packed = forward(model, inputs, batch, seq_imgs, True).logits[0]
@@ -135,7 +135,7 @@ def test_a_sample_alone_is_the_sample_in_its_pack(golden, inputs, model):
 
 
 @pytest.mark.parametrize("name", ["text", "single", "multi"])
-def test_recorded_sample_has_its_ids(golden, tokenizer, name):
+def test_ids_of_recorded_samples(golden, tokenizer, name):
     wanted = recorded(golden, "packed.safetensors", f"sample/{name}/")
     item = json.loads((golden / "train_data" / f"{name}.jsonl").read_text())
     said = [message["value"] for message in item["conversations"]]

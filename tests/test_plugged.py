@@ -1,8 +1,7 @@
-"""Whatever stands in a module's place is called: hooks, adapters, quantised and offloaded ones.
+"""Whatever replaces a module is called: hooks, adapters, quantised and offloaded modules.
 
-One model computes many modules from their weights, in fewer launches. Each test puts something in
-the place of one module after the other, the vision tower's included, and compares with what
-calling gives.
+The model computes many modules from their weights, in fewer launches. Each test replaces one module
+after the other, including those of the vision tower, and compares with a model that calls them all.
 """
 
 import copy
@@ -20,7 +19,7 @@ accelerate_hooks = pytest.importorskip("accelerate.hooks")
 peft = pytest.importorskip("peft")
 
 TOLERANCE = 2e-4  # of logits of about 3, summed in another order
-# One layer of each kind stands for all: the second decoder layer has a mixin layer.
+# One layer of each kind is enough: the second decoder layer has a mixin layer.
 LEFT_OUT = ("layers.0", "layers.2", "layers.3")
 
 
@@ -36,7 +35,7 @@ def prompts(model):
 
 @pytest.fixture(scope="module")
 def called(model):
-    """The model in which every module is called."""
+    """A model in which every module is called."""
     other = copy.deepcopy(model)
     for module in other.modules():
         module.register_forward_hook(lambda *_: None)
@@ -44,7 +43,7 @@ def called(model):
 
 
 def names_of(model, *kinds):
-    """Modules that are called, one layer for all of its kind; of these kinds if some are given."""
+    """Names of modules, one layer of each kind; only of classes `kinds` if given."""
     return [
         name
         for name, module in model.named_modules()
@@ -65,11 +64,11 @@ def distance(model, other, prompts):
 
 
 def weighted(model):
-    """Modules with weights of their own or of what they hold."""
+    """Names of modules that have parameters, submodules included."""
     return [n for n in names_of(model) if any(True for _ in model.get_submodule(n).parameters())]
 
 
-def test_there_is_something_to_replace(model, called, prompts):
+def test_the_modules_to_replace(model, called, prompts):
     names = names_of(model)
     for part in ("vision_tower", "encoder.layer.0.attention.q_proj", "multi_modal_projector.1"):
         assert any(name.endswith(part) for name in names), part
@@ -78,7 +77,7 @@ def test_there_is_something_to_replace(model, called, prompts):
     assert distance(model, called, prompts) < TOLERANCE
 
 
-def test_hooks_fire_and_what_they_return_counts(model, called, prompts):
+def test_hooks_run_and_their_results_are_used(model, called, prompts):
     fired = []
 
     def hook(module, args, output):
@@ -103,7 +102,7 @@ def test_hooks_fire_and_what_they_return_counts(model, called, prompts):
     assert torch.equal(logits_of(model, prompts), before)
 
 
-def test_a_projector_that_is_called_takes_one_round_of_tiles_at_a_time(model, prompts):
+def test_a_called_projector_gets_one_round_of_tiles_at_a_time(model, prompts):
     tiles, core, order = prompts["pixel_values"], copy.deepcopy(model.model), []
     wanted = core.project_images(tiles)
     core.config = copy.deepcopy(core.config)
@@ -114,18 +113,18 @@ def test_a_projector_that_is_called_takes_one_round_of_tiles_at_a_time(model, pr
     assert order == ["tower", "projector"] * 3
 
 
-def test_a_hook_of_all_modules_sees_each(model, prompts):
-    seen = set()
-    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: seen.add(m))
+def test_a_global_hook_runs_for_every_module(model, prompts):
+    called = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: called.add(m))
     try:
         logits_of(model, prompts)
     finally:
         handle.remove()
-    missed = [name for name in names_of(model) if model.get_submodule(name) not in seen]
+    missed = [name for name in names_of(model) if model.get_submodule(name) not in called]
     assert not missed
 
 
-def test_lora_counts_as_its_merged_weights(model, prompts):
+def test_lora_equals_its_merged_weights(model, prompts):
     before = logits_of(model, prompts)
     for name in names_of(model, nn.Linear, nn.Embedding, nn.Conv2d):
         torch.manual_seed(0)
@@ -137,10 +136,10 @@ def test_lora_counts_as_its_merged_weights(model, prompts):
         assert (found - before).abs().max() > 1e-3, name
 
 
-def test_modules_to_save_are_what_runs(model, prompts):
+def test_modules_to_save_are_used(model, prompts):
     target = "model.language_model.layers.3.self_attn.q_proj"
     for name in weighted(model):
-        if target.startswith(f"{name}."):  # of which peft cannot keep two copies
+        if target.startswith(f"{name}."):  # peft cannot copy a module with an adapter in it
             continue
         config = peft.LoraConfig(r=2, target_modules=[target], modules_to_save=[name])
         wrapped = peft.get_peft_model(copy.deepcopy(model), config).eval()
@@ -156,7 +155,7 @@ def test_modules_to_save_are_what_runs(model, prompts):
 
 
 class Int8Linear(nn.Module):
-    """Weights as int8 with a factor a row, as quantisers put them in a layer's place."""
+    """A linear layer with int8 weights and a scale per row, like those of quantisers."""
 
     def __init__(self, linear):
         super().__init__()
@@ -172,7 +171,7 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.dequantised(), self.bias)
 
 
-def test_int8_layers_count_as_their_weights(model, prompts):
+def test_int8_layers_equal_their_dequantised_weights(model, prompts):
     for name in names_of(model, nn.Linear):
         quantised, wanted = copy.deepcopy(model), copy.deepcopy(model)
         linear = wanted.get_submodule(name)
@@ -190,20 +189,22 @@ def test_int8_layers_count_as_their_weights(model, prompts):
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["leaves", "whole"])
-def test_offloaded_modules_are_brought_back(model, prompts, whole):
-    """Leaf by leaf, or a module with all that it holds, as of `_no_split_modules`."""
+def test_offloaded_modules_are_loaded_when_called(model, prompts, whole):
+    """Leaf by leaf, or a module with all its submodules, like `_no_split_modules`."""
     before = logits_of(model, prompts)
     for name in weighted(model):
         if whole and "model.language_model.embed_tokens".startswith(f"{name}."):
-            continue  # embeddings are looked up outside of what holds them, as in transformers
+            continue  # embeddings are called outside of their parents, as in transformers
         offloaded = copy.deepcopy(model)
         module = offloaded.get_submodule(name)
         weights = {n: t.clone() for n, t in module.state_dict().items()}
         if whole:
             hook = accelerate_hooks.AlignDevicesHook(
-                execution_device=model.device, offload=True, weights_map=weights,
+                execution_device=model.device,
+                offload=True,
+                weights_map=weights,
                 place_submodules=True,
-            )  # fmt: skip
+            )
             accelerate_hooks.add_hook_to_module(module, hook)
         else:
             accelerate_hooks.attach_align_device_hook(
@@ -214,7 +215,7 @@ def test_offloaded_modules_are_brought_back(model, prompts, whole):
 
 
 @pytest.mark.parametrize("way", ["disk", "cpu_offload"])
-def test_a_model_that_is_offloaded_whole_answers(model, prompts, tmp_path, way):
+def test_a_completely_offloaded_model_generates(model, prompts, tmp_path, way):
     wanted = model.generate(**prompts, max_new_tokens=4, do_sample=False)
     if way == "disk":
         model.save_pretrained(tmp_path / "model")

@@ -1,4 +1,4 @@
-"""What `torch.cuda` answers where there is one virtual GPU, and graphs that it records."""
+"""`torch.cuda` with one virtual GPU, and its CUDA graphs."""
 
 import contextlib
 import types
@@ -10,13 +10,13 @@ CUDA = torch.device("cuda", 0)
 
 
 class Queue:
-    """A stream or an event of a device that computes at once."""
+    """A stream or an event of a device that executes synchronously."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.cuda_stream = 0
 
     def nothing(self, *_: Any, **__: Any) -> None:
-        """There is nothing to wait for."""
+        """All work is done already."""
 
     record = synchronize = wait = wait_event = wait_stream = nothing
     record_event = nothing
@@ -29,7 +29,7 @@ class Queue:
 
 
 class Graph:
-    """The calls of a recording, each with what it returned, and the memory from before it."""
+    """The captured calls with their results, and the contents of memory before the capture."""
 
     recording: "Graph | None" = None
 
@@ -38,14 +38,14 @@ class Graph:
         self.before: dict[int, tuple[Any, Any]] = {}
 
     def keep(self, tensors: list[torch.Tensor]) -> None:
-        """A recording changes nothing: remember what is in memory that it reaches."""
+        """Save the contents of these tensors: a capture does not execute, so they are restored."""
         for t in tensors:
             storage = t.untyped_storage()
             if storage.data_ptr() not in self.before:
                 self.before[storage.data_ptr()] = storage, storage.clone()
 
     def replay(self) -> None:
-        """Call everything again, with results where they were recorded."""
+        """Repeat all calls; results are written to the addresses of the capture."""
         from virtual_gpu import replay
 
         replay(self.calls)
@@ -72,7 +72,7 @@ class recording:
 
 
 class autocast(torch.autocast):
-    """That of the GPU is the CPU's as well: there its operations are computed."""
+    """Autocast of the GPU also enables that of the CPU, where operations are computed."""
 
     def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(device_type, *args, **kwargs)
@@ -90,11 +90,15 @@ class autocast(torch.autocast):
 
 
 _H100 = types.SimpleNamespace(
-    **{"name": "virtual H100", "major": 9, "minor": 0, "multi_processor_count": 132},
-    **{"L2_cache_size": 50 << 20, "total_memory": 80 << 30},
+    name="virtual H100",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    L2_cache_size=50 << 20,
+    total_memory=80 << 30,
 )
 
-# Of torch.cuda.
+# Replacements of attributes of torch.cuda.
 FACES: dict[str, Any] = {
     "is_available": lambda: True,
     "is_initialized": lambda: True,

@@ -1,12 +1,12 @@
-"""A GPU that is not there: tensors of the CPU that claim to be on cuda:0, kept apart from the rest.
+"""A virtual GPU: CPU tensors that report the device cuda:0 and cannot mix with other CPU tensors.
 
-Inside `present()` a tensor made with `device="cuda"` says so, as does whatever is computed from
-it. Everything is computed on the CPU, to the same bits. What a GPU would refuse is refused: an
-operation on operands of two devices, `numpy()`, a kernel's pointer to the CPU's memory, and what a
-CUDA graph cannot record. `torch.cuda` answers as one GPU does.
+Inside `present()` a tensor made with `device="cuda"` reports that device, and so do results
+computed from it. Everything is computed on the CPU, with the same bits. Errors of a GPU are raised:
+for operands on two devices, `numpy()`, a kernel's pointer to CPU memory, and operations that a CUDA
+graph cannot capture. `torch.cuda` reports one GPU.
 
-Calls from Python are seen, not what they do inside; nor a race, a copy read too early, or the
-GPU's own arithmetic. torch.compile and opcheck cannot trace it: `absent()`.
+Only calls from Python are checked, not what they do inside. Races, copies read too early and the
+GPU's own arithmetic cannot be found. torch.compile and opcheck cannot trace it: use `absent()`.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class VirtualGPU(TorchFunctionMode):
-    """Sees every call of PyTorch that is made in Python."""
+    """Intercepts every call of PyTorch from Python."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = {} if kwargs is None else kwargs
@@ -56,28 +56,28 @@ class VirtualGPU(TorchFunctionMode):
         return call(func, args, kwargs)
 
 
-# --- what a CUDA graph records ---
+# --- capture of a CUDA graph ---
 
 _READS = {T.item, T.tolist, T.__bool__, T.__int__, T.__float__, T.__index__, T.cpu, T.nonzero}
 _READS |= {T.unique, torch.nonzero, torch.unique, torch.equal, T.equal, torch.allclose}
 
 
 def _record(func, args, kwargs):
-    """Call, refuse what makes the host or the GPU wait for the other, and write the call down."""
+    """Execute and record a call; refuse syncs and copies that a capture does not permit."""
     graph, Graph.recording = Graph.recording, None
     try:
         found = list(tensors((args, kwargs)))
-        near = [t for t in found if on_gpu(t)]
-        graph.keep(near)
+        on_device = [t for t in found if on_gpu(t)]
+        graph.keep(on_device)
         out = call(func, args, kwargs)
         result = list(tensors([out]))
         hosts = [t for t in found if t.dim() and not (on_gpu(t) or t.is_meta)]
-        waits = (near and func in _READS) or (func is T.__getitem__ and _has_mask(args[1]))
-        waits |= bool(func is T.to and near and not on_gpu(out))
+        waits = (on_device and func in _READS) or (func is T.__getitem__ and _has_mask(args[1]))
+        waits |= bool(func is T.to and on_device and not on_gpu(out))
         pageable = any(not hasattr(t, "is_virtually_pinned") for t in hosts)
         pageable |= func in (torch.tensor, torch.as_tensor) and not found
-        if waits or (pageable and (near or any(map(on_gpu, result)))):
-            why = "it waits for the GPU" if waits else "it copies from memory that is not pinned"
+        if waits or (pageable and (on_device or any(map(on_gpu, result)))):
+            why = "it syncs with the GPU" if waits else "it copies from memory that is not pinned"
             refuse(func, f"operation not permitted when stream is capturing: {why}")
         if func not in FREE:
             graph.calls.append((func, args, dict(kwargs), out))
@@ -91,7 +91,7 @@ def _has_mask(index: Any) -> bool:
 
 
 def capture(function: Callable[[], object], warmups: int) -> Graph:
-    """What `comemo_kernels.graphs` does by the driver's calls."""
+    """Replaces the capture in `comemo_kernels.graphs`, which calls the driver."""
     for _ in range(warmups):
         function()
     graph = Graph()
@@ -104,7 +104,7 @@ def capture(function: Callable[[], object], warmups: int) -> Graph:
 
 
 def replay(calls: list[tuple[Any, ...]]) -> None:
-    """Call again, each result written where the recorded one lies."""
+    """Repeat calls; each result is written to the address of the recorded one."""
     with torch.inference_mode(), _pop_mode_temporarily():
         for func, args, kwargs, recorded in calls:
             for new, old in zip(
@@ -114,7 +114,7 @@ def replay(calls: list[tuple[Any, ...]]) -> None:
                     old.copy_(new)
 
 
-# --- where calls from Python begin that nobody sees ---
+# --- entry points where the mode has to be enabled again ---
 
 MODE = VirtualGPU()
 _presence: list[contextlib.ExitStack] = []
@@ -122,7 +122,7 @@ _presence: list[contextlib.ExitStack] = []
 
 @contextlib.contextmanager
 def seen() -> Iterator[None]:
-    """See this thread's calls: operators, autograd and new threads begin without the mode."""
+    """Enable the mode in this thread: operators, autograd and new threads start without it."""
     if not _presence or MODE in _get_current_function_mode_stack():
         yield
         return
@@ -150,13 +150,13 @@ def _implement(implement: Callable[..., Any]) -> Callable[..., Any]:
     return register
 
 
-# Operators are registered once, when comemo_kernels is imported: after this.
+# comemo_kernels registers its operators when it is imported, so this comes first.
 if INTERPRET:
     torch.library.impl = _implement(torch.library.impl)
 
 
 def _backward_of(differentiate: Callable[..., Any]) -> Callable[..., Any]:
-    """Gradients are on the device of what is differentiated."""
+    """Gradients are on the device of the outputs."""
 
     @functools.wraps(differentiate)
     def differentiated(outputs, *args, **kwargs):
@@ -171,7 +171,7 @@ def _backward_of(differentiate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _applied(apply: Callable[..., Any]) -> Any:
-    """What a function of autograd returns as it was given is a new tensor, on the same device."""
+    """An input that an autograd.Function returns becomes a new tensor; keep its device."""
 
     def applied(cls, *args, **kwargs):
         out = apply(cls, *args, **kwargs)
@@ -185,7 +185,7 @@ def _applied(apply: Callable[..., Any]) -> Any:
 
 
 def _hooked(init: Callable[..., Any]) -> Callable[..., Any]:
-    """Where autograd asks for what it saved, a checkpoint computes it again, as it did before."""
+    """When autograd unpacks saved tensors, gradient checkpointing recomputes them on the GPU."""
 
     def again(unpack: Callable[..., Any]) -> Callable[..., Any]:
         def unpacked(packed: Any) -> Any:
@@ -202,7 +202,7 @@ def _hooked(init: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _undefined_grad(make: Callable[..., Any]) -> Callable[..., Any]:
-    """gradcheck's way to give a function no gradient: of one tensor another."""
+    """Undefined gradients of gradcheck keep the device."""
     return lambda: lambda *given: mark(make()(*given), any(map(on_gpu, given)))
 
 
@@ -215,7 +215,7 @@ def _parameter(make: Callable[..., Any]) -> Any:
 
 
 def _launch(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel reads the GPU's memory alone."""
+    """A kernel can only access GPU memory."""
 
     @functools.wraps(run)
     def launch(self, *args, **kwargs):
@@ -232,7 +232,7 @@ def _launch(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _swap(place: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute; what sets it back."""
+    """Set an attribute; returns a function that restores it."""
     before = place.__dict__[name]
     setattr(place, name, value)
     return lambda: setattr(place, name, before)
@@ -252,7 +252,7 @@ def _enter() -> None:
     swaps.append((torch._C._functions, "UndefinedGrad", _undefined_grad(undefined)))
     function = torch.autograd.Function
     swaps.append((function, "apply", _applied(function.apply.__func__)))
-    # A checkpoint writes down what it saves where no mode sees it: devices say nothing there.
+    # Checkpointing compares metadata of saved tensors outside the mode: leave the device out.
     checks = "_allowed_determinism_checks_to_fns"
     told = {"default": lambda x: {"shape": x.shape, "dtype": x.dtype}}
     checkpoint = torch.utils.checkpoint
@@ -262,14 +262,14 @@ def _enter() -> None:
     swaps.append((threading.Thread, "run", _seen(threading.Thread.run)))
     parameter = torch.nn.Parameter
     swaps.append((parameter, "__new__", _parameter(parameter.__new__)))
-    from comemo_kernels import graphs  # here: operators must be seen when they are registered
+    from comemo_kernels import graphs  # here: after `torch.library.impl` is replaced
 
     swaps.append((graphs, "_record", capture))
     if INTERPRET:
         from triton.runtime.interpreter import GridExecutor
 
         swaps.append((GridExecutor, "__call__", _launch(GridExecutor.__call__)))
-    else:  # there is nothing to run kernels on
+    else:  # without the interpreter kernels cannot run
         swaps += [
             (module, "on_triton", lambda _: False)
             for name, module in list(sys.modules.items())
@@ -283,7 +283,7 @@ def _enter() -> None:
 
 @contextlib.contextmanager
 def present() -> Iterator[None]:
-    """There is a virtual GPU."""
+    """Inside the `with` block there is a virtual GPU."""
     _enter()
     try:
         yield
@@ -293,7 +293,7 @@ def present() -> Iterator[None]:
 
 @contextlib.contextmanager
 def absent() -> Iterator[None]:
-    """Within `present()`: there is none for a while."""
+    """Inside the `with` block, within `present()`, there is none."""
     _presence.pop().close()
     try:
         yield

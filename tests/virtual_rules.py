@@ -1,4 +1,4 @@
-"""Which tensors are on the virtual GPU, what it refuses of a call of PyTorch, and what it does."""
+"""The virtual GPU's rules: which tensors are on it, and how calls of PyTorch treat devices."""
 
 import functools
 import sys
@@ -16,15 +16,15 @@ from virtual_cuda import CUDA
 MARK = "on_virtual_gpu"
 ROOT = Path(__file__).parents[1]
 
-faults: list[str] = []  # every mix-up that was refused, whoever caught the error
+faults: list[str] = []  # every refused call, even if its error was caught
 
 
 class DeviceFault(RuntimeError):
-    """What PyTorch raises on a GPU, with the place."""
+    """The error that PyTorch raises on a GPU, with the place in the source."""
 
 
 class _Backward(threading.local):
-    """Of the backward pass that runs: whether the gradients that autograd makes are on the GPU."""
+    """State of a thread: whether a backward pass on the GPU is running."""
 
     on_gpu = False
 
@@ -33,12 +33,12 @@ backward = _Backward()
 
 
 def on_gpu(t: T) -> bool:
-    """Whether a tensor claims to be on the GPU."""
+    """Whether a tensor reports to be on the GPU."""
     return getattr(t, MARK, backward.on_gpu)
 
 
 def mark(found: Any, gpu: bool) -> Any:
-    """Give what was computed its device."""
+    """Set the device of results."""
     if isinstance(found, T):
         if gpu or backward.on_gpu or hasattr(found, MARK):
             setattr(found, MARK, gpu and not found.is_meta)
@@ -49,7 +49,7 @@ def mark(found: Any, gpu: bool) -> Any:
 
 
 def tensors(values: Any) -> Iterator[T]:
-    """All tensors in arguments, however deep."""
+    """All tensors in nested arguments."""
     for value in values:
         if isinstance(value, T):
             yield value
@@ -60,7 +60,7 @@ def tensors(values: Any) -> Iterator[T]:
 
 
 def kind(device: Any) -> str:
-    """Type of a device in whatever form PyTorch takes it; there is one GPU."""
+    """Type of a device, in any form that PyTorch accepts; there is one GPU."""
     found = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
     if found.type == "cuda" and found.index:
         raise RuntimeError("CUDA error: invalid device ordinal")
@@ -68,7 +68,7 @@ def kind(device: Any) -> str:
 
 
 def refuse(func: Callable[..., Any], why: str, error: type[Exception] = DeviceFault) -> None:
-    """Raise, and remember, that a GPU would not do this."""
+    """Raise the error of a GPU, and record it in `faults`."""
     places, frame = [], sys._getframe(1)
     while frame is not None and len(places) < 6:
         path = Path(frame.f_code.co_filename)
@@ -84,17 +84,15 @@ def refuse(func: Callable[..., Any], why: str, error: type[Exception] = DeviceFa
 
 _NAMES = {"truediv": "div", "mod": "remainder", "floordiv": "floor_divide"}
 _NAMES |= {name: f"bitwise_{name}" for name in ("and", "or", "xor")}
-# Of what they are given they read the shape or dtype alone, or they copy.
-_ANY_DEVICES = {
-    *(T.copy_, T.expand_as, T.view_as, T.reshape_as, T.new_tensor, T.data.__set__, T.set_),
-    *(torch.broadcast_tensors, torch.result_type, torch.is_same_size, T.is_same_size),
-    torch._has_compatible_shallow_copy_type,
-}
+# They copy, or read only shape or dtype of their other operands.
+_ANY_DEVICES = {T.copy_, T.expand_as, T.view_as, T.reshape_as, T.new_tensor, T.data.__set__, T.set_}
+_ANY_DEVICES |= {torch.broadcast_tensors, torch.result_type, torch.is_same_size, T.is_same_size}
+_ANY_DEVICES |= {torch._has_compatible_shallow_copy_type}
 
 
 @functools.cache
 def _is_pointwise(func: Callable[..., Any]) -> bool:
-    """Whether a number on the CPU, as a tensor without dimensions, may be an operand."""
+    """Whether a zero-dimensional CPU tensor may be an operand."""
     name = getattr(func, "__name__", "").split(".")[0].strip("_")
     for candidate in (name, name[1:]):  # __radd__, __iadd__
         packet = getattr(torch.ops.aten, _NAMES.get(candidate, candidate), None)
@@ -105,7 +103,7 @@ def _is_pointwise(func: Callable[..., Any]) -> bool:
 
 
 def _check_devices(func: Callable[..., Any], args: tuple, found: list[T]) -> None:
-    """Refuse operands on two devices, as a GPU does."""
+    """Refuse operands on two devices, like a GPU."""
     hosts = [t for t in found if not on_gpu(t)]
     if not hosts or len(hosts) == len(found) or func in _ANY_DEVICES:
         return
@@ -119,7 +117,7 @@ def _check_devices(func: Callable[..., Any], args: tuple, found: list[T]) -> Non
 
 
 def _check_index(func: Callable[..., Any], x: T, index: Any) -> bool:
-    """Refuse an index on the GPU into a tensor of the CPU; whether any is more than a number."""
+    """Refuse a GPU index into a CPU tensor. True if an index has dimensions or is a mask."""
     found = list(tensors(index if isinstance(index, (list, tuple)) else [index]))
     arrays = [t for t in found if t.dim() or t.dtype == torch.bool]
     if not on_gpu(x) and any(map(on_gpu, arrays)):
@@ -151,7 +149,7 @@ def _split(func, args, kwargs):
 
 
 def _move(x: T, place: str | None, *rest: Any, **kwargs: Any) -> T:
-    """`x.to`: never the same memory on two devices."""
+    """`x.to`: a copy if the device changes, so that no memory is on two devices."""
     if place == "meta" or x.is_meta:
         return x.to(*([place] if place else []), *rest, **kwargs)
     here, there = on_gpu(x), on_gpu(x) if place is None else place == "cuda"
@@ -185,7 +183,7 @@ def _pinned(t: T) -> T:
 
 
 def _made_of(func, args, kwargs):
-    """torch.tensor and as_tensor: on the device of the tensor given; numbers go to the CPU."""
+    """torch.tensor and as_tensor: on the device of a given tensor; numbers go to the CPU."""
     data, wanted = args[0], kwargs.pop("device", None) or _device.CURRENT_DEVICE
     gpu = isinstance(data, T) and on_gpu(data)
     place = ("cuda" if gpu else "cpu") if wanted is None else kind(wanted)
@@ -232,20 +230,19 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     T.__deepcopy__: lambda func, args, _: mark(func(*args), on_gpu(args[0])),
     **dict.fromkeys((torch.tensor, torch.as_tensor, torch.asarray), _made_of),
 }
-FREE = {
-    *(getattr(T, name).__get__ for name in ("shape", "dtype", "ndim", "requires_grad", "layout")),
-    *(getattr(T, name).__get__ for name in ("is_meta", "is_sparse", "is_leaf", "grad_fn")),
-    *(T.size, T.stride, T.dim, T.numel, T.__len__, T.data_ptr, T.is_contiguous, T.element_size),
-    *(T.item, T.tolist, T.__bool__, T.__int__, T.__float__, T.__index__, T.__hash__, T.__repr__),
-    *(T.is_floating_point, T.is_inference, T.untyped_storage, T.storage_offset),
-}
+_PROPERTIES = ("shape", "dtype", "ndim", "requires_grad", "layout")
+_PROPERTIES += ("is_meta", "is_sparse", "is_leaf", "grad_fn")
+FREE = {getattr(T, name).__get__ for name in _PROPERTIES}  # calls that need no check
+FREE |= {T.size, T.stride, T.dim, T.numel, T.__len__, T.data_ptr, T.is_contiguous, T.element_size}
+FREE |= {T.item, T.tolist, T.__bool__, T.__int__, T.__float__, T.__index__, T.__hash__, T.__repr__}
+FREE |= {T.is_floating_point, T.is_inference, T.untyped_storage, T.storage_offset}
 
 
 # --- a call ---
 
 
 def call(func, args, kwargs):
-    """Make a call of PyTorch on the devices of its operands."""
+    """Execute a call of PyTorch with the rules for its operands' devices."""
     special = _SPECIAL.get(func)
     if special is not None:
         return special(func, args, dict(kwargs))
@@ -259,14 +256,14 @@ def call(func, args, kwargs):
         kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
         kwargs |= {"device": "cpu"} if place == "cuda" else {}
     found = [*tensors(args), *tensors(kwargs.values())]
-    near = any(map(on_gpu, found))
-    if near and not makes:
+    any_on_gpu = any(map(on_gpu, found))
+    if any_on_gpu and not makes:
         _check_devices(func, args, found)
-    gpu = place == "cuda" if place or makes else near
+    gpu = place == "cuda" if place or makes else any_on_gpu
     generator = kwargs.get("generator")
     if gpu and generator is not None and generator.device.type != "cuda":
         refuse(func, "Expected a 'cuda' device type for generator but found 'cpu'")
     out = func(*args, **kwargs)
     if isinstance(func, torch._ops.OpOverload) and func.namespace == "comemo":
-        return out  # its launcher says where
+        return out  # its launcher has set the device
     return _pinned(out) if pin else mark(out, gpu)
