@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.models.internvl import modeling_internvl as internvl
 
 from comemo.config import CoMemoConfig
-from comemo.fusable import is_original
+from comemo.fusable import FUSABLE, is_original
 from comemo.language_model import CoMemoTextModel
 from comemo.mixin import MixinLayer
 from comemo_kernels import ImageMemory
@@ -34,7 +34,6 @@ PLAIN_VISION = (
 # Hooks from these modules only observe, or ask for gradients: they change no value.
 OBSERVERS = (
     "comemo.cli.progress",
-    "comemo.cli.bars",
     "transformers.utils.output_capturing",
     "transformers.modeling_utils",
 )
