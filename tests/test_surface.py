@@ -51,28 +51,6 @@ def test_rooms_do_not_mix(room, never):
         assert never.isdisjoint(imports(file)), file.name
 
 
-def test_kernel_files_do_not_import_each_other():
-    """A file with kernels knows what all share, and `reference`; nothing else of the package."""
-    shared = {"_op", "_blocks", "_blocks_attention", "_checks", "_checks_memory"}
-    shared |= {"_descriptors"}
-    shared |= {"grids", "reading", "reference"}
-    shared |= {"_attend_tma"}  # another kernel of attention
-    shared |= {"_build_tma"}  # and of the memory build
-    shared |= {"_fold", "_product"}  # parts of the tile projection
-    helpers = {"aot", "_blocks", "_blocks_attention", "_descriptors"}
-    kernels = [
-        file
-        for file in (ROOT / "comemo_kernels").glob("*.py")
-        if "triton" in imports(file) and file.stem not in helpers
-    ]
-    assert {file.stem for file in kernels} >= {"rotary", "positions"}
-    for file in kernels:
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("comemo_kernels"):
-                names = node.module.split(".")[1:] or [alias.name for alias in node.names]
-                assert set(names) <= shared, file.name
-
-
 def test_version_is_told_once():
     assert comemo.__version__ == comemo_kernels.__version__
     assert f"## {comemo.__version__}" in (ROOT / "CHANGELOG.md").read_text()
