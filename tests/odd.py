@@ -17,6 +17,17 @@ from torch import Tensor
 from comemo_kernels import ImageMemory
 
 FLOAT8 = torch.float8_e4m3fn
+OTHER_DTYPES = [
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.bool,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    FLOAT8,
+]
 
 
 class Parts(NamedTuple):
@@ -58,22 +69,19 @@ class Awkward:
         raise AttributeError(f"nothing like {name}")
 
 
-ODD: list[Any] = [
-    *(None, True, False, 0, 1, -1, 3, 2**31, -(2**31), 2**62, 2**63, -(2**63), 10**30),
-    *(0.0, 1.5, -0.5, 1e-320, 1e308, math.nan, math.inf, -math.inf, 1j),
-    *("", "x", "v1", b"x", [], (), {}, [None], ["x"], [1.5], [0], (1, 2), (-1, 3), [[1]]),
-    *(object(), Awkward(), int, torch.float16, torch.int8, torch.device("cpu"), "meta"),
-    *(np.zeros((1, 3)), np.int64(2), torch.Size([2])),
-]
+SIMPLE = [None, True, False, 0, 1, -1, 3, 2**31, -(2**31), 2**62, 2**63, -(2**63), 10**30]
+FLOATS = [0.0, 1.5, -0.5, 1e-320, 1e308, math.nan, math.inf, -math.inf, 1j]
+STRINGS = ["", "x", "v1", b"x"]
+CONTAINERS = [[], (), {}, [None], ["x"], [1.5], [0], (1, 2), (-1, 3), [[1]]]
+OBJECTS = [object(), Awkward(), int, torch.float16, torch.int8, torch.device("cpu"), "meta"]
+ARRAYS = [np.zeros((1, 3)), np.int64(2), torch.Size([2])]
+ODD: list[Any] = [*SIMPLE, *FLOATS, *STRINGS, *CONTAINERS, *OBJECTS, *ARRAYS]
 
 
 def odd_tensors(right: Tensor) -> Iterator[Tensor]:
     """Tensors of another dtype, rank, size, layout or device, or with other values."""
     plain = right.detach().float() if right.dtype == FLOAT8 else right.detach().clone()
-    for dtype in (
-        *(torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
-        *(torch.int64, torch.int32, torch.uint8, FLOAT8),
-    ):
+    for dtype in OTHER_DTYPES:
         yield plain.to(dtype)
     yield from (plain[None], plain[:0], plain[..., :0], plain.flatten(), plain.sum())
     yield plain.expand(2, *plain.shape)

@@ -5,11 +5,7 @@ import torch
 from comemo_kernels import TEXT, ImageGrids, rotary_table
 
 LAYOUTS = ("bnhd", "bhnd", "packed qkv", "tokens")
-
-
 KINDS = ("int32", "int64", "grids", "table", "one table for all")
-
-
 ROWS = 80  # of the table
 
 

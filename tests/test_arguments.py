@@ -15,17 +15,22 @@ from comemo_kernels import ImageGrids, ImageMemory, QueryRotation, reference
 
 kernel = pytest.mark.kernel(reference=True)
 
-
+EXPORTED = [getattr(ops, name) for name in ops.__all__]
 PUBLIC = [
-    *(f for n in ops.__all__ if inspect.isfunction(f := getattr(ops, n)) and f is not ops.capture),
-    *(getattr(reference, n) for n in reference.__all__),
-    *(ImageGrids.pack.__func__, ImageGrids.position_ids, ops.HostFlag.__init__, ops.HostFlag.post),
-    *(ImageMemory.from_media.__func__, ImageMemory.allocate.__func__, ImageMemory.update),
-    *(ImageMemory.reading, ImageMemory.rotation, ImageMemory.key_table),
+    *(f for f in EXPORTED if inspect.isfunction(f) and f is not ops.capture),
+    *(getattr(reference, name) for name in reference.__all__),
+    ImageGrids.pack.__func__,
+    ImageGrids.position_ids,
+    ops.HostFlag.__init__,
+    ops.HostFlag.post,
+    ImageMemory.from_media.__func__,
+    ImageMemory.allocate.__func__,
+    ImageMemory.update,
+    ImageMemory.reading,
+    ImageMemory.rotation,
+    ImageMemory.key_table,
     ImageMemory.repeat_interleave,
 ]
-
-
 DRAWS = 10 if INTERPRET else 40
 
 

@@ -16,12 +16,9 @@ pytestmark = pytest.mark.kernel(reference=True)
 if INTERPRET or GPU:
     from comemo_kernels import _attend_tma, attention
 
-
 DESCRIPTORS = pytest.mark.skipif(
     not hasattr(tl, "make_tensor_descriptor"), reason="needs triton 3.4 or newer"
 )
-
-
 TMA = {"plain": 0, "small": 1, "specialised": 2}  # index of the configuration
 
 
@@ -29,11 +26,8 @@ TMA = {"plain": 0, "small": 1, "specialised": 2}  # index of the configuration
 @pytest.mark.kernel
 @pytest.mark.parametrize(
     ("config", "starts", "dtype"),
-    [
-        *((config, starts, torch.bfloat16) for config in TMA for starts in ((0,), (0, 90, 170))),
-        ("plain", None, torch.float16),
-        ("plain", (), torch.bfloat16),
-    ],
+    [(config, starts, torch.bfloat16) for config in TMA for starts in ((0,), (0, 90, 170))]
+    + [("plain", None, torch.float16), ("plain", (), torch.bfloat16)],
     ids=str,
 )
 def test_descriptors_match_the_reference(monkeypatch, config, starts, dtype):
@@ -70,10 +64,9 @@ def test_descriptors_match_the_reference(monkeypatch, config, starts, dtype):
 )
 def test_calls_that_the_tma_kernel_does_not_support(change):
     B = 2 if change == "split batch of images" else 1
-    inputs, rest = make_inputs(
-        *(B, 80, 2, 1, 64, 128, "token" if change == "tokens' spans" else "prompt"),
-        dtype=torch.float32 if change == "float32" else torch.bfloat16,
-    )
+    spans = "token" if change == "tokens' spans" else "prompt"
+    dtype = torch.float32 if change == "float32" else torch.bfloat16
+    inputs, rest = make_inputs(B, 80, 2, 1, 64, 128, spans, dtype=dtype)
     if change == "odd strides":
         inputs["q"] = torch.cat([inputs["q"], inputs["q"]], -1)[..., 4:68]
     if GPU and torch.cuda.get_device_capability() != (9, 0):

@@ -23,6 +23,8 @@ def imports(name):
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{name}: a relative import"
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+            if node.module == "comemo_kernels":
+                assert {alias.name for alias in node.names} <= {*FILES}, f"{name}: not a file"
     return {inner for inner in (n.removeprefix("comemo_kernels.") for n in found) if inner in FILES}
 
 

@@ -128,9 +128,8 @@ def attention(kind):
         if kind == "workspace":
             rest["counts"].zero_()
             workspace = ops.AttentionWorkspace(*(rest[name] for name in written))
-        return ops.attend_spans(
-            *(q, k, v, spans, rotation, scales), return_lse=True, workspace=workspace
-        )
+        options = {"scales": scales, "return_lse": True, "workspace": workspace}
+        return ops.attend_spans(q, k, v, spans, rotation, **options)
 
     return tensors, run
 

@@ -14,7 +14,6 @@ from comemo_kernels import rotary as kernels
 
 pytestmark = pytest.mark.kernel(reference=True)  # its laws are the reference's too
 
-
 WIDTHS = ((2, 2), (6, 6), (64, 64), (80, 32), (7, 4))  # D and R
 
 

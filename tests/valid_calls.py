@@ -13,8 +13,6 @@ import comemo_kernels as ops
 from comemo_kernels import ImageGrids, ImageMemory, MemoryScales, QueryRotation
 
 FLOAT8 = torch.float8_e4m3fn
-
-
 Call = tuple[Callable[..., Any], dict[str, Any]]
 
 
@@ -174,8 +172,6 @@ def angles(device: str) -> dict[str, Any]:
 
 
 GRID = {"side": 2, "tile_order": "row", "thumbnail": True}
-
-
 CALLS: dict[str, Callable[[str], Call]] = {
     "apply_rotary": lambda d: (ops.apply_rotary, rotated(d)),
     "apply_rotary by grids": lambda d: (ops.apply_rotary, rotated_by_grids(d)),
