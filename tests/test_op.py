@@ -108,6 +108,17 @@ def test_a_kernel_without_a_valid_key_raises(compiles, fn, message):
         _op.Kernel(function, [{"num_warps": 4}])
 
 
+@_op.jit
+def _sample_kernel(x_ptr, scales_ptr, num_rows, stride: tl.int64, EVEN: tl.constexpr):
+    tl.store(x_ptr + stride, num_rows)
+
+
+@pytest.mark.skipif(_op.INTERPRET, reason="the interpreter specialises nothing")
+def test_no_number_of_a_jitted_kernel_specialises():
+    assert _sample_kernel.do_not_specialize == ["num_rows", "stride"]
+    assert _op.Kernel(_sample_kernel, [{"num_warps": 4}]).key((X, X, 1, 2, True)) is not None
+
+
 def test_an_empty_grid_is_not_launched():
     kernel, function, _ = make_kernel()
     kernel.launch(0, X, X, 1, 0.5, True)
