@@ -114,10 +114,8 @@ def _abandon(graph: torch.cuda.CUDAGraph, stream_capture: "_StreamCapture", mark
 class _StreamCapture:
     """Capture of a stream by driver calls, which torch does not expose."""
 
-    ACTIVE, THREAD_LOCAL = (
-        1,
-        1,
-    )  # the driver's constants for a valid capture, and for the capture mode
+    ACTIVE = 1  # the driver's constant for a valid capture
+    THREAD_LOCAL = 1  # and for the mode of a capture
 
     def __init__(self, stream: int) -> None:
         hip = torch.version.hip is not None

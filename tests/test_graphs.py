@@ -25,9 +25,8 @@ class Machine:
     """The state of a capture that a GPU, its driver and torch keep."""
 
     def __init__(self, bookkeeping_first: bool) -> None:
-        self.bookkeeping_first = (
-            bookkeeping_first  # torch from 2.12 on; before, an error came first
-        )
+        # In `capture_end`: torch from 2.12 on; before, an error came first.
+        self.bookkeeping_first = bookkeeping_first
         self.streams = ["the caller's"]
         self.recording: str | None = None  # "valid", "invalid"
         self.routed: list[object] = []  # graphs to whose pools allocations go

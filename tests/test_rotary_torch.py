@@ -36,10 +36,7 @@ def test_autograd_follows_writes_in_place(device):
     inputs = make_inputs(N=9, device=device)
 
     def through(op, q, k, **kwargs):
-        x, y = (
-            2 * q,
-            (3 * k.flatten(2)).view(k.shape),
-        )  # y is a view, like the output of a projection
+        x, y = 2 * q, (3 * k.flatten(2)).view(k.shape)  # y is a view, as from a projection
         return op(**inputs | {"q": x, "k": y}, **kwargs)
 
     leaves = inputs["q"], inputs["k"]
