@@ -22,13 +22,9 @@ from comemo_kernels._op import Kernel, jit
 
 @triton.jit
 def _rotate_heads(
-    y_ptr,  # [B, N, H, D]
-    y_strides,  # of B, N, H; D is contiguous
-    x_ptr,  # [B, N, H, D]
-    x_strides,
-    batch,
-    token,  # [BLOCK_T * BLOCK_H]
-    head,  # [BLOCK_T * BLOCK_H]
+    y,  # pointer to [B, N, H, D], strides of B, N, H; D is contiguous
+    x,
+    row,  # batch, token [BLOCK_T * BLOCK_H], head [BLOCK_T * BLOCK_H]
     mask_r,  # [BLOCK_T * BLOCK_H]
     cos,  # [BLOCK_T * BLOCK_H, BLOCK_D]
     sin,
@@ -39,14 +35,13 @@ def _rotate_heads(
     BLOCK_REST: tl.constexpr,
 ):
     """Rotate one head of one token in each of BLOCK_T * BLOCK_H rows, and store it."""
-    x_rows = (
-        x_ptr + offset_of(batch, x_strides[0], ALIGNED) + offset_of(token, x_strides[1], ALIGNED)
-    )
-    y_rows = (
-        y_ptr + offset_of(batch, y_strides[0], ALIGNED) + offset_of(token, y_strides[1], ALIGNED)
-    )
-    x_rows += offset_of(head, x_strides[2], ALIGNED)
-    y_rows += offset_of(head, y_strides[2], ALIGNED)
+    y_ptr, y_stride_b, y_stride_n, y_stride_h = y
+    x_ptr, x_stride_b, x_stride_n, x_stride_h = x
+    batch, token, head = row
+    x_rows = x_ptr + offset_of(batch, x_stride_b, ALIGNED) + offset_of(token, x_stride_n, ALIGNED)
+    y_rows = y_ptr + offset_of(batch, y_stride_b, ALIGNED) + offset_of(token, y_stride_n, ALIGNED)
+    x_rows += offset_of(head, x_stride_h, ALIGNED)
+    y_rows += offset_of(head, y_stride_h, ALIGNED)
     offs_d = tl.arange(0, BLOCK_D)
     mask = mask_r[:, None] & (offs_d < HALF)[None, :]
     x_ptrs, y_ptrs = x_rows[:, None] + offs_d[None, :], y_rows[:, None] + offs_d[None, :]
@@ -63,12 +58,10 @@ def _rotate_heads(
 
 @triton.jit
 def _find_positions(
-    ids,  # pointer and strides of B, N
+    ids,  # pointer, strides of B and N
+    sizes,  # num_tokens, num_images, num_steps
     batch,
     token,
-    num_tokens,
-    num_images,
-    num_steps,
     POSITIONS: tl.constexpr,
     SIDE: tl.constexpr,
     COLUMN: tl.constexpr,
@@ -76,6 +69,7 @@ def _find_positions(
 ):
     """Position ids of tokens; any number for padding tokens."""
     ids_ptr, ids_stride_b, ids_stride_n = ids
+    num_tokens, num_images, num_steps = sizes
     if POSITIONS == "table":
         position = token
     elif POSITIONS == "ids":
@@ -178,33 +172,14 @@ def _rotary_kernel(
     token = first + offs_r // BLOCK_H
     ids = (ids_ptr, ids_stride_b, ids_stride_n)
     table = (cos_ptr, sin_ptr, table_stride_b, table_stride_n)
-    position = _find_positions(
-        ids,
-        batch,
-        token,
-        num_tokens,
-        num_images,
-        num_steps,
-        POSITIONS,
-        SIDE,
-        COLUMN,
-        THUMBNAIL,
-    )
+    sizes = (num_tokens, num_images, num_steps)
+    position = _find_positions(ids, sizes, batch, token, POSITIONS, SIDE, COLUMN, THUMBNAIL)
     steps = 1 if STEPS == 1 else tl.minimum(STEPS, tl.cdiv(num_tokens - first, BLOCK_T))
     for _ in range(steps):
         following = position
         if STEPS > 1:
             following = _find_positions(
-                ids,
-                batch,
-                token + BLOCK_T,
-                num_tokens,
-                num_images,
-                num_steps,
-                POSITIONS,
-                SIDE,
-                COLUMN,
-                THUMBNAIL,
+                ids, sizes, batch, token + BLOCK_T, POSITIONS, SIDE, COLUMN, THUMBNAIL
             )
         mask_t = token < num_tokens
         cos, sin = _load_table(
@@ -217,43 +192,22 @@ def _rotary_kernel(
         sin = sin.to(ACC)
         if INVERSE:
             sin = -sin
+        # Names differ, because those set in both branches would become results of the `if`.
         if pid_h < q_groups:
-            head = pid_h * BLOCK_H + offs_r % BLOCK_H
+            q_head = pid_h * BLOCK_H + offs_r % BLOCK_H
+            q_out = (q_out_ptr, q_out_stride_b, q_out_stride_n, q_out_stride_h)
+            q = (q_ptr, q_stride_b, q_stride_n, q_stride_h)
+            q_row, q_mask = (batch, token, q_head), mask_t & (q_head < num_q_heads)
             _rotate_heads(
-                q_out_ptr,
-                (q_out_stride_b, q_out_stride_n, q_out_stride_h),
-                q_ptr,
-                (q_stride_b, q_stride_n, q_stride_h),
-                batch,
-                token,
-                head,
-                mask_t & (head < num_q_heads),
-                cos,
-                sin,
-                HALF,
-                REST,
-                ALIGNED,
-                BLOCK_D,
-                BLOCK_REST,
+                q_out, q, q_row, q_mask, cos, sin, HALF, REST, ALIGNED, BLOCK_D, BLOCK_REST
             )
         else:
-            head = (pid_h - q_groups) * BLOCK_H + offs_r % BLOCK_H
+            k_head = (pid_h - q_groups) * BLOCK_H + offs_r % BLOCK_H
+            k_out = (k_out_ptr, k_out_stride_b, k_out_stride_n, k_out_stride_h)
+            k = (k_ptr, k_stride_b, k_stride_n, k_stride_h)
+            k_row, k_mask = (batch, token, k_head), mask_t & (k_head < num_k_heads)
             _rotate_heads(
-                k_out_ptr,
-                (k_out_stride_b, k_out_stride_n, k_out_stride_h),
-                k_ptr,
-                (k_stride_b, k_stride_n, k_stride_h),
-                batch,
-                token,
-                head,
-                mask_t & (head < num_k_heads),
-                cos,
-                sin,
-                HALF,
-                REST,
-                ALIGNED,
-                BLOCK_D,
-                BLOCK_REST,
+                k_out, k, k_row, k_mask, cos, sin, HALF, REST, ALIGNED, BLOCK_D, BLOCK_REST
             )
         token += BLOCK_T
         position = following
