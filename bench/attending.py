@@ -13,7 +13,7 @@ from bench.cases import HEAD_DIM, MIXINS
 from bench.readings import READINGS, SMALL
 from bench.ways import Clock, Work, relative_error
 from comemo_kernels import MemoryScales, QueryRotation, reference
-from comemo_kernels.reference.attention import turn
+from comemo_kernels.reference.attention import rotate_by_distance
 
 CHECKED = 64  # queries that are compared with exact arithmetic
 POSITIONS = 32768  # rows of the table of angles
@@ -60,9 +60,9 @@ class Attending:
             scales = MemoryScales(*torch.ones(tiles, device=self.device).unbind(0))
             self.float8 = (*self.build(torch.float8_e4m3fn, scales), scales)
         q = clock.draw(*self.reading.shape, self.heads, HEAD_DIM)
-        rotated = turn(q, self.positions, cos, sin)
+        rotated = rotate_by_distance(q, self.positions, cos, sin)
         self.work = self._work(k)
-        first = Inputs(q, rotated, k, turn(k, shift, cos, sin), v)
+        first = Inputs(q, rotated, k, rotate_by_distance(k, shift, cos, sin), v)
         self.sets = [first, *(first.clone() for _ in range(clock.sets(self.work) - 1))]
         self.float8_sets = (
             [[t.clone() for t in self.float8[:2]] for _ in self.sets] if self.float8 else []

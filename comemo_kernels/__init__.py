@@ -1,14 +1,15 @@
-"""Operations of CoMemo, a model with image memory. `reference` defines what each computes."""
+"""Operations of CoMemo, a model with an image memory. `reference` defines what each computes."""
 
 from importlib.util import find_spec
 
-import comemo_kernels.trees  # noqa: F401, for torch.export
+import comemo_kernels.trees  # noqa: F401, registers the memory for torch.export
 from comemo_kernels import reference
 from comemo_kernels.append import append_images
 from comemo_kernels.attention_types import AttentionWorkspace, MemoryScales, QueryRotation
 from comemo_kernels.graphs import HostFlag, capture, runs_ahead
 from comemo_kernels.grids import TEXT, ImageGrids
-from comemo_kernels.memory import ImageMemory, distance_table, memory_buffers
+from comemo_kernels.memory import ImageMemory
+from comemo_kernels.memory_buffers import distance_table, memory_buffers
 from comemo_kernels.memory_split import join_images, split_images
 from comemo_kernels.reference import (
     fold_tiles,
@@ -26,7 +27,7 @@ if find_spec("triton"):
     from comemo_kernels.positions import rope_dhr_positions
     from comemo_kernels.rotary import apply_rotary
     from comemo_kernels.tiles import project_tiles
-else:  # macOS, Windows: the same functions, unfused
+else:  # macOS, Windows: the same functions in PyTorch
     from comemo_kernels.reference import (
         apply_rotary,
         attend_spans,

@@ -1,6 +1,6 @@
-"""Arguments of another type are told by name.
+"""Errors for arguments of a wrong type, which name the argument.
 
-They are looked for behind an error alone, by the annotations: right calls pay nothing for it.
+Types are compared with the annotations only after an error, so that valid calls cost nothing more.
 """
 
 import collections.abc
@@ -20,26 +20,26 @@ from torch import Tensor
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-# With the function's own parameters: to collect them in a tuple costs each call 0.1 us.
+# The wrapper has the function's own parameters: collecting them in a tuple costs 0.1 us a call.
 _CALLED = """
 def called({names}):
     try:
         return _function({names})
     except Exception as error:
-        _tell_misfit(error, _function, ({names},))
+        _raise_misfit(error, _function, ({names},))
         raise
 """
 
 
 def public(function: F) -> F:
-    """Decorate what users call: an error behind which an argument of another type stands names it.
+    """Decorate a public function: if it fails because of an argument's type, the error names it.
 
-    What the function raises in its own name, and what no argument's type explains, comes as it is.
+    Errors that name the function, or that no argument's type explains, are unchanged.
 
     Raises:
         ValueError: an argument that is not what the function's annotations say.
     """
-    scope: dict[str, Any] = {"_function": function, "_tell_misfit": _tell_misfit}
+    scope: dict[str, Any] = {"_function": function, "_raise_misfit": _raise_misfit}
     source = _CALLED.format(names=", ".join(inspect.signature(function).parameters))
     exec(compile(source, f"<public {function.__qualname__}>", "exec"), scope)
     called = functools.wraps(function)(scope["called"])
@@ -47,23 +47,23 @@ def public(function: F) -> F:
     return typing.cast(F, called)
 
 
-def _tell_misfit(error: Exception, function: Callable[..., Any], values: tuple[Any, ...]) -> None:
-    """Raise for the argument whose type may be behind an error, if there is one."""
+def _raise_misfit(error: Exception, function: Callable[..., Any], values: tuple[Any, ...]) -> None:
+    """Raise for the argument whose type may have caused an error, if there is one."""
     if torch.compiler.is_compiling():
         return
     name = function.__qualname__.removesuffix(".__init__")
-    told = str(error) if isinstance(error, ValueError) else ""
-    if told.startswith(f"{name}: "):
+    message = str(error) if isinstance(error, ValueError) else ""
+    if message.startswith(f"{name}: "):
         return
     hints = typing.get_type_hints(function)
     given = zip(inspect.signature(function).parameters, values, strict=True)
     found = _first(_misfit(part, value, hints[part]) for part, value in given if part in hints)
     if found is not None:
         raise ValueError(
-            f"{name}: {found.name} must be {_describe(found.wanted)}, got {_tell(found.got)}"
+            f"{name}: {found.name} must be {_describe(found.wanted)}, got {_show(found.got)}"
         ) from error
-    if re.match(r"[\w.]+: ", told):  # in the name of what it calls
-        raise ValueError(f"{name}: {told}") from error
+    if re.match(r"[\w.]+: ", message):  # it names a function that this one calls
+        raise ValueError(f"{name}: {message}") from error
 
 
 class _Misfit(NamedTuple):
@@ -77,10 +77,10 @@ def _first(found: Iterable[_Misfit | None]) -> _Misfit | None:
 
 
 def _misfit(name: str, value: Any, hint: Any) -> _Misfit | None:
-    """The innermost part of `value` that is not what `hint` says."""
+    """The innermost part of `value` that does not match `hint`."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        if torch.device in inner:  # whose name is a string
+        if torch.device in inner:  # which a string may name
             inner = tuple(option for option in inner if option is not str)
         found = [_misfit(name, value, option) for option in inner]
         if None in found:
@@ -108,7 +108,7 @@ def _misfit(name: str, value: Any, hint: Any) -> _Misfit | None:
 
 
 def _is_a(value: Any, kind: Any, inner: tuple[Any, ...]) -> bool:
-    """Whether a value is of a kind, as far as can be seen without a look at its parts."""
+    """Whether a value is of a kind, without checking its parts."""
     if kind is Any:
         return True
     if kind is Tensor:
@@ -138,7 +138,7 @@ def _is_number(value: Any, kind: type) -> bool:
         if kind is int or hasattr(value, "__index__"):
             return abs(operator.index(value)) < 2**63
         return float(value) is not None
-    except Exception:  # whatever a stranger's method raises
+    except Exception:  # a foreign object's method may raise anything
         return False
 
 
@@ -150,7 +150,7 @@ def _is_device(value: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
-    """What a hint asks for, in words."""
+    """A type annotation in words."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         if torch.device in inner:
@@ -163,8 +163,8 @@ def _describe(hint: Any) -> str:
         return f"a sequence, each part {_describe(inner[0])}"
     words: dict[Any, str] = {
         Tensor: "a dense tensor with values",
-        int: "an integer of 64 bits",
-        float: "a number of 64 bits",
+        int: "a 64-bit integer",
+        float: "a 64-bit number",
         bool: "True or False",
         str: "a string",
         type(None): "None",
@@ -176,8 +176,8 @@ def _describe(hint: Any) -> str:
     return words.get(origin or hint, getattr(hint, "__name__", str(hint)))
 
 
-def _tell(value: Any) -> str:
+def _show(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)} on {value.device}, {value.layout}"
-    told = repr(value) if isinstance(value, (str, bytes, int, float, type(None))) else ""
-    return told if 0 < len(told) <= 60 else f"{type(value).__name__}"
+    shown = repr(value) if isinstance(value, (str, bytes, int, float, type(None))) else ""
+    return shown if 0 < len(shown) <= 60 else f"{type(value).__name__}"

@@ -1,16 +1,18 @@
-"""Attention of whole prompts with keys and values by tensor descriptors (TMA).
+"""Attention kernel for prefill on Hopper, with keys and values loaded by TMA.
 
-The same as `attention._attend_kernel` for prompts that read one span each, with the products of one
-block of keys under the softmax of the next. Queries are rotated in a launch of their own: a tensor
-core then reads them from shared memory as they came. Where a prompt reads several images, its keys
-are rotated, too, once into scratch memory, from the ids of their images to those of the prompt,
-counted from the first image that it reads: no query is rotated anew at an image's border.
-Traffic beside the attention's: 4 * rows * D bytes for the queries, and 4 * keys * G * D for the
-keys of several images, in bfloat16: 36 us of 13,312 keys of 16 heads at 3.0 TB/s.
+It computes what `_attend_kernel` does, for prompts that read one span each, and overlaps the GEMMs
+of one key block with the softmax of the next. A launch of its own rotates the queries, so that the
+tensor cores read them from shared memory as loaded. If a prompt reads several images, another
+launch rotates its keys into scratch memory, from the ids of their images to those of the prompt,
+relative to the first image that the span reads: then no query is rotated again at the border of an
+image.
+Traffic on top of the attention's: 4 * rows * D bytes for the queries, and 4 * keys * G * D for the
+keys of several images, in bfloat16: 36 us for 13,312 keys of 16 heads at 3.0 TB/s.
 
-Two ways to overlap: by order of instructions (the products of values of a block are waited for
-behind the softmax of the next block), or by specialised warps, of which one group loads and two
-multiply. `attention.USE_TMA` turns the kernel on; its first configuration has no specialised warps.
+Two ways to overlap: by instruction order (the second GEMM of a block is waited for after the
+softmax of the next block), or by warp specialisation, with one producer warp group and two
+consumers. `attention.USE_TMA` enables the kernel; its first configuration has no warp
+specialisation.
 Source: FlashAttention-3 (arXiv:2407.08608) for both overlaps.
 
 Letters: B batch, N tokens, H query heads, M memory, G key heads, D head dimension, I images.
@@ -26,14 +28,14 @@ from torch import Tensor
 from comemo_kernels import _descriptors
 from comemo_kernels._blocks import offset_of
 from comemo_kernels._blocks_attention import LOG2E, load_rotated, narrow_ids, share_of
-from comemo_kernels._op import INTERPRET, Kernel
+from comemo_kernels._op import INTERPRET, Kernel, jit
 
-# --- kernel ---
+# --- kernels ---
 
 
 @triton.jit
 def _image_of(starts_ptr, keys, num_images):
-    """Index [N] of the image that each of keys [N] belongs to."""
+    """Image index [N] of keys [N]."""
     count = tl.zeros_like(keys)
     for i in range(0, num_images, 64):
         image = i + tl.arange(0, 64)
@@ -42,13 +44,7 @@ def _image_of(starts_ptr, keys, num_images):
     return tl.maximum(count - 1, 0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("x_stride_b", "x_stride_n", "x_stride_h", "ids_stride_b", "ids_stride_n"),
-        *("biases_stride_b", "spans_stride_b", "table_stride", "num_tokens", "num_heads"),
-        *("num_keys", "num_positions", "num_images"),
-    ]
-)
+@jit
 def _turn_kernel(
     y_ptr,  # [B, N, H, D], contiguous
     x_ptr,  # [B, N, H, D], D contiguous: queries, or keys as one batch row
@@ -71,8 +67,8 @@ def _turn_kernel(
     num_keys,  # M
     num_positions,  # P
     num_images,  # I
-    KEYS: tl.constexpr,  # by the bias of their image; else queries, by their id
-    BIASED: tl.constexpr,  # less the bias of the first image that a span reads
+    KEYS: tl.constexpr,  # x are keys, rotated by the bias of their image; else queries, by their id
+    BIASED: tl.constexpr,  # subtract the bias of the first image that the span reads
     HALF: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -84,7 +80,7 @@ def _turn_kernel(
     mask = token < num_tokens
     biases_ptr += batch * biases_stride_b
     spans_ptr += batch * spans_stride_b
-    if KEYS:  # what nobody reads may not have been written, and is not
+    if KEYS:  # keys outside the span may be uninitialised and are left out
         mask &= (token >= tl.load(spans_ptr)) & (token < tl.load(spans_ptr + 1))
         ids = tl.load(biases_ptr + _image_of(starts_ptr, token, num_images), mask=mask, other=0)
     else:
@@ -96,9 +92,8 @@ def _turn_kernel(
         ids -= tl.max(tl.load(biases_ptr + _image_of(starts_ptr, first, num_images)), 0)
     x_rows = x_ptr + offset_of(batch, x_stride_b, True) + offset_of(token, x_stride_n, True)
     x_rows += offset_of(head, x_stride_h, True)
-    y = load_rotated(
-        *(x_rows, mask, ids, cos_ptr, sin_ptr, table_stride, num_positions, HALF, True, 2 * HALF)
-    )
+    table = (cos_ptr, sin_ptr, table_stride, num_positions)
+    y = load_rotated(x_rows, mask, ids, table, HALF, True, 2 * HALF)
     row = (batch * num_tokens + token).to(tl.int64) * num_heads + head
     y_ptrs = y_ptr + row[:, None] * (2 * HALF) + tl.arange(0, 2 * HALF)[None, :]
     tl.store(y_ptrs, y, mask=mask[:, None])
@@ -106,23 +101,17 @@ def _turn_kernel(
 
 @triton.jit
 def _weigh(s, peak, total, scale_log2, MASKED: tl.constexpr):
-    """Weights of scores [BLOCK_M, BLOCK_N], and what they make of a row's peak and total."""
+    """Softmax weights of scores [BLOCK_M, BLOCK_N], rescaling of acc, new peak and new total."""
     largest = tl.maximum(peak, tl.max(s, 1) * scale_log2)
     shift = largest
-    if MASKED:  # a row may have seen nothing: -inf minus -inf would be NaN
+    if MASKED:  # a row may have seen no key: -inf minus -inf would be NaN
         shift = tl.where(largest == float("-inf"), 0.0, largest)
     p = tl.math.exp2(s * scale_log2 - shift[:, None])
     alpha = tl.math.exp2(peak - shift)
     return p, alpha, largest, total * alpha + tl.sum(p, 1)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("q_stride_b", "q_stride_n", "q_stride_h", "kv_stride_m", "kv_stride_g", "v_stride_m"),
-        *("v_stride_g", "spans_stride_b", "num_batch", "num_tokens", "num_keys", "num_heads"),
-        *("group", "num_splits", "scale_log2"),
-    ]
-)
+@jit
 def _tma_kernel(
     out_ptr,  # [B, N, H, D], contiguous
     lse_ptr,  # [B, N, H], contiguous
@@ -153,8 +142,8 @@ def _tma_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program attends BLOCK_M tokens of one head and batch row to a part of the row's span."""
-    # The compiler specialises neither around an early return nor with a product outside the loop.
+    """One program attends BLOCK_M tokens of one head and batch row to a split of the row's span."""
+    # With an early return or a GEMM outside the loop the compiler does not specialise warps.
     pid = tl.program_id(0)
     blocks = tl.cdiv(num_tokens, BLOCK_M)
     pid_m, rest = pid % blocks, pid // blocks
@@ -166,7 +155,7 @@ def _tma_kernel(
     if SPLIT:
         start, end = share_of(start, end, split, num_splits, BLOCK_N)
     length = tl.maximum(end - start, 0)
-    # A descriptor holds one row at least: of an empty span any that is there.
+    # A descriptor needs at least one row: for an empty span any valid one.
     start = tl.minimum(start, num_keys - 1)
     rows = tl.maximum(length, 1)
     q_rows = q_ptr + offset_of(batch, q_stride_b, True) + offset_of(head, q_stride_h, True)
@@ -190,8 +179,8 @@ def _tma_kernel(
             v = v_tiles.load([i * BLOCK_N, 0])
             acc = tl.dot(p.to(q_ptr.dtype.element_ty), v, acc * alpha[:, None])
     else:
-        # Scores are a block ahead. The compiler leaves the second product of an iteration on its
-        # way, until the first one of the next is waited for, which the softmax comes before.
+        # Scores are computed a block ahead. The compiler leaves the second GEMM of an iteration in
+        # flight until it waits for the first GEMM of the next, after the softmax.
         s = tl.dot(q, tl.trans(k_tiles.load([0, 0])))
         last = tl.maximum(tl.cdiv(length, BLOCK_N) - 1, 0)
         for i in tl.range(0, last):
@@ -200,14 +189,14 @@ def _tma_kernel(
             s = tl.dot(q, tl.trans(k_tiles.load([(i + 1) * BLOCK_N, 0])))
             v = v_tiles.load([i * BLOCK_N, 0])
             acc = tl.dot(p, v, acc * alpha[:, None])
-        # Only the last block has keys that are not there.
+        # Only the last block has keys past the end.
         s = tl.where((last * BLOCK_N + offs_n < length)[None, :], s, float("-inf"))
         p, alpha, peak, total = _weigh(s, peak, total, scale_log2, True)
         v = v_tiles.load([last * BLOCK_N, 0])
         acc = tl.dot(p.to(q_ptr.dtype.element_ty), v, acc * alpha[:, None])
 
     lse = peak + tl.math.log2(total)
-    # Of an empty span the one row that was loaded may hold anything.
+    # The one row that was loaded for an empty span may hold anything.
     seen = total != 0.0
     acc = tl.where(seen[:, None], acc / tl.where(seen, total, 1.0)[:, None], 0.0)
     token = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -254,7 +243,7 @@ def fits(
     k_scale: Tensor | None,
     *_: Any,
 ) -> bool:
-    """Whether this kernel can do it, by what the host knows."""
+    """Whether this kernel supports the call, as far as the host knows."""
     table_stride = 0 if cos is None else cos.stride(0)
     return (
         _descriptors.AVAILABLE
@@ -285,42 +274,41 @@ def launch(
     starts: Tensor | None,
     biases: Tensor | None,
 ) -> None:
-    """Write `out` and `lse`, or with several splits their parts [splits, G, B * N * H/G, D]."""
+    """Write `out` and `lse`, or with several splits `parts` [splits, G, B * N * H/G, D]."""
     (B, N, H, D), (M, G, _), splits = q.shape, k.shape, parts.shape[0]
     if B > 1 and starts is not None and starts.shape[0] > 1:
-        # Each prompt may have the images elsewhere: keys are turned for one after the other.
+        # Each prompt may have the images at other ids: rotate keys for one prompt at a time.
         for b in range(B):
-            own = [
-                t if t is None or t.shape[0] == 1 else t[b : b + 1] for t in (q, spans, ids, biases)
-            ]
-            launch(
-                *(out[b : b + 1], lse[b : b + 1], parts, part_lse, own[0], k, v, own[1]),
-                *(cos, sin, own[2], starts, own[3]),
+            own_out, own_lse, own_q, own_spans, own_ids, own_biases = (
+                t if t is None or t.shape[0] == 1 else t[b : b + 1]
+                for t in (out, lse, q, spans, ids, biases)
             )
+            rotation = (cos, sin, own_ids, starts, own_biases)
+            launch(own_out, own_lse, parts, part_lse, own_q, k, v, own_spans, *rotation)
         return
     if cos is not None and sin is not None and ids is not None:
         images = 0 if starts is None else starts.shape[0]
         placed = (ids, ids) if starts is None or biases is None else (starts, biases)
         ids_stride, biases_stride = (t.stride(0) if t.shape[0] > 1 else 0 for t in (ids, placed[1]))
         strides = (ids_stride, ids.stride(1), biases_stride, spans.stride(0), cos.stride(0))
+        pointers = (cos, sin, ids, *placed, spans)
 
-        def turned(x: Tensor, keys: bool) -> Tensor:
+        def rotated(x: Tensor, keys: bool) -> Tensor:
             """x [B, N, H, D] at other ids."""
             y = torch.empty_like(x, memory_format=torch.contiguous_format)
-            programs = x.shape[0] * x.shape[2] * -(-x.shape[1] // turn.config["BLOCK_M"])
-            turn.launch(
-                *(programs, y, x, cos, sin, ids, *placed, spans, *x.stride()[:3], *strides),
-                *(x.shape[1], x.shape[2], M, cos.shape[0], images, keys, images > 0, D // 2),
-            )
+            rows, tokens, heads = x.shape[:3]
+            programs = rows * heads * -(-tokens // turn.config["BLOCK_M"])
+            sizes = (tokens, heads, M, cos.shape[0], images)
+            constants = (keys, images > 0, D // 2)
+            turn.launch(programs, y, x, *pointers, *x.stride()[:3], *strides, *sizes, *constants)
             return y
 
-        q = turned(q, False)
+        q = rotated(q, False)
         if images > 1:
-            k = turned(k[None], True)[0]
-    config = attend_tma.config
+            k = rotated(k[None], True)[0]
+    programs = B * H * splits * -(-N // attend_tma.config["BLOCK_M"])
+    tensors = (out, lse, parts, part_lse, q, k, v, spans)
+    kv_strides = (*k.stride()[:2], *v.stride()[:2])
+    numbers = (*q.stride()[:3], *kv_strides, spans.stride(0), B, N, M, H, H // G, splits)
     with _descriptors.allocated():
-        attend_tma.launch(
-            *(B * H * splits * -(-N // config["BLOCK_M"]), out, lse, parts, part_lse, q, k, v),
-            *(spans, *q.stride()[:3], *k.stride()[:2], *v.stride()[:2], spans.stride(0)),
-            *(B, N, M, H, H // G, splits, LOG2E / D**0.5, D, splits > 1),
-        )
+        attend_tma.launch(programs, *tensors, *numbers, LOG2E / D**0.5, D, splits > 1)

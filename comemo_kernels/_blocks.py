@@ -1,4 +1,4 @@
-"""Block functions that several kernels share: blocks in, blocks out."""
+"""Block functions that several kernels share: they take blocks and return blocks."""
 
 import triton
 import triton.language as tl
@@ -21,7 +21,7 @@ def find_image(
     num_images,
     num_steps,  # bit length of num_images
 ):
-    """Index of the last image that begins at or before each place; -1 before the first."""
+    """Index of the last image that starts at or before each place; -1 ahead of the first image."""
     low = tl.zeros_like(places).to(tl.int32)
     high = low + num_images
     for _ in range(num_steps):
@@ -40,9 +40,9 @@ def thumbnail_cell(
     cols,
     rows,
     SIDE: tl.constexpr,
-    COLUMN: tl.constexpr,  # tiles take their cells column by column, as published
+    COLUMN: tl.constexpr,  # tiles are numbered column by column, as published
 ):
-    """Thumbnail cell under each token of an image; see `comemo_kernels.grids`."""
+    """Thumbnail cell that covers each token of an image; see `comemo_kernels.grids`."""
     AREA: tl.constexpr = SIDE * SIDE
     tile, inside = place // AREA, place % AREA
     r, c = inside // SIDE, inside % SIDE
@@ -62,7 +62,7 @@ def thumbnail_cell(
 def image_position(
     grids_ptr, token, num_images, num_steps, SIDE: tl.constexpr, COLUMN, THUMBNAIL: tl.constexpr
 ):
-    """Position id of each token of a sequence, as `ImageGrids.position_ids`."""
+    """Position id of each token of a sequence; see `ImageGrids.position_ids`."""
     image = find_image(grids_ptr, token, num_images, num_steps)
     row = grids_ptr + image * 4
     inside = image >= 0
@@ -81,9 +81,9 @@ def image_position(
 
 @triton.jit
 def offset_of(index, stride, ALIGNED: tl.constexpr, WIDE: tl.constexpr = 8):
-    """Elements from `index` steps of `stride`; multiples of WIDE, if ALIGNED.
+    """`index * stride` in elements, with the hint that WIDE divides it if ALIGNED.
 
-    WIDE is 8, 128 bits of bf16, but for float8, of which 128 bits are 16.
+    WIDE elements are 128 bits: 8 of a 16-bit dtype, 16 of float8.
     """
     offset = index.to(tl.int64) * stride
     if ALIGNED:
@@ -93,7 +93,7 @@ def offset_of(index, stride, ALIGNED: tl.constexpr, WIDE: tl.constexpr = 8):
 
 @triton.jit
 def in_groups(block, blocks_m, blocks_n, GROUP: tl.constexpr):
-    """Row and column of a product's block: GROUP blocks of rows share the columns L2 holds."""
+    """Row and column of a GEMM's output block: groups of GROUP block rows reuse columns in L2."""
     first = block // (GROUP * blocks_n) * GROUP
     group = tl.minimum(blocks_m - first, GROUP)
     inside = block % (GROUP * blocks_n)
@@ -104,24 +104,23 @@ if INTERPRET or not NEW:
 
     @triton.jit
     def prefetch(ptrs, mask=None):
-        """Nothing: what follows loads what it needs."""
+        """Do nothing: a prefetch changes no result."""
 
     @triton.jit
     def let_next_begin():
-        """Nothing: the next kernel begins when this one has ended."""
+        """Do nothing: the next kernel starts after this one has ended."""
 
     @triton.jit
     def await_previous():
-        """Nothing: the previous kernel has ended."""
+        """Do nothing: the previous kernel has ended."""
 
 else:
 
     @triton.jit
     def prefetch(ptrs, mask=None):
-        """Let L2 fetch the lines of 128 bytes that pointers lie in; nothing waits for them.
+        """Prefetch into L2 the 128-byte lines that contain the pointers; nothing waits for them.
 
-        Each must be of memory that is there, or masked. Loads that come after find it in L2, and
-        what is right does not depend on it.
+        Each pointer must be valid or masked. A prefetch changes no result.
         """
         if is_cuda():
             if mask is None:
@@ -146,15 +145,15 @@ else:
 
     @triton.jit
     def let_next_begin():
-        """Let the next kernel of the stream begin, if it is launched with `launch_pdl`.
+        """Let the next kernel of the stream start, if it is launched with `launch_pdl`.
 
-        What this one writes is not there for it until it has waited: `await_previous`.
+        It sees what this kernel writes only after its own `await_previous`.
         """
         if cuda_capability_geq(9):
             gdc_launch_dependents()
 
     @triton.jit
     def await_previous():
-        """Wait until the previous kernel of the stream has ended and all that it wrote is there."""
+        """Wait until the previous kernel of the stream has ended and its writes are visible."""
         if cuda_capability_geq(9):
             gdc_wait()

@@ -1,4 +1,4 @@
-"""Block functions of attention over the image memory: loads, the online softmax, its parts."""
+"""Block functions of attention over the image memory: loads, online softmax, split-K reduction."""
 
 import triton
 import triton.language as tl
@@ -10,27 +10,27 @@ LOG2E = 1.4426950408889634
 
 @triton.jit
 def columns(HALF: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Elements of a head in the order of a block's columns: each half padded to a power of two."""
+    """Index in the head of each column of a block: each half is padded to a power of two."""
     offs_d = tl.arange(0, BLOCK_D)
     if 2 * HALF < BLOCK_D:
         inside = offs_d % (BLOCK_D // 2)
-        # What lies behind a half is masked: it is behind the head too.
+        # The padding of a half gets an index past the head, where masks are False.
         offs_d = tl.where(inside < HALF, offs_d // (BLOCK_D // 2) * HALF + inside, 2 * HALF)
     return offs_d
 
 
 @triton.jit
 def narrow_ids(ids):
-    """32 bits of ids of any sign and size, less a bias of at least 0 without an overflow.
+    """Clamp ids of any sign and size to int32, so that subtracting a bias >= 0 cannot overflow.
 
-    What was cut off is further from every image than a table reaches.
+    A clamped id is further from every image than a rotary table reaches.
     """
     return tl.minimum(tl.maximum(ids, -1073741824), 2147483647).to(tl.int32)
 
 
 @triton.jit
 def share_of(low, high, split, num_splits, BLOCK: tl.constexpr):
-    """Keys [low, high) of one of several programs: whole blocks, one more or less than others."""
+    """Range of keys of one split: whole blocks; splits differ by at most one block."""
     blocks = tl.cdiv(tl.maximum(high - low, 0), BLOCK)
     share, more = blocks // num_splits, blocks % num_splits
     first = low + (split * share + tl.minimum(split, more)) * BLOCK
@@ -40,11 +40,11 @@ def share_of(low, high, split, num_splits, BLOCK: tl.constexpr):
 
 @triton.jit
 def to_half(q):
-    """Rows of float16 and the powers of two that they were divided by.
+    """Rows in float16, and the power of two that each was divided by.
 
-    float8 becomes float16 in one instruction and bfloat16 in four, and float16 rounds weights less.
-    A row's largest element comes to lie in [1, 2): none overflows, and what is lost of small ones
-    is below what bfloat16 rounds of that one.
+    float8 converts to float16 in one instruction and to bfloat16 in four, and float16 rounds
+    softmax weights less. The largest element of a row moves into [1, 2): nothing overflows, and
+    the loss in small elements is below the bfloat16 rounding of the largest.
     """
     largest = tl.max(tl.abs(q.to(tl.float32)), 1)
     exponent = largest.to(tl.int32, bitcast=True) & 0x7F800000
@@ -57,23 +57,22 @@ def load_rotated(
     q_rows,  # [BLOCK_M] pointers
     mask_m,
     delta,  # [BLOCK_M] rows of the table, of either sign
-    cos_ptr,  # [P, HALF]
-    sin_ptr,
-    table_stride,
-    num_positions,
+    table,  # cos_ptr and sin_ptr of [P, HALF], stride of P, P
     HALF: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Queries [BLOCK_M, BLOCK_D] in their dtype, rotated in float32."""
+    cos_ptr, sin_ptr, table_stride, num_positions = table
     offs_d = tl.arange(0, BLOCK_D // 2)
     mask = mask_m[:, None] & (offs_d < HALF)[None, :]
     x_ptrs = q_rows[:, None] + offs_d[None, :]
-    # Volatile: or the compiler moves these loads out of the loop over images, into registers.
+    # Volatile, because the compiler would hoist these loads out of the loop over images, into
+    # registers.
     x1 = tl.load(x_ptrs, mask=mask, other=0.0, volatile=True).to(tl.float32)
     x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0, volatile=True).to(tl.float32)
     row = tl.abs(delta)
-    known = mask & ((row >= 0) & (row < num_positions))[:, None]  # the least integer has no abs
+    known = mask & ((row >= 0) & (row < num_positions))[:, None]  # the smallest integer has no abs
     offs = offset_of(row, table_stride, ALIGNED)[:, None] + offs_d[None, :]
     cos = tl.load(cos_ptr + offs, mask=known, other=float("nan")).to(tl.float32)
     sin = tl.load(sin_ptr + offs, mask=known, other=float("nan")).to(tl.float32)
@@ -87,24 +86,9 @@ def load_rotated(
 @triton.jit
 def attend_keys(
     q,  # [BLOCK_M, BLOCK_D]
-    acc,  # [BLOCK_M, BLOCK_D] in units of a value
-    unit,  # scale of the values that were read last; 1 if not SCALED
-    peak,  # [BLOCK_M] largest score so far, in steps of log 2
-    total,  # [BLOCK_M] sum of exp2(score - peak)
-    k_ptr,  # [M, D] of one head
-    v_ptr,
-    stride,  # of M, of both
-    k_scale_ptr,  # [T] of one head
-    v_scale_ptr,
-    scale_stride,
-    tile,
-    scale_log2,
-    first,  # [first, limit): keys of one image
-    limit,
-    shared,  # [shared, shared_end): keys that every row may read
-    shared_end,
-    start,  # [BLOCK_M] spans
-    end,
+    state,  # acc, unit, peak, total; see below
+    keys,  # pointers, strides and scales of one head; see below
+    bounds,  # first, limit, shared, shared_end, start, end; see below
     D: tl.constexpr,
     HALF: tl.constexpr,
     SCALED: tl.constexpr,
@@ -113,10 +97,21 @@ def attend_keys(
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The online softmax over blocks of keys."""
-    WIDE: tl.constexpr = 16 if SCALED else 8  # elements of 128 bits, of float8 and others
+    """Online softmax over blocks of keys; returns the new state.
+
+    State: acc [BLOCK_M, BLOCK_D] in units of `unit`, the scale of the last values read (1 if not
+    SCALED); peak [BLOCK_M], the largest score so far, in base 2; total [BLOCK_M], the sum of
+    exp2(score - peak).
+    Bounds: keys [first, limit) belong to one image; every row may read [shared, shared_end); row m
+    may read [start[m], end[m]).
+    """
+    acc, unit, peak, total = state
+    # k and v [M, D] of one head, stride of M of both; scales [T] of one head, stride of T.
+    k_ptr, v_ptr, stride, k_scale_ptr, v_scale_ptr, scale_stride, tile, scale_log2 = keys
+    first, limit, shared, shared_end, start, end = bounds
+    WIDE: tl.constexpr = 16 if SCALED else 8  # elements in 128 bits: float8, or 16-bit dtypes
     offs_n, offs_d = tl.arange(0, BLOCK_N), columns(HALF, BLOCK_D)
-    # Within a block 32 bits reach every element: half the registers of pointers.
+    # Offsets within a block fit 32 bits, which take half the registers of pointers.
     rows = offs_n * stride.to(tl.int32)
     if ALIGNED:
         rows = tl.multiple_of(rows, WIDE)
@@ -124,7 +119,7 @@ def attend_keys(
     shared_end = tl.minimum(shared_end, limit)
     origin = first
     power = tl.full([q.shape[0]], 1.0, tl.float32) * scale_log2
-    if SCALED and TILED:  # a block lies in one tile, and has one scale
+    if SCALED and TILED:  # a block is within one tile and has one scale
         origin = first // BLOCK_N * BLOCK_N
         shared = tl.maximum(shared, first)
     if SCALED and q.dtype == tl.bfloat16:
@@ -154,14 +149,14 @@ def attend_keys(
             seen = (offs_k[None, :] >= start[:, None]) & (offs_k[None, :] < end[:, None])
             s = tl.where(seen & held[None, :], s, float("-inf"))
         largest = tl.maximum(peak, tl.max(s, 1) * power)
-        # A row that has seen nothing yet: -inf minus -inf would be NaN.
+        # A row may have seen no key yet: -inf minus -inf would be NaN.
         shift = tl.where(largest == float("-inf"), 0.0, largest)
         p = tl.math.exp2(s * power[:, None] - shift[:, None])
         alpha = tl.math.exp2(peak - shift)
         total = total * alpha + tl.sum(p, 1)
         v = tl.load(v_ptr + base + offs, mask=mask, other=0.0)
         if SCALED and TILED:
-            # The accumulator changes its unit with the scale: float16 would round p times that.
+            # Rescale the accumulator rather than p: p * scale would be rounded to float16.
             p = tl.where(next_unit == 0.0, 0.0, p)
             next_unit = tl.where(next_unit == 0.0, unit, next_unit)
             alpha *= unit / next_unit
@@ -175,16 +170,16 @@ def attend_keys(
 
 @triton.jit
 def combine_parts(
-    part_ptr,  # [splits, G * R, D]
-    part_lse_ptr,  # [splits, G * R], in steps of log 2
-    row,  # of G * R
+    parts,  # pointers: outputs [splits, G * R, D], and log2-sum-exp [splits, G * R]
+    row,  # in G * R
     num_rows,  # G * R
     num_splits,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Output [BLOCK_D] and log-sum-exp of one row, from its parts in their order."""
+    """Output [BLOCK_D] and log2-sum-exp of one row; splits are added in a fixed order."""
+    part_ptr, part_lse_ptr = parts
     offs_s, offs_d = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_D)
     largest = tl.full([], float("-inf"), tl.float32)
     for first in range(0, num_splits, BLOCK_S):

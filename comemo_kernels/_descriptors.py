@@ -1,7 +1,7 @@
-"""Tensor descriptors (TMA) that a kernel makes itself: whether there are any, and their memory.
+"""Tensor descriptors (TMA) created in a kernel: whether Triton has them, and their memory.
 
-A kernel that makes descriptors needs a little memory for each program, for which Triton asks an
-allocator that its user sets. A launch brings its own, and leaves the user's as it was.
+A kernel that creates descriptors needs a little memory for each program. Triton asks an allocator
+for it, which the user may have set: a launch sets its own, and restores the user's afterwards.
 """
 
 import contextlib
@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# From triton 3.4 on; some of AMD's chips have the capability 9.0 as well.
+# From triton 3.4 on; not on AMD, where some chips report capability 9.0 too.
 AVAILABLE = hasattr(tl, "make_tensor_descriptor") and torch.version.hip is None
 
 
 @contextlib.contextmanager
 def allocated() -> Iterator[None]:
-    """Launches within the block take memory for descriptors from PyTorch, of the current device."""
+    """Launches in this block take memory for descriptors from PyTorch, on the current device."""
     previous = _allocator()
     triton.set_allocator(_allocate)
     try:
@@ -34,7 +34,7 @@ def _allocate(size: int, alignment: int, stream: int | None) -> Tensor:
 
 
 def _allocator() -> Any:
-    """Triton's allocator, which may be the user's: from 3.6 on a variable of the context."""
+    """Triton's allocator, which may be the user's: a context variable from 3.6 on."""
     from triton.runtime import _allocation
 
     held = _allocation._allocator

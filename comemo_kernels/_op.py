@@ -1,4 +1,4 @@
-"""The few lines every kernel file shares. Knows torch; knows nothing of CoMemo."""
+"""What all operations share: checks, registration, launches. Nothing here is about CoMemo."""
 
 import contextlib
 import functools
@@ -21,13 +21,13 @@ Config = dict[str, int]  # block sizes, num_warps, num_stages: what a launch pas
 
 
 def check(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless `condition`; `message` names function, wanted and got."""
+    """Raise ValueError unless `condition`; `message` names the function, what it wants and got."""
     if not condition:
         raise ValueError(message)
 
 
 def check_count(verb: str, name: str, value: int, low: int = 0, high: int = 2**31 - 1) -> None:
-    """Raise ValueError in the name of function `verb` for what is no integer within limits."""
+    """Raise ValueError, naming function `verb`, unless `value` is an integer in [low, high]."""
     try:
         count = value if isinstance(value, int) else operator.index(value)
     except TypeError:
@@ -37,13 +37,18 @@ def check_count(verb: str, name: str, value: int, low: int = 0, high: int = 2**3
 
 
 def on_triton(x: Tensor) -> bool:
-    """Whether `x` goes to a kernel: on a GPU, or anywhere under Triton's interpreter."""
+    """Whether `x` goes to a kernel: it is on a GPU, or Triton's interpreter is on."""
     return x.is_cuda or INTERPRET
+
+
+def padded(n: int) -> int:
+    """Smallest power of two that is at least `n`, the size of a block for `n` elements."""
+    return 1 << max(n - 1, 0).bit_length()
 
 
 @functools.cache
 def multiprocessors(device: int) -> int:
-    """Multiprocessors of a GPU by its index; below 0, where there is none, those of an H200."""
+    """Number of multiprocessors of a GPU by its index; of an H200 for index -1, a CPU."""
     return 132 if device < 0 else torch.cuda.get_device_properties(device).multi_processor_count
 
 
@@ -55,21 +60,21 @@ def has_float8(device: int) -> bool:
 
 @functools.cache
 def launches_early(device: int) -> bool:
-    """Whether a kernel may begin while the one before it ends (`launch_pdl`); below 0 taken so."""
+    """Whether a kernel may start before the previous one ends (`launch_pdl`); True for index -1."""
     hopper = device < 0 or torch.cuda.get_device_capability(device) >= (9, 0)
     return torch.version.hip is None and hopper
 
 
 def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Make `launch` the operator `torch.ops.comemo.<name>` of `schema`, and return it.
+    """Register `launch` as the operator `torch.ops.comemo.<name>` of `schema`, and return it.
 
-    It runs with the device of its first tensor current, in whatever thread it is called. Arguments
-    that the schema marks as written, `Tensor(a!)`, get a new version, so that autograd notices.
+    It runs with the device of its first tensor as the current device, in any thread. Arguments that
+    the schema marks as written, `Tensor(a!)`, get a new version, so that autograd notices.
 
     Args:
         schema: "name(Tensor x, ...) -> Tensor", without namespace.
-        launch: allocates outputs and launches; validates nothing, asks no device.
-        fake: returns what `launch` would without running it: torch.compile traces that.
+        launch: allocates outputs and launches; it validates nothing and queries no device.
+        fake: returns empty outputs of the same shapes and dtypes, for torch.compile to trace.
     """
     name, arguments = schema.split("(", 1)
     torch.library.define(f"comemo::{name}", f"({arguments}", tags=(torch.Tag.pt2_compliant_tag,))
@@ -87,7 +92,7 @@ def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) 
 
 
 def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, which need not be that of the tensors."""
+    """Run `launch` on the device of its tensors: Triton launches on the current device."""
 
     @functools.wraps(launch)
     def guarded(*args: Any) -> Any:
@@ -119,22 +124,38 @@ def _tensors(argument: Any) -> Iterable[Tensor]:
 
 
 def to_device(values: Tensor, device: torch.device | str | None) -> Tensor:
-    """Copy a small tensor of the host to `device`; the host does not wait for a GPU."""
+    """Copy a small CPU tensor to `device`; the host does not wait for a GPU."""
     if device is None or torch.device(device).type != "cuda" or torch.compiler.is_compiling():
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 
 
+def jit(kernel: Callable[..., Any]) -> Any:
+    """Decorate a kernel with `triton.jit` so that none of its numbers specialises.
+
+    Then no new length or layout compiles anything. Numbers must be parameters of their own: in a
+    tuple Triton specialises each of them, `do_not_specialize` or not.
+    """
+    import triton  # here, because this module is imported where there is no Triton
+
+    numbers = [
+        name
+        for name, parameter in inspect.signature(kernel).parameters.items()
+        if not name.endswith("_ptr") and "constexpr" not in str(parameter.annotation)
+    ]
+    return triton.jit(kernel, do_not_specialize=numbers)
+
+
 class Kernel:
-    """A jitted kernel, the configurations it ships, and a launch that costs the host little.
+    """A jitted kernel, its configurations, and a launch with little host time.
 
-    The first of `configs` runs; nothing is ever measured here. `python -m bench ... --tune`
-    measures them all, and its result is a new order in a commit.
+    The first of `configs` runs; nothing is measured at run time. `python -m bench ... --tune`
+    measures them all, and a commit puts the fastest first.
 
-    Triton's own launch looks at every argument to find the compiled kernel. Here only what can
-    decide it is looked at (`key`), and from the second launch on the compiled kernel is called
+    Triton's own launch inspects every argument to find the compiled kernel. This one inspects only
+    those that can decide it (`key`), and from the second launch on calls the compiled kernel
     directly. That needs parameters in this order: tensors, called `*_ptr`; numbers, all in
-    `do_not_specialize`; compile-time values, those that `configs` give last.
+    `do_not_specialize` (see `jit`); compile-time values, with those of `configs` last.
 
     Raises:
         ValueError: parameters in another order, or a number that specialises.
@@ -171,10 +192,10 @@ class Kernel:
         self._blocks = [value for name, value in config.items() if name.isupper()]
 
     def key(self, args: tuple[Any, ...]) -> Hashable | None:
-        """What decides which compiled kernel `args` need; None where Triton has to look itself.
+        """What decides which compiled kernel `args` need; None if Triton has to find it.
 
-        Triton compiles for addresses that are multiples of 16 and for numbers of 32 bits. Where all
-        are, what is left is the device, the dtypes and the compile-time values.
+        Triton specialises for addresses that are multiples of 16 and for 32-bit numbers. If all
+        arguments are such, only device, dtypes and compile-time values are left.
         """
         addresses = 0
         for i in self._watched:
@@ -189,14 +210,14 @@ class Kernel:
 
         Args:
             programs: size of the grid.
-            args: the kernel's arguments in its order, up to the block sizes of the configuration.
+            args: the kernel's arguments in order, without those that the configuration gives.
         """
         if programs == 0:
             return
         key = None if INTERPRET or HIP else self.key(args)
         compiled = None if key is None else self._compiled.get(key)
         if compiled is None:
-            # Triton 3.10 turns fusion of products and sums off by default.
+            # From Triton 3.10 on the fusion of products and sums is off by default.
             compiled = self.function[programs, 1, 1](*args, **self.config, enable_fp_fusion=True)
             if key is not None:
                 self._compiled[key] = compiled
@@ -205,7 +226,7 @@ class Kernel:
 
     @contextlib.contextmanager
     def using(self, config: Config) -> Iterator[None]:
-        """Launch with another configuration within the block; for tuning and for gates."""
+        """Launch with another configuration within the block; for benchmarks and tests."""
         previous = self.config
         self._choose(config)
         try:
@@ -215,7 +236,7 @@ class Kernel:
 
 
 def documented(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate a public function with the docstring of its reference, which is written once."""
+    """Decorate a public function: it gets its reference's docstring, and `public` wraps it."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__doc__ = reference.__doc__

@@ -1,4 +1,4 @@
-"""More images for a memory that has room: keys and values behind those that it holds."""
+"""Append images to a memory with spare capacity."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from comemo_kernels._arguments import public
-from comemo_kernels._checks_memory import INTEGERS, check_narrow, check_sizes
 from comemo_kernels._op import check, check_count, to_device
 from comemo_kernels.memory import ImageMemory
+from comemo_kernels.reference.dtypes import INTEGERS
+from comemo_kernels.reference.memory_checks import check_narrow, check_sizes
 
 if find_spec("triton"):
     from comemo_kernels.memory_build import build_memory
@@ -28,30 +29,31 @@ def append_images(
     biases: Sequence[int] | None = None,
     eps: float = 1e-5,
 ) -> tuple[int, int]:
-    """Compute keys and values of more images, behind those that the memory holds.
+    """Build keys and values of more images, after those that are in the memory.
 
-    Nothing that is there is copied or computed again, and an image's bytes do not depend on what
-    it is appended with. On a GPU two launches do it for all layers.
+    Existing rows are neither copied nor computed again, and the bytes of an image do not depend on
+    the images appended with it. On a GPU two launches do it for all layers.
 
     Args:
-        memory: of `ImageMemory.allocate`; written, and its readers see the new rows.
+        memory: from `ImageMemory.allocate`; written in place, so memories that share it see the
+            new rows.
         media: [m, d] projected tokens of the images, of the memory's dtype (of any floating dtype
             for float8).
-        ids: integers [m], place of each token in its image, as of `image_position_ids`; of an
+        ids: integers [m], index of each token in its image, see `image_position_ids`; for an
             absolute memory its id in the prompt.
-        sizes: tokens of each image, their sum m.
-        kv_weights: of each layer [2 * G * D, d], rows of keys first.
-        norm_weights: of each layer [d]; None if folded into `kv_weights`.
-        biases: id of each image's first token, if there is one prompt to read them; else 0, for
-            `ImageMemory.reading` to replace.
+        sizes: tokens of each image; their sum is m.
+        kv_weights: of each layer [2 * G * D, d], the rows of keys first.
+        norm_weights: of each layer [d]; None if they are folded into `kv_weights`.
+        biases: id of each image's first token, if one prompt reads them; None for 0, which
+            `ImageMemory.reading` replaces.
         eps: of the norm.
 
     Returns:
         start, end: the span of the new images.
 
     Raises:
-        ValueError: sizes, shapes, dtypes or devices that do not fit the memory; more than its
-            capacity; float8 images that are no whole tiles. The memory is as it was then.
+        ValueError: sizes, shapes, dtypes or devices that do not fit the memory; too many tokens for
+            its capacity; float8 images that are not whole tiles. The memory is unchanged then.
     """
     layers = list(memory.keys)
     check(
@@ -68,7 +70,7 @@ def append_images(
         and ids.shape == (m,)
         and ids.dtype in INTEGERS,
         f"append_images: sizes must be positive and sum to the {m} rows of media"
-        f" {tuple(media.shape)}, integer ids as many, got {list(sizes)} and ids {ids.dtype}"
+        f" {tuple(media.shape)}, and ids be integers [{m}], got {list(sizes)} and ids {ids.dtype}"
         f" {tuple(ids.shape)}",
     )
     check(
@@ -101,7 +103,7 @@ def append_images(
             f" {media.device} for {memory.keys[layers[0]].device}"
         )
     check_narrow("append_images", "ids", ids)
-    # All that can fail comes before what writes.
+    # Everything that can fail comes before the first write.
     ids = ids.to(media.device, torch.int32)
     starts = torch.tensor((row, *sizes), dtype=torch.int64).cumsum(0)[:-1].int()
     places = torch.tensor([list(biases)], dtype=torch.int32)
@@ -127,13 +129,13 @@ def append_images(
         row,
         eps,
     )
-    # At once: no interrupt falls between stores.
+    # In one statement, so that no interrupt leaves it half done.
     memory.ids, memory.starts, memory.biases, memory.sizes = *held, known
     return row, row + m
 
 
 def _check_held(memory: ImageMemory) -> int:
-    """Tokens that a memory holds, whose ids, starts and biases are those of its sizes."""
+    """Check that ids, starts and biases of a memory fit its sizes; return its number of tokens."""
     check_sizes("append_images", "memory.sizes", memory.sizes, 1)
     row, images = sum(memory.sizes), len(memory.sizes)
     held = {"ids": memory.ids, "starts": memory.starts, "biases": memory.biases}
@@ -151,14 +153,14 @@ def _check_held(memory: ImageMemory) -> int:
             fits = shape == wanted[name] and t.dtype == torch.int32 and t.device == first.device
         check(
             fits,
-            f"append_images: memory.{name} must be int32 on {first.device}, of {images} images of"
-            f" {row} tokens in all, got"
+            f"append_images: memory.{name} must be int32 on {first.device}, for {images} images of"
+            f" {row} tokens in total, got"
             f" {None if t is None else (t.dtype, tuple(t.shape), t.device)}",
         )
     layers = memory.keys.keys()
     check(
         memory.values.keys() == layers and memory.scales.keys() in (layers, set()),
-        f"append_images: memory.values, and scales if any, must be of the layers {list(layers)},"
+        f"append_images: memory.values, and scales if any, must have the layers {list(layers)},"
         f" got {list(memory.values)} and {list(memory.scales)}",
     )
     return row

@@ -1,4 +1,4 @@
-"""Steps that are recorded once and replayed, and what the host learns of them without waiting."""
+"""CUDA graph capture and replay, and copies to the host without a sync."""
 
 import contextlib
 import ctypes
@@ -14,30 +14,30 @@ from comemo_kernels._op import check, check_count
 
 @public
 def runs_ahead(device: torch.device | str) -> bool:
-    """Whether work on `device` is queued: the host goes on before it is done."""
+    """Whether work on `device` is asynchronous: the host continues before it is done."""
     return torch.device(device).type == "cuda"
 
 
 def capture(
     function: Callable[[], object], device: torch.device | str, warmups: int = 2
 ) -> Callable[[], object]:
-    """Record a function's work on a GPU as one CUDA graph, to be repeated at the cost of a launch.
+    """Capture a function's work on a GPU as one CUDA graph, which replays at the cost of a launch.
 
     Args:
-        function: reads and writes tensors that live as long as the graph, always the same ones. It
-            runs `warmups` + 1 times here, of which the last is recorded and changes nothing.
-        device: where its tensors are.
-        warmups: calls ahead of the recording, in which kernels are compiled and libraries choose
+        function: reads and writes static buffers, which live as long as the graph. It runs
+            `warmups` + 1 times here; the last run is captured and changes nothing.
+        device: of its tensors.
+        warmups: calls before the capture, in which kernels are compiled and libraries choose
             theirs; at least 1.
 
     Returns:
-        A function that replays the recording on the current stream. Where there is no GPU, that is
-        `function` itself, which was not called.
+        A function that replays the graph on the current stream. Without a GPU it is `function`
+        itself, which was not called.
 
     Raises:
-        ValueError: no function, warm-up or device, a current stream that is being recorded already,
-            or a function that cannot be recorded. What else the function raises comes as it is.
-            Whatever is raised, stream, memory and random numbers are as behind the warm-ups.
+        ValueError: no function, warm-up or device, a current stream that is being captured already,
+            or a function that cannot be captured. Other errors of the function are passed on. After
+            any error, stream, memory and random number generators are as after the warm-ups.
     """
     check(callable(function), f"capture: function must be a function, got {function!r}")
     check_count("capture", "warmups", warmups, 1)
@@ -50,7 +50,7 @@ def capture(
     with torch.cuda.device(device):
         check(
             not torch.cuda.is_current_stream_capturing(),
-            "capture: the current stream must not be recorded already, got one that is",
+            "capture: the current stream must not be captured already, got one that is",
         )
         graph = _record(function, warmups)
 
@@ -63,7 +63,7 @@ def capture(
 
 def _record(function: Callable[[], object], warmups: int) -> torch.cuda.CUDAGraph:
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    recorder, graph = _Recorder(side.cuda_stream), torch.cuda.CUDAGraph()
+    stream_capture, graph = _StreamCapture(side.cuda_stream), torch.cuda.CUDAGraph()
     side.wait_stream(current)
     with torch.cuda.stream(side):
         mark = torch.zeros(1, device="cuda")
@@ -73,48 +73,49 @@ def _record(function: Callable[[], object], warmups: int) -> torch.cuda.CUDAGrap
         finally:
             current.wait_stream(side)
         torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # while recording nothing can be freed for what is allocated
+        torch.cuda.empty_cache()  # during capture no cached block can be freed for an allocation
         with _no_collection():
             try:
-                # Other threads may go on meanwhile with what a recording would not allow.
+                # Other threads may continue with calls that a capture does not allow.
                 graph.capture_begin(capture_error_mode="thread_local")
                 function()
-                recorder.check_valid()
+                stream_capture.check_valid()
                 graph.capture_end()
             except BaseException as error:
-                _abandon(graph, recorder, mark)
+                _abandon(graph, stream_capture, mark)
                 if isinstance(error, torch.cuda.OutOfMemoryError):
                     raise
                 if isinstance(error, RuntimeError):
                     raise ValueError(
-                        "capture: function must be recordable: it must not wait for the GPU, read a"
-                        " value of it or copy from the host's memory, got"
+                        "capture: function must be capturable: it must not sync with the GPU, read"
+                        " its values or copy from host memory, got"
                         f" {type(error).__name__}: {error}"
                     ) from error
                 raise
     return graph
 
 
-def _abandon(graph: torch.cuda.CUDAGraph, recorder: "_Recorder", mark: Tensor) -> None:
-    """Take back all that a recording has set up, whatever became of it.
+def _abandon(graph: torch.cuda.CUDAGraph, stream_capture: "_StreamCapture", mark: Tensor) -> None:
+    """Undo everything that a failed capture has set up.
 
-    What `capture_end` does for a recording that failed differs from torch to torch: to 2.11
-    allocations stay routed to the graph's pool, and a generator of random numbers that it believes
-    to be recorded refuses every later draw and every replay of other graphs. So the failed
-    recording is ended by the driver, and torch ends a valid one in its place.
+    What `capture_end` does after a failed capture depends on the version of torch: up to 2.11
+    allocations stay routed to the graph's pool, and a random number generator that it takes for
+    captured rejects every later draw and every replay of other graphs. So the driver ends the
+    failed capture, and torch ends a valid one instead.
     """
-    recorder.end()
-    recorder.begin()
-    mark.zero_()  # torch warns of a graph of nothing
-    with contextlib.suppress(RuntimeError):  # of a graph that it has ended, or never began
+    stream_capture.end()
+    stream_capture.begin()
+    mark.zero_()  # torch warns about an empty graph
+    with contextlib.suppress(RuntimeError):  # the graph has ended, or never began
         graph.capture_end()
     graph.reset()
 
 
-class _Recorder:
-    """The recording of a stream by the driver's own calls, to which torch has no door."""
+class _StreamCapture:
+    """Capture of a stream by driver calls, which torch does not expose."""
 
-    ACTIVE, THREAD_LOCAL = 1, 1  # the driver's numbers for a valid recording, and its mode
+    ACTIVE = 1  # the driver's constant for a valid capture
+    THREAD_LOCAL = 1  # and for the mode of a capture
 
     def __init__(self, stream: int) -> None:
         hip = torch.version.hip is not None
@@ -131,23 +132,25 @@ class _Recorder:
         self._begin(self._stream, self.THREAD_LOCAL)
 
     def end(self) -> None:
-        """End whatever is being recorded, valid or not, and drop it."""
+        """End the capture, valid or not, and discard its graph."""
         graph = ctypes.c_void_p()
         self._end(self._stream, ctypes.byref(graph))
         if graph:
             self._destroy(graph)
 
     def check_valid(self) -> None:
-        """Raise RuntimeError unless all of the recording was allowed; an error may be swallowed."""
+        """Raise RuntimeError if an operation was not allowed, even if its error was caught."""
         state = ctypes.c_int()
         self._state(self._stream, ctypes.byref(state))
         if state.value != self.ACTIVE:
-            raise RuntimeError("an operation that no graph can hold has ended the recording")
+            raise RuntimeError(
+                "an operation that a CUDA graph does not support has ended the capture"
+            )
 
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """No collection of garbage, which may free what must not be freed while recording."""
+    """No garbage collection, which may free what must not be freed during a capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -158,12 +161,12 @@ def _no_collection() -> Iterator[None]:
 
 
 class HostFlag:
-    """A small tensor of a device as the host sees it: asked for now, read when it is there.
+    """Copies a small tensor from a device to the host: `post` starts a copy, `read` waits for it.
 
-    One at a time: what was posted must be read before the next is.
+    One copy at a time: read each before the next is posted.
 
     Args:
-        like: a tensor of the shape, dtype and device of those to come.
+        like: a tensor with the shape, dtype and device of those to copy.
     """
 
     @public
@@ -174,10 +177,10 @@ class HostFlag:
 
     @public
     def post(self, value: Tensor) -> None:
-        """Ask for `value` as it is at this point of the device's queue; the host goes on.
+        """Start the copy of `value`, in stream order; the host does not wait.
 
         Raises:
-            ValueError: a value of a shape that does not fit.
+            ValueError: a value of another shape.
         """
         try:
             self._host.copy_(value, non_blocking=True)
@@ -192,7 +195,7 @@ class HostFlag:
             self._event.record(torch.cuda.current_stream(value.device))
 
     def read(self) -> Tensor:
-        """What was posted, on the host, which waits for it; it is overwritten by the next."""
+        """Wait for the copy, and return it on the CPU; the next `post` overwrites it."""
         if self._event is not None:
             self._event.synchronize()
         return self._host

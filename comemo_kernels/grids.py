@@ -1,12 +1,12 @@
-"""Tile grids: how many tokens an image has, and which thumbnail cell each of them is.
+"""Tile grids: number of tokens of an image, and the thumbnail cell of each token.
 
 RoPE-DHR gives a tile token the id of the thumbnail cell that covers the same place:
 
     id = bias + f(j, r, rows) * S + f(i, c, cols)
     f(k, t, n) = max(S * ((S-1)*k + t) - 1, 0) // ((S-1) * n)
 
-for tile column i, tile row j, raster row r and raster column c of the token. The thumbnail, which
-comes last, has bias + 0 .. S*S-1.
+for tile column i, tile row j, raster row r and raster column c of the token. The thumbnail comes
+last and has the ids bias + 0 .. S*S-1.
 Source: CoMemo (arXiv:2506.06279); exact integers instead of the published float linspace.
 
 Letters: S tokens along a tile's side, I images.
@@ -23,17 +23,17 @@ from comemo_kernels._arguments import public
 from comemo_kernels._op import check, check_count, to_device
 
 Grid = tuple[int, int]  # (cols, rows) of tiles
-TEXT = (-1, -1)  # in the place of a grid: no image, text counts on from here
+TEXT = (-1, -1)  # instead of a grid: no image, text continues from here
 
 
 @public
 def image_tokens(grid: Grid, side: int = 16, thumbnail: bool = True) -> int:
-    """Tokens of one image: S*S per tile, and S*S for the thumbnail where there is one.
+    """Tokens of one image: S*S per tile, and S*S for the thumbnail if it has one.
 
     Args:
-        grid: (cols, rows) of tiles; 0 x 0 is a video frame: one picture, no tiles.
+        grid: (cols, rows) of tiles; 0 x 0 is a video frame: one image without tiles.
         side: S.
-        thumbnail: whether images of more than one tile carry a thumbnail.
+        thumbnail: whether images of more than one tile have a thumbnail.
 
     Returns:
         Number of tokens, a multiple of S*S.
@@ -46,15 +46,15 @@ def image_tokens(grid: Grid, side: int = 16, thumbnail: bool = True) -> int:
 
 
 def check_grid(name: str, grid: Grid, side: int) -> int:
-    """Number of tiles of a grid that is one.
+    """Check a grid, and return its number of tiles.
 
     Raises:
-        ValueError: in the name of function `name`, a grid that is none or negative, a side below 1,
-            or more tokens than 32 bits count.
+        ValueError: naming function `name`: not a grid, a negative one, a side below 1, or 2^31
+            tokens or more.
     """
     try:
         cols, rows = map(operator.index, grid) if isinstance(grid, Sequence) else (-1, -1)
-    except (TypeError, ValueError):  # no integers, or not two
+    except (TypeError, ValueError):  # not integers, or not two
         cols = rows = -1
     if cols < 0 or rows < 0:
         raise ValueError(f"{name}: grid must be (cols, rows), integers of at least 0, got {grid}")
@@ -68,7 +68,7 @@ def check_grid(name: str, grid: Grid, side: int) -> int:
 
 
 def check_tile_order(name: str, tile_order: str) -> None:
-    """Raise ValueError in the name of function `name` for an unknown tile order."""
+    """Raise ValueError, naming function `name`, for an unknown tile order."""
     check(
         tile_order in ("row", "column"),
         f"{name}: tile_order must be 'row' or 'column', got {tile_order!r}",
@@ -78,7 +78,7 @@ def check_tile_order(name: str, tile_order: str) -> None:
 def thumbnail_cells(
     place: Tensor, cols: Tensor | int, rows: Tensor | int, side: int, tile_order: str
 ) -> Tensor:
-    """Thumbnail cell 0 .. S*S-1 of the token at `place` of an image of cols x rows tiles."""
+    """Thumbnail cell 0 .. S*S-1 of the token at index `place` of an image of cols x rows tiles."""
     cols, rows = torch.as_tensor(cols), torch.as_tensor(rows)
     tile, inside = place // side**2, place % side**2
     r, c = inside // side, inside % side
@@ -97,20 +97,20 @@ def thumbnail_cells(
 
 @dataclass(frozen=True)
 class ImageGrids:
-    """Where images lie in a sequence of tokens, from which kernels derive position ids.
+    """Places of images in a sequence of tokens, from which kernels compute position ids.
 
-    Tokens before the first image have the ids 0, 1, ...; an image has ids [bias, bias + S*S);
-    the tokens behind it count on from bias + S*S. Of a batch [B, N] the sequence is its B*N tokens
-    row by row. A pure record: build it with `pack`, which checks.
+    Tokens before the first image have the ids 0, 1, ...; an image has the ids [bias, bias + S*S);
+    the text after it continues with bias + S*S. The sequence of a batch [B, N] is its B*N tokens,
+    row by row. Build it with `pack`, which checks its arguments.
 
     Attributes:
-        table: int32 [I, 4], contiguous, ascending in its first column: offset (place of the
-            image's first token), bias, cols, rows. Cols and rows of -1 (`TEXT`) stand for no image:
-            from `offset` on text counts from `bias` (a packed sample or a batch row begins).
+        table: int32 [I, 4], contiguous, ascending in its first column: offset (index of the
+            image's first token), bias, cols, rows. Cols and rows of -1 (`TEXT`) are not an image:
+            from `offset` on text counts from `bias` (the start of a packed sample or batch row).
         side: S.
         tile_order: "row", or "column" as published.
-        thumbnail: whether images of more than one tile carry a thumbnail.
-        end: number of tokens that the sequence needs to hold all images.
+        thumbnail: whether images of more than one tile have a thumbnail.
+        end: number of tokens of the shortest sequence that contains all images.
     """
 
     table: Tensor
@@ -131,19 +131,19 @@ class ImageGrids:
         thumbnail: bool = True,
         device: torch.device | str | None = None,
     ) -> "ImageGrids":
-        """Check, and copy to a device without waiting for it.
+        """Check the arguments, and copy them to a device without a sync.
 
         Args:
-            grids: (cols, rows) of every image, in order; `TEXT` where text begins anew.
-            offsets: place of each image's first token; one behind the other if None, as in an
+            grids: (cols, rows) of every image, in order; `TEXT` where text restarts.
+            offsets: index of each image's first token; if None images are concatenated, as in an
                 image memory.
-            biases: id of each image's first thumbnail token; all 0 if None: image-relative ids.
-            side, tile_order, thumbnail: as of `image_position_ids`.
-            device: where the kernels run.
+            biases: id of each image's first thumbnail token; if None all 0: image-relative ids.
+            side, tile_order, thumbnail: see `image_position_ids`.
+            device: device of the table.
 
         Raises:
-            ValueError: another number of offsets or biases than grids; an image that begins before
-                the one ahead of it ends; a negative grid, offset or bias; an unknown tile order.
+            ValueError: different numbers of grids, offsets and biases; an image that starts before
+                the end of the previous one; a negative grid, offset or bias; an unknown tile order.
         """
         check_tile_order("ImageGrids.pack", tile_order)
         counts = [
@@ -163,7 +163,7 @@ class ImageGrids:
                 check_count("ImageGrids.pack", name, value, -(2**31))
             check(
                 offset >= end and biases[i] >= 0,
-                f"ImageGrids.pack: image {i} must begin at {end} or later with a bias of at least"
+                f"ImageGrids.pack: image {i} must start at {end} or later with a bias of at least"
                 f" 0, got offset {offset} and bias {biases[i]}",
             )
             end = offset + count
@@ -176,13 +176,13 @@ class ImageGrids:
 
     @public
     def position_ids(self, tokens: int) -> Tensor:
-        """Ids of the sequence's first `tokens` tokens.
+        """Position ids of the first `tokens` tokens of the sequence.
 
         Args:
             tokens: length of the sequence.
 
         Returns:
-            int64 [tokens], on the table's device; no synchronisation.
+            int64 [tokens] on the table's device; no sync.
 
         Raises:
             ValueError: a sequence too short for the images.
@@ -199,16 +199,16 @@ class ImageGrids:
         count = torch.where(cols < 0, 0, area * tiles)
         place_in_image = place - offset
         cells = thumbnail_cells(place_in_image, cols, rows, self.side, self.tile_order)
-        behind = place_in_image - count + torch.where(cols < 0, 0, area)
-        ids = bias + torch.where(place_in_image < count, cells, behind)
+        after = place_in_image - count + torch.where(cols < 0, 0, area)
+        ids = bias + torch.where(place_in_image < count, cells, after)
         return torch.where(image < 0, place, ids)
 
     def check_length(self, name: str, tokens: int) -> None:
-        """Raise ValueError in the name of function `name` for a broken table, or one too long."""
+        """Raise ValueError, naming function `name`, for an invalid or too long table."""
         table = self.table
         if table.ndim != 2 or table.shape[1] != 4 or table.dtype != torch.int32:
             raise ValueError(
-                f"{name}: the table of ImageGrids must be int32 [I, 4], as pack makes it, got"
+                f"{name}: the table of ImageGrids must be int32 [I, 4], as pack returns it, got"
                 f" {table.dtype} {tuple(table.shape)}"
             )
         check_count(name, "the side of ImageGrids", self.side, 1, 2**15)

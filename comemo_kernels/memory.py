@@ -1,55 +1,49 @@
-"""The image memory: keys and values of images, computed once and read by every token."""
+"""The image memory: keys and values of images, built once and read by every token."""
 
-import functools
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from comemo_kernels._arguments import public
-from comemo_kernels._checks import FLOAT8
-from comemo_kernels._checks_memory import (
-    INTEGERS,
+from comemo_kernels._op import check, check_count, to_device
+from comemo_kernels.attention_types import MemoryScales, QueryRotation
+from comemo_kernels.memory_buffers import Table, memory_buffers
+from comemo_kernels.reference.dtypes import FLOAT8, INTEGERS
+from comemo_kernels.reference.memory_checks import (
     check_biases,
     check_narrow,
     check_sizes,
     check_spans,
 )
-from comemo_kernels._op import INTERPRET, check, check_count, to_device
-from comemo_kernels.attention_types import MemoryScales, QueryRotation
-from comemo_kernels.reference import rotary_table
-
-Table = tuple[Tensor, Tensor]
 
 
 @dataclass
 class ImageMemory:
-    """Keys and values of images, one pair per mixin layer, and who may read them.
+    """Keys and values of images, one pair per mixin layer, and the spans that may be read.
 
-    A plain object that the caller owns: it is handed to every forward call, and nothing of it
-    stays on a module. All images lie packed, one after the other, along M.
+    A plain object that the caller owns and passes to every forward call; no module keeps it. All
+    images are concatenated along M.
 
-    Keys are rotated by the place of a token in its image, so that the same bytes serve every
-    prompt and every place in it; queries are rotated by their id minus the image's bias. With
-    `absolute` keys are rotated by the ids of the prompt, as in the published model.
+    Keys are rotated by the index of a token in its image, so that the same bytes serve every prompt
+    and every place in it; queries are rotated by their id minus the image's bias. With `absolute`
+    keys are rotated by the ids of the prompt, as in the published model.
 
     Attributes:
         spans: integers [B, 1, 2] or [B, N, 2], half-open: what each prompt, or each token, may
-            read; None until a prompt does.
-        active: bool [B, 1, 1] or [B, N, 1], False where a prompt has no image at all and passes
-            the mixin layers unchanged; None if there is no such prompt.
-        media: [M, d] projected image tokens: what keys and values are built from, and what a
-            prompt's image tokens are embedded as; None if they are not kept.
-        ids: int32 [M], place of each token in its image; with `absolute` its id in the prompt.
+            read; None before any prompt reads.
+        active: bool [B, 1, 1] or [B, N, 1], False for a prompt without images, which passes the
+            mixin layers unchanged; None if there is no such prompt.
+        media: [M, d] projected image tokens, from which keys and values are built and which are the
+            embeddings of a prompt's image tokens; None if they are not kept.
+        ids: int32 [M], index of each token in its image; with `absolute` its id in the prompt.
         sizes: tokens of each image.
         starts: int32 [I], first row of each image.
         biases: int32 [B or 1, I], id of each image's first token in each prompt.
         keys, values: mixin layer index -> [C, G, D], of which the first M rows are images.
-        scales: mixin layer index -> factors, of a float8 memory.
+        scales: mixin layer index -> scales of a float8 memory.
         table: cos, sin [P, D/2] by distance of ids.
         absolute: see above.
     """
@@ -78,20 +72,20 @@ class ImageMemory:
         table: Table | None = None,
         absolute: bool = False,
     ) -> "ImageMemory":
-        """Memory of B prompts whose images lie one after the other in `media`, to be built.
+        """Memory of B prompts whose images are concatenated in `media`, without keys and values.
 
         Args:
             media: [M, d] projected image tokens.
             position_ids: [M] ids of the image tokens in their prompts.
             lengths: image tokens of each prompt, 0 for a prompt without images.
-            sizes: tokens of each image; None takes each prompt's images for one, which differs
-                only in what can be reused at other places.
-            table: cos, sin [P, D/2] by distance of ids, if at hand.
+            sizes: tokens of each image; None takes all images of a prompt as one, which then can
+                be reused only together.
+            table: cos, sin [P, D/2] by distance of ids; None to set it later.
             absolute: rotate keys by `position_ids`, as published.
 
         Raises:
-            ValueError: lengths or sizes that do not sum to M, an image across prompts, or ids of
-                another length.
+            ValueError: lengths or sizes that do not sum to M, an image across prompts, or another
+                number of ids.
         """
         if media.ndim != 2 or position_ids.dtype not in INTEGERS:
             raise ValueError(
@@ -148,19 +142,19 @@ class ImageMemory:
         tile: int = 256,
         absolute: bool = False,
     ) -> "ImageMemory":
-        """An empty memory on the device of `table`, for `append_images` to fill.
+        """An empty memory on the device of `table`, which `append_images` fills.
 
         Args:
-            capacity: C, image tokens that it can hold.
+            capacity: C, the largest number of image tokens.
             layers: indices of the mixin layers.
             heads, head_dim: G and D.
             table: cos, sin [P, D/2] by distance of ids.
-            dtype: of keys and values; float8_e4m3fn is scaled for each tile and head.
+            dtype: of keys and values; float8_e4m3fn has a scale for each tile and head.
             tile: tokens that share a scale.
-            absolute: for keys rotated by the ids of the prompt, as published.
+            absolute: whether keys are rotated by the ids of the prompt, as published.
 
         Raises:
-            ValueError: no layers, or sizes below 1.
+            ValueError: no layers, sizes below 1, or a table of another width.
         """
         check(
             len(layers) > 0 and len({operator.index(layer) for layer in layers}) == len(layers),
@@ -183,28 +177,28 @@ class ImageMemory:
         memory.keys = dict(zip(layers, held[0].unbind(0), strict=True))
         memory.values = dict(zip(layers, held[1].unbind(0), strict=True))
         if dtype == FLOAT8:
-            # Of tiles that no image has reached, too: a factor must not be NaN.
+            # Scales of unused tiles are read too and must not be NaN.
             shape = (2, len(layers), -(-capacity // tile), heads)
-            factors = torch.ones(shape, device=device)
+            scales = torch.ones(shape, device=device)
             memory.scales = {
-                layer: MemoryScales(factors[0, i], factors[1, i], tile)
+                layer: MemoryScales(scales[0, i], scales[1, i], tile)
                 for i, layer in enumerate(layers)
             }
         return memory
 
     @public
     def update(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Keep the rotated keys and the values [C, G, D] of a mixin layer.
+        """Set the rotated keys and the values [C, G, D] of a mixin layer.
 
         Raises:
-            ValueError: keys and values of two shapes, or of other dimensions.
+            ValueError: keys and values of different shapes, or of other dimensions.
         """
         if key.ndim != 3 or key.shape != value.shape:
             raise ValueError(
-                "ImageMemory.update: key and value must be of one shape [C, G, D], got"
+                "ImageMemory.update: key and value must have one shape [C, G, D], got"
                 f" {tuple(key.shape)} and {tuple(value.shape)}"
             )
-        self.values[layer] = value  # before the key, by which a layer is known to be built
+        self.values[layer] = value  # before the key, which marks a layer as built
         self.keys[layer] = key
 
     @public
@@ -220,28 +214,29 @@ class ImageMemory:
         distance = self.ids.long().abs()
         row = distance.clamp(max=len(cos) - 1)
         beyond = (distance >= len(cos))[:, None]
-        turned = sin[row] * self.ids.sign()[:, None].to(sin.dtype)
-        return cos[row].masked_fill(beyond, float("nan")), turned.masked_fill(beyond, float("nan"))
+        cos, sin = cos[row], sin[row] * self.ids.sign()[:, None].to(sin.dtype)
+        return cos.masked_fill(beyond, float("nan")), sin.masked_fill(beyond, float("nan"))
 
     @public
     def reading(self, spans: Tensor | None, biases: Tensor | None = None) -> "ImageMemory":
-        """The same memory, keys and values shared, for other readers.
+        """The same memory, with shared keys and values, for other prompts.
 
         Args:
-            spans: integers [B, 1, 2] or [B, N, 2]; None for nobody yet.
-            biases: integers [I] or [B, I] on any device, where the images stand in the readers'
+            spans: integers [B, 1, 2] or [B, N, 2]; None for no readers yet.
+            biases: integers [I] or [B, I] on any device, ids of the images' first tokens in these
                 prompts; None leaves them.
 
         Raises:
-            ValueError: what is no spans, biases of another number of images, on a CPU biases beyond
-                32 bits, or a memory of absolute ids.
+            ValueError: spans of another shape, biases of another number of images, biases on a CPU
+                that do not fit 32 bits, or biases for a memory of absolute ids.
         """
         check_spans("ImageMemory.reading", spans)
         if biases is None:
             return replace(self, spans=spans)
         check(
             not self.absolute,
-            "ImageMemory.reading: biases are for a memory that is not absolute, got absolute=True",
+            "ImageMemory.reading: biases must be for a memory that is not absolute, got"
+            " absolute=True",
         )
         biases = check_biases("ImageMemory.reading", biases, len(self.sizes))
         if self.starts is not None:
@@ -274,7 +269,7 @@ class ImageMemory:
 
     @public
     def repeat_interleave(self, times: int) -> "ImageMemory":
-        """The memory of every prompt `times` over (beams); keys and values are shared."""
+        """The memory with each prompt repeated (beams); keys and values are shared."""
         check_count("ImageMemory.repeat_interleave", "times", times, 1)
         spans, active, biases = (
             t if t is None or (shared and len(t) == 1) else t.repeat_interleave(times, 0)
@@ -288,7 +283,7 @@ class ImageMemory:
 
     @property
     def capacity(self) -> int:
-        """C, how many image tokens keys and values have room for; 0 if they are not built."""
+        """C, number of image tokens for which keys and values are allocated; 0 if not built."""
         return next((t.shape[0] for t in self.keys.values()), 0)
 
     @property
@@ -297,72 +292,3 @@ class ImageMemory:
         held = [*self.keys.values(), *self.values.values()]
         held += [t for scale in self.scales.values() for t in scale[:2]]
         return sum(t.nbytes for t in held)
-
-
-@public
-def memory_buffers(
-    layers: int,
-    capacity: int,
-    heads: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Tensor:
-    """Room for keys and values, in the layout that `attend_spans` reads fastest on a device.
-
-    Args:
-        layers, capacity, heads, head_dim: L, C, G and D.
-        dtype, device: of the buffers.
-
-    Returns:
-        [2, L, C, G, D], keys and values, not initialised. On a GPU a token's heads lie side by
-        side, so that what is built is written in one stream. On a CPU a head's tokens do: bfloat16
-        attention takes a third of the time.
-
-    Raises:
-        ValueError: a negative size, or more elements than 64 bits count.
-    """
-    counts = {"layers": layers, "capacity": capacity, "heads": heads, "head_dim": head_dim}
-    for name, count in counts.items():
-        check_count("memory_buffers", name, count)
-    check(
-        math.prod(counts.values()) < 2**58,
-        f"memory_buffers: keys and values must fit 64 bits of addresses, got {counts}",
-    )
-    if torch.device(device).type == "cpu" and not INTERPRET:
-        shape = (2, layers, heads, capacity, head_dim)
-        return torch.empty(shape, dtype=dtype, device=device).transpose(2, 3)
-    return torch.empty(2, layers, capacity, heads, head_dim, dtype=dtype, device=device)
-
-
-@public
-def distance_table(head_dim: int, theta: float, length: int, device: torch.device | str) -> Table:
-    """cos, sin float32 [`length`, D/2] by distance of ids, for `ImageMemory`.
-
-    Args:
-        head_dim: D.
-        theta: base of the angles.
-        length: P, distances from 0 on.
-        device: where.
-
-    Returns:
-        The same tensors for the same arguments: not to be written.
-
-    Raises:
-        ValueError: a head_dim that is odd or below 2, a theta that is not positive, no length.
-    """
-    if torch.compiler.is_compiling():
-        return _distance_table(head_dim, theta, length, device)
-    return _known_table(head_dim, theta, length, torch.device(device))
-
-
-def _distance_table(head_dim: int, theta: float, length: int, device: torch.device) -> Table:
-    check_count("distance_table", "length", length, 1)
-    cos, sin = rotary_table(torch.arange(length, device=device)[None], head_dim, theta)
-    return cos[0], sin[0]
-
-
-@functools.lru_cache(maxsize=4)
-def _known_table(*args: Any) -> Table:
-    with torch.inference_mode(False), torch.no_grad():  # of use to whoever asks next
-        return _distance_table(*args)

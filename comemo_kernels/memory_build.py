@@ -28,9 +28,9 @@ from torch import Tensor
 from comemo_kernels import _memory_build_tma as _build_tma
 from comemo_kernels import reference
 from comemo_kernels._blocks import in_groups, offset_of
-from comemo_kernels._checks_memory import check_build
 from comemo_kernels._op import Kernel, documented, has_float8, on_triton, register, to_device
 from comemo_kernels.attention_types import MemoryScales
+from comemo_kernels.reference.memory_build import check_build
 
 # --- kernel ---
 

@@ -1,4 +1,4 @@
-"""The image memory picture by picture: taken apart, and put together for another prompt."""
+"""Split an image memory into its images, and join images into the memory of another prompt."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from comemo_kernels._arguments import public
-from comemo_kernels._checks_memory import check_biases, check_sizes, check_spans
 from comemo_kernels._op import check, check_count, to_device
 from comemo_kernels.attention_types import MemoryScales
-from comemo_kernels.memory import ImageMemory, memory_buffers
+from comemo_kernels.memory import ImageMemory
+from comemo_kernels.memory_buffers import memory_buffers
+from comemo_kernels.reference.memory_checks import check_biases, check_sizes, check_spans
 
 
 @public
@@ -18,15 +19,15 @@ def split_images(memory: ImageMemory) -> list[ImageMemory]:
     """One memory for each image, over the same storage: nothing is copied.
 
     Args:
-        memory: of I images; built or not, of any capacity.
+        memory: of I images; with or without keys and values, of any capacity.
 
     Returns:
-        I memories of one image each, at bias 0, that nobody reads yet: `spans` and `active` are
-        None. `ImageMemory.reading` or `join_images` gives them readers.
+        I memories of one image each, at bias 0, with `spans` and `active` None.
+        `ImageMemory.reading` or `join_images` sets spans.
 
     Raises:
-        ValueError: a memory of absolute ids, whose keys serve their place in one prompt alone; one
-            without ids; float8 images that share a factor.
+        ValueError: a memory of absolute ids, whose keys fit one place in one prompt only; one
+            without ids; float8 images that share a scale.
     """
     check(
         not memory.absolute and memory.ids is not None,
@@ -40,13 +41,13 @@ def split_images(memory: ImageMemory) -> list[ImageMemory]:
     tile = next((scale.tile for scale in memory.scales.values()), 1)
     check(
         all(start % tile == 0 for start in starts),
-        f"split_images: images of a float8 memory must begin with a tile of {tile}, got sizes"
+        f"split_images: images of a float8 memory must start at a tile of {tile}, got sizes"
         f" {list(memory.sizes)}",
     )
     images = []
     for start, size in zip(starts, memory.sizes, strict=True):
         rows = slice(start, start + size)
-        factors = slice(start // tile, -(-(start + size) // tile))
+        tiles = slice(start // tile, -(-(start + size) // tile))
         images.append(
             ImageMemory(
                 media=None if memory.media is None else memory.media[rows],
@@ -57,7 +58,7 @@ def split_images(memory: ImageMemory) -> list[ImageMemory]:
                 keys={layer: key[rows] for layer, key in memory.keys.items()},
                 values={layer: value[rows] for layer, value in memory.values.items()},
                 scales={
-                    layer: MemoryScales(scale.keys[factors], scale.values[factors], tile)
+                    layer: MemoryScales(scale.keys[tiles], scale.values[tiles], tile)
                     for layer, scale in memory.scales.items()
                 },
                 table=memory.table,
@@ -70,22 +71,24 @@ def split_images(memory: ImageMemory) -> list[ImageMemory]:
 def join_images(
     images: Sequence[ImageMemory], spans: Tensor | None = None, biases: Tensor | None = None
 ) -> ImageMemory:
-    """One memory of all these images, one behind the other.
+    """One memory of all these images, concatenated.
 
     Args:
-        images: memories of one or more images each, of the same layers, built or not. A single
-            one is not copied, its tensors are shared. Absolute ones must be of one prompt.
-        spans: integers [B, 1, 2] or [B, N, 2], who may read what; None for nobody yet.
-        biases: integers [I] or [B, I], where all I images stand in the readers' prompts; None
-            leaves those of the memories.
+        images: memories of one or more images each, of the same layers, with or without keys and
+            values. A single memory is not copied: its tensors are shared. Absolute memories must be
+            of one prompt.
+        spans: integers [B, 1, 2] or [B, N, 2], what the prompts may read; None for no readers yet.
+        biases: integers [I] or [B, I], ids of the first tokens of all I images in these prompts;
+            None takes those of the memories.
 
     Returns:
-        A memory without spare capacity (but for a single one), its dictionaries its own.
+        A memory with dictionaries of its own, without spare capacity unless `images` is a single
+        memory.
 
     Raises:
-        ValueError: no memory; memories without ids, or some of absolute ids; layers, tables,
-            shapes, dtypes or devices that differ; media of some; float8 images that would share a
-            factor.
+        ValueError: no memory; memories without ids, or only some with absolute ids; different
+            layers, tables, shapes, dtypes or devices; media of only some; float8 images that would
+            share a scale.
     """
     check(len(images) > 0, "join_images: images must be at least one memory, got none")
     check_spans("join_images", spans)
@@ -103,14 +106,14 @@ def join_images(
 
 
 def _check_alike(images: Sequence[ImageMemory]) -> None:
-    """Raise for memories that no single one can hold."""
+    """Raise for memories that cannot be concatenated."""
     first = images[0]
     for image in images:
         _check_held("join_images", image)
         check(
             image.ids is not None and image.absolute == first.absolute,
-            "join_images: each memory must have an id for each of its tokens, absolute ones all or"
-            f" none, got absolute={image.absolute} after {first.absolute} and ids"
+            "join_images: each memory must have an id for each of its tokens, all absolute or none,"
+            f" got absolute={image.absolute} after {first.absolute} and ids"
             f" {None if image.ids is None else tuple(image.ids.shape)} for sizes {image.sizes}",
         )
         check(
@@ -121,8 +124,9 @@ def _check_alike(images: Sequence[ImageMemory]) -> None:
         check(
             (image.media is None) == (first.media is None)
             and image.scales.keys() == first.scales.keys(),
-            "join_images: media and float8 factors must be those of all memories or of none, got"
-            f" {[i.media is not None for i in images]} and {[bool(i.scales) for i in images]}",
+            "join_images: all memories must have media and float8 scales, or none, got media"
+            f" {[i.media is not None for i in images]} and scales"
+            f" {[bool(i.scales) for i in images]}",
         )
         kinds, wanted = _kinds(image), _kinds(first)
         check(
@@ -134,7 +138,7 @@ def _check_alike(images: Sequence[ImageMemory]) -> None:
     check(
         all(len(image) % tile == 0 for image in images[:-1])
         and all(scale.tile == tile for image in images for scale in image.scales.values()),
-        f"join_images: float8 images must be whole tiles of {tile} but for the last, got sizes"
+        f"join_images: float8 images must be whole tiles of {tile} except for the last, got sizes"
         f" {[len(image) for image in images]}",
     )
     tables = [image.table for image in images if image.table is not None]
@@ -146,7 +150,7 @@ def _check_alike(images: Sequence[ImageMemory]) -> None:
 
 
 def _check_held(verb: str, memory: ImageMemory) -> None:
-    """Raise for a memory whose tensors are not of the images that it names."""
+    """Raise for a memory whose tensors do not fit its sizes."""
     check_sizes(verb, "the sizes of a memory", memory.sizes, 0)
     M, images = sum(memory.sizes), len(memory.sizes)
     check(
@@ -159,11 +163,10 @@ def _check_held(verb: str, memory: ImageMemory) -> None:
         f"{verb}: a memory must have biases [B, I] of its {images} images, got"
         f" {None if memory.biases is None else tuple(memory.biases.shape)}",
     )
-    media = {} if memory.media is None else {"media": memory.media}
-    for kind, held, ndim in (
-        *(("media", media, 2), ("keys", memory.keys, 3), ("values", memory.values, 3)),
-    ):
-        for t in held.values():
+    media = [] if memory.media is None else [memory.media]
+    keys, values = memory.keys.values(), memory.values.values()
+    for kind, tensors, ndim in (("media", media, 2), ("keys", keys, 3), ("values", values, 3)):
+        for t in tensors:
             check(
                 t.ndim == ndim and t.shape[0] >= M,
                 f"{verb}: {kind} of a memory must have {ndim} dimensions and a row for each of"
@@ -198,13 +201,11 @@ def _concatenate(images: Sequence[ImageMemory]) -> ImageMemory:
         f" {[len(p) for p in places]}",
     )
 
-    def factors(layer: int) -> MemoryScales:
+    def join_scales(layer: int) -> MemoryScales:
         used = [(i.scales[layer], -(-len(i) // tile)) for i in images]
-        keys, values = (
-            [s.keys[:tiles] for s, tiles in used],
-            [s.values[:tiles] for s, tiles in used],
-        )
-        return MemoryScales(torch.cat(keys), torch.cat(values), tile)
+        keys = torch.cat([scale.keys[:tiles] for scale, tiles in used])
+        values = torch.cat([scale.values[:tiles] for scale, tiles in used])
+        return MemoryScales(keys, values, tile)
 
     def join(layers: dict[int, Tensor], parts: list[dict[int, Tensor]]) -> dict[int, Tensor]:
         joined = {}
@@ -214,7 +215,7 @@ def _concatenate(images: Sequence[ImageMemory]) -> ImageMemory:
                 1, sum(sizes), G, D, of_layer[0].dtype, of_layer[0].device
             )[0, 0]
             start = 0
-            for rows in of_layer:  # slices, not split: autograd writes into no several views
+            for rows in of_layer:  # slices: autograd does not allow writes into views of `split`
                 joined[layer][start : start + len(rows)].copy_(rows)
                 start += len(rows)
         return joined
@@ -227,7 +228,7 @@ def _concatenate(images: Sequence[ImageMemory]) -> ImageMemory:
         biases=torch.cat([p.to(device).int().expand(prompts, -1) for p in places], 1),
         keys=join(first.keys, [image.keys for image in images]),
         values=join(first.values, [image.values for image in images]),
-        scales={layer: factors(layer) for layer in first.scales},
+        scales={layer: join_scales(layer) for layer in first.scales},
         table=next((image.table for image in images if image.table is not None), None),
         absolute=first.absolute,
     )

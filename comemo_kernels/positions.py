@@ -1,12 +1,12 @@
-"""RoPE-DHR position ids of whole prompts, in one launch.
+"""RoPE-DHR position ids of whole prompts in one launch: the kernel and the operation.
 
     id = text + S*S * images + (cell of the thumbnail, of an image token)
 
-where `text` and `images` count the text tokens and whole images ahead in the prompt. The number of
-image tokens ahead in all prompts tells which image a token belongs to, so that two running counts
-are all that a prompt carries from block to block.
-Traffic: a program reads the image mask of all prompts ahead of its own, B * B * N / 2 bytes in all,
-its own two masks, and writes 8 bytes a token.
+where `text` and `images` count the text tokens and complete images ahead in the prompt. The number
+of image tokens ahead in all prompts tells which image a token belongs to, so that a program carries
+only two counts from block to block.
+Traffic: a program reads the image masks of all previous prompts, B * B * N / 2 bytes in total, and
+its own two masks, and writes 8 bytes per token.
 Source: CoMemo (arXiv:2506.06279).
 
 Letters: B prompts, N tokens of a prompt, I images, S tokens along a tile's side.
@@ -21,28 +21,28 @@ from torch import Tensor
 
 from comemo_kernels import reference
 from comemo_kernels._blocks import find_image, thumbnail_cell
-from comemo_kernels._checks import pack_prompt_grids
-from comemo_kernels._op import Kernel, documented, on_triton, register
+from comemo_kernels._op import Kernel, documented, jit, on_triton, register
 from comemo_kernels.grids import Grid
+from comemo_kernels.reference.positions import pack_prompt_grids
 
 # --- kernel ---
 
 
 @triton.jit
 def _images_ahead(grids_ptr, seen, num_images, num_steps):
-    """Image at or ahead of a token that `seen` image tokens lie ahead of, and where it begins."""
+    """Image at or ahead of a token with `seen` image tokens ahead, and that image's offset."""
     image = tl.maximum(find_image(grids_ptr, seen, num_images, num_steps), 0)
     offset = tl.load(grids_ptr + image * 4, mask=image < num_images, other=0)
     return image, offset
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_images", "num_steps", "num_image_tokens"])
+@jit
 def _rope_dhr_kernel(
     ids_ptr,  # [B, N], contiguous
     torn_ptr,  # [B], 1 where images do not fit the prompt
     image_ptr,  # [B, N] of 0 and 1, contiguous
     attention_ptr,  # [B, N], contiguous
-    grids_ptr,  # [I, 4], contiguous, offsets one behind the other
+    grids_ptr,  # [I, 4], contiguous, without gaps between images
     num_tokens,  # N
     num_images,
     num_steps,  # bit length of num_images
@@ -52,7 +52,7 @@ def _rope_dhr_kernel(
     THUMBNAIL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program numbers the tokens of one prompt."""
+    """One program computes the ids of one prompt."""
     prompt = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_N)
     ahead = prompt * num_tokens
@@ -115,10 +115,9 @@ def _launch(
     )
     B, N = image_mask.shape
     images = len(grids)
-    rope_dhr_kernel.launch(
-        *(B, ids, torn, image_mask, attention_mask, grids, N, images, images.bit_length()),
-        *(end, side, column, thumbnail),
-    )
+    tensors = (ids, torn, image_mask, attention_mask, grids)
+    numbers = (N, images, images.bit_length(), end)
+    rope_dhr_kernel.launch(B, *tensors, *numbers, side, column, thumbnail)
     return ids, torn
 
 
@@ -151,11 +150,11 @@ def rope_dhr_positions(
     if not on_triton(image_mask):
         return reference.rope_dhr_positions(*arguments, validate)
     packed = pack_prompt_grids(*arguments)
+    column = tile_order == "column"
     ids, torn = _rope_dhr(
-        *(image_mask, attention_mask, packed.table, packed.end),
-        *(side, tile_order == "column", thumbnail),
+        image_mask, attention_mask, packed.table, packed.end, side, column, thumbnail
     )
     if validate and (not len(ids) or bool(torn.any())):
-        reference.rope_dhr_positions(*arguments)  # which says what does not fit
-        assert not len(ids), "rope_dhr_positions: the kernel refuses what its reference takes"
+        reference.rope_dhr_positions(*arguments)  # raises the error
+        assert not len(ids), "rope_dhr_positions: the kernel rejects what its reference accepts"
     return ids

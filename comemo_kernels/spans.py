@@ -1,4 +1,4 @@
-"""Who reads what of the image memory: packed samples, and tokens that stand behind images."""
+"""Spans of the image memory: of packed samples (varlen), and of tokens that follow images."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from comemo_kernels._arguments import public
-from comemo_kernels._checks_memory import INTEGERS, at_hand, check_sizes
 from comemo_kernels._op import check, check_count, to_device
+from comemo_kernels.reference.dtypes import INTEGERS
+from comemo_kernels.reference.memory_checks import check_sizes, known_values
 
 
 @public
@@ -16,14 +17,14 @@ def spans_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, tokens: in
 
     Args:
         cu_seqlens_q, cu_seqlens_k: [samples + 1] cumulative lengths, starting at 0.
-        tokens: N, the row's length; tokens past the last sample read nothing.
+        tokens: N, length of the row; tokens past the last sample read nothing.
 
     Returns:
         int64 [1, N, 2].
 
     Raises:
-        ValueError: lengths of different sample counts, dtypes or devices; lengths on a CPU that do
-            not ascend from 0, or samples of more than `tokens`: of a GPU nobody waits for them.
+        ValueError: different sample counts, dtypes or devices; lengths that do not ascend from 0,
+            or samples of more than `tokens`, which are checked only on a CPU, without a sync.
     """
     check_count("spans_from_cu_seqlens", "tokens", tokens)
     check(
@@ -38,14 +39,14 @@ def spans_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, tokens: in
         f" {cu_seqlens_k.device}",
     )
     for name, bounds in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        listed = at_hand(bounds)
+        listed = known_values(bounds)
         check(
             not listed or (listed[0] == 0 and listed == sorted(listed)),
             f"spans_from_cu_seqlens: {name} must ascend from 0, got {listed}",
         )
         check(
             not listed or bounds is cu_seqlens_k or listed[-1] <= tokens,
-            f"spans_from_cu_seqlens: the samples of {name} must lie in {tokens} tokens, got"
+            f"spans_from_cu_seqlens: the samples of {name} must fit in {tokens} tokens, got"
             f" {listed}",
         )
     sample = torch.searchsorted(
@@ -59,21 +60,21 @@ def spans_from_cu_seqlens(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, tokens: in
 def spans_from_images(
     last_tokens: Tensor, sizes: Sequence[int], tokens: int, latest: bool = False
 ) -> Tensor:
-    """Spans of one prompt whose tokens see only images that stand before them.
+    """Spans of one prompt whose tokens see only the images before them.
 
     Args:
         last_tokens: integers [I], index of each image's last token in the prompt, ascending. A
-            token sees an image from that token on.
-        sizes: tokens of each image in the memory, where they lie one after the other.
-        tokens: N, the prompt's length.
-        latest: see the latest image alone instead of all so far (both are modes of Flamingo's).
+            token sees an image from that index on.
+        sizes: tokens of each image in the memory, which concatenates them.
+        tokens: N, length of the prompt.
+        latest: see only the latest image instead of all so far (both are modes of Flamingo).
 
     Returns:
-        int64 [1, N, 2], empty ahead of the first image.
+        int64 [1, N, 2], empty before the first image.
 
     Raises:
-        ValueError: another number of sizes than of images, sizes below 0; on a CPU also places that
-            do not ascend from 0 or later: of a GPU nobody waits for them.
+        ValueError: different numbers of sizes and images, negative sizes, or indices that do not
+            ascend from 0 or more, which are checked only on a CPU, without a sync.
     """
     check_count("spans_from_images", "tokens", tokens)
     check_sizes("spans_from_images", "sizes", sizes, 0)
@@ -82,10 +83,10 @@ def spans_from_images(
         f"spans_from_images: last_tokens must be [I] for {len(sizes)} sizes, int32 or int64, got"
         f" {last_tokens.dtype} {tuple(last_tokens.shape)}",
     )
-    listed = at_hand(last_tokens)
+    listed = known_values(last_tokens)
     check(
         not listed or (listed[0] >= 0 and listed == sorted(listed)),
-        f"spans_from_images: last_tokens must ascend from 0 or later, got {listed}",
+        f"spans_from_images: last_tokens must ascend from 0 or more, got {listed}",
     )
     borders = to_device(torch.tensor((0, *sizes)).cumsum(0), last_tokens.device)
     place = torch.arange(tokens, device=last_tokens.device)

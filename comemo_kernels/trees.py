@@ -1,4 +1,4 @@
-"""The image memory as a pytree: `torch.export` and `torch.utils._pytree` look into it."""
+"""Registration of `ImageMemory` as a pytree, for `torch.export` and `torch.utils._pytree`."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,10 +7,18 @@ from torch.utils import _pytree as pytree
 
 from comemo_kernels.memory import ImageMemory
 
-# Tensors, or containers of tensors; all else about a memory is a constant.
+# Tensors and containers of tensors; the other attributes are constants.
 CHILDREN = (
-    *("spans", "active", "media", "ids", "starts", "biases"),
-    *("keys", "values", "scales", "table"),
+    "spans",
+    "active",
+    "media",
+    "ids",
+    "starts",
+    "biases",
+    "keys",
+    "values",
+    "scales",
+    "table",
 )
 Constants = tuple[tuple[int, ...], bool]
 

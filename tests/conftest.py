@@ -34,7 +34,7 @@ if INTERPRET:
     import interpreter
 
     NO_BFLOAT16 = interpreter.correct()
-    interpreter.hasten()
+    interpreter.speed_up()
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]  # of kernels
 if NO_BFLOAT16:
     DTYPES.remove(torch.bfloat16)

@@ -1,4 +1,4 @@
-"""How results are held against recorded ones and against exact arithmetic: all tolerances."""
+"""Comparison with recorded results and with exact arithmetic; all tolerances are here."""
 
 import contextlib
 import math
@@ -14,11 +14,11 @@ RELATIVE = 1e-4  # to the largest element: components and gradients
 CLEAR_MARGIN = 1e-3  # between the two best logits: above it the greedy token must be equal
 SLACK = 2.0  # times the error that PyTorch itself makes in the tested dtype
 SLACK_GRADIENT = 3.0
-FEW = 512  # elements: PyTorch may happen to be right in all, and those of a row err together
+FEW = 512  # elements: so few may all be exact by chance, and errors in a row are correlated
 
 Inputs = dict[str, object]
 
-# Told of every comparison: op, dtype, output, and the share of its budget that the error takes.
+# Called for every comparison: op, dtype, output, and error as a share of its budget.
 observers: list[Callable[[str, torch.dtype, str, float], None]] = []
 
 
@@ -61,12 +61,12 @@ def evaluate(op: Callable, inputs: Inputs, dtype: torch.dtype | None = None) -> 
 
 
 def assert_matches(op: Callable, reference: Callable, inputs: Inputs) -> None:
-    """`op` errs at most SLACK times as much as `reference` does in the same dtype.
+    """The error of `op` is at most SLACK times that of `reference` in the same dtype.
 
-    Errors are measured from `reference` in float64 on the same rounded inputs; one rounding of
-    the largest value is the floor, for a reference that happens to be exact. Of an output of fewer
-    than FEW elements its error is the largest on several inputs near these. Integers must be equal.
-    Everything that `op` allocates with torch.empty lies between NaN, as does what it held.
+    Errors are relative to `reference` in float64 on the same rounded inputs, plus one rounding of
+    the largest value, because the reference may be exact by chance. For an output of fewer than FEW
+    elements, the error of the reference is the largest on several inputs near these. Integers must
+    be equal. Everything that `op` allocates with torch.empty is filled with NaN and fenced by NaN.
     """
     with red_zones():
         ours = evaluate(op, inputs)
@@ -93,7 +93,7 @@ def assert_matches(op: Callable, reference: Callable, inputs: Inputs) -> None:
 
 
 def _near(inputs: Inputs, factor: float) -> Inputs:
-    """Inputs of other roundings and about the same size."""
+    """Inputs with other roundings and about the same magnitude."""
 
     def scale(value: object) -> object:
         if not isinstance(value, Tensor) or not value.is_floating_point():
@@ -115,7 +115,7 @@ def assert_errs_no_more(
 ) -> None:
     """Largest and mean error at most `slack` times those of `rounded`, and one rounding.
 
-    `others` are pairs like `rounded` and `truth`, from whose errors the largest is taken.
+    `others` are more pairs like `rounded` and `truth`; the largest of their errors counts.
     """
     floor = torch.finfo(actual.dtype).eps * truth.abs().max().item()
     shares, faults = [], []
@@ -135,16 +135,16 @@ def assert_errs_no_more(
 
 
 def _name_of(op: Callable) -> str:
-    """Of a function or a partial one; a test's own wrapper has a name of its own."""
+    """Name of a function or of a partial one."""
     return getattr(getattr(op, "func", op), "__name__", "")
 
 
 @contextlib.contextmanager
 def red_zones(strip: int = 4096) -> Iterator[None]:
-    """Poison what torch.empty and torch.empty_like return, and fence it.
+    """Fill what torch.empty and torch.empty_like return with NaN, and fence it.
 
-    An element that a kernel forgets stays NaN (the smallest number, of integers); one that it
-    writes outside its output leaves a mark in a strip beside it, found on exit.
+    An element that a kernel does not write stays NaN (for integers the smallest number). A write
+    outside the output changes one of the strips around it, which are checked on exit.
     """
     buffers: list[tuple[Tensor, object]] = []
     originals = torch.empty, torch.empty_like

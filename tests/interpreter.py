@@ -1,12 +1,12 @@
 """Triton's interpreter with the bfloat16 and float8_e4m3fn of a GPU.
 
-As shipped it stores bfloat16 as 16-bit integers and computes on those: casts truncate, products
-and sums are of the integers. Its float8 loses the carry of what rounds up to a power of two. Here
-both are widened to float32, which is exact, before anything is computed, and rounded to nearest
-even after. As on sm_90, float8 saturates at 448; NaN stays NaN.
+The original stores bfloat16 as 16-bit integers and computes with those: casts truncate, products
+and sums are those of the integers. Its float8 loses the carry when a value rounds up to a power of
+two. Here both are converted to float32, which is exact, before any computation, and rounded to
+nearest even afterwards. As on sm_90, float8 saturates at 448; NaN stays NaN.
 
-What stays as shipped: `tl.reduce` and `tl.associative_scan` with a function of one's own, atomics,
-the other float8 formats, and rounding modes other than to nearest even.
+Not corrected: `tl.reduce` and `tl.associative_scan` with custom functions, atomics, other float8
+formats, and other rounding modes.
 """
 
 import functools
@@ -19,12 +19,12 @@ from triton.runtime import interpreter
 
 BFLOAT16, FLOAT8 = tl.bfloat16, tl.float8e4nv
 
-# float8_e4m3fn by its 7 bits without sign; the last is NaN. Below 8 there is no leading one.
+# float8_e4m3fn by its 7 bits without sign; the last is NaN; codes below 8 are subnormal.
 _codes = np.arange(127)
 _magnitudes = np.where(
     _codes < 8, _codes * 2.0**-9, (8 + _codes % 8) * 2.0 ** (_codes // 8 - 10)
 ).astype(np.float32)
-_middles = (_magnitudes[1:] + _magnitudes[:-1]) / 2  # exact: one bit more
+_middles = (_magnitudes[1:] + _magnitudes[:-1]) / 2  # exact in float32
 
 
 def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
@@ -35,8 +35,8 @@ def widen_bfloat16(bits: np.ndarray) -> np.ndarray:
 def round_to_bfloat16(x: np.ndarray) -> np.ndarray:
     """The 16 bits of float32 rounded to nearest even."""
     bits = np.ascontiguousarray(x).view(np.uint32).reshape(x.shape)
-    # Half of the last place that stays, less one where that place is even: a carry runs on into
-    # the exponent, up to infinity.
+    # Add half of the last bit that is kept, minus one if that bit is 0 (ties to even); a carry
+    # increments the exponent, up to infinity.
     rounded = (bits + np.uint32(0x7FFF) + (bits >> 16 & 1)) >> 16
     return np.where(np.isnan(x), bits >> 16 | 0x40, rounded).astype(np.uint16)
 
@@ -52,7 +52,7 @@ def round_to_float8(x: np.ndarray) -> np.ndarray:
     """The 8 bits of float32 rounded to nearest even and at most 448."""
     x = x.astype(np.float32, copy=False)
     size = np.abs(x)
-    code = np.searchsorted(_middles, size)  # of a tie the smaller
+    code = np.searchsorted(_middles, size)  # the smaller one for a tie
     tie = (code < 126) & (_middles[np.minimum(code, 125)] == size)
     code = np.where(np.isnan(x), 127, code + (tie & (code % 2 == 1)))
     return (code | np.signbit(x) << 7).astype(np.uint8)
@@ -63,14 +63,14 @@ _ROUND = {BFLOAT16: round_to_bfloat16, FLOAT8: round_to_float8}
 
 
 def _widen(value: Any) -> Any:
-    """A handle of float32 for one of a narrow dtype; whatever else as it is."""
+    """A float32 handle for one of a narrow dtype; other values are unchanged."""
     if not isinstance(value, interpreter.TensorHandle) or value.dtype.scalar not in _WIDEN:
         return value
     return interpreter.TensorHandle(_WIDEN[value.dtype.scalar](value.data), tl.float32)
 
 
 def _in_float32(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Compute on widened operands; the result has the dtype of the last."""
+    """Compute on widened operands; the result has the dtype of the last operand."""
 
     @functools.wraps(method)
     def widened(self: Any, *args: Any) -> Any:
@@ -86,7 +86,7 @@ def _in_float32(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _through_float32(cast: Callable[..., Any]) -> Callable[..., Any]:
-    """Cast to and from narrow dtypes by way of float32."""
+    """Cast to and from narrow dtypes through float32."""
 
     @functools.wraps(cast)
     def rounding(self: Any, src: Any, dst_type: Any, *mode: Any) -> Any:
@@ -105,17 +105,22 @@ def _through_float32(cast: Callable[..., Any]) -> Callable[..., Any]:
 
 
 COMPUTING = (
-    *("binary_op", "unary_op", "ternary_op"),
-    *("create_dot", "create_fma", "create_rsqrt", "create_erf"),
+    "binary_op",
+    "unary_op",
+    "ternary_op",
+    "create_dot",
+    "create_fma",
+    "create_rsqrt",
+    "create_erf",
 )
 CASTING = ("cast_impl", "create_fp_to_fp")
 
 
 def correct() -> str | None:
-    """Give the interpreter its dtypes, once a process.
+    """Correct the interpreter's dtypes, once per process.
 
     Returns:
-        Why that cannot be done with this Triton, or None.
+        Why that is not possible with this Triton, or None.
     """
     builder = interpreter.InterpreterBuilder
     missing = [name for name in (*COMPUTING, *CASTING) if not hasattr(builder, name)]
@@ -129,10 +134,10 @@ def correct() -> str | None:
     return None
 
 
-def hasten() -> None:
-    """Let a launch replace the language's functions once for each module, not for each call.
+def speed_up() -> None:
+    """Patch the functions of `triton.language` once per launch and module, not in every call.
 
-    The interpreter does it again for every call of a jitted helper: a quarter of its time.
+    The interpreter patches them in every call of a jitted helper: a quarter of its time.
     """
     known = hasattr(interpreter, "_patch_lang") and hasattr(interpreter, "GridExecutor")
     if not known or hasattr(interpreter._patch_lang, "__wrapped__"):

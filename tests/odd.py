@@ -1,289 +1,40 @@
-"""A right call of everything public, and odd things to put in the place of its arguments."""
+"""Invalid values to replace arguments with, and how a function refuses them."""
 
-import functools
+import copy
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from conftest import GPU
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-import comemo_kernels as ops
-from comemo_kernels import ImageGrids, ImageMemory, MemoryScales, QueryRotation
+from comemo_kernels import ImageMemory
 
 FLOAT8 = torch.float8_e4m3fn
-Call = tuple[Callable[..., Any], dict[str, Any]]
-
-
-def floats(*shape: int, **like: Any) -> Tensor:
-    count = math.prod(shape)
-    return (torch.arange(count, **like).reshape(shape) % 7 - 3).float() / 8
-
-
-def table(device: str, rows: int = 16, half: int = 8) -> tuple[Tensor, Tensor]:
-    cos, sin = ops.rotary_table(torch.arange(rows, device=device)[None], 2 * half)
-    return cos[0].contiguous(), sin[0].contiguous()
-
-
-@functools.cache
-def _memory(device: str, stored: torch.dtype) -> ImageMemory:
-    made = ImageMemory.allocate(16, [1, 3], 1, 16, table(device), stored, tile=4)
-    ops.append_images(**appended(device, made))
-    return made
-
-
-def memory(device: str, stored: torch.dtype = torch.float32) -> ImageMemory:
-    """Two images of four tokens, built for layers 1 and 3; tiles of four."""
-    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, _memory(device, stored))
-
-
-def appended(device: str, made: ImageMemory) -> dict[str, Any]:
-    return {
-        "memory": made,
-        "media": floats(8, 4, device=device),
-        "ids": torch.arange(8, device=device) % 4,
-        "sizes": [4, 4],
-        "kv_weights": [floats(32, 4, device=device)] * 2,
-        "norm_weights": [floats(4, device=device)] * 2,
-        "biases": [3, 9],
-        "eps": 1e-5,
-    }
-
-
-def rotated(device: str) -> dict[str, Any]:
-    cos, sin = table(device)
-    return {
-        "q": floats(1, 3, 2, 16, device=device),
-        "k": floats(1, 3, 1, 16, device=device),
-        "cos": cos,
-        "sin": sin,
-        "positions": torch.tensor([[0, 2, 5]], device=device),
-        "inplace": True,
-        "published": False,
-        "validate": False,
-    }
-
-
-def rotated_by_grids(device: str) -> dict[str, Any]:
-    grids = ImageGrids.pack([(1, 1)], offsets=[1], biases=[1], side=1, device=device)
-    return rotated(device) | {"positions": grids}
-
-
-def attended(device: str) -> dict[str, Any]:
-    q, k = floats(1, 2, 2, 16, device=device), floats(8, 1, 16, device=device)
-    return {
-        "q": q,
-        "k": k,
-        "v": k + 1,
-        "spans": torch.tensor([[[0, 8]]], device=device),
-        "rotation": QueryRotation(
-            *table(device),
-            torch.tensor([[4, 5]], device=device),
-            torch.tensor([0, 4], dtype=torch.int32, device=device),
-            torch.tensor([[0, 2]], dtype=torch.int32, device=device),
-        ),
-        "scales": None,
-        "return_lse": True,
-        "validate": False,
-        "workspace": ops.attention_workspace(q, k),
-    }
-
-
-def attended_in_float8(device: str) -> dict[str, Any]:
-    scale = torch.ones(2, 1, device=device)
-    right = attended(device)
-    k = right["k"].to(FLOAT8)
-    return right | {"k": k, "v": k, "scales": MemoryScales(scale, scale, 4), "workspace": None}
-
-
-def built(device: str) -> dict[str, Any]:
-    cos, sin = table(device)
-    return {
-        "media": floats(4, 4, device=device),
-        "kv_weights": [floats(32, 4, device=device)] * 2,
-        "norm_weights": [floats(4, device=device)] * 2,
-        "cos": cos,
-        "sin": sin,
-        "ids": torch.arange(4, dtype=torch.int32, device=device),
-        "keys": [torch.zeros(8, 1, 16, device=device) for _ in range(2)],
-        "values": [torch.zeros(8, 1, 16, device=device) for _ in range(2)],
-        "scales": None,
-        "row": 2,
-        "eps": 1e-5,
-    }
-
-
-def built_in_float8(device: str) -> dict[str, Any]:
-    right = built(device)
-    held = {n: [t.to(FLOAT8) for t in right[n]] for n in ("keys", "values")}
-    scales = [
-        MemoryScales(torch.ones(2, 1, device=device), torch.ones(2, 1, device=device), 4)
-        for _ in range(2)
-    ]
-    return right | held | {"scales": scales, "row": 4}
-
-
-def projected(device: str) -> dict[str, Any]:
-    return {
-        "tokens": floats(1, 5, 4, device=device),
-        "norm_weight": floats(16, device=device),
-        "norm_bias": floats(16, device=device),
-        "weight1": floats(8, 16, device=device),
-        "bias1": floats(8, device=device),
-        "weight2": floats(8, 8, device=device),
-        "bias2": floats(8, device=device),
-        "ratio": 0.5,
-        "version": "v2",
-        "eps": 1e-5,
-        "activation": "gelu",
-        "media": torch.zeros(1, 8, device=device),
-        "embeds": torch.zeros(1, 3, 8, device=device),
-        "rows": torch.tensor([1], device=device),
-    }
-
-
-def made(device: str) -> dict[str, Any]:
-    return {
-        "media": floats(8, 4, device=device),
-        "position_ids": torch.arange(8, device=device),
-        "lengths": [4, 4],
-        "sizes": [4, 4],
-        "table": table(device),
-        "absolute": False,
-    }
-
-
-def allocated(device: str) -> dict[str, Any]:
-    names = {"capacity": 8, "layers": [1, 3], "heads": 1, "head_dim": 16, "table": table(device)}
-    return names | {"dtype": torch.float32, "tile": 4, "absolute": False}
-
-
-def prompts(device: str) -> dict[str, Any]:
-    mask = torch.tensor([[False, True, True, True, True, False]], device=device)
-    options = {"side": 2, "tile_order": "row", "thumbnail": True, "validate": True}
-    return {"image_mask": mask, "attention_mask": mask | True, "grids": [(1, 1)], **options}
-
-
-def angles(device: str) -> dict[str, Any]:
-    length = torch.tensor([9, 30], device=device)
-    names = {"position_ids": torch.arange(6, device=device).view(2, 3), "dim": 8, "theta": 1e4}
-    return names | {"factor": 2.0, "length": length, "max_length": 16}
-
-
-GRID = {"side": 2, "tile_order": "row", "thumbnail": True}
-RIGHT: dict[str, Callable[[str], Call]] = {
-    "apply_rotary": lambda d: (ops.apply_rotary, rotated(d)),
-    "apply_rotary by grids": lambda d: (ops.apply_rotary, rotated_by_grids(d)),
-    "attend_spans": lambda d: (ops.attend_spans, attended(d)),
-    "attend_spans in float8": lambda d: (ops.attend_spans, attended_in_float8(d)),
-    "attention_workspace": lambda d: (
-        ops.attention_workspace,
-        {"q": attended(d)["q"], "k": attended(d)["k"], "splits": 2},
-    ),
-    "build_memory": lambda d: (ops.build_memory, built(d)),
-    "build_memory in float8": lambda d: (ops.build_memory, built_in_float8(d)),
-    "append_images": lambda d: (ops.append_images, appended(d, memory(d))),
-    "append_images in float8": lambda d: (ops.append_images, appended(d, memory(d, FLOAT8))),
-    "norm_linear": lambda d: (
-        ops.norm_linear,
-        {"x": floats(2, 8, device=d), "norm_weight": floats(8, device=d)}
-        | {"weight": floats(4, 8, device=d), "eps": 1e-5},
-    ),
-    "norm_swiglu": lambda d: (
-        ops.norm_swiglu,
-        {"x": floats(2, 8, device=d), "norm_weight": floats(8, device=d)}
-        | {"gate_weight": floats(4, 8, device=d), "up_weight": floats(4, 8, device=d)}
-        | {"eps": 1e-5},
-    ),
-    "gated_residual": lambda d: (
-        ops.gated_residual,
-        {"x": floats(2, 8, device=d), "a": floats(2, 4, device=d)}
-        | {"weight": floats(8, 4, device=d), "gate": floats(1, device=d)},
-    ),
-    "project_tiles": lambda d: (ops.project_tiles, projected(d)),
-    "fold_tiles": lambda d: (
-        ops.fold_tiles,
-        {"tokens": floats(1, 2, 2, 4, device=d), "ratio": 0.5, "version": "v2"},
-    ),
-    "image_rows": lambda d: (
-        ops.image_rows,
-        {"image_mask": prompts(d)["image_mask"], "count": 4},
-    ),
-    "rope_dhr_positions": lambda d: (ops.rope_dhr_positions, prompts(d)),
-    "image_position_ids": lambda d: (
-        ops.image_position_ids,
-        {"grid": (2, 1), "side": 2, "tile_order": "row", "bias": 3, "thumbnail": True},
-    ),
-    "image_tokens": lambda d: (ops.image_tokens, {"grid": (2, 1), "side": 2, "thumbnail": True}),
-    "rotary_table": lambda d: (ops.rotary_table, angles(d)),
-    "distance_table": lambda d: (
-        ops.distance_table,
-        {"head_dim": 16, "theta": 1e4, "length": 8, "device": torch.device(d)},
-    ),
-    "memory_buffers": lambda d: (
-        ops.memory_buffers,
-        {"layers": 2, "capacity": 8, "heads": 1, "head_dim": 16}
-        | {"dtype": torch.float32, "device": d},
-    ),
-    "spans_from_cu_seqlens": lambda d: (
-        ops.spans_from_cu_seqlens,
-        {"cu_seqlens_q": torch.tensor([0, 2, 5], device=d)}
-        | {"cu_seqlens_k": torch.tensor([0, 4, 8], device=d), "tokens": 6},
-    ),
-    "spans_from_images": lambda d: (
-        ops.spans_from_images,
-        {"last_tokens": torch.tensor([1, 4], device=d), "sizes": [4, 4], "tokens": 6}
-        | {"latest": True},
-    ),
-    "split_images": lambda d: (ops.split_images, {"memory": memory(d, FLOAT8)}),
-    "join_images": lambda d: (
-        ops.join_images,
-        {"images": ops.split_images(memory(d)), "spans": torch.tensor([[[0, 8]]], device=d)}
-        | {"biases": torch.tensor([3, 9], device=d)},
-    ),
-    "ImageGrids.pack": lambda d: (
-        ImageGrids.pack,
-        {"grids": [(2, 1), (1, 1)], "offsets": [2, 20], "biases": [2, 9], **GRID, "device": d},
-    ),
-    "ImageGrids.position_ids": lambda d: (
-        ImageGrids.pack([(2, 1)], side=2, device=d).position_ids,
-        {"tokens": 14},
-    ),
-    "ImageMemory.from_media": lambda d: (ImageMemory.from_media, made(d)),
-    "ImageMemory.allocate": lambda d: (ImageMemory.allocate, allocated(d)),
-    "ImageMemory.update": lambda d: (
-        memory(d).update,
-        {"layer": 1, "key": floats(16, 1, 16, device=d), "value": floats(16, 1, 16, device=d)},
-    ),
-    "ImageMemory.reading": lambda d: (
-        memory(d).reading,
-        {"spans": torch.tensor([[[0, 8]]], device=d), "biases": torch.tensor([3, 9], device=d)},
-    ),
-    "ImageMemory.rotation": lambda d: (
-        memory(d).rotation,
-        {"positions": torch.tensor([[4]], device=d)},
-    ),
-    "ImageMemory.repeat_interleave": lambda d: (memory(d).repeat_interleave, {"times": 2}),
-    "runs_ahead": lambda d: (ops.runs_ahead, {"device": d}),
-    "capture": lambda d: (ops.capture, {"function": int, "device": "cpu", "warmups": 2}),
-    "HostFlag": lambda d: (ops.HostFlag, {"like": torch.zeros(2, device=d)}),
-    "HostFlag.post": lambda d: (
-        ops.HostFlag(torch.zeros(2, device=d)).post,
-        {"value": torch.ones(2, device=d)},
-    ),
-}
+OTHER_DTYPES = [
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.bool,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    FLOAT8,
+]
 
 
 class Parts(NamedTuple):
-    """The parts of a value that has some, and how it is made again of others."""
+    """The parts of a compound value, and how to replace one of them."""
 
     names: list[Any]
-    make: Callable[[Any, Any], Any]  # of the name of a part and what stands in its place
+    make: Callable[[Any, Any], Any]  # called with the name of a part and its replacement
 
 
 def parts_of(value: Any) -> Parts | None:
@@ -312,28 +63,25 @@ def part(value: Any, name: Any) -> Any:
 
 
 class Awkward:
-    """Whatever is asked of it, it raises."""
+    """Every attribute raises."""
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"nothing like {name}")
 
 
-ODD: list[Any] = [
-    *(None, True, False, 0, 1, -1, 3, 2**31, -(2**31), 2**62, 2**63, -(2**63), 10**30),
-    *(0.0, 1.5, -0.5, 1e-320, 1e308, math.nan, math.inf, -math.inf, 1j),
-    *("", "x", "v1", b"x", [], (), {}, [None], ["x"], [1.5], [0], (1, 2), (-1, 3), [[1]]),
-    *(object(), Awkward(), int, torch.float16, torch.int8, torch.device("cpu"), "meta"),
-    *(np.zeros((1, 3)), np.int64(2), torch.Size([2])),
-]
+SIMPLE = [None, True, False, 0, 1, -1, 3, 2**31, -(2**31), 2**62, 2**63, -(2**63), 10**30]
+FLOATS = [0.0, 1.5, -0.5, 1e-320, 1e308, math.nan, math.inf, -math.inf, 1j]
+STRINGS = ["", "x", "v1", b"x"]
+CONTAINERS = [[], (), {}, [None], ["x"], [1.5], [0], (1, 2), (-1, 3), [[1]]]
+OBJECTS = [object(), Awkward(), int, torch.float16, torch.int8, torch.device("cpu"), "meta"]
+ARRAYS = [np.zeros((1, 3)), np.int64(2), torch.Size([2])]
+ODD: list[Any] = [*SIMPLE, *FLOATS, *STRINGS, *CONTAINERS, *OBJECTS, *ARRAYS]
 
 
 def odd_tensors(right: Tensor) -> Iterator[Tensor]:
-    """Of another dtype, rank, size, layout, place, with other values."""
+    """Tensors of another dtype, rank, size, layout or device, or with other values."""
     plain = right.detach().float() if right.dtype == FLOAT8 else right.detach().clone()
-    for dtype in (
-        *(torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
-        *(torch.int64, torch.int32, torch.uint8, FLOAT8),
-    ):
+    for dtype in OTHER_DTYPES:
         yield plain.to(dtype)
     yield from (plain[None], plain[:0], plain[..., :0], plain.flatten(), plain.sum())
     yield plain.expand(2, *plain.shape)
@@ -353,18 +101,18 @@ def odd_tensors(right: Tensor) -> Iterator[Tensor]:
             yield leaf[...]
         with torch.inference_mode():
             yield right.clone()
-    elif plain.dtype != torch.bool and not GPU:  # where a stray address ends the whole run
+    elif plain.dtype != torch.bool and not GPU:  # a bad address on a GPU ends the whole run
         limits = torch.iinfo(plain.dtype)
         values = (limits.min, limits.max, limits.min + 1, -1)
         yield from (torch.full_like(plain, value) for value in values)
 
 
-def odd_thing(draw: random.Random, right: Any, depth: int = 3) -> Any:
-    """In the place of a right value: anything, a tensor like it, or itself with an odd part."""
+def odd_value(draw: random.Random, right: Any, depth: int = 3) -> Any:
+    """A replacement of a valid value: anything, a similar tensor, or the value with an odd part."""
     found = parts_of(right)
     if found is not None and found.names and depth and draw.random() < 0.7:
         name = draw.choice(found.names)
-        return found.make(name, odd_thing(draw, part(right, name), depth - 1))
+        return found.make(name, odd_value(draw, part(right, name), depth - 1))
     if isinstance(right, list) and draw.random() < 0.2:
         wrapped = [torch.tensor(2), torch.ones(2, 4), tuple(right)]
         return draw.choice([right[:-1], [*right, *right], *wrapped])
@@ -374,9 +122,51 @@ def odd_thing(draw: random.Random, right: Any, depth: int = 3) -> Any:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors of a value, however deep."""
+    """All tensors in a value, at any depth."""
     if isinstance(value, Tensor):
         yield value
     elif (found := parts_of(value)) is not None:
         for name in found.names:
             yield from tensors(part(value, name))
+
+
+# --- refusals ---
+
+
+def bits(x: Tensor) -> Tensor | None:
+    if x.layout != torch.strided or x.is_meta:
+        return None
+    x = x.detach()
+    return x.new_empty(x.numel()).copy_(x.flatten()).view(torch.uint8)
+
+
+def state(*values) -> list:
+    """The tensors of values, their bits, and the sizes of a memory."""
+    found = [t for value in values for t in tensors(value)]
+    told = [(0, str(v.sizes)) for v in values if isinstance(v, ImageMemory)]
+    return [*told, *[(id(t), bits(t)) for t in found]]
+
+
+def same(before: list, after: list) -> bool:
+    return len(before) == len(after) and all(
+        torch.equal(a[1], b[1]) if isinstance(a[1], Tensor) else a == b
+        for a, b in zip(before, after, strict=True)
+    )
+
+
+def raised(function, arguments) -> Exception | None:
+    try:
+        function(**arguments)
+    except Exception as error:
+        return error
+    return None
+
+
+def refuses(function, arguments, name=None, told="") -> None:
+    """It raises a ValueError that names it, and changes nothing."""
+    values = [*arguments.values(), getattr(function, "__self__", None)]
+    kept = copy.copy(values)  # what is in the place of an argument
+    before = state(*values)
+    with pytest.raises(ValueError, match=f"^{re.escape(name or function.__qualname__)}: {told}"):
+        function(**arguments)
+    assert same(before, state(*kept)), "changed"

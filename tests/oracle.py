@@ -1,6 +1,6 @@
-"""The published model once more, written from its weights' names: no module, no shared code.
+"""The published model, written independently from the names of its weights: no shared code.
 
-Only for tiny checkpoints: loops over prompts, layers and heads' groups, in the dtype of `w`.
+Only for tiny checkpoints: loops over prompts, layers and groups of heads, in the dtype of `w`.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""A kernel that makes descriptors borrows Triton's allocator for its launch, and keeps nothing."""
+"""A launch that needs tensor descriptors sets Triton's allocator and restores it afterwards."""
 
 import contextvars
 import gc
@@ -19,7 +19,7 @@ if not _descriptors.AVAILABLE:
 
 
 def users(size, alignment, stream):
-    raise AssertionError("the user's allocator is not asked")
+    raise AssertionError("the user's allocator must not be called")
 
 
 def launch(monkeypatch, run):
@@ -31,10 +31,10 @@ def launch(monkeypatch, run):
     return weakref.ref(q)
 
 
-@pytest.fixture(params=["a variable of the context", "a module's own"])
+@pytest.fixture(params=["a context variable", "a module attribute"])
 def held(request, monkeypatch):
-    """What Triton asks in a launch, as 3.6 and as 3.4 keep it."""
-    if request.param == "a module's own":
+    """Returns the allocator that Triton uses, stored as in 3.6 or as in 3.4."""
+    if request.param == "a module attribute":
         monkeypatch.setattr(_allocation, "_allocator", users)
         monkeypatch.setattr(
             triton, "set_allocator", lambda allocator: setattr(_allocation, "_allocator", allocator)
@@ -46,7 +46,7 @@ def held(request, monkeypatch):
     return variable.get
 
 
-def test_a_launch_has_its_own_allocator_and_leaves_the_users(monkeypatch, held):
+def test_a_launch_sets_its_own_allocator_and_restores_the_users(monkeypatch, held):
     asked = []
     q = launch(monkeypatch, lambda *args: asked.append(held()))
     assert asked == [_descriptors._allocate]
@@ -55,7 +55,7 @@ def test_a_launch_has_its_own_allocator_and_leaves_the_users(monkeypatch, held):
     assert q() is None
 
 
-def test_a_launch_that_fails_leaves_the_users_allocator(monkeypatch, held):
+def test_a_launch_that_fails_restores_the_users_allocator(monkeypatch, held):
     def fail(*args):
         raise RuntimeError("out of resources")
 
@@ -64,8 +64,8 @@ def test_a_launch_that_fails_leaves_the_users_allocator(monkeypatch, held):
     assert held() is users
 
 
-def test_the_allocator_that_is_found_is_the_one_that_was_set():
-    """By the Triton that is installed."""
+def test_the_current_allocator_is_found():
+    """With the installed Triton."""
     previous = _descriptors._allocator()
     triton.set_allocator(users)
     try:
@@ -75,7 +75,7 @@ def test_the_allocator_that_is_found_is_the_one_that_was_set():
 
 
 @pytest.mark.gpu
-def test_memory_for_descriptors_is_of_the_current_device():
+def test_memory_for_descriptors_is_on_the_current_device():
     held = _descriptors._allocate(256, 128, None)
     assert held.is_cuda
     assert held.nbytes == 256

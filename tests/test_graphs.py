@@ -1,7 +1,7 @@
-"""A recording that fails leaves nothing behind: stream, memory and random numbers are as before.
+"""A failed capture leaves nothing behind: stream, memory and random numbers are as before.
 
-Here torch and the driver are replaced by what is known of them; run as a script, the same is held
-on a GPU, in a process of its own: what were left behind would fail other tests.
+Here torch and the driver are mocked. Run as a script, the file checks the same on a GPU, in a
+process of its own, because anything left behind would fail other tests.
 """
 
 import contextlib
@@ -17,26 +17,27 @@ import torch
 
 import comemo_kernels as ops
 
-pytestmark = pytest.mark.no_virtual_gpu("it has a machine of its own")
+pytestmark = pytest.mark.no_virtual_gpu("it mocks a GPU itself")
 ROOT = Path(__file__).parents[1]
 
 
 class Machine:
-    """What a GPU, its driver and torch keep of a recording, in words."""
+    """The state of a capture that a GPU, its driver and torch keep."""
 
     def __init__(self, bookkeeping_first: bool) -> None:
-        self.bookkeeping_first = (
-            bookkeeping_first  # torch from 2.12 on; before, an error came first
-        )
+        # In `capture_end`: torch from 2.12 on; before, an error came first.
+        self.bookkeeping_first = bookkeeping_first
         self.streams = ["the caller's"]
         self.recording: str | None = None  # "valid", "invalid"
         self.routed: list[object] = []  # graphs to whose pools allocations go
-        self.drawing: list[object] = []  # graphs that the generator believes to be recorded
-        self.pools: list[object] = []  # held for a graph
+        self.drawing: list[
+            object
+        ] = []  # graphs that the random number generator takes for captured
+        self.pools: list[object] = []  # reserved for a graph
         self.fails_to_begin = False
 
     def invalidate(self) -> None:
-        """What an operation that no graph can hold does."""
+        """The effect of an operation that a CUDA graph does not support."""
         if self.recording:
             self.recording = "invalid"
             raise RuntimeError("operation not permitted when stream is capturing")
@@ -60,7 +61,7 @@ class Machine:
         state._obj.value = {None: 0, "valid": 1, "invalid": 2}[self.recording]
 
 
-@pytest.fixture(params=[False, True], ids=["torch to 2.11", "torch from 2.12"])
+@pytest.fixture(params=[False, True], ids=["torch up to 2.11", "torch from 2.12"])
 def machine(request, monkeypatch):
     held = Machine(request.param)
 
@@ -135,7 +136,7 @@ def assert_nothing_is_left(machine):
     assert gc.isenabled()
 
 
-def test_a_function_is_recorded_behind_its_warmups(machine):
+def test_a_function_is_captured_after_its_warmups(machine):
     seen = []
 
     def function():
@@ -162,29 +163,29 @@ def stop(machine, error):
 @pytest.mark.parametrize(
     ("fail", "error", "message"),
     [
-        (Machine.invalidate, ValueError, "must be recordable: .* RuntimeError: operation not perm"),
-        (swallow, ValueError, "must be recordable: .* has ended the recording"),
+        (Machine.invalidate, ValueError, "must be capturable: .* RuntimeError: operation not perm"),
+        (swallow, ValueError, "must be capturable: .* has ended the capture"),
         (lambda m: stop(m, KeyError("a")), KeyError, "a"),
         (lambda m: stop(m, KeyboardInterrupt("now")), KeyboardInterrupt, "now"),
         (lambda m: stop(m, torch.cuda.OutOfMemoryError("full")), RuntimeError, "full"),
     ],
     ids=["reads", "swallows", "raises", "is interrupted", "needs too much"],
 )
-def test_a_recording_that_fails_leaves_nothing_behind(machine, fail, error, message):
+def test_a_failed_capture_leaves_nothing_behind(machine, fail, error, message):
     with pytest.raises(error, match=message):
         ops.capture(lambda: fail(machine), "cuda")
     assert_nothing_is_left(machine)
     ops.capture(lambda: None, "cuda")()
 
 
-def test_a_recording_that_cannot_begin(machine):
+def test_a_capture_that_cannot_start(machine):
     machine.fails_to_begin = True
     with pytest.raises(ValueError, match="another recording is under way"):
         ops.capture(lambda: None, "cuda")
     assert_nothing_is_left(machine)
 
 
-def test_a_warmup_that_fails_begins_nothing(machine):
+def test_a_warmup_that_fails_starts_no_capture(machine):
     def fail():
         raise RuntimeError("no kernel image")
 
@@ -193,9 +194,9 @@ def test_a_warmup_that_fails_begins_nothing(machine):
     assert_nothing_is_left(machine)
 
 
-def test_within_a_recording_none_begins(machine):
+def test_a_capture_within_a_capture_raises(machine):
     machine.recording = "valid"
-    with pytest.raises(ValueError, match="capture: the current stream must not be recorded"):
+    with pytest.raises(ValueError, match="capture: the current stream must not be captured"):
         ops.capture(lambda: None, "cuda")
     assert machine.recording == "valid"
 
@@ -204,7 +205,7 @@ def test_within_a_recording_none_begins(machine):
 
 
 @pytest.mark.gpu
-def test_a_failed_recording_on_a_gpu():
+def test_a_failed_capture_on_a_gpu():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "-W", "error:The CUDA Graph is empty", __file__]
     done = subprocess.run(
@@ -215,7 +216,7 @@ def test_a_failed_recording_on_a_gpu():
 
 
 def fail_and_look() -> None:
-    """Fail in every way, and look at all that could be left."""
+    """Fail in every way, and check everything that could be left behind."""
     x, y, drawn = (torch.zeros(8, device="cuda") for _ in range(3))
 
     def recording():
@@ -254,7 +255,7 @@ def fail_and_look() -> None:
         torch.cuda.manual_seed(5)
         with pytest.raises(KeyError if name == "raises" else ValueError) as told:
             ops.capture(function, "cuda", warmups=1)
-        del told  # and with it the function's frame, which holds memory
+        del told  # and with it the function's frame, which keeps memory alive
         assert torch.cuda.current_stream() == stream
         assert not recording()
 

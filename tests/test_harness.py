@@ -1,4 +1,4 @@
-"""The harness sees what it is there for."""
+"""The harness detects the errors that it is for."""
 
 import functools
 
@@ -11,7 +11,7 @@ def double(x):
     return 2 * x
 
 
-def test_what_is_right_passes():
+def test_a_correct_operation_passes():
     assert_matches(double, double, {"x": torch.randn(5, requires_grad=True)})
     assert_matches(double, double, {"x": torch.empty(0)})
 
@@ -29,7 +29,7 @@ def test_an_element_that_is_not_written():
 
 
 @pytest.mark.parametrize("place", [-1, 5])
-def test_an_element_beside_the_output(place):
+def test_an_element_outside_the_output(place):
     def careless(x):
         y = torch.empty(5)
         y.copy_(2 * x)
@@ -51,8 +51,8 @@ def test_an_error_beyond_the_budget():
         assert_matches(off_by((SLACK + 2) * rounding), double, {"x": x})
 
 
-def test_a_reference_may_be_lucky():
-    """A sum that cancels is exact of these numbers, and errs by 1/32 of some near them."""
+def test_a_reference_may_be_exact_by_chance():
+    """A sum that cancels is exact for these numbers, and off by 1/32 for some near them."""
     x = torch.tensor([[64.0, 1.0, -64.0]], dtype=torch.float16)
 
     def total(x):
@@ -63,11 +63,11 @@ def test_a_reference_may_be_lucky():
         assert_matches(lambda x: total(x) + 1 / 8, total, {"x": x})
 
 
-def test_what_is_compared_is_told_by_its_share_of_the_budget(monkeypatch):
+def test_observers_get_errors_as_shares_of_the_budget(monkeypatch):
     told = []
     monkeypatch.setattr("harness.observers", [lambda *comparison: told.append(comparison)])
     x = torch.linspace(0.5, 1.0, 999, dtype=torch.float16)
-    rounding = torch.finfo(x.dtype).eps * 2  # of the largest value; PyTorch makes none here
+    rounding = torch.finfo(x.dtype).eps * 2  # of the largest value; PyTorch is exact here
 
     def off(x, error=0.5 * rounding):
         return (2 * x.double() + error).to(x.dtype)
@@ -90,7 +90,7 @@ def test_a_gradient_of_something_else():
 
         @staticmethod
         def backward(ctx, dy):
-            return 2 * dy.flip(0)  # of all ones it is right
+            return 2 * dy.flip(0)  # correct for a gradient of ones
 
     with pytest.raises(AssertionError, match="gradient of x"):
         assert_matches(Wrong.apply, double, {"x": torch.randn(5, requires_grad=True)})

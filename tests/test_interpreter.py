@@ -1,4 +1,4 @@
-"""The bfloat16 and float8_e4m3fn of the interpreter against those of PyTorch."""
+"""bfloat16 and float8_e4m3fn of the interpreter against PyTorch."""
 
 import conftest
 import interpreter
@@ -24,7 +24,7 @@ def _cast_kernel(y_ptr, x_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _compute_kernel(y_ptr, less_ptr, a_ptr, b_ptr, BLOCK: tl.constexpr):
-    """In the operands' dtype, without a cast."""
+    """Computes in the dtype of the operands, without a cast."""
     offs = tl.arange(0, BLOCK)
     a, b = tl.load(a_ptr + offs), tl.load(b_ptr + offs)
     tl.store(y_ptr + offs, tl.where(a < b, -a * b, tl.maximum(a + b, a - b)))
@@ -48,19 +48,19 @@ def cast(x, dtype):
 
 
 def bits(x):
-    """As integers, so that zeros have a sign; every NaN is the same."""
+    """The bits as integers: zeros keep their sign, and all NaN are the same."""
     whole = x.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[x.element_size()])
     return torch.where(x.float().isnan(), 1 << (8 * x.element_size() - 2) | 1, whole)
 
 
 def around_ties(dtype):
-    """Values of a dtype, the middles between neighbours and the float32 next to both."""
+    """Values of a dtype, the midpoints between neighbours, and the float32 next to both."""
     size = torch.finfo(dtype).bits
     every = torch.arange(2**size).to(torch.int16 if size == 16 else torch.uint8).view(dtype)
     values = every.float()[:: 7 if size == 16 else 1]
     values = values[values.isfinite()].sort().values
     middles = (values[1:] + values[:-1]) / 2
-    if size == 16:  # neighbours, not every seventh
+    if size == 16:  # next to each value, because only every seventh is taken
         middles = (values.view(torch.int32) + 0x8000).view(torch.float32)
     found = torch.cat([values, middles[middles.isfinite()]])
     up, down = (found.nextafter(torch.tensor(end)) for end in (torch.inf, -torch.inf))
@@ -84,7 +84,7 @@ def test_every_value_survives_a_cast_to_float32_and_back(device, dtype):
     assert torch.equal(bits(cast(wide, dtype).cpu()), bits(every))
 
 
-def test_nan_infinity_and_what_is_too_large(device):
+def test_nan_infinity_and_overflow(device):
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.4e38, -500.0])
     assert torch.equal(bits(cast(x.to(device), torch.bfloat16).cpu()), bits(x.bfloat16()))
     eight = cast(x.to(device), torch.float8_e4m3fn).cpu().float()
@@ -99,7 +99,7 @@ def test_casts_between_bfloat16_and_other_dtypes(device, other):
     assert torch.equal(cast(x.bfloat16().to(device), other).cpu(), x.bfloat16().to(other))
 
 
-def test_a_carry_of_float8_goes_to_the_exponent(device):
+def test_a_float8_carry_increments_the_exponent(device):
     found = cast(torch.tensor([1.97, 15.6, 0.0155], device=device), torch.float8_e4m3fn)
     assert found.float().tolist() == [2.0, 16.0, 0.015625]
 
@@ -112,9 +112,9 @@ def test_elementwise_bfloat16(device):
     assert torch.equal(y.cpu(), torch.where(a < b, -a * b, torch.maximum(a + b, a - b)))
 
 
-def test_products_of_bfloat16_are_those_of_float32(device):
+def test_a_dot_of_bfloat16_accumulates_in_float32(device):
     a, b = torch.randn(2, 32, 32).bfloat16()
-    # Integers: every product and sum is exact in float32, in whatever order.
+    # Integers: every product and sum is exact in float32, in any order.
     a, b = (8 * a).round(), (8 * b).round()
     y = torch.ones(32, 32, device=device)
     _dot_kernel[1,](y, a.to(device), b.to(device), BLOCK=32)
@@ -122,19 +122,19 @@ def test_products_of_bfloat16_are_those_of_float32(device):
 
 
 @interpreted
-def test_says_what_a_triton_lacks(monkeypatch):
+def test_a_missing_function_of_triton_is_named(monkeypatch):
     monkeypatch.setattr(interpreter, "CASTING", ("cast_by_magic",))
     assert interpreter.correct() == "this Triton's interpreter has no cast_by_magic"
 
 
 @interpreted
-def test_hastening_twice_or_nothing_changes_nothing(monkeypatch):
+def test_speeding_up_twice_changes_nothing(monkeypatch):
     triton_ = interpreter.interpreter
     before = triton_._patch_lang, triton_.GridExecutor.__call__
-    interpreter.hasten()
+    interpreter.speed_up()
     assert (triton_._patch_lang, triton_.GridExecutor.__call__) == before
     monkeypatch.delattr(triton_, "_patch_lang")
-    interpreter.hasten()
+    interpreter.speed_up()
     assert triton_.GridExecutor.__call__ == before[1]
 
 

@@ -1,6 +1,6 @@
-"""Every tensor argument of every operation in other layouts: read right, or refused by its name.
+"""Every tensor argument of every operation in other layouts: a correct result, or an error.
 
-A launcher passes few strides; what it does not pass must be checked.
+A launcher passes few strides; it must check those that it does not pass.
 """
 
 import functools
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.kernel(reference=True)
 
 
 def spread(t, dim):
-    """The values of `t` every other place along `dim`, with poison between them."""
+    """`t` with stride 2 along `dim`, and NaN or the largest integer between its elements."""
     poison = math.nan
     if not t.is_floating_point():
         poison = True if t.dtype == torch.bool else torch.iinfo(t.dtype).max
@@ -30,13 +30,13 @@ def spread(t, dim):
 
 
 def turned(t):
-    """The values of `t` with its dimensions in memory in the opposite order."""
+    """`t` with its dimensions in the opposite order in memory."""
     order = tuple(reversed(range(t.ndim)))
     return t.permute(order).contiguous().permute(order)
 
 
 def layouts(t):
-    """Name -> `t` in another layout: strides that differ, values that do not."""
+    """Name -> `t` in another layout: other strides, the same values."""
     found = {f"spread along {dim}": functools.partial(spread, t, dim) for dim in range(t.ndim)}
     if t.ndim > 1:
         found["turned"] = functools.partial(turned, t)
@@ -58,7 +58,7 @@ def integers(high, *shape, dtype=torch.int64):
     return torch.randint(high, shape, generator=g).to(DEVICE, dtype)
 
 
-# --- an operation a function: its tensors by name, and what it returns or writes ---
+# --- one function for each operation: its tensors by name, and how to call it ---
 
 
 def rotary(kind):
@@ -84,7 +84,7 @@ def rotary_in_place():
     tensors, run = rotary("ids")
 
     def run_in_place(q, k, **rest):
-        # Copies in the layouts that are given: an operation may not spoil its arguments.
+        # Copies in the same layouts, because the operation writes them.
         copies = [t.clone(memory_format=torch.preserve_format) for t in (q, k)]
         return run(*copies, **rest, inplace=True)
 
@@ -100,7 +100,7 @@ def numbering():
     def run(image_mask, attention_mask, grids):
         return (ops.rope_dhr_positions(image_mask, attention_mask, grids, side=2),)
 
-    grids = torch.tensor([[1, 1], [1, 1]])  # on the host, where it is read
+    grids = torch.tensor([[1, 1], [1, 1]])  # on the CPU, where it is read
     return {"image_mask": image, "attention_mask": attention, "grids": grids}, run
 
 
@@ -113,7 +113,7 @@ def attention(kind):
     tensors["biases"] = integers(30, 2, 3, dtype=torch.int32)
     written = ("out", "lse", "parts", "part_lse", "counts")
     if kind == "float8":
-        # Rounded to what float8 holds: then a copy of it is one.
+        # In float8 from the start, so that copies are exact.
         for name in "kv":
             tensors[name] = tensors[name].to(torch.float8_e4m3fn)
             tensors[f"{name}_scale"] = draw(M // 16, 2).abs()
@@ -128,9 +128,8 @@ def attention(kind):
         if kind == "workspace":
             rest["counts"].zero_()
             workspace = ops.AttentionWorkspace(*(rest[name] for name in written))
-        return ops.attend_spans(
-            *(q, k, v, spans, rotation, scales), return_lse=True, workspace=workspace
-        )
+        options = {"scales": scales, "return_lse": True, "workspace": workspace}
+        return ops.attend_spans(q, k, v, spans, rotation, **options)
 
     return tensors, run
 
@@ -220,14 +219,14 @@ CASES = {
 }
 
 
-# On a CPU another layout may be summed in another order, and float8 then rounded to the next.
-ON_KERNELS = pytest.mark.skipif(not (GPU or INTERPRET), reason="of the kernels alone")
+# On a CPU the order of a sum depends on the layout, which may change a float8 by one step.
+ON_KERNELS = pytest.mark.skipif(not (GPU or INTERPRET), reason="only for kernels")
 
 
 @pytest.mark.parametrize(
     "case", [pytest.param(c, marks=ON_KERNELS if "memory float8" in c else ()) for c in CASES]
 )
-def test_a_layout_is_read_right_or_refused(case):
+def test_a_layout_gives_a_correct_result_or_an_error(case):
     verb = case.split()[0]
     tensors, run = CASES[case]()
     wanted = [t.clone() for t in run(**{name: t.clone() for name, t in tensors.items()})]

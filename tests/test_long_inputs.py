@@ -1,4 +1,4 @@
-"""Prompts in pieces, pictures in rounds, a cache that grows in place: the same to the last."""
+"""Chunked prefill, tiles in rounds and a cache that grows in place change no result."""
 
 import copy
 
@@ -25,7 +25,7 @@ OPTIONS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
 @st.composite
 def histories(draw):
-    """Steps of a generation: (what, how many)."""
+    """Operations on a cache: (name, number)."""
     step = st.one_of(
         st.tuples(st.just("update"), st.integers(1, 300)),
         st.tuples(st.just("crop"), st.integers(0, 40)),
@@ -37,7 +37,7 @@ def histories(draw):
 
 
 @given(histories())
-def test_cache_is_a_dynamic_cache(history):
+def test_the_cache_behaves_like_a_dynamic_cache(history):
     steps, capacity = history
     ours, theirs, batch = RoomyCache(2, capacity), DynamicCache(), 2
     for index, (what, number) in enumerate(steps):
@@ -75,22 +75,22 @@ def test_cache_copies_nothing_to_grow():
         keys, _ = cache.update(token, token, 0)
         assert keys.data_ptr() == place
     assert cache.nbytes == 2 * 64 * 2 * 4 * 4
-    cache.update(token, token, 0)  # one more than there was room for
+    cache.update(token, token, 0)  # one more than the capacity
     moved = cache.layers[0].keys.data_ptr()
     for _ in range(ROOM - 1):
         cache.update(token, token, 0)
     assert cache.layers[0].keys.data_ptr() == moved != place
 
 
-def test_a_cache_of_the_callers_is_used(model):
-    """Though an empty one is false in Python."""
+def test_the_cache_of_the_caller_is_used(model):
+    """Although an empty one is false in Python."""
     ids = place(torch.arange(100, 120)[None])
     for cache in (DynamicCache(), RoomyCache(4)):
         model.generate(ids, past_key_values=cache, **OPTIONS)
         assert cache.get_seq_length() == 24
 
 
-def test_forks_and_uneven_layers():
+def test_forks_and_layers_of_different_lengths():
     cache = RoomyCache(2)
     new = torch.randn(1, 2, 9, 4)
     for layer in range(2):
@@ -105,12 +105,12 @@ def test_forks_and_uneven_layers():
     assert RoomyCache.copy_of(RoomyCache(2), 0).get_seq_length() == 0
 
 
-# --- prompts in pieces ---
+# --- chunked prefill ---
 
 
 @pytest.fixture
 def prompts(processor):
-    """Three prompts, padded on the left: two pictures, none, one."""
+    """Three prompts, padded on the left, with two images, none, and one."""
     noise = [
         Image.effect_noise(size, 80).convert("RGB") for size in ((500, 448), (448, 448), (900, 448))
     ]
@@ -144,8 +144,8 @@ def answer(model, prompts):
     [(64, "raw"), (257, "compressed"), (5000, "raw")]
     + [pytest.param(*two, marks=SLOW) for two in ((64, "compressed"), (257, "raw"))],
 )
-def test_pieces_change_nothing(model, answer, chunk, positions):
-    """Borders lie inside pictures, padding and text."""
+def test_chunks_change_nothing(model, answer, chunk, positions):
+    """Chunks end inside images, padding and text."""
     model.config.decode_positions = positions
     tokens, logits = answer()
     for options in ({}, {"cache_implementation": "static"}):
@@ -154,7 +154,7 @@ def test_pieces_change_nothing(model, answer, chunk, positions):
         torch.testing.assert_close(these, logits, rtol=1e-3, atol=1e-4)
 
 
-def test_pieces_with_beams_and_embeddings(model, tokenizer, answer, prompts):
+def test_chunks_with_beams_and_embeddings(model, tokenizer, answer, prompts):
     wanted = answer(num_beams=2)[0]
     assert torch.equal(answer(num_beams=2, prefill_chunk_size=100)[0], wanted)
     tiles = place(torch.randn(3, 3, 448, 448))
@@ -173,8 +173,8 @@ def test_pieces_with_beams_and_embeddings(model, tokenizer, answer, prompts):
 
 
 @pytest.mark.parametrize("rule", ["token_count", "position"])
-def test_pieces_are_scaled_as_the_whole(model, answer, rule):
-    """Dynamic scaling goes by the whole prompt, whichever piece is read."""
+def test_chunks_are_scaled_like_the_whole_prompt(model, answer, rule):
+    """Dynamic NTK scaling depends on the whole prompt, not on the chunk."""
     text = model.config.text_config
     model.config.ntk_length = rule
     plain = answer()[1]
@@ -189,8 +189,8 @@ def test_pieces_are_scaled_as_the_whole(model, answer, rule):
     assert (logits - plain).abs().max() > 0.01
 
 
-def test_a_piece_bounds_what_is_held(model, answer):
-    """No layer is ever given more tokens than a piece has."""
+def test_a_chunk_bounds_activations(model, answer):
+    """No layer gets more tokens than a chunk has."""
     seen = []
     layer = model.model.language_model.layers[0]
     handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
@@ -202,7 +202,7 @@ def test_a_piece_bounds_what_is_held(model, answer):
     assert sum(seen) > 800
 
 
-def test_reading_goes_on_from_a_cache(model):
+def test_prefill_continues_from_a_cache(model):
     ids = place(torch.arange(100, 160)[None])
     places = place(torch.arange(60)[None])
     embeds = model.get_input_embeddings()(ids)
@@ -223,7 +223,7 @@ def test_reading_goes_on_from_a_cache(model):
             prefill(model, lambda a, b: embeds, places, cache, start=start, chunk=chunk)
 
 
-# --- pictures in rounds ---
+# --- tiles in rounds ---
 
 
 def test_rounds_of_tiles_change_nothing(model):
@@ -247,7 +247,7 @@ def test_rounds_of_tiles_change_nothing(model):
 
 @torch.no_grad()
 def test_rounds_write_one_buffer_and_the_sequence(model):
-    """Each round's image tokens go straight to their rows of both."""
+    """Each round writes its image tokens directly into both."""
     tiles = place(torch.randn(3, 3, 448, 448))
     whole = model.model.project_images(tiles)
     model.config.tiles_at_once = 2
@@ -264,8 +264,8 @@ def test_rounds_write_one_buffer_and_the_sequence(model):
 
 
 @torch.no_grad()
-def test_the_tower_attends_by_sdpa_and_hands_on_what_it_wrote(model, monkeypatch):
-    """In bfloat16 throughout, class token in place: nothing is copied at a tile's boundary."""
+def test_the_tower_uses_sdpa_and_its_output_is_not_copied(model, monkeypatch):
+    """All in bfloat16; the class token stays in place."""
     core = copy.deepcopy(model.model).to(torch.bfloat16)
     assert core.vision_tower.config._attn_implementation == "sdpa"
     attended, written, projected = [], [], []
@@ -275,12 +275,12 @@ def test_the_tower_attends_by_sdpa_and_hands_on_what_it_wrote(model, monkeypatch
         attended.append((q.dtype, k.dtype, v.dtype, kwargs.get("attn_mask")))
         return sdpa(q, k, v, **kwargs)
 
-    def handed(tokens, *weights, **kwargs):
+    def projecting(tokens, *weights, **kwargs):
         projected.append((tokens.dtype, tokens.shape[1], tokens.data_ptr()))
         return project(tokens, *weights, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
-    monkeypatch.setattr(ops, "project_tiles", handed)
+    monkeypatch.setattr(ops, "project_tiles", projecting)
     last = core.vision_tower.encoder.layer[-1]
     last.register_forward_hook(lambda _, __, out: written.append(out.data_ptr()))
     core.project_images(place(torch.randn(1, 3, 448, 448, dtype=torch.bfloat16)))
@@ -290,7 +290,7 @@ def test_the_tower_attends_by_sdpa_and_hands_on_what_it_wrote(model, monkeypatch
 
 
 def test_image_tokens_of_a_whole_prompt_are_written_once(model):
-    """What `forward` writes together is what the memory's media would be embedded as."""
+    """What `forward` writes is what embedding the memory's media gives."""
     core = copy.deepcopy(model.model)
     ids = place(torch.full((2, 600), 7))
     ids[0, 30:542] = ids[1, 300:556] = core.config.image_token_id
@@ -301,7 +301,7 @@ def test_image_tokens_of_a_whole_prompt_are_written_once(model):
         embeds, memory = core._embed_images(ids, tiles, mask, places, [(1, 1)] * 3)
         assert torch.equal(embeds, core.embed(ids, mask, memory))
         assert embeds.requires_grad != frozen
-    # What parameter-efficient training does: the frozen embeddings' output is made a leaf.
+    # As in parameter-efficient training: the output of frozen embeddings becomes a leaf.
     hook = core.get_input_embeddings().register_forward_hook(
         lambda _, __, out: out.requires_grad_()
     )

@@ -1,4 +1,4 @@
-"""The image memory as an object."""
+"""ImageMemory and spans, alone and in the model."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def example(lengths=(4, 0, 6)):
     return ImageMemory.from_media(torch.randn(M, 8), torch.arange(M), lengths)
 
 
-def test_spans_lie_one_after_the_other():
+def test_spans_of_prompts_follow_one_another():
     memory = example()
     assert memory.spans.tolist() == [[[0, 4]], [[4, 4]], [[4, 10]]]
     assert memory.active.flatten().tolist() == [True, False, True]
@@ -40,27 +40,27 @@ def test_beams_share_keys_and_values():
     assert beams.keys is memory.keys, "layers built later are seen by both"
 
 
-def test_wrong_lengths_are_refused():
+def test_wrong_lengths_raise():
     with pytest.raises(ValueError, match="must agree on the number of image tokens"):
         ImageMemory.from_media(torch.randn(5, 8), torch.arange(5), [2, 2])
     with pytest.raises(ValueError, match="must agree on the number of image tokens"):
         ImageMemory.from_media(torch.randn(5, 8), torch.arange(4), [5])
 
 
-def test_spans_of_a_pack():
+def test_spans_of_packed_samples():
     spans = spans_from_cu_seqlens(torch.tensor([0, 2, 2, 5]), torch.tensor([0, 4, 7, 7]), 7)
     assert spans[0].tolist() == [[0, 4]] * 2 + [[7, 7]] * 3 + [[7, 7]] * 2
     with pytest.raises(ValueError, match=r"must be \[samples \+ 1\]"):
         spans_from_cu_seqlens(torch.tensor([0, 2]), torch.tensor([0, 1, 2]), 2)
 
 
-def test_a_memory_without_its_media_says_so(model):
+def test_a_memory_without_media_raises(model):
     memory = ImageMemory(torch.tensor([[[0, 4]]]))
     with pytest.raises(ValueError, match="neither keys of mixin layer 1 nor the media"):
         model(input_ids=torch.tensor([[5]], device=DEVICE), image_memory=memory)
 
 
-def test_a_prompt_without_its_image_tokens_says_so(model):
+def test_a_prompt_without_its_image_tokens_raises(model):
     memory = ImageMemory.from_media(torch.randn(4, 128), torch.arange(4), [4])
     image_id = model.config.image_token_id
     ids = torch.tensor([[5, image_id, image_id, 7]], device=DEVICE)
@@ -68,8 +68,8 @@ def test_a_prompt_without_its_image_tokens_says_so(model):
         model(input_ids=ids, image_memory=memory)
 
 
-def test_keys_and_values_own_no_more_than_they_hold(model):
-    """A view into the projection's output would hold twice the bytes that `nbytes` tells."""
+def test_keys_and_values_own_no_larger_storage(model):
+    """A view into the projection's output would keep twice the bytes that `nbytes` reports."""
     layer = model.model.language_model.layers[1].mixin
     mixin = model.config.mixin_config
     table = rotary_table(torch.arange(6, device=DEVICE)[None], mixin.head_dim, mixin.rope_theta)
@@ -89,8 +89,8 @@ def test_spans_of_images_that_later_tokens_see():
         spans_from_images(last, [4], 7)
 
 
-def test_places_of_images_are_told_apart():
-    """Ids of two images in one prompt, of one in another: places within, and where they begin."""
+def test_ids_are_split_into_biases_and_ids_within_images():
+    """Two images in one prompt, and one in another."""
     ids = torch.tensor([5, 6, 7, 8, 20, 21, 3, 4])
     memory = ImageMemory.from_media(torch.randn(8, 2), ids, [6, 2], [4, 2, 2])
     assert memory.ids.tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
@@ -109,7 +109,7 @@ def test_places_of_images_are_told_apart():
     assert memory.repeat_interleave(2).biases.shape == (1, 3)
 
 
-def test_a_table_of_distances_is_made_once():
+def test_a_distance_table_is_cached():
     device = torch.device("cpu")
     with torch.inference_mode():
         cos, sin = distance_table(8, 1e4, 50, device)
@@ -123,7 +123,7 @@ def test_a_table_of_distances_is_made_once():
 # --- in the model ---
 
 
-def picture_prompt(model, tiles=3):
+def image_prompt(model, tiles=3):
     config = model.config
     count = tiles * config.tokens_per_tile
     ids = torch.randint(10, 300, (1, count + 8))
@@ -134,8 +134,8 @@ def picture_prompt(model, tiles=3):
 
 
 @pytest.mark.parametrize("grid", [True, False])
-def test_absolute_and_relative_keys_say_the_same(model, grid):
-    batch = picture_prompt(model)
+def test_absolute_and_relative_keys_give_the_same_logits(model, grid):
+    batch = image_prompt(model)
     if not grid:
         batch["tile_grid"] = None
     with torch.no_grad():
@@ -144,13 +144,13 @@ def test_absolute_and_relative_keys_say_the_same(model, grid):
         absolute = model(**batch, use_cache=True)
     assert (relative.logits - absolute.logits).abs().max() < LOGITS
     keys = [out.image_memory.keys[1] for out in (relative, absolute)]
-    assert (keys[0] - keys[1]).abs().max() > 0.1, "they are other keys"
+    assert (keys[0] - keys[1]).abs().max() > 0.1, "the keys differ"
     assert torch.equal(*(out.image_memory.values[1] for out in (relative, absolute)))
 
 
-def test_modules_that_are_not_plain_are_called(model):
-    """Hooks stand for adapters, quantisation and offloading: the same result by the modules."""
-    batch = picture_prompt(model)
+def test_modules_that_are_not_fusable_are_called(model):
+    """Hooks represent adapters, quantisation and offloading: calling the modules gives the same."""
+    batch = image_prompt(model)
     mixin = model.model.language_model.layers[1].mixin
     calls, handles = [], []
     with torch.no_grad():
@@ -168,8 +168,8 @@ def test_modules_that_are_not_plain_are_called(model):
         torch.testing.assert_close(called.image_memory.keys[layer], keys)
 
 
-def test_autocast_converts_what_modules_compute(model):
-    batch = picture_prompt(model)
+def test_autocast_converts_keys_and_values(model):
+    batch = image_prompt(model)
     with torch.no_grad(), torch.autocast(DEVICE, torch.bfloat16):
         memory = model(**batch, use_cache=True).image_memory
         del batch["pixel_values"]
@@ -178,16 +178,16 @@ def test_autocast_converts_what_modules_compute(model):
     assert again.isfinite().all()
 
 
-def test_layers_built_at_once_share_their_storage(model):
+def test_layers_built_together_share_storage(model):
     with torch.no_grad():
-        memory = model(**picture_prompt(model), use_cache=True).image_memory
+        memory = model(**image_prompt(model), use_cache=True).image_memory
     (storage,) = {t.untyped_storage().data_ptr() for t in memory.keys.values()}
     held = [*memory.keys.values(), *memory.values.values()]
     assert memory.nbytes == sum(t.nbytes for t in held) == held[0].untyped_storage().nbytes()
     assert storage
 
 
-def test_a_memory_without_spans_says_so(model):
+def test_a_memory_without_spans_raises(model):
     media = torch.randn(4, 128).to(DEVICE)
     memory = ImageMemory.from_media(media, torch.arange(4), [4]).reading(None)
     with pytest.raises(ValueError, match="by no spans who may read it"), torch.no_grad():

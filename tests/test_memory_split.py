@@ -1,4 +1,4 @@
-"""The image memory taken apart by pictures and put together again."""
+"""split_images and join_images."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ TABLE = distance_table(DIM, 1e4, 64, torch.device("cpu"))
 
 
 def grown(*sizes, capacity=None, dtype=torch.float32, tile=4, seed=0):
-    """A memory of `append_images`, with room to spare."""
+    """A memory built by `append_images`, with spare capacity."""
     draw = torch.Generator().manual_seed(seed)
     memory = ImageMemory.allocate(
         capacity or sum(sizes) + 3, LAYERS, HEADS, DIM, TABLE, dtype, tile
@@ -26,7 +26,7 @@ def grown(*sizes, capacity=None, dtype=torch.float32, tile=4, seed=0):
 
 
 def assert_same(found, wanted):
-    """Of what both hold, every row of every picture alike."""
+    """All rows of all images are the same in both memories."""
     assert found.sizes == wanted.sizes
     for name in ("media", "ids", "starts"):
         assert torch.equal(getattr(found, name), getattr(wanted, name)), name
@@ -38,7 +38,7 @@ def assert_same(found, wanted):
             assert torch.equal(ours[layer][:m].float(), theirs[layer][:m].float())
 
 
-def test_apart_and_together_again():
+def test_splitting_and_joining_gives_the_same_memory():
     memory = grown(3, 1, 5)
     images = split_images(memory)
     assert [image.sizes for image in images] == [(3,), (1,), (5,)]
@@ -89,10 +89,10 @@ def test_a_single_memory_is_not_copied():
     for layer in LAYERS:
         assert joined.keys[layer] is memory.keys[layer]
     joined.update(7, memory.keys[1], memory.values[1])
-    assert 7 not in memory.keys, "the dictionaries are its own"
+    assert 7 not in memory.keys, "the dictionaries are not shared"
 
 
-def test_what_is_not_built_is_joined_too():
+def test_memories_without_keys_are_joined_too():
     memories = [ImageMemory.from_media(torch.randn(n, 4), torch.arange(n), [n]) for n in (3, 2)]
     joined = join_images(memories)
     assert (joined.keys, joined.values, joined.table) == ({}, {}, None)
@@ -103,7 +103,7 @@ def test_what_is_not_built_is_joined_too():
     assert join_images(memories).media is None
 
 
-def test_float8_keeps_its_factors():
+def test_float8_keeps_its_scales():
     memory = grown(8, 4, dtype=torch.float8_e4m3fn)
     images = split_images(memory)
     assert [len(image.scales[1].keys) for image in images] == [2, 1]
@@ -116,19 +116,19 @@ def test_float8_keeps_its_factors():
             for part in (0, 1):
                 assert torch.equal(image.scales[layer][part], wanted.scales[layer][part])
     uneven = replace(grown(8, dtype=torch.float8_e4m3fn), sizes=(6, 2), biases=None)
-    with pytest.raises(ValueError, match=r"must begin with a tile of 4, got sizes \[6, 2\]"):
+    with pytest.raises(ValueError, match=r"must start at a tile of 4, got sizes \[6, 2\]"):
         split_images(uneven)
     uneven.sizes = (5,)
     with pytest.raises(ValueError, match="an id for each of its tokens"):
         join_images([uneven, images[0]])
     short = grown(4, dtype=torch.float8_e4m3fn)
     short.sizes, short.ids, short.media = (3,), short.ids[:3], short.media[:3]
-    with pytest.raises(ValueError, match="whole tiles of 4 but for the last"):
+    with pytest.raises(ValueError, match="whole tiles of 4 except for the last"):
         join_images([short, images[0]])
     assert join_images([images[0], short]).sizes == (8, 3)
 
 
-def test_what_cannot_be_taken_apart():
+def test_memories_that_cannot_be_split():
     absolute = ImageMemory.from_media(torch.randn(4, 8), torch.arange(4), [4], absolute=True)
     with pytest.raises(ValueError, match="ids that are not absolute, got absolute ones"):
         split_images(absolute)
@@ -147,19 +147,22 @@ def changed(**fields):
 @pytest.mark.parametrize(
     ("second", "said"),
     [
-        (lambda: changed(absolute=True), "all or none, got absolute=True"),
+        (lambda: changed(absolute=True), "all absolute or none, got absolute=True"),
         (lambda: changed(ids=None), "an id for each of its tokens"),
         (lambda: changed(keys={}, values={}), r"the same layers, got \[1, 4\] and \[\]"),
         (lambda: changed(values={}), "the same layers"),
-        (lambda: changed(media=None), "of all memories or of none"),
+        (lambda: changed(media=None), "all memories must have media and float8 scales, or none"),
         (lambda: changed(media=torch.randn(3, WIDTH + 1)), "the widths, dtypes and devices"),
         (lambda: changed(media=torch.randn(3, WIDTH).double()), "the widths, dtypes and devices"),
         (lambda: changed(media=torch.randn(3, WIDTH, device="meta")), "and devices"),
-        (lambda: grown(4, dtype=torch.float8_e4m3fn), "float8 factors must be those of all"),
+        (
+            lambda: grown(4, dtype=torch.float8_e4m3fn),
+            "all memories must have media and float8 scales, or none",
+        ),
         (lambda: changed(table=(TABLE[0] + 1, TABLE[1])), "one table of angles"),
     ],
 )
-def test_what_cannot_be_joined(second, said):
+def test_memories_that_cannot_be_joined(second, said):
     with pytest.raises(ValueError, match=f"^join_images: .*{said}"):
         join_images([grown(3), second()])
 
@@ -176,7 +179,7 @@ def test_gradients_pass_through_a_joined_memory():
         assert (grad[len(image) :] == 0).all()
 
 
-def test_joining_nothing_or_for_other_pictures():
+def test_joining_no_memory_or_with_wrong_biases():
     with pytest.raises(ValueError, match="at least one memory, got none"):
         join_images([])
     for images in ([grown(3)], [grown(3), grown(2)]):

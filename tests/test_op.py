@@ -1,4 +1,4 @@
-"""What kernels share: launches that skip Triton's look, devices, versions of what is written."""
+"""What operations share: launches with a key, devices, versions of written tensors."""
 
 import types
 
@@ -11,7 +11,7 @@ tl = pytest.importorskip("triton.language")
 
 
 class Recorder:
-    """Stands for a jitted function and for what it compiles: records launches."""
+    """Replaces a jitted function and its compiled kernel, and records launches."""
 
     do_not_specialize = ("gate_ptr", "num_rows", "eps")
 
@@ -32,7 +32,7 @@ class Recorder:
 
 @pytest.fixture
 def compiles(monkeypatch):
-    """Launches as without the interpreter, which compiles nothing."""
+    """Launches as without the interpreter."""
     monkeypatch.setattr(_op, "INTERPRET", False)
 
 
@@ -62,7 +62,7 @@ def test_a_known_key_calls_the_compiled_kernel(compiles):
     assert compiled.calls == [((5, 1, 1), (X, X, n, 0.5, True, 8), {}) for n in (2, 3)]
 
 
-def test_a_key_tells_apart_what_compiles_anew(compiles):
+def test_keys_differ_where_the_compiled_kernel_does(compiles):
     kernel, function, _ = make_kernel()
     kernel.launch(5, X, X, 1, 0.5, True)
     for args in (
@@ -81,7 +81,7 @@ def test_a_key_tells_apart_what_compiles_anew(compiles):
     [(X[1:], X, 1, 0.5, True), (X, X, 2**31, 0.5, True)],
     ids=["an odd address", "a number of more than 32 bits"],
 )
-def test_without_a_key_triton_looks_every_time(compiles, args):
+def test_without_a_key_triton_finds_the_kernel_every_time(compiles, args):
     kernel, function, compiled = make_kernel()
     for _ in range(3):
         kernel.launch(5, *args)
@@ -89,7 +89,7 @@ def test_without_a_key_triton_looks_every_time(compiles, args):
     assert not compiled.calls
 
 
-def test_an_address_that_does_not_specialise_may_be_odd():
+def test_an_address_that_does_not_specialise_is_not_in_the_key():
     kernel, _, _ = make_kernel()
     assert kernel.key((X, X[1:], 1, 0.5, True)) == kernel.key((X, X, 1, 0.5, True)) is not None
 
@@ -101,11 +101,22 @@ def test_an_address_that_does_not_specialise_may_be_odd():
         (lambda x_ptr, num_columns: None, r"of which \['num_columns'\] specialise"),
     ],
 )
-def test_a_kernel_that_no_key_would_fit_is_refused(compiles, fn, message):
+def test_a_kernel_without_a_valid_key_raises(compiles, fn, message):
     function = Recorder()
     function.fn = fn
     with pytest.raises(ValueError, match=message):
         _op.Kernel(function, [{"num_warps": 4}])
+
+
+@_op.jit
+def _sample_kernel(x_ptr, scales_ptr, num_rows, stride: tl.int64, EVEN: tl.constexpr):
+    tl.store(x_ptr + stride, num_rows)
+
+
+@pytest.mark.skipif(_op.INTERPRET, reason="the interpreter specialises nothing")
+def test_no_number_of_a_jitted_kernel_specialises():
+    assert _sample_kernel.do_not_specialize == ["num_rows", "stride"]
+    assert _op.Kernel(_sample_kernel, [{"num_warps": 4}]).key((X, X, 1, 2, True)) is not None
 
 
 def test_an_empty_grid_is_not_launched():
@@ -114,7 +125,7 @@ def test_an_empty_grid_is_not_launched():
     assert not function.calls
 
 
-def test_another_configuration_is_for_a_block_of_code(compiles):
+def test_another_configuration_lasts_for_a_block_of_code(compiles):
     kernel, function, compiled = make_kernel()
     args = (1, X, X, 1, 0.5, True)
     kernel.launch(*args)
@@ -132,8 +143,8 @@ def test_another_configuration_is_for_a_block_of_code(compiles):
     assert [args[-1] for _, args, _ in compiled.calls] == [16, 8]
 
 
-def test_a_configuration_is_known_by_its_values(compiles):
-    """An object may be changed, or lie where one lay that is gone."""
+def test_configurations_are_compared_by_value(compiles):
+    """Identity is not enough: a dictionary may change, or reuse the address of a deleted one."""
     kernel, function, _ = make_kernel()
     config = {"BLOCK": 32, "num_warps": 4}
     for block in (32, 64, 32):
@@ -165,7 +176,7 @@ def test_a_launch_runs_on_the_device_of_its_tensors(monkeypatch):
         assert entered == [*wanted, "launched", *(["left"] if wanted else [])]
 
 
-def test_what_a_schema_marks_as_written_gets_a_new_version():
+def test_arguments_that_a_schema_marks_as_written_get_a_new_version():
     x, y, z = (torch.zeros(1) for _ in range(3))
     versioned = _op._with_versions(lambda *args: None, [0, 2, 3])
     versioned([x, y], z, None, z)
@@ -174,7 +185,7 @@ def test_what_a_schema_marks_as_written_gets_a_new_version():
         versioned([torch.zeros(1)], z, None, x)
 
 
-def test_a_small_tensor_stays_where_it_is_wanted(device):
+def test_a_small_tensor_is_copied_to_its_device(device):
     values = torch.arange(3)
     assert _op.to_device(values, None).device.type == "cpu"
     assert torch.equal(_op.to_device(values, device).cpu(), values)
@@ -182,10 +193,10 @@ def test_a_small_tensor_stays_where_it_is_wanted(device):
 
 @pytest.mark.gpu
 def test_threads_and_devices_of_a_gradient(device):
-    """The gradient is computed in a thread of autograd's, on the device of its tensors."""
+    """Autograd computes the gradient in a thread of its own, on the device of the tensors."""
     from comemo_kernels import apply_rotary, reference, rotary_table
 
-    last = f"cuda:{torch.cuda.device_count() - 1}"  # another than the current one, if there is one
+    last = f"cuda:{torch.cuda.device_count() - 1}"  # not the current device, if there are several
     cos, sin = (t[0].to(last) for t in rotary_table(torch.arange(9)[None], 64))
     q = torch.randn(9, 4, 64, device=last, requires_grad=True)
     weight = torch.randn_like(q)

@@ -52,9 +52,9 @@ def test_ids_stay_in_the_thumbnail(grid, side, order):
 def test_row_order_is_the_geometric_place(cols, rows):
     ids = ops.image_position_ids((cols, rows), 16, thumbnail=False).view(rows, cols, 16, 16)
     y, x = ids // 16, ids % 16
-    picture = y.permute(0, 2, 1, 3).reshape(rows * 16, cols * 16)
-    assert (picture.diff(dim=0) >= 0).all()
-    assert (picture.diff(dim=1) == 0).all()  # one thumbnail row along each raster row
+    image = y.permute(0, 2, 1, 3).reshape(rows * 16, cols * 16)
+    assert (image.diff(dim=0) >= 0).all()
+    assert (image.diff(dim=1) == 0).all()  # one thumbnail row along each raster row
     across = x.permute(0, 2, 1, 3).reshape(rows * 16, cols * 16)
     assert (across.diff(dim=1) >= 0).all()
     assert (across.diff(dim=0) == 0).all()
@@ -93,7 +93,7 @@ def test_every_recorded_prompt_has_its_ids(golden, device):
 
 @st.composite
 def batches(draw):
-    """Prompts of text and images, padded on both sides, and what they say of their images."""
+    """Prompts of text and images, padded on both sides, with the arguments for their images."""
     side, thumbnail = draw(st.sampled_from([1, 2, 3])), draw(st.booleans())
     prompts = draw(st.lists(st.lists(st.one_of(GRIDS, st.integers(0, 9)), max_size=5), max_size=4))
     grids, rows = [], []
@@ -123,7 +123,7 @@ def to(device, inputs):
 
 
 @given(inputs=batches())
-def test_prompts_are_counted_token_by_token(device, inputs):
+def test_prompts_match_a_count_token_by_token(device, inputs):
     grids, wanted = iter(inputs["grids"]), []
     rule = {name: inputs[name] for name in ("side", "tile_order", "thumbnail")}
     for images, attended in zip(
@@ -165,7 +165,7 @@ def test_a_padded_prompt_has_the_ids_it_has_alone(device, pads, grid):
 
 
 def test_blocks_carry_their_counts(device):
-    """Images that cross the blocks of a program, in prompts of several blocks."""
+    """Images cross the borders of blocks, in prompts of several blocks."""
     grids = [(4, 3), (1, 1), (3, 2), (6, 2)]
     kinds = [[0] * 700 + [2] * 3328 + [1] * 900 + [2] * 256, [1] * 50 + [2] * 1792 + [2] * 3328]
     width = max(map(len, kinds))
@@ -205,7 +205,7 @@ def test_grids_number_a_sequence(parts, side, order, thumbnail):
     assert packed.position_ids(len(wanted)).tolist() == wanted
 
 
-def test_grids_of_an_image_memory_lie_one_behind_the_other():
+def test_grids_of_an_image_memory_are_concatenated():
     packed = ImageGrids.pack([(2, 1), (1, 1), (0, 0)], side=2)
     assert packed.table.tolist() == [[0, 0, 2, 1], [12, 0, 1, 1], [16, 0, 0, 0]]
     assert packed.end == 20
@@ -213,10 +213,10 @@ def test_grids_of_an_image_memory_lie_one_behind_the_other():
     assert torch.equal(packed.position_ids(20), ids)
 
 
-def test_grids_say_what_is_wrong():
+def test_invalid_grids_raise():
     with pytest.raises(ValueError, match="2 grids need as many offsets and biases, got 1 and 2"):
         ImageGrids.pack([(1, 1), (1, 1)], offsets=[0])
-    with pytest.raises(ValueError, match=r"image 1 must begin at 260 or later.* got offset 4"):
+    with pytest.raises(ValueError, match=r"image 1 must start at 260 or later.* got offset 4"):
         ImageGrids.pack([(1, 1), (1, 1)], offsets=[4, 4])
     with pytest.raises(ValueError, match="bias of at least 0, got offset 0 and bias -1"):
         ImageGrids.pack([(1, 1)], biases=[-1])
@@ -242,7 +242,7 @@ def test_operator_contract(real_device):
 
 
 @TRACED
-def test_compiles_whole_where_nothing_is_read_back(real_device):
+def test_compiles_whole_without_validation(real_device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(ops.rope_dhr_positions, fullgraph=True, backend=counter)
@@ -254,7 +254,7 @@ def test_compiles_whole_where_nothing_is_read_back(real_device):
     assert counter.frame_count <= 2
 
 
-def test_prompts_say_what_is_wrong(device):
+def test_invalid_prompts_raise(device):
     image = torch.ones(1, 64, dtype=torch.bool, device=device)
     with pytest.raises(ValueError, match="1 grids of 80 image tokens for prompts that hold 64"):
         ops.rope_dhr_positions(image, image, [(4, 1)], 4)
@@ -267,10 +267,10 @@ def test_prompts_say_what_is_wrong(device):
     with pytest.raises(ValueError, match="1 grids of 16 image tokens for prompts that hold 0"):
         ops.rope_dhr_positions(image[:0], image[:0], [(1, 1)], 4)
     torn = torch.tensor([[True] * 16 + [False] + [True] * 16], device=device)
-    with pytest.raises(ValueError, match=r"one run of image tokens.* prompts \[0\] with torn"):
+    with pytest.raises(ValueError, match=r"one run of image tokens.* prompts \[0\] with split"):
         ops.rope_dhr_positions(torn, torn, [(2, 1)], 4, thumbnail=False)
     over = torch.ones(2, 16, dtype=torch.bool, device=device)
-    with pytest.raises(ValueError, match=r"prompts \[1\] with torn ones, grids \[\[2, 1\]\]"):
+    with pytest.raises(ValueError, match=r"prompts \[1\] with split ones, grids \[\[2, 1\]\]"):
         ops.rope_dhr_positions(over, over, [(2, 1)], 4, thumbnail=False)
     with pytest.raises(ValueError, match="tile_order"):
         ops.rope_dhr_positions(image, image, [(2, 2)], 4, "diagonal", thumbnail=False)
@@ -282,7 +282,7 @@ def test_prompts_say_what_is_wrong(device):
         ops.image_position_ids((1, 2), tile_order="diagonal")
     with pytest.raises(ValueError, match="rope_dhr_positions: grid must be"):
         ops.rope_dhr_positions(image, image, [(-1, 2)], 4)
-    for grids in ((2, 2), [(1, 1, 1)]):  # a grid that is not in a list; a grid of three
+    for grids in ((2, 2), [(1, 1, 1)]):  # a grid outside a list; a grid of three numbers
         with pytest.raises(ValueError, match=r"rope_dhr_positions: grid must be \(cols, rows\)"):
             ops.rope_dhr_positions(image, image, grids, 4)
     with pytest.raises(ValueError, match="grid must be"):

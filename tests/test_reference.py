@@ -1,4 +1,4 @@
-"""The operations: recorded values, laws, gradients and errors."""
+"""The references: recorded values, laws, gradients and errors."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def test_recorded_tables(golden):
             assert torch.equal(ours.bfloat16(), half)
 
 
-def test_dynamic_scaling_begins_past_its_length_and_leaves_nothing_behind():
+def test_dynamic_scaling_starts_after_its_length_and_keeps_no_state():
     position_ids = torch.arange(9)[None].expand(3, -1)
     plain, _ = ops.rotary_table(position_ids, 16, 1e4)
     for _ in range(2):
@@ -42,7 +42,7 @@ def test_dynamic_scaling_begins_past_its_length_and_leaves_nothing_behind():
 
 
 @given(offset=st.integers(-50, 50), D=st.sampled_from([2, 6, 64]))
-def test_scores_depend_on_the_difference_of_ids_only(offset, D):
+def test_scores_depend_only_on_the_difference_of_ids(offset, D):
     q, k = random(1, 4, 2, D, dtype=torch.float64), random(1, 4, 2, D, dtype=torch.float64, seed=1)
     ids = torch.tensor([[60, 61, 70, 99]])
 
@@ -51,7 +51,7 @@ def test_scores_depend_on_the_difference_of_ids_only(offset, D):
         a, b = ops.apply_rotary(q, k, *table)
         return torch.einsum("bnhd,bmhd->bhnm", a, b)
 
-    # The angles are float32: 99 radians are known to 1e-5.
+    # The angles are float32: 99 radians are exact to 1e-5.
     torch.testing.assert_close(scores(offset), scores(0), rtol=0, atol=2e-4)
 
 
@@ -64,7 +64,7 @@ def test_rotation_is_computed_in_float32(dtype):
     assert error.abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
 
 
-def test_a_table_says_what_is_wrong():
+def test_invalid_tables_raise():
     with pytest.raises(ValueError, match="even"):
         ops.rotary_table(torch.arange(3)[None], 5)
     with pytest.raises(ValueError, match="length"):
@@ -75,7 +75,7 @@ def test_a_table_says_what_is_wrong():
 
 
 def naive_attention(q, k, v, spans):
-    """All scores, as the definition reads: by products of matrices, whose rounding is no dot's."""
+    """All scores, by the definition, with matrix products, which round differently from SDPA."""
     groups = q.shape[2] // k.shape[1]
     k, v = (x.repeat_interleave(groups, 1).transpose(0, 1) for x in (k, v))  # [H, M, D]
     start, end = spans.unsqueeze(1).unbind(-1)
@@ -108,7 +108,7 @@ def memory_case(B, N, H, G, D, M, seed, per_token=True, dtype=torch.float32):
     seed=st.integers(0, 99),
     per_token=st.booleans(),
 )
-def test_attention_is_its_definition(B, N, heads, D, M, seed, per_token, compiling):
+def test_attention_matches_its_definition(B, N, heads, D, M, seed, per_token, compiling):
     case = memory_case(B, N, *heads, D, M, seed, per_token)
     op = reference.attention._attend_masked if compiling else ops.attend_spans
     assert_matches(op, naive_attention, case)
@@ -158,11 +158,11 @@ def test_attention_compiles_whole():
     torch.testing.assert_close(compiled(**case), ops.attend_spans(**case), rtol=1e-5, atol=1e-6)
 
 
-def test_attention_says_what_is_wrong():
+def test_invalid_attention_arguments_raise():
     case = memory_case(2, 3, 2, 2, 8, 30, 5)
     with pytest.raises(ValueError, match=r"spans must be .* \(2, 3, 2\) or \(2, 1, 2\)"):
         ops.attend_spans(**case | {"spans": case["spans"][:, :2]})
-    with pytest.raises(ValueError, match=r"must lie in \[0, 30\]"):
+    with pytest.raises(ValueError, match=r"must be in \[0, 30\]"):
         ops.attend_spans(**case | {"spans": case["spans"] + 31})
     with pytest.raises(ValueError, match="dividing 2"):
         ops.attend_spans(**case | {"k": random(30, 3, 8), "v": random(30, 3, 8)})
@@ -187,7 +187,7 @@ def test_projection_gradient():
     assert gradcheck(ops.project_tiles, leaves)
 
 
-def test_projection_says_what_is_wrong():
+def test_invalid_projection_arguments_raise():
     weights = [random(*s) for s in [(12,), (12,), (5, 12), (5,), (5, 5), (5,)]]
     with pytest.raises(ValueError, match=r"1 \+ h\*h"):
         ops.project_tiles(random(2, 16, 3), *weights)

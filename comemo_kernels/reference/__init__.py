@@ -1,8 +1,8 @@
-"""What each kernel must compute, in plain PyTorch: the specification, and the CPU path.
+"""What each operation computes, in plain PyTorch: the specification, and the CPU path.
 
-Same names and signatures as the public functions of the package. Each function works in the
-dtype it is given (rotations, angles and norms in float32 at least); the tests run it in float64 as
-the truth and in the tested dtype as the yardstick.
+Names and signatures are those of the package. Each function computes in the dtype of its inputs
+(rotations, angles and norms at least in float32). Tests run it in float64 for the true result, and
+in the tested dtype for the error that is allowed.
 
 Letters: B prompts, N tokens of a prompt, M tokens of the image memory, I images, H heads, G heads
 of keys and values, D head dimension, P rows of a rotary table, T tiles, S tokens along a tile's
@@ -12,7 +12,7 @@ side, C channels of the vision tower, d width of the language model.
 from comemo_kernels.grids import image_tokens
 from comemo_kernels.reference.attention import attend_spans, attention_workspace
 from comemo_kernels.reference.fused_linear import gated_residual, norm_linear, norm_swiglu
-from comemo_kernels.reference.memory import build_memory
+from comemo_kernels.reference.memory_build import build_memory
 from comemo_kernels.reference.positions import (
     image_position_ids,
     rope_dhr_positions,

@@ -7,12 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from comemo_kernels._arguments import public
-from comemo_kernels._checks import check_attention, check_read, check_workspace
 from comemo_kernels._writes import check_writable
 from comemo_kernels.attention_types import AttentionWorkspace, MemoryScales, QueryRotation
+from comemo_kernels.reference.attention_checks import (
+    check_attention,
+    check_read,
+    check_workspace,
+)
 from comemo_kernels.reference.rotary import rotate_halves
 
-ROWS = 256  # queries whose scores are held at once where SDPA cannot be used
+ROWS = 256  # queries per block of scores, where SDPA cannot be used
 
 
 @public
@@ -27,14 +31,14 @@ def attend_spans(
     validate: bool = False,
     workspace: AttentionWorkspace | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Every query reads its own span of the image memory: softmax(q k^T / sqrt(D)) v.
+    """Attend each query to its own span of the image memory: softmax(q k^T / sqrt(D)) v.
 
-    Spans are the only mask: packed samples, ragged batches, prompts that share one memory, images
-    that only later tokens see. On a GPU what several queries read is read once for a block of them
-    (beams, drafts, a batch on one picture), and with few queries keys are split over the GPU's
-    multiprocessors; the result depends on neither order nor timing.
+    Spans are the only mask. They express packed samples (varlen), ragged batches, prompts that
+    share one memory, and images that only later tokens see. On a GPU a block of queries reads
+    shared keys once (beams, draft tokens, a batch on one image), and with few queries the keys are
+    split over the multiprocessors (split-K); the result is deterministic.
 
-    Where gradients are required it is a PyTorch composition on a GPU too.
+    If gradients are required it is a PyTorch composition on a GPU too.
     Source: CoMemo (arXiv:2506.06279).
 
     Args:
@@ -43,12 +47,13 @@ def attend_spans(
             GPU D contiguous, other strides free. k is rotated.
         spans: int32 or int64 [B, N, 2] or [B, 1, 2], half-open [start, end) in [0, M].
         rotation: how q is rotated on load; None if it is rotated already.
-        scales: factors of a float8 memory.
+        scales: scales of a float8 memory.
         return_lse: whether to return the log-sum-exp of the scores too.
-        validate: whether to look if spans lie in the memory and images ascend, for which the host
-            waits for the GPU; on a CPU it is always looked at. Without it nothing outside the
-            memory is read either.
-        workspace: of `attention_workspace`, for a call that allocates nothing; not with gradients.
+        validate: whether to check that spans are in the memory and images ascend, which syncs with
+            the GPU; on a CPU they are always checked. Without it nothing outside the memory is
+            read either.
+        workspace: from `attention_workspace`, for a call that allocates nothing; not with
+            gradients.
 
     Returns:
         [B, N, H, D] in the dtype of q; zeros, with zero gradients, where a span is empty. With
@@ -57,19 +62,18 @@ def attend_spans(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a span outside the memory or images
-            that do not ascend, if looked at; on a GPU strides or float64 that a kernel does not
-            take, or a GPU without float8.
+            that do not ascend, if checked; on a GPU strides or float64 that the kernels do not
+            support, or a GPU without float8.
     """
     check_attention(q, k, v, spans, rotation, scales, workspace)
     if workspace is not None:
         learns = any(t.requires_grad for t in (q, k, v))
-        check_writable(
-            *("attend_spans", {"workspace.out": workspace.out, "workspace.lse": workspace.lse}),
-            learns,
-        )
+        written = {"workspace.out": workspace.out, "workspace.lse": workspace.lse}
+        check_writable("attend_spans", written, learns)
     starts = None if rotation is None else rotation.starts
-    # Values of spans are at hand; or what a GPU's results are held against, which may wait: keys
-    # turned by their biases are as exact as the table.
+    # Whether values of spans may be read: on a CPU; and in float64, where the result is the truth
+    # that a GPU is tested against and a sync does not matter. `_attend_masked` rotates keys by
+    # their biases, which is only as exact as the table.
     known = not torch.compiler.is_compiling() and (not q.is_cuda or q.dtype == torch.float64)
     if validate or known:
         check_read(k.shape[0], spans, starts)
@@ -89,43 +93,44 @@ def attend_spans(
 
 @public
 def attention_workspace(q: Tensor, k: Tensor, splits: int | None = None) -> AttentionWorkspace:
-    """What `attend_spans` needs to allocate nothing for queries like `q` and keys like `k`.
+    """Buffers with which `attend_spans` allocates nothing, for queries like `q` and keys like `k`.
 
     Args:
         q: [B, N, H, D]; only shape, dtype and device matter.
-        k: [M, G, D]; with a memory that grows, its whole capacity.
-        splits: over how many programs the keys of a block are split; None lets the shapes and the
-            GPU decide.
+        k: [M, G, D]; of a memory that grows, its whole capacity.
+        splits: number of programs that share the keys of a block; None chooses it by the shapes
+            and the GPU.
 
     Returns:
         Tensors on the device of q, for one call at a time.
 
     Raises:
-        ValueError: H that is no multiple of G, or no splits.
+        ValueError: H that is not a multiple of G, or fewer than one split.
     """
     check_workspace(q, k, splits)
     (B, N, H, D), G = q.shape, k.shape[1]
-    nothing = torch.empty(1, device=q.device)
+    unused = torch.empty(1, device=q.device)  # PyTorch's attention allocates by itself
     return AttentionWorkspace(
-        torch.empty_like(q, memory_format=torch.contiguous_format),
-        torch.empty(B, N, H, device=q.device),
-        nothing.expand(1, G, B * N * H // G, D),  # PyTorch allocates as it likes
-        *(nothing, nothing.int()),
+        out=torch.empty_like(q, memory_format=torch.contiguous_format),
+        lse=torch.empty(B, N, H, device=q.device),
+        parts=unused.expand(1, G, B * N * H // G, D),
+        part_lse=unused,
+        counts=unused.int(),
     )
 
 
 def _unscale(x: Tensor, scale: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
-    """[M, G, D] of float8 times its tiles' factors, in `dtype`."""
+    """Float8 [M, G, D] times the scales of its tiles, in `dtype`."""
     exact = torch.promote_types(dtype, torch.float32)
     factors = scale.repeat_interleave(tile, 0)[: x.shape[0], :, None]
     return (x.to(exact) * factors.to(exact)).to(dtype)
 
 
-def turn(x: Tensor, distance: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [..., H, D] by `distance` [...] rows of the table, of either sign."""
+def rotate_by_distance(x: Tensor, distance: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate [..., H, D] by `distance` [...] rows of the table, of either sign; NaN beyond it."""
     exact = torch.promote_types(x.dtype, torch.float32)
     row = distance.long().abs()
-    known = ((row >= 0) & (row < cos.shape[0]))[..., None]  # the least integer has no abs
+    known = ((row >= 0) & (row < cos.shape[0]))[..., None]  # the smallest integer has no abs
     row = row.clamp(0, cos.shape[0] - 1)
     c = torch.where(known, cos[row].to(exact), float("nan")).unsqueeze(-2)  # [..., 1, R/2]
     s = (sin[row].to(exact) * distance.sign()[..., None].to(exact)).unsqueeze(-2)
@@ -140,14 +145,14 @@ def _attend_spans(
     rotation: QueryRotation | None,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Queries of equal span, and of equal biases, together: beams read their memory once."""
+    """Attend queries with the same span and biases together, so that beams read memory once."""
     (B, N, H, D), each = q.shape, spans.shape[1]  # 1: spans of prompts, N: of tokens
     biases, starts = None, [0]
     kind = spans.reshape(-1, 2).long()
     if rotation is not None and rotation.starts is not None and rotation.biases is not None:
         starts = rotation.starts.tolist() or [0]
         biases = rotation.biases.expand(B, -1)
-        if len(rotation.biases) > 1:  # the same images may stand elsewhere in each prompt
+        if len(rotation.biases) > 1:  # each prompt may have the images at other ids
             row = torch.arange(B, device=q.device).repeat_interleave(each)
             kind = torch.cat([kind, row[:, None]], 1)
     distinct, owner = kind, None
@@ -157,14 +162,14 @@ def _attend_spans(
     if rotation is not None:
         ids = rotation.positions.expand(B, N).reshape(-1).long()
     prompts = torch.arange(B, device=q.device)
-    if B > 1:  # of each query; of one prompt no gathering is needed
+    if B > 1:  # the prompt of each query
         prompts = prompts.repeat_interleave(N)
     out = torch.zeros_like(flat, memory_format=torch.contiguous_format)
     lse = flat.new_full((B * N, H), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     for index, (start, end, *_) in enumerate(distinct.tolist()):
         if start >= end or not flat.numel():
             continue
-        rows = None  # all: nothing to gather
+        rows = None  # all rows, without a gather
         if owner is not None and len(distinct) > 1:
             rows = (owner == index).repeat_interleave(N // each).nonzero().squeeze(1)
         queries = flat if rows is None else flat[rows]
@@ -173,7 +178,7 @@ def _attend_spans(
             for i, (first, last) in enumerate(zip(starts, [*starts[1:], k.shape[0]], strict=True))
             if first < end and last > start
         ]
-        turned = []
+        pieces = []
         for i, first, last in edges:
             piece = queries
             if rotation is not None and ids is not None:
@@ -181,12 +186,12 @@ def _attend_spans(
                 if biases is not None and biases.shape[1]:
                     owners = prompts if rows is None or B == 1 else prompts[rows]
                     distance = distance - biases[owners, i]
-                piece = turn(queries, distance, rotation.cos, rotation.sin)
-            turned.append((piece, first, last))
-        if len(turned) == 1 and not return_lse:
-            read = _attend(turned[0][0], k[start:end], v[start:end])
+                piece = rotate_by_distance(queries, distance, rotation.cos, rotation.sin)
+            pieces.append((piece, first, last))
+        if len(pieces) == 1 and not return_lse:
+            read = _attend(pieces[0][0], k[start:end], v[start:end])
         else:
-            read, found = _attend_pieces(turned, k, v[start:end])
+            read, found = _attend_pieces(pieces, k, v[start:end])
             lse = found if rows is None else lse.index_copy(0, rows, found)
         out = read if rows is None else out.index_copy(0, rows, read)
     return out.view(B, N, H, D), lse.view(B, N, H) if return_lse else None
@@ -195,7 +200,7 @@ def _attend_spans(
 def _attend_pieces(
     pieces: list[tuple[Tensor, int, int]], k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One softmax over pieces of keys, each with queries [R, H, D] of its own rotation."""
+    """One softmax over several ranges of keys, each with queries [R, H, D] of its own rotation."""
     (R, H, D), G = pieces[0][0].shape, k.shape[1]
     values = v.transpose(0, 1).unsqueeze(1)  # [G, 1, M, D]
     outs, lses = [], []
@@ -216,8 +221,8 @@ def _attend_pieces(
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """[R, H, D] queries over [M, G, D] keys, all heads in one SDPA call."""
-    grouped = bool(q.shape[1] != k.shape[1])  # while compiling a symbol, which SDPA refuses
+    """Queries [R, H, D] over keys [M, G, D], all heads in one SDPA call."""
+    grouped = bool(q.shape[1] != k.shape[1])  # SDPA rejects the symbol that torch.compile has here
     q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q, k, v))  # [1, H, R, D]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
     return out.squeeze(0).transpose(0, 1)
@@ -231,32 +236,29 @@ def _attend_masked(
     rotation: QueryRotation | None = None,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """The same without a look at any value: keys turned by their image's bias, a dense mask."""
+    """The same without reading values, so without a sync: a dense mask, keys rotated by biases."""
     B, N, H, D = q.shape
     place = torch.arange(k.shape[0], device=q.device)
     if rotation is not None:
         ids = rotation.positions.expand(B, N)
-        q = turn(q, ids, rotation.cos, rotation.sin)
+        q = rotate_by_distance(q, ids, rotation.cos, rotation.sin)
         if rotation.starts is not None and rotation.biases is not None and len(rotation.starts):
             image = torch.searchsorted(rotation.starts, place.int(), right=True) - 1
             biases = rotation.biases[:, image.clamp(min=0)]  # [B or 1, M]
             if len(biases) > 1:
-                # Prompts one by one, each with keys of its own.
-                parts = [
-                    _attend_masked(
-                        *(q[b : b + 1], turn(k, biases[b], rotation.cos, rotation.sin), v),
-                        *(spans[b : b + 1], None, return_lse),
-                    )
-                    for b in range(B)
-                ]
+                parts = []
+                for b in range(B):  # each prompt with its own rotation of the keys
+                    own = rotate_by_distance(k, biases[b], rotation.cos, rotation.sin)
+                    rows = slice(b, b + 1)
+                    parts.append(_attend_masked(q[rows], own, v, spans[rows], None, return_lse))
                 outs, lses = zip(*parts, strict=True)
                 return torch.cat(outs), torch.cat(lses) if return_lse else None
-            k = turn(k, biases[0], rotation.cos, rotation.sin)
+            k = rotate_by_distance(k, biases[0], rotation.cos, rotation.sin)
     seen = (place >= spans[..., :1]) & (place < spans[..., 1:])  # [B, N or 1, M]
     seen = seen.expand(B, N, -1).reshape(B * N, k.shape[0])
-    # An empty span attends to everything and is then zeroed: softmax over nothing is NaN.
+    # A softmax over nothing is NaN: an empty span attends to everything and is then zeroed.
     some = seen.any(-1, keepdim=True)
-    # Rows that nobody reads may not have been written: NaN times nothing is NaN.
+    # Memory rows that no query reads may be uninitialised, and NaN * 0 is NaN.
     read = seen.any(0)[:, None, None]
     k, v = (torch.where(read, x, 0) for x in (k, v))
     flat = q.reshape(B * N, H, D)

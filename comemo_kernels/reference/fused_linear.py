@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from comemo_kernels._arguments import public
-from comemo_kernels._checks import DTYPES
+from comemo_kernels.reference.dtypes import DTYPES
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -8,15 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from comemo_kernels._arguments import public
-from comemo_kernels._checks import check_prompt_grids, pack_prompt_grids
-from comemo_kernels._op import check_count
+from comemo_kernels._op import check, check_count
 from comemo_kernels.grids import (
     Grid,
+    ImageGrids,
     check_grid,
     check_tile_order,
     image_tokens,
     thumbnail_cells,
 )
+from comemo_kernels.reference.dtypes import MASKS
 
 
 @public
@@ -35,10 +36,10 @@ def image_position_ids(
     Source: CoMemo (arXiv:2506.06279); exact integers instead of the published float linspace.
 
     Args:
-        grid: (cols, rows) of tiles; up to one tile there is only the thumbnail's raster.
+        grid: (cols, rows) of tiles; an image of at most one tile has only the thumbnail's raster.
         side: S, tokens along a tile's side.
-        tile_order: "row" gives tile t the ids of its own place; "column" those of column
-            t // rows, row t % rows, as the published code does.
+        tile_order: "row" gives tile t the ids of its own place; "column" gives it those of column
+            t // rows, row t % rows, as in the published code.
         bias: id of the image's first thumbnail token.
         thumbnail: whether images of more than one tile carry a thumbnail.
 
@@ -68,26 +69,26 @@ def rope_dhr_positions(
 ) -> Tensor:
     """RoPE-DHR position ids of whole prompts.
 
-    Text counts 0, 1, ...; an image whose first token would be `bias` spends the ids
-    [bias, bias + S*S) whatever its tile count; padding gets 0. On a GPU it is one launch.
+    Text counts 0, 1, ...; an image whose first token would have id `bias` uses the ids
+    [bias, bias + S*S) for any number of tiles; padding gets 0. On a GPU it is one launch.
     Source: CoMemo (arXiv:2506.06279).
 
     Args:
         image_mask: bool [B, N], True at image tokens.
         attention_mask: [B, N], 0 at padding.
         grids: (cols, rows) of every image, in reading order, prompt after prompt; a list, or
-            integers [I, 2], best on the CPU: of a tensor on a GPU the host has to wait.
-        side, tile_order, thumbnail: as of `image_position_ids`.
-        validate: whether to look if the grids fit the mask, for which the host waits for the
-            GPU; without it ids of prompts that do not fit mean nothing.
+            integers [I, 2], best on the CPU, because a tensor on a GPU syncs.
+        side, tile_order, thumbnail: see `image_position_ids`.
+        validate: whether to check that the grids fit the mask, which syncs with the GPU; without
+            it the ids of prompts that do not fit are meaningless.
 
     Returns:
         int64 [B, N] on the masks' device.
 
     Raises:
         ValueError: masks of different shapes or devices; an unknown tile order; with `validate`,
-            grids that ask for another number of image tokens than the prompts hold, or an image
-            torn apart by text or by a prompt's end.
+            grids with another number of image tokens than the prompts, or an image split by text
+            or by the end of a prompt.
     """
     packed = pack_prompt_grids(image_mask, attention_mask, grids, side, tile_order, thumbnail)
     B, N = image_mask.shape
@@ -97,18 +98,18 @@ def rope_dhr_positions(
         ids = text_before
         whole = ~image_mask
     else:
-        # Where images are whole, counts alone tell everything: how many image tokens of all
-        # prompts lie before a token says which images are complete there.
+        # If no image is split, counts are enough: the number of image tokens of all prompts ahead
+        # of a token tells which images are complete there.
         seen = image_mask.reshape(-1).long().cumsum(0).view(B, N) - image_mask.long()
         offset, _, cols, rows = packed.table.long().t().contiguous()  # [I] each
         image = (torch.searchsorted(offset, seen, right=True) - 1).clamp(min=0)  # [B, N]
         place = seen - offset[image]  # in its image, of an image token
         complete = image + (~image_mask & (place > 0)).long()
-        before = seen[:, :1]  # all prompts ahead
+        before = seen[:, :1]  # in all previous prompts
         ahead = image[:, :1] + (before > offset[image[:, :1]]).long()
         cells = thumbnail_cells(place, cols[image], rows[image], side, tile_order)
         ids = text_before + side**2 * (complete - ahead) + torch.where(image_mask, cells, 0)
-        follows = F.pad(image_mask[:, :-1], (1, 0))  # on an image token
+        follows = F.pad(image_mask[:, :-1], (1, 0))  # the previous token is an image token
         whole = ~image_mask | (((place == 0) | follows) & (seen < packed.end))
     if validate:
         check_prompt_grids(image_mask, packed, whole)
@@ -126,24 +127,24 @@ def rotary_table(
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of each token's rotary angles.
 
-    With `factor`, dynamic-NTK scaling: from `length` > `max_length` on, theta grows by
+    With `factor`, dynamic NTK scaling: if `length` > `max_length`, theta is multiplied by
     `(factor * length / max_length - (factor - 1)) ** (dim / (dim - 2))`. It depends on this call
-    only: a long prompt leaves nothing behind.
+    only, not on earlier prompts.
 
     Args:
         position_ids: [B, N] integers (floats for interpolated positions).
         dim: D, even.
         theta: base of the angles.
-        factor: dynamic-NTK factor, or None.
+        factor: dynamic NTK factor, or None.
         length: [B] tokens or positions of each prompt; needed with `factor`.
-        max_length: length up to which nothing is scaled.
+        max_length: largest length without scaling.
 
     Returns:
         cos, sin: float32 [B, N, D/2] of angles in radians.
 
     Raises:
         ValueError: a `dim` that is odd or below 2, with `factor` below 4; a `theta` that is not
-            positive; ids or lengths of another shape; `factor` without `length` and `max_length`.
+            positive; ids or lengths of a wrong shape; `factor` without `length` and `max_length`.
     """
     _check_angles(position_ids, dim, theta, factor, length, max_length)
     exponent = torch.arange(0, dim, 2, device=position_ids.device).float() / dim  # [D/2]
@@ -152,7 +153,7 @@ def rotary_table(
     else:
         assert length is not None
         growth = (factor * length.double() / max_length - (factor - 1)).clamp(min=1.0)
-        base = theta * growth ** (dim / (dim - 2))  # [B], exactly theta where nothing is scaled
+        base = theta * growth ** (dim / (dim - 2))  # [B], exactly theta without scaling
         frequency = 1.0 / base.float()[:, None] ** exponent
     angle = position_ids.float()[:, :, None] * frequency[:, None]
     return angle.cos(), angle.sin()
@@ -195,3 +196,50 @@ def _check_angles(
             f" {position_ids.device}, got {length.dtype} {tuple(length.shape)} on {length.device}"
         )
     check_count("rotary_table", "max_length, which factor needs,", max_length, 1)
+
+
+def pack_prompt_grids(
+    image_mask: Tensor,
+    attention_mask: Tensor,
+    grids: Sequence[Grid] | Tensor,
+    side: int,
+    tile_order: str,
+    thumbnail: bool,
+) -> ImageGrids:
+    """Check the arguments of `rope_dhr_positions`; return its grids on the masks' device."""
+    if (
+        image_mask.ndim != 2
+        or image_mask.dtype != torch.bool
+        or attention_mask.dtype not in MASKS
+        or image_mask.shape != attention_mask.shape
+        or image_mask.device != attention_mask.device
+    ):
+        raise ValueError(
+            "rope_dhr_positions: image_mask and attention_mask must have one shape [B, N] and"
+            f" device, the first of bool, got {image_mask.dtype} {tuple(image_mask.shape)} on"
+            f" {image_mask.device} and {tuple(attention_mask.shape)} on {attention_mask.device}"
+        )
+    check_tile_order("rope_dhr_positions", tile_order)
+    listed = grids.tolist() if isinstance(grids, Tensor) else grids
+    for grid in listed:
+        check_grid("rope_dhr_positions", grid, side)
+    pairs = [(int(cols), int(rows)) for cols, rows in listed]
+    return ImageGrids.pack(
+        pairs, side=side, tile_order=tile_order, thumbnail=thumbnail, device=image_mask.device
+    )
+
+
+def check_prompt_grids(image_mask: Tensor, packed: ImageGrids, whole: Tensor) -> None:
+    """Raise the errors of `rope_dhr_positions` that depend on values of the masks."""
+    found = int(image_mask.sum())
+    check(
+        found == packed.end,
+        f"rope_dhr_positions: {len(packed.table)} grids of {packed.end} image tokens for prompts"
+        f" that hold {found}",
+    )
+    check(
+        bool(whole.all()),
+        "rope_dhr_positions: each image must be one run of image tokens in one prompt, got prompts"
+        f" {(~whole).any(-1).nonzero().flatten().tolist()} with split ones, grids"
+        f" {packed.table[:, 2:].tolist()}",
+    )

@@ -1,59 +1,86 @@
-"""What arguments of the image memory must hold: sizes, places, spans, what is built."""
+"""Keys and values of image tokens, in PyTorch."""
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
-from comemo_kernels._checks import DTYPES, FLOAT8
+from comemo_kernels._arguments import public
 from comemo_kernels._op import check_count
 from comemo_kernels._writes import check_writable
 from comemo_kernels.attention_types import MemoryScales
+from comemo_kernels.reference.attention import rotate_by_distance
+from comemo_kernels.reference.dtypes import DTYPES, FLOAT8
+from comemo_kernels.reference.fused_linear import rms_norm
 
-INTEGERS = {torch.int32, torch.int64}
-
-
-def at_hand(values: Tensor) -> list[int]:
-    """What a tensor holds, if nobody has to wait for it: of a GPU, and while compiling, nothing."""
-    known = values.device.type == "cpu" and not torch.compiler.is_compiling()
-    return values.tolist() if known else []
+FLOAT8_MAX = 448.0  # of float8_e4m3fn
 
 
-def check_sizes(verb: str, name: str, sizes: Sequence[int], low: int) -> None:
-    """Raise ValueError in the name of function `verb` unless all are counts from `low` on."""
-    for i, size in enumerate(sizes):
-        check_count(verb, f"{name}[{i}]", size, low)
+@torch.no_grad()
+@public
+def build_memory(
+    media: Tensor,
+    kv_weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor] | None,
+    cos: Tensor,
+    sin: Tensor,
+    ids: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scales: Sequence[MemoryScales] | None = None,
+    row: int = 0,
+    eps: float = 1e-5,
+) -> None:
+    """Write keys and values of image tokens, for every layer, into rows of the image memory.
 
+    k, v = split(rms_norm(media) W^T), k rotated by `ids`. On a GPU one GEMM builds all layers.
+    A NaN in a value is written as 0, so that it cannot reach tokens that do not read this row; its
+    key is NaN then too, which reaches those that do. Source: CoMemo (arXiv:2506.06279).
 
-def check_narrow(verb: str, name: str, ids: Tensor, low: int = -(2**31)) -> None:
-    """Raise for ids that do not lie in [low, 2^31) of int32, as far as they are at hand."""
-    listed = at_hand(ids)
-    if listed and (min(listed) < low or max(listed) >= 2**31):
-        raise ValueError(
-            f"{verb}: {name} must lie in [{low}, 2^31), got {min(listed)} to {max(listed)}"
-        )
+    Args:
+        media: [M, d] projected image tokens; float16, bfloat16 or float32, on a CPU also float64.
+        kv_weights: of each layer [2 * G * D, d], the rows of keys first; on a GPU contiguous.
+        norm_weights: of each layer [d]; None if they are folded into `kv_weights`.
+        cos, sin: [P, D/2], a row for each id from 0 to P - 1. A larger id gives NaN.
+        ids: int32 [M], of any sign: index of each token in its image, or in its prompt.
+        keys, values: of each layer [C, G, D], written from `row` on; the dtype of media, or
+            float8_e4m3fn with `scales`; all with the same strides, D at most 128 on a GPU.
+        scales: of each layer, written for the tiles that are built: they map the largest element
+            of a tile and head to the largest float8.
+        row: first row to write; with `scales` the first row of a tile.
+        eps: of the norm.
 
+    Returns:
+        None.
 
-def check_spans(verb: str, spans: Tensor | None) -> None:
-    """Raise for what is no span of each prompt or token; None is nobody's."""
-    if spans is not None and (
-        spans.ndim != 3 or spans.shape[2] != 2 or spans.dtype not in INTEGERS
-    ):
-        raise ValueError(
-            f"{verb}: spans must be int32 or int64 [B, 1, 2] or [B, N, 2], got {spans.dtype}"
-            f" {tuple(spans.shape)}"
-        )
-
-
-def check_biases(verb: str, biases: Tensor, images: int) -> Tensor:
-    """int32 [1 or B, I] of biases [I] or [B, I] that are those of `images` images."""
-    if biases.ndim not in (1, 2) or biases.shape[-1] != images or biases.dtype not in INTEGERS:
-        raise ValueError(
-            f"{verb}: biases must be for the {images} images, int32 or int64 [I] or [B, I], got"
-            f" {biases.dtype} {tuple(biases.shape)}"
-        )
-    check_narrow(verb, "biases", biases.flatten(), 0)
-    return biases.reshape(-1, images).int()
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit; more rows than the capacity C; keys
+            or values that cannot be written or share memory; on a GPU layouts, float64 or gradients
+            that the kernels do not support. Nothing is written then.
+    """
+    check_build(media, kv_weights, norm_weights, cos, sin, ids, keys, values, scales, row)
+    M, (_, G, D) = media.shape[0], keys[0].shape
+    rows = slice(row, row + M)
+    normed = rms_norm(media, None, eps)
+    for layer, weight in enumerate(kv_weights):
+        x = normed if norm_weights is None else norm_weights[layer] * normed
+        k, v = rearrange(F.linear(x, weight), "m (kv g d) -> kv m g d", kv=2, g=G)
+        k, v = rotate_by_distance(k, ids, cos, sin), v.masked_fill(v.isnan(), 0)
+        if scales is None:
+            keys[layer][rows], values[layer][rows] = k, v
+            continue
+        scale = scales[layer]
+        for x, held, factors in ((k, keys, scale.keys), (v, values, scale.values)):
+            exact = F.pad(x.float(), (0, 0, 0, 0, 0, -M % scale.tile))
+            tiles = exact.view(-1, scale.tile, G, D)
+            largest = tiles.abs().amax((1, 3)) / FLOAT8_MAX  # [T, G]
+            largest = torch.where(largest == 0, 1.0, largest)
+            first = row // scale.tile
+            factors[first : first + len(tiles)] = largest
+            scaled = (tiles / largest[:, None, :, None]).view(-1, G, D)[:M]
+            held[layer][rows] = scaled.to(FLOAT8)
 
 
 def check_build(
@@ -68,7 +95,7 @@ def check_build(
     scales: Sequence[MemoryScales] | None,
     row: int,
 ) -> None:
-    """Raise the errors of `build_memory`, before anything is written."""
+    """Raise the errors of `build_memory`."""
     if media.ndim != 2 or media.dtype not in DTYPES:
         raise ValueError(
             "build_memory: media must be [M, d] of float16, bfloat16, float32 or float64, got"
@@ -119,7 +146,7 @@ def check_build(
         )
     if not 0 <= row <= row + M <= C:
         raise ValueError(
-            f"build_memory: {M} rows from row {row} on must lie in the capacity {C} of the memory"
+            f"build_memory: {M} rows from row {row} on must fit the capacity {C} of the memory"
         )
     held = [] if scales is None else [t for scale in scales for t in scale[:2]]
     named = {"keys": keys, "values": values, "scales": held}
