@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import comemo_kernels as ops
+from comemo.images import Grid
 from comemo_kernels import ImageMemory
-from comemo_kernels.grids import Grid
 
 # transformers' keyword arguments for the bounds of samples and their largest length.
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

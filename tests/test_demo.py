@@ -12,7 +12,8 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer
 
 import comemo
-from comemo.cli import demo, progress
+from comemo.chat.streamers import TokenClock
+from comemo.cli import demo
 from comemo.cli import main as cli
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -159,7 +160,7 @@ def test_demo_as_a_new_user_runs_it():
 
 
 def test_clock_of_a_single_token():
-    clock = progress.TokenClock()
+    clock = TokenClock()
     clock.put(torch.tensor([[1, 2]]))
     clock.put(torch.tensor([3]))
     clock.end()

@@ -190,5 +190,8 @@ def test_layers_built_together_share_storage(model):
 def test_a_memory_without_spans_raises(model):
     media = torch.randn(4, 128).to(DEVICE)
     memory = ImageMemory.from_media(media, torch.arange(4), [4]).reading(None)
-    with pytest.raises(ValueError, match="by no spans who may read it"), torch.no_grad():
+    with (
+        pytest.raises(ValueError, match="image_memory.spans must say which tokens read what"),
+        torch.no_grad(),
+    ):
         model(input_ids=torch.tensor([[5]], device=DEVICE), image_memory=memory)

@@ -14,7 +14,7 @@ from PIL import Image
 
 import comemo
 from comemo import CoMemoProcessor, prompts
-from comemo.chat.conversation import load_pictures
+from comemo.chat.conversation import load_images
 
 ASK = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
 
@@ -173,6 +173,6 @@ def test_every_form_of_an_image_is_the_same_pixels(small, picture, tmp_path):
 def test_a_session_takes_images_as_text(model, processor, picture):
     text = base64.b64encode(encode(picture, "PNG")).decode()
     forms = [picture, text, f"data:image/png;base64,{text}", torch.tensor(np.array(picture))]
-    found = load_pictures(forms, 0, itertools.count(), processor.image_processor, model.config)
+    found = load_images(forms, 0, itertools.count(), processor.image_processor, model.config)
     wanted = comemo.load_image(picture)[0]
     assert all(torch.equal(one.pixel_values, wanted) for one in found)
