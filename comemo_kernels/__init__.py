@@ -9,8 +9,8 @@ from comemo_kernels.attention_types import AttentionWorkspace, MemoryScales, Que
 from comemo_kernels.graphs import HostFlag, capture, runs_ahead
 from comemo_kernels.grids import TEXT, ImageGrids
 from comemo_kernels.memory import ImageMemory
-from comemo_kernels.memory_buffers import distance_table, memory_buffers
 from comemo_kernels.memory_split import join_images, split_images
+from comemo_kernels.memory_tensors import distance_table, memory_buffers
 from comemo_kernels.reference import (
     fold_tiles,
     image_position_ids,

@@ -10,7 +10,7 @@ from torch import Tensor
 from comemo_kernels._arguments import public
 from comemo_kernels._op import check, check_count, to_device
 from comemo_kernels.attention_types import MemoryScales, QueryRotation
-from comemo_kernels.memory_buffers import Table, memory_buffers
+from comemo_kernels.memory_tensors import Table, memory_buffers
 from comemo_kernels.reference.dtypes import FLOAT8, INTEGERS
 from comemo_kernels.reference.memory_checks import (
     check_biases,

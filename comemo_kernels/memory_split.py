@@ -10,7 +10,7 @@ from comemo_kernels._arguments import public
 from comemo_kernels._op import check, check_count, to_device
 from comemo_kernels.attention_types import MemoryScales
 from comemo_kernels.memory import ImageMemory
-from comemo_kernels.memory_buffers import memory_buffers
+from comemo_kernels.memory_tensors import memory_buffers
 from comemo_kernels.reference.memory_checks import check_biases, check_sizes, check_spans
 
 

@@ -191,7 +191,7 @@ def test_a_memory_without_spans_raises(model):
     media = torch.randn(4, 128).to(DEVICE)
     memory = ImageMemory.from_media(media, torch.arange(4), [4]).reading(None)
     with (
-        pytest.raises(ValueError, match="image_memory.spans must say which tokens read what"),
+        pytest.raises(ValueError, match=r"image_memory\.spans must say"),
         torch.no_grad(),
     ):
         model(input_ids=torch.tensor([[5]], device=DEVICE), image_memory=memory)
