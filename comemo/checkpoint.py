@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
@@ -336,7 +337,7 @@ def _refuse_split_weights(directory: Path, options: dict[str, Any]) -> None:
                 )
 
 
-def _read_token_ids(model: Any, directory: Any, hub: dict[str, Any]) -> None:
+def _read_token_ids(model: PreTrainedModel, directory: Any, hub: dict[str, Any]) -> None:
     """Read from the tokenizer's files what published configs lack: image token, stop token."""
     settings = read_json(directory, "tokenizer_config.json", **hub)
     added = settings.get("added_tokens_decoder", {})

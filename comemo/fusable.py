@@ -4,8 +4,6 @@ Fused operations read a module's weights and skip its `forward`. That is only co
 the model was made: hooks, adapters, quantisation and offloading need the call.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
@@ -95,20 +93,20 @@ def offloaded_to(model: nn.Module) -> torch.device | None:
     return None
 
 
-def in_step(model: Any) -> bool:
+def in_step(training: bool, weight: Tensor) -> bool:
     """Whether all ranks have to call the same modules in the same order.
 
     True in training where `torch.distributed` is initialised, and wherever weights are sharded:
     other ranks would wait in a collective for a module that this one does not call.
 
     Args:
-        model: a `CoMemoModel`.
+        training: of the model.
+        weight: one of those that all ranks use.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    if model.training and torch.is_grad_enabled():
+    if training and torch.is_grad_enabled():
         return True
-    weight = next(model.multi_modal_projector.parameters())
     return hasattr(weight, "full_tensor")  # a DTensor
 
 

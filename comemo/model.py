@@ -160,7 +160,8 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
         if bounds is not None and image_memory is not None:
             image_memory = within_samples(image_memory, image_mask, bounds, N)
         read = image_memory
-        if read is None and past == 0 and in_step(self):
+        weight = next(self.multi_modal_projector.parameters())
+        if read is None and past == 0 and in_step(self.training, weight):
             read = self._blank_memory(B)
         output = self.language_model(
             inputs_embeds=inputs_embeds,

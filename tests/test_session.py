@@ -114,7 +114,7 @@ def test_text_before_the_first_picture_is_read_with_it(model, processor, picture
 def test_pictures_may_stay_when_words_are_forgotten(session, pictures):
     session.ask("hello")
     wanted = session.ask("what is this?", pictures[1]), session.ask("and?", pictures[3])
-    session.reset(keep_pictures=True)
+    session.reset(keep_images=True)
     with count_calls([session.model.model], "project_images") as seen:
         with pytest.raises(ValueError, match="its 2 images, or none, got 1"):
             session.ask("<image>")
@@ -138,8 +138,8 @@ def test_pictures_may_stay_when_words_are_forgotten(session, pictures):
         "causal",
     )
     same_cache(session, cache, ids.shape[1])
-    with pytest.raises(ValueError, match="keep_pictures must be False"):
-        session.reset(keep_pictures=True)
+    with pytest.raises(ValueError, match="keep_images must be False"):
+        session.reset(keep_images=True)
 
 
 @pytest.mark.parametrize("chunk", [7, 300, None])

@@ -40,7 +40,7 @@ def test_pictures_that_stay_stand_elsewhere(chatty):
     pictures = make_picture(1), make_picture(2)
     session = start(chatty)
     session.ask("<image> and <image>", list(pictures))
-    session.reset(keep_pictures=True)
+    session.reset(keep_images=True)
     with pytest.raises(Injected):
         session.ask("see <image> and there <image>", streamer=At(1))
     fresh = afresh(session, shown_in(session, *pictures))
@@ -107,7 +107,7 @@ CALLS = {
     "regenerate": lambda session: session.regenerate(),
     "fork": lambda session: session.fork(),
     "reset": lambda session: session.reset(),
-    "keep": lambda session: session.reset(keep_pictures=True),
+    "keep": lambda session: session.reset(keep_images=True),
     "loop": lambda session: session.ask("more"),
     "first loop": lambda session: session.ask("more"),
     "stored": lambda session: session.ask("and <image> more", make_picture(5)),

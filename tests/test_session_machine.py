@@ -162,7 +162,7 @@ class Talk(RuleBasedStateMachine):
 
     @rule(which=two, keep=st.booleans())
     def reset(self, which, keep):
-        self.session(which).reset(keep_pictures=keep)
+        self.session(which).reset(keep_images=keep)
 
     @invariant()
     def nothing_is_claimed_that_is_not_there(self):

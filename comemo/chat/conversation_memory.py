@@ -4,7 +4,6 @@ Letters: n tokens, M tokens of the image memory.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from comemo.chat.conversation import Conversation
 from comemo.chat.driver import Prompt
 from comemo.chat.transcript import Transcript
 from comemo.model import CoMemoModel
+from comemo.protocols import KeepsMemories
 from comemo_kernels import ImageMemory
 
 
@@ -22,7 +22,7 @@ def extend_memory(
     conversation: Conversation,
     prompt: Prompt,
     model: CoMemoModel,
-    store: Any,
+    store: KeepsMemories | None,
 ) -> ImageMemory | None:
     """The memory of all images; only new images are computed.
 

@@ -13,6 +13,7 @@ from comemo import prompts
 from comemo.chat.driver import build_prompt, check_tokenizer, generate_answer
 from comemo.chat.options import text_options
 from comemo.decode.interface import ModelMixin
+from comemo.protocols import KeepsMemories
 from comemo.vision import check_tiles
 
 History = list[tuple[str, str]]
@@ -36,7 +37,7 @@ class CoMemoChat(ModelMixin):
         *,
         system_message: str | None = None,
         streamer: Any = None,
-        memory_store: Any = None,
+        memory_store: KeepsMemories | None = None,
     ) -> str | tuple[str, History]:
         """Answer a question about images.
 
@@ -101,7 +102,7 @@ class CoMemoChat(ModelMixin):
         num_patches_list: Sequence[int] | None = None,
         target_aspect_ratio: Grids | tuple[int, int] | None = None,
         system_message: str | None = None,
-        memory_store: Any = None,
+        memory_store: KeepsMemories | None = None,
     ) -> tuple[str, dict[str, Any]]:
         """The prompt of a conversation, and the inputs of `generate` for its next answer.
 

@@ -23,6 +23,7 @@ from comemo.decode.cache import ROOM_FOR_ANSWER
 from comemo.decode.interface import GeneratingModel, Prefilled
 from comemo.decode.prefill import prefill
 from comemo.processor import CoMemoProcessor
+from comemo.protocols import KeepsMemories
 from comemo_kernels import ImageMemory
 
 
@@ -76,7 +77,7 @@ class ChatSession:
         rope: str = "dhr",
         visibility: str = "causal",
         prefill_chunk_size: int | None = 4096,
-        memory_store: Any = None,
+        memory_store: KeepsMemories | None = None,
         **options: Any,
     ) -> None:
         self._state = _State(Conversation(system_message, rope, visibility))
@@ -220,28 +221,28 @@ class ChatSession:
             other._numbers = itertools.count(next(self._numbers))
             return other
 
-    def reset(self, keep_pictures: bool = False) -> None:
+    def reset(self, keep_images: bool = False) -> None:
         """Forget the conversation.
 
         Args:
-            keep_pictures: show the images again with the next question; their memory is kept.
+            keep_images: show the images again with the next question; their memory is kept.
 
         Raises:
-            ValueError: `keep_pictures` with absolute memory positions, which are valid for one
+            ValueError: `keep_images` with absolute memory positions, which are valid for one
                 prompt only.
             RuntimeError: see `ask`.
         """
         with self._alone("reset"):
             conversation, memory = self._state.conversation, self._state.memory
-            if keep_pictures and memory is not None and memory.absolute:
+            if keep_images and memory is not None and memory.absolute:
                 raise ValueError(
-                    "ChatSession.reset: keep_pictures must be False with"
+                    "ChatSession.reset: keep_images must be False with"
                     " config.memory_positions='absolute', got True"
                 )
-            images = conversation.images if keep_pictures else ()
+            images = conversation.images if keep_images else ()
             images = tuple(replace(image, turn=0) for image in images)
             conversation = replace(conversation, turns=(), images=images)
-            self._state = _State(conversation, memory if keep_pictures else None, self.report)
+            self._state = _State(conversation, memory if keep_images else None, self.report)
             self._held = HeldTokens(len(self._held.cache.layers))
 
     def _alone(self, verb: str) -> threading.Lock:

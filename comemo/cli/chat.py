@@ -245,7 +245,7 @@ class Talk:
             note(HELP)
         elif word == "/new":
             absolute = self.model.config.memory_positions == "absolute"
-            self.session.reset(keep_pictures=not absolute)
+            self.session.reset(keep_images=not absolute)
             self._note(
                 "forgotten, images too"
                 if absolute
