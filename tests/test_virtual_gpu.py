@@ -331,7 +331,7 @@ NOT_CAPTURED = {
 
 @pytest.mark.parametrize("case", NOT_CAPTURED)
 def test_what_a_capture_refuses(x, case):
-    with pytest.raises(ValueError, match=r"must be recordable.*when stream is capturing"):
+    with pytest.raises(ValueError, match=r"must be capturable.*when stream is capturing"):
         record(lambda: NOT_CAPTURED[case](x))
 
 

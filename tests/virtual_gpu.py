@@ -99,7 +99,7 @@ def capture(function: Callable[[], object], warmups: int) -> Graph:
         with recording(graph):
             function()
     except RuntimeError as error:
-        raise ValueError(f"capture: function must be recordable: {error}") from error
+        raise ValueError(f"capture: function must be capturable: {error}") from error
     return graph
 
 
