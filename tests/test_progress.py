@@ -39,7 +39,7 @@ def test_bar_counts_its_own_thread_only(loaded, picture_file, capsys):
         model.chat(tokenizer, pixel_values, "a", {"max_new_tokens": 3}, target_aspect_ratio=grid)
 
     with progress.reading_bar(model, 1) as bar:
-        assert bar.state() == ("seeing the pictures", 0, 2)
+        assert bar.state() == ("encoding the images", 0, 2)
         other = threading.Thread(target=chat)
         other.start()
         other.join()
@@ -58,7 +58,7 @@ def test_bar_knows_of_rounds(loaded, capsys):
     model.config.tiles_at_once, before = 2, model.config.tiles_at_once
     try:
         with progress.reading_bar(model, 5) as bar, torch.no_grad():
-            assert bar.state() == ("seeing the pictures", 0, 6)
+            assert bar.state() == ("encoding the images", 0, 6)
             model.model.project_images(tiles)
             assert bar.calls["vision"] == 6
             assert bar.state()[0] == "reading the prompt"
@@ -71,7 +71,7 @@ def test_bar_shows_after_its_delay_if_forced(loaded, capsys):
     for delay, shown in ((0.0, True), (60.0, False)):
         with progress.reading_bar(model, 1, delay=delay, force=True) as bar:
             for _ in range(100):
-                if not shown or "seeing the pictures" in capsys.readouterr().err:
+                if not shown or "encoding the images" in capsys.readouterr().err:
                     break
                 bar._closed.wait(0.05)
             else:

@@ -54,7 +54,7 @@ class ReadingBar:
         """Stage, units done, units in total (None if unknown)."""
         seen, read = self.calls["vision"], self.calls["text"]
         if seen < self.layers["vision"] and not read:  # a memory store skips the tower
-            return "seeing the pictures", seen, self.layers["vision"]
+            return "encoding the images", seen, self.layers["vision"]
         if read < self.layers["text"]:
             return "reading the prompt", read, self.layers["text"]
         # The prefill also yields the first token.

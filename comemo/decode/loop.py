@@ -50,7 +50,7 @@ def why_not(model: GeneratingModel, option: Callable[[str], Any]) -> list[str]:
     Returns:
         The reasons; empty if it does.
     """
-    reasons = [told for name, told in ELSEWHERE.items() if option(name)]
+    reasons = [shown for name, shown in ELSEWHERE.items() if option(name)]
     if (option("num_beams") or 1) > 1:
         reasons.append(f"num_beams={option('num_beams')}")
     if option("use_cache") is False:
