@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from comemo.config import CoMemoConfig
-from comemo.decode.interface import ModelMixin, Prefilled
+from comemo.decode.interface import DRAFTS, ModelMixin, Prefilled
 from comemo.image_inputs import queries_at_count
 from comemo.outputs import CACHE
 from comemo_kernels import ImageMemory
 
-# Options of speculative decoding.
-DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
 # Inputs that a `Prefilled` holds or replaces.
 PROMPT_INPUTS = (
     "inputs",

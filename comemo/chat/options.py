@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from comemo.decode.interface import GeneratingModel
+from comemo.decode.interface import DRAFTS, GeneratingModel
 from comemo.decode.loop import check_loop
-from comemo.generation_inputs import DRAFTS, PROMPT_INPUTS
+from comemo.generation_inputs import PROMPT_INPUTS
 from comemo.tokenizer import InternLM2Tokenizer
 
 NEED_IDS = (*DRAFTS, "custom_generate")

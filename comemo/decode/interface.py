@@ -17,6 +17,9 @@ from comemo.model import CoMemoModel
 from comemo.outputs import CACHE, CoMemoOutput
 from comemo_kernels import ImageMemory
 
+# Options of `generate` for speculative decoding.
+DRAFTS = ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "use_mtp")
+
 
 class GeneratingModel(Protocol):
     """A CoMemo model with a language modelling head, as decoding and conversations use it.

@@ -15,29 +15,26 @@ import comemo_kernels as ops
 from comemo.decode.answer import Answer
 from comemo.decode.arena import MemoryKind, capacity_for
 from comemo.decode.cache import ROOM_FOR_ANSWER, RoomyLayer
-from comemo.decode.interface import GeneratingModel
+from comemo.decode.interface import DRAFTS, GeneratingModel
 from comemo.decode.step import DecodeStep, StepKind
 from comemo.image_inputs import queries_at_count
 from comemo.outputs import CACHE, CoMemoOutput
 from comemo_kernels import ImageMemory
 
 LAYERS = (DynamicLayer, RoomyLayer, StaticLayer)
-# Options of `generate` that need its own loops, and how errors name them.
-ELSEWHERE = {
-    "assistant_model": "assistant_model",
-    "assistant_early_exit": "assistant_early_exit",
-    "use_mtp": "use_mtp",
-    "prompt_lookup_num_tokens": "prompt_lookup_num_tokens",
-    "penalty_alpha": "contrastive search",
-    "dola_layers": "DoLa",
-    "constraints": "constraints",
-    "force_words_ids": "force_words_ids",
-    "compile_config": "torch.compile",
-    "custom_generate": "custom_generate",
-    "synced_gpus": "synced_gpus",
-    "output_attentions": "output_attentions",
-    "output_hidden_states": "output_hidden_states",
-}
+# Options of `generate` that need its own loops.
+ELSEWHERE = (
+    *DRAFTS,
+    "penalty_alpha",
+    "dola_layers",
+    "constraints",
+    "force_words_ids",
+    "compile_config",
+    "custom_generate",
+    "synced_gpus",
+    "output_attentions",
+    "output_hidden_states",
+)
 
 
 def why_not(model: GeneratingModel, option: Callable[[str], Any]) -> list[str]:
@@ -50,7 +47,7 @@ def why_not(model: GeneratingModel, option: Callable[[str], Any]) -> list[str]:
     Returns:
         The reasons; empty if it does.
     """
-    reasons = [shown for name, shown in ELSEWHERE.items() if option(name)]
+    reasons = [name for name in ELSEWHERE if option(name)]
     if (option("num_beams") or 1) > 1:
         reasons.append(f"num_beams={option('num_beams')}")
     if option("use_cache") is False:
