@@ -14,10 +14,10 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Fold(NamedTuple):
-    """How a tile's tokens become its image tokens."""
+    """How the tokens of a tile become image tokens."""
 
-    n: int  # tokens along the side of a neighbourhood that is folded
-    side: int  # image tokens along the side of a tile
+    n: int  # side of a neighbourhood that is folded, in tokens
+    side: int  # of a tile, in image tokens
 
     @property
     def tokens(self) -> int:
@@ -30,15 +30,16 @@ def fold_tiles(tokens: Tensor, ratio: float = 0.5, version: str = "v2") -> Tenso
 
     Args:
         tokens: [T, h, w, C].
-        ratio: side of the folded raster over that of `tokens`; 1/ratio an integer n.
-        version: "v2" keeps the raster order, "v1" yields the transposed raster.
+        ratio: side of the folded raster over that of `tokens`; n = 1/ratio is an integer.
+        version: "v2" keeps the raster order, "v1" gives the transposed raster.
 
     Returns:
         "v2": [T, h/n, w/n, C*n*n], channels ordered (row, column, C) inside the fold;
         "v1": [T, w/n, h/n, C*n*n], its transpose.
 
     Raises:
-        ValueError: a raster that n does not divide, a ratio of no integer, or an unknown version.
+        ValueError: a raster that n does not divide, a ratio that is not 1 over an integer, or an
+            unknown version.
     """
     n = _check_fold("fold_tiles", ratio, version)
     check(
@@ -55,19 +56,19 @@ def fold_tiles(tokens: Tensor, ratio: float = 0.5, version: str = "v2") -> Tenso
 
 @public
 def image_rows(image_mask: Tensor, count: int) -> Tensor:
-    """Rows of a batch's flattened tokens at which its image tokens stand, in reading order.
+    """Rows of the image tokens in a batch's flattened tokens, in reading order.
 
-    Waits for the device once: that is how the count is known.
+    Synchronises with the device once, to know their count.
 
     Args:
         image_mask: bool [..., N], True at image tokens; any number of them in each prompt.
-        count: image tokens that are to be placed: all prompts' tiles times the tokens of one.
+        count: image tokens to place: the tiles of all prompts times the tokens of one tile.
 
     Returns:
         int64 [count], for `project_tiles`.
 
     Raises:
-        ValueError: a mask that is not bool, or that holds another number of image tokens.
+        ValueError: a mask that is not bool, or that has another number of image tokens.
     """
     if image_mask.dtype != torch.bool or image_mask.ndim == 0:
         raise ValueError(
@@ -104,8 +105,8 @@ def project_tiles(
     """Vision tokens to image tokens: drop the class token, fold, LayerNorm, Linear, GELU, Linear.
 
     The image tokens are the media of the image memory; with `embeds` they are written into the
-    sequence too. Both are written together, where the second product ends. Differentiable in
-    tokens, weights and biases, and through `embeds`.
+    sequence too. The epilogue of the second GEMM writes both. Differentiable in tokens, weights and
+    biases, and through `embeds`.
 
     Args:
         tokens: [T, 1 + h*h, C], the vision tower's output with its class token; any strides, on a
@@ -113,27 +114,25 @@ def project_tiles(
         norm_weight, norm_bias: [C*n*n], n = 1/ratio.
         weight1, bias1: [d, C*n*n], [d].
         weight2, bias2: [d, d], [d].
-        ratio, version: as of `fold_tiles`.
+        ratio, version: see `fold_tiles`.
         eps: of the LayerNorm.
-        activation: between the products; "gelu", by the error function, is the only one.
-        media: [T * (h/n)**2, d], written and returned instead of a new tensor; excludes gradients.
+        activation: between the GEMMs; only "gelu", by the error function.
+        media: [T * (h/n)**2, d], written and returned instead of a new tensor; not with gradients.
         embeds: [..., d], contiguous, any floating dtype: written in place at `rows`.
-        rows: int64 [T * (h/n)**2], of `embeds` flattened to [.., d], each at most once: where image
-            tokens go, tile by tile. `image_rows` finds them in a mask.
+        rows: int64 [T * (h/n)**2], rows of `embeds` flattened to [.., d], each at most once: the
+            destinations of the image tokens, tile by tile. `image_rows` finds them in a mask.
 
     Returns:
         [T, (h/n)**2, d]; `media` if that is given.
 
     Raises:
         ValueError: a token count that is not 1 + a square or that n does not divide; shapes, dtypes
-            (but under autocast) or devices that do not fit; another activation; rows that are not
-            one for each image token, or, where they lie on a CPU, outside `embeds`: nothing is
-            written then. On a GPU nothing is written at a row outside `embeds`.
+            (except under autocast) or devices that do not fit; another activation; not one row for
+            each image token, or, on a CPU, a row outside `embeds`. Nothing is written then. On a
+            GPU rows outside `embeds` are not checked, and nothing is written there.
     """
-    fold = check_project(
-        *(tokens, norm_weight, norm_bias, weight1, bias1, weight2, bias2),
-        *(ratio, version, activation, media, embeds, rows),
-    )
+    inputs = (tokens, norm_weight, norm_bias, weight1, bias1, weight2, bias2)
+    fold = check_project(*inputs, ratio, version, activation, media, embeds, rows)
     n, (T, _, C) = fold.n, tokens.shape
     h = fold.side * n
     x = fold_tiles(tokens[:, 1:].unflatten(1, (h, h)), ratio, version).flatten(1, 2)
@@ -143,11 +142,11 @@ def project_tiles(
         media.copy_(found.flatten(0, 1))
         found = media.view(T, fold.tokens, weight1.shape[0])
     if embeds is not None and rows is not None:
-        place(found.flatten(0, 1), embeds, rows)
+        place_rows(found.flatten(0, 1), embeds, rows)
     return found
 
 
-def place(found: Tensor, embeds: Tensor, rows: Tensor) -> None:
+def place_rows(found: Tensor, embeds: Tensor, rows: Tensor) -> None:
     """Write image tokens [R, d] at rows of embeddings, differentiably."""
     embeds.view(-1, embeds.shape[-1]).index_copy_(0, rows, found.to(embeds.dtype))
 
@@ -167,7 +166,7 @@ def check_project(
     embeds: Tensor | None,
     rows: Tensor | None,
 ) -> Fold:
-    """Raise the errors of `project_tiles` that do not depend on where it runs."""
+    """Raise the errors of `project_tiles` that do not depend on the device."""
     n = _check_fold("project_tiles", ratio, version)
     if activation != "gelu":
         raise ValueError(
@@ -187,7 +186,7 @@ def check_project(
     weights = (norm_weight, norm_bias, weight1, bias1, weight2, bias2)
     shapes = ((width,), (width,), (d, width), (d,), (d, d), (d,))
     dtype, device = tokens.dtype, tokens.device
-    mixed = torch.is_autocast_enabled(device.type)  # PyTorch then converts what it multiplies
+    mixed = torch.is_autocast_enabled(device.type)  # PyTorch then converts the operands
     for name, operand, shape in zip(
         ("norm_weight", "norm_bias", "weight1", "bias1", "weight2", "bias2", "media"),
         (*weights, media),
@@ -220,6 +219,38 @@ def check_project(
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (tokens, *weights))
     check_writable("project_tiles", {"media": media, "embeds": embeds}, learns)
     return fold
+
+
+def check_project_kernel(
+    tokens: Tensor,
+    weights: tuple[Tensor, ...],
+    media: Tensor | None,
+    rows: Tensor | None,
+    width: int,
+    widest: int,
+) -> None:
+    """Raise for what the reference supports and the kernels do not, with every reason.
+
+    `width` is n*n times C, both rounded up to powers of two, and `widest` the kernels' limit of it.
+    """
+    reasons = []
+    if any(t.dtype == torch.float64 for t in (tokens, *weights)):
+        reasons.append("float64 has no kernel")
+    if tokens.stride(-1) != 1:
+        reasons.append(f"C must be contiguous, got strides {tokens.stride()} of tokens")
+    if not all(t.is_contiguous() for t in weights):
+        reasons.append(f"weights must be contiguous, got strides {[t.stride() for t in weights]}")
+    if media is not None and media.stride(-1) != 1:
+        reasons.append(f"d must be contiguous, got strides {media.stride()} of media")
+    if rows is not None and not rows.is_contiguous():
+        reasons.append(f"rows must be contiguous, got strides {rows.stride()}")
+    if width > widest:
+        reasons.append(f"n*n times C, rounded up, must be at most {widest}, got {width}")
+    if reasons:
+        raise ValueError(
+            f"project_tiles: on a GPU {'; '.join(reasons)}: or use"
+            " comemo_kernels.reference.project_tiles"
+        )
 
 
 def _check_fold(verb: str, ratio: float, version: str) -> int:
