@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from comemo_kernels._arguments import public
@@ -46,12 +47,11 @@ def fold_tiles(tokens: Tensor, ratio: float = 0.5, version: str = "v2") -> Tenso
         tokens.ndim == 4,
         f"fold_tiles: tokens must be [T, h, w, C], got {tuple(tokens.shape)}",
     )
-    T, h, w, C = tokens.shape
+    _, h, w, _ = tokens.shape
     if h % n or w % n:
         raise ValueError(f"fold_tiles: a raster of {h} x {w} cannot be folded by {n} x {n}")
-    x = tokens.reshape(T, h // n, n, w // n, n, C).permute(0, 1, 3, 2, 4, 5)
-    x = x.reshape(T, h // n, w // n, n * n * C)
-    return x.transpose(1, 2) if version == "v1" else x
+    raster = "T h w" if version == "v2" else "T w h"
+    return rearrange(tokens, f"T (h i) (w j) C -> {raster} (i j C)", i=n, j=n)
 
 
 @public
