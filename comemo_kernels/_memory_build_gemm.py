@@ -27,7 +27,7 @@ SIZES = ["num_rows", "width", "num_heads", "num_layers", "num_positions", "out_r
 
 @triton.jit(do_not_specialize=STRIDES + SIZES)
 def _project_kernel(
-    x_ptr,  # [L or 1, M, d]: normed, or media
+    x_ptr,  # [L, M, d]: normalised; or [M, d]: media
     rstd_ptr,  # [M]
     ids_ptr,  # [M] int32
     cos_ptr,  # [P, HALF]

@@ -32,7 +32,7 @@ def _norm_kernel(
     width,  # d
     num_layers,
     eps,
-    EXACT: tl.constexpr,  # write the normed media instead of rstd
+    EXACT: tl.constexpr,  # write the normalised media instead of rstd
     ALIGNED: tl.constexpr,  # stride and width are multiples of 8
     EVEN: tl.constexpr,  # BLOCK_K divides the width
     BLOCK_M: tl.constexpr,

@@ -92,7 +92,7 @@ SIZES = ["num_rows", "width", "num_heads", "num_layers", "num_positions", "out_r
 
 @triton.jit(do_not_specialize=STRIDES + SIZES)
 def _project_tma_kernel(
-    x_ptr,  # [L, M, d]: normed, contiguous; or [M, d]: media
+    x_ptr,  # [L, M, d]: normalised, contiguous; or [M, d]: media
     rstd_ptr,  # [M]
     ids_ptr,  # [M] int32
     cos_ptr,  # [P, HALF]
@@ -202,7 +202,7 @@ def fits(media: Tensor, weights: list[Tensor], D: int, aligned: bool) -> bool:
 
 
 def launch(
-    x: Tensor,  # [L, M or more, d], contiguous: normed; or [M, d]: media
+    x: Tensor,  # [L, M or more, d], contiguous: normalised; or [M, d]: media
     rstd: Tensor,
     ids: Tensor,
     cos: Tensor,

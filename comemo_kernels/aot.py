@@ -163,8 +163,8 @@ def _find_faults(
     allowed = SMALL.get(kernel.metadata.name, frozenset()) | case.narrow
     narrow = [a for a in read_accesses(kernel) if a.bytes < 16 and a.tensor not in allowed]
     if case.aligned and narrow:
-        told = sorted({f"{access.tensor} by {8 * access.bytes} bits" for access in narrow})
-        yield f"narrow accesses: {', '.join(told)}"
+        listed = sorted({f"{access.tensor} by {8 * access.bytes} bits" for access in narrow})
+        yield f"narrow accesses: {', '.join(listed)}"
     if case.stage is not None:
         # The tensor cores of a warp group still read one stage while the next ones are loaded.
         steps = config["num_stages"] - (0 if products else 1)

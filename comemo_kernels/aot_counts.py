@@ -304,10 +304,10 @@ def describe(row: dict[str, Any]) -> str:
         names = [name for name in COLUMNS if name.startswith("cycles_")]
         lines.append("cycles: " + ", ".join(f"{n.split('_')[1]} {row[n]}" for n in names))
         for card in MEMORY:
-            told = f"{card}: {row[f'binding_{card}']} binds,"
-            told += f" {row[f'share_{card}']:.0%} of {row['limit']}, next {row[f'next_{card}']}"
-            told += f", {row[f'tflops_{card}']} TFLOP/s" if row[f"tflops_{card}"] else ""
-            lines.append(told)
+            text = f"{card}: {row[f'binding_{card}']} binds,"
+            text += f" {row[f'share_{card}']:.0%} of {row['limit']}, next {row[f'next_{card}']}"
+            text += f", {row[f'tflops_{card}']} TFLOP/s" if row[f"tflops_{card}"] else ""
+            lines.append(text)
         if row["through_l2"] != "":
             lines[-1] += f"; {row['apart']:.0%} without overlap, {row['through_l2']:.0%} through L2"
     return "\n    ".join(lines)

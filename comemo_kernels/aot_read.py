@@ -78,8 +78,8 @@ def place_accesses(kernel: Any) -> list[tuple[Access, Place]]:
             if bits:  # otherwise a declaration
                 size, verb = int(count[1] if count else 1) * int(bits[1]) // 8, direct[1]
         if verb:
-            told = tensor or f"a pointer that line {row} of {file} does not name"
-            found.append((Access(told, size), Place(verb, file, row)))
+            name = tensor or f"a pointer that line {row} of {file} does not name"
+            found.append((Access(name, size), Place(verb, file, row)))
     return found
 
 

@@ -181,8 +181,8 @@ def _leave(code: list[Instruction], labels: dict[str, int], place: int) -> list[
     if stem in _ENDS:
         return beyond if guard else []
     if stem in _JUMPS:
-        told = operands.split("`")[0].strip()  # as P3 of `BRA P3, (.L_x_1)`
-        return targets + (beyond if guard or told else [])
+        condition = operands.split("`")[0].strip()  # as P3 of `BRA P3, (.L_x_1)`
+        return targets + (beyond if guard or condition else [])
     if stem in _INDIRECT:
         return targets + (beyond if guard else [])
     if stem == "BSYNC":  # goes to the target of the last BSSY of its register

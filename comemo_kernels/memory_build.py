@@ -5,9 +5,9 @@
 
 All layers read the same media, so rstd is computed once, and one GEMM launch computes all layers.
 Either `norm_weight` is folded into W beforehand and rstd scales the product (two launches in all);
-or, in exact mode, the normed media are written once for each layer, rounded as the model rounds
-them. float8 takes a third launch, which finds the largest element of each tile and head for its
-scale.
+or, in exact mode, the normalised media are written once for each layer, rounded as the model
+rounds them. float8 takes a third launch, which finds the largest element of each tile and head for
+its scale.
 
 FLOPs: 4 * M * d * G * D for each layer. Traffic: media and weights once, keys and values written
 once; exact mode 2 * L * M * d elements more, float8 3/2 of what bfloat16 keys and values take.
@@ -33,7 +33,7 @@ from comemo_kernels.reference.memory_build import check_build, check_build_kerne
 # --- operator ---
 
 USE_TMA = False  # not yet timed or checked for races on a GPU
-CHUNK = 8192  # rows of normed media, or of unscaled keys and values, that are in memory at once
+CHUNK = 8192  # rows of normalised media, or of unscaled keys and values, that are in memory at once
 
 
 def _launch(

@@ -166,13 +166,13 @@ def test_keys_are_prefetched_before_queries_are_rotated():
     for config in case.kernel.configs:
         with case.kernel.using(config):
             code = compile_launch(case).asm["ptx"]
-        asked = [place.start() for place in re.finditer(r"prefetch\.global\.L2", code)]
-        assert len(asked) == (2 * 2 * config["AHEAD"] // 128)
+        prefetches = [place.start() for place in re.finditer(r"prefetch\.global\.L2", code)]
+        assert len(prefetches) == (2 * 2 * config["AHEAD"] // 128)
         copied = code.index("cp.async")
-        assert all(place < copied for place in asked)
+        assert all(place < copied for place in prefetches)
         # The rows of the rotary table come first: the rotations are after the last prefetch.
         turned = [place.start() for place in re.finditer(r"fma\.rn\.f32", code)]
-        assert not asked or asked[-1] < turned[0]
+        assert not prefetches or prefetches[-1] < turned[0]
         assert ("griddepcontrol.launch_dependents" in code) == bool(config["EARLY"])
     kernel = compile_launch(case_of(attention.combine_early, "bf16 decode"))
     assert kernel.metadata.launch_pdl
@@ -216,10 +216,10 @@ def test_weights_are_prefetched_before_a_norm(verb):
     assert ahead
     for config in ahead:
         found = aot.compile_kernel(case, config, "sm_90")
-        code, asked = found.asm["ptx"], "prefetch.global.L2"
+        code, prefetches = found.asm["ptx"], "prefetch.global.L2"
         lines = config["AHEAD"] // 128 * config["BLOCK_O"] * (2 if verb == "swiglu" else 1)
-        assert code.count(asked) == lines // (32 * config["num_warps"])
-        assert code.rindex(asked) < re.search(r"\bld\.global|\bcp\.async", code).start()
+        assert code.count(prefetches) == lines // (32 * config["num_warps"])
+        assert code.rindex(prefetches) < re.search(r"\bld\.global|\bcp\.async", code).start()
         plain = aot.compile_kernel(case, config | {"AHEAD": 0}, "sm_90")
         usage, before = (aot_read.read_usage(k).registers for k in (found, plain))
         assert usage <= before + 4

@@ -159,9 +159,9 @@ def test_prefetching_changes_no_bit(device, verb):
 @pytest.mark.parametrize("K", [300, 2048])
 def test_prefetched_addresses_are_in_bounds(device, monkeypatch, K):
     """Each line of 128 bytes from a row's start; nothing after its end or the last row."""
-    asked = []
+    prefetched = []
     monkeypatch.setattr(
-        fused_linear, "prefetch", lambda ptrs: asked.extend(ptrs.handle.data.flatten())
+        fused_linear, "prefetch", lambda ptrs: prefetched.extend(ptrs.handle.data.flatten())
     )
     inputs = make_inputs("norm_swiglu", (1,), K, 20, torch.float16, device=device)
     config = {"BLOCK_O": 16, "BLOCK_BYTES": 512, "AHEAD": 1024, "num_warps": 4}
@@ -173,8 +173,8 @@ def test_prefetched_addresses_are_in_bounds(device, monkeypatch, K):
         for row in range(20)
         for line in range(8)
     }
-    assert {int(address) for address in asked} == wanted
-    assert len(asked) == 2 * 32 * 8
+    assert {int(address) for address in prefetched} == wanted
+    assert len(prefetched) == 2 * 32 * 8
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if "folded" in form])

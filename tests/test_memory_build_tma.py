@@ -27,7 +27,7 @@ if not _descriptors.AVAILABLE:
 def launches(monkeypatch):
     """Programs of every launch by descriptors, with these turned on and three multiprocessors."""
     if GPU and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the build uses descriptors on Hopper alone")
+        pytest.skip("the build uses descriptors only on Hopper")
     found, launch = [], _memory_build_tma.project_tma.launch
     monkeypatch.setattr(memory_build, "USE_TMA", True)
     monkeypatch.setattr(_memory_build_tma, "multiprocessors", lambda _: 3)
@@ -154,7 +154,7 @@ def test_the_same_bits(monkeypatch):
     """Must pass, with a race check, before `USE_TMA` may become True."""
     monkeypatch.undo()
     if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the build uses descriptors on Hopper alone")
+        pytest.skip("the build uses descriptors only on Hopper")
     inputs = make_inputs(3328, 2048, 3, 16, 128, dtype=torch.bfloat16, P=4096)
     plain = built(build_memory, inputs, (16, 128))
     monkeypatch.setattr(memory_build, "USE_TMA", True)

@@ -11,7 +11,7 @@ from comemo_kernels import capture, image_rows, project_tiles, reference
 
 pytestmark = [pytest.mark.kernel(reference=True), pytest.mark.usefixtures("one_thread")]
 
-# Prompts of two, no and one tile, padded on the left, with text ahead and behind.
+# Prompts of two, no and one tile, padded on the left, with text before and after.
 RAGGED = torch.zeros(3, 14, dtype=torch.bool)
 RAGGED[0, 3:11] = RAGGED[2, 9:13] = True
 

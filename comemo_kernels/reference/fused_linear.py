@@ -78,7 +78,7 @@ def norm_swiglu(
 ) -> Tensor:
     """Inner half of a gated feed-forward network: silu(y gate_weight^T) * (y up_weight^T).
 
-    y is x normalised as in `norm_linear`, which also tells when this is one launch; the launch
+    y is x normalised as in `norm_linear`, which also says when this is one launch; the launch
     reads both weights once.
 
     Args:
