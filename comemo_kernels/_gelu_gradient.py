@@ -7,16 +7,15 @@ Traffic: x and dy read, dx and y written, once.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from comemo_kernels._op import Kernel, register
+from comemo_kernels._op import Kernel, jit, register
 
 # --- kernel ---
 
 
-@triton.jit(do_not_specialize=["count"])
+@jit
 def _gelu_gradient_kernel(
     dx_ptr,  # [count], all contiguous
     y_ptr,  # gelu(x), for the gradient of the weight after it

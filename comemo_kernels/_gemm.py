@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from comemo_kernels._blocks import in_groups, offset_of
-from comemo_kernels._op import Kernel, multiprocessors
+from comemo_kernels._op import Kernel, jit, multiprocessors
 
 # --- kernel ---
 
@@ -79,10 +79,7 @@ def _finish(
     _store(acc2, row, column + HALF, pointers, sizes, GELU, KEEP, PLACE, ALIGNED)
 
 
-PARTS = ["num_embeds", "whole", "splits"]
-
-
-@triton.jit(do_not_specialize=["out_stride", "num_rows", "num_outputs", "num_inner", *PARTS])
+@jit
 def _product_kernel(
     out_ptr,  # [R, O], O contiguous
     before_ptr,  # [R, O], contiguous: the input of the GELU
@@ -152,7 +149,7 @@ def _product_kernel(
         tl.store(parts_ptr + (part.to(tl.int64) * BLOCK_M + offs_m) * BLOCK_N + offs_n, acc)
 
 
-@triton.jit(do_not_specialize=["out_stride", "num_rows", "num_outputs", *PARTS])
+@jit
 def _sum_kernel(
     out_ptr,  # arguments as in _product_kernel
     before_ptr,

@@ -12,20 +12,16 @@ Letters: M image tokens, d their width, L layers, G heads, D head dimension, P r
 table.
 """
 
-import triton
 import triton.language as tl
 
 from comemo_kernels._blocks import in_groups, offset_of
 from comemo_kernels._blocks_memory_build import load_rotation, pointer_to, without_nan
-from comemo_kernels._op import Kernel
+from comemo_kernels._op import Kernel, jit
 
 # --- kernel ---
 
-STRIDES = ["x_stride_l", "x_stride_m", "out_stride_m", "out_stride_g", "table_stride"]
-SIZES = ["num_rows", "width", "num_heads", "num_layers", "num_positions", "out_row"]
 
-
-@triton.jit(do_not_specialize=STRIDES + SIZES)
+@jit
 def _project_kernel(
     x_ptr,  # [L, M, d]: normalised; or [M, d]: media
     rstd_ptr,  # [M]

@@ -11,17 +11,16 @@ Source: CoMemo (arXiv:2506.06279); the norm is that of Llama.
 Letters: M image tokens, d their width, L layers, G heads, D head dimension, T tiles.
 """
 
-import triton
 import triton.language as tl
 
 from comemo_kernels._blocks import offset_of
 from comemo_kernels._blocks_memory_build import pointer_to
-from comemo_kernels._op import Kernel
+from comemo_kernels._op import Kernel, jit
 
 # --- kernel ---
 
 
-@triton.jit(do_not_specialize=["media_stride", "num_rows", "width", "num_layers", "eps"])
+@jit
 def _norm_kernel(
     rstd_ptr,  # [M] float32
     normed_ptr,  # [L, M, d], contiguous
@@ -74,10 +73,7 @@ def _norm_kernel(
                 tl.store(first[:, None] + column[None, :], y, mask=mask)
 
 
-NUMBERS = ["out_stride_m", "out_stride_g", "plane_rows", "num_rows", "num_heads", "num_tiles"]
-
-
-@triton.jit(do_not_specialize=[*NUMBERS, "tile", "out_row"])
+@jit
 def _scale_kernel(
     x_ptr,  # [L, 2, plane_rows, G, D], contiguous
     like_ptr,  # a tensor of the output's dtype

@@ -22,7 +22,7 @@ from torch import Tensor
 from comemo_kernels import _descriptors
 from comemo_kernels._blocks import in_groups, offset_of
 from comemo_kernels._blocks_memory_build import load_rotation, pointer_to, without_nan
-from comemo_kernels._op import INTERPRET, Kernel, multiprocessors
+from comemo_kernels._op import INTERPRET, Kernel, jit, multiprocessors
 
 REACH = tl.constexpr(2**31 - 1)  # steps of 16 bytes that a descriptor can index
 
@@ -86,11 +86,7 @@ def _store_tile(
     tl.store(out_rows + HALF + element[None, None, :], acc2, mask=mask)
 
 
-STRIDES = ["x_stride_m", "out_stride_m", "out_stride_g", "table_stride"]
-SIZES = ["num_rows", "width", "num_heads", "num_layers", "num_positions", "out_row"]
-
-
-@triton.jit(do_not_specialize=STRIDES + SIZES)
+@jit
 def _project_tma_kernel(
     x_ptr,  # [L, M, d]: normalised, contiguous; or [M, d]: media
     rstd_ptr,  # [M]

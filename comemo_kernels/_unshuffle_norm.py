@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from comemo_kernels._blocks import offset_of
-from comemo_kernels._op import Kernel, multiprocessors, register
+from comemo_kernels._op import Kernel, jit, multiprocessors, padded, register
 
 # --- kernel ---
 
@@ -44,7 +44,7 @@ def _raster_offset(
     return (offset_of(tile, stride_t, ALIGNED) + offset_of(token, stride_s, ALIGNED))[:, None]
 
 
-@triton.jit(do_not_specialize=["stride_t", "stride_s", "side", "channels", "eps"])
+@jit
 def _fold_norm_kernel(
     out_ptr,  # [R, W], contiguous
     stats_ptr,  # [R, 2] float32: mean, 1 / deviation
@@ -85,7 +85,7 @@ def _fold_norm_kernel(
     tl.store(out_ptr + offset_of(row, width, ALIGNED) + offs, y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["stride_t", "stride_s", "side", "channels", "num_rows", "programs"])
+@jit
 def _fold_norm_gradient_kernel(
     dx_ptr,  # [T, 1 + (side*n)**2, C], contiguous
     dweight_ptr,  # [programs, W] float32
@@ -183,11 +183,6 @@ class _Plan(NamedTuple):
             numbers=(*tokens.stride()[:2], side, C),
             constants=(n, transposed, aligned, *blocks),
         )
-
-
-def padded(n: int) -> int:
-    """The lowest power of two from n on; also of torch.compile's symbolic sizes."""
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def launch_fold_norm(

@@ -20,13 +20,12 @@ table, T tiles.
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from comemo_kernels import _memory_build_tma, reference
 from comemo_kernels._memory_build_gemm import project_exact, project_media
 from comemo_kernels._memory_build_rows import norm_media, scale_memory
-from comemo_kernels._op import documented, on_triton, register, to_device
+from comemo_kernels._op import documented, on_triton, padded, register, to_device
 from comemo_kernels.attention_types import MemoryScales
 from comemo_kernels.reference.memory_build import check_build, check_build_kernel
 
@@ -56,7 +55,7 @@ def _launch(
     exact, scaled = bool(norm_weights), bool(key_scales)
     project = project_exact if dtype == torch.float32 else project_media
     strides = (media.stride(0), d, *keys[0].stride()[:2], cos.stride(0))
-    block_half = max(16, triton.next_power_of_2(half))
+    block_half = max(16, padded(half))
     config, blocks_h = project.config, -(-G * block_half // project.config["BLOCK_C"])
     step = CHUNK // tile * tile if exact or scaled else M
     rows = min(M, step)
@@ -98,7 +97,7 @@ def _launch(
             tiles = -(-m // tile)
             programs = tiles * G * L * 2
             numbers = (*keys[0].stride()[:2], rows, m, G, tiles, tile, row + first)
-            block_d = triton.next_power_of_2(D)
+            block_d = padded(D)
             scale_memory.launch(programs, scratch, keys[0], targets, *numbers, D, whole, block_d)
 
 

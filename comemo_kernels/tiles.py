@@ -25,7 +25,7 @@ from comemo_kernels import reference
 from comemo_kernels._gelu_gradient import gelu_gradient_op
 from comemo_kernels._gemm import multiply
 from comemo_kernels._op import documented, on_triton, register
-from comemo_kernels._unshuffle_norm import WIDEST, fold_norm_gradient_op, launch_fold_norm, padded
+from comemo_kernels._unshuffle_norm import WIDEST, fold_norm_gradient_op, launch_fold_norm
 from comemo_kernels.reference.tiles import check_project, check_project_kernel, place_rows
 
 # --- operator ---
@@ -164,8 +164,7 @@ def project_tiles(
             *inputs, ratio, version, eps, activation, media, embeds, rows
         )
     fold = check_project(*inputs, ratio, version, activation, media, embeds, rows)
-    width = padded(fold.n**2) * padded(tokens.shape[2])
-    check_project_kernel(tokens, inputs[1:], media, rows, width, WIDEST)
+    check_project_kernel(tokens, inputs[1:], fold.n, media, rows, WIDEST)
     if torch.is_autocast_enabled(tokens.device.type):
         dtype = torch.get_autocast_dtype(tokens.device.type)
         inputs = (*inputs[:3], *(t.to(dtype) for t in inputs[3:]))

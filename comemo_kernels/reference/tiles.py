@@ -8,10 +8,9 @@ from einops import rearrange
 from torch import Tensor
 
 from comemo_kernels._arguments import public
-from comemo_kernels._op import check
+from comemo_kernels._op import check, padded
 from comemo_kernels._writes import check_writable
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from comemo_kernels.reference.dtypes import DTYPES
 
 
 class Fold(NamedTuple):
@@ -173,7 +172,7 @@ def check_project(
             f"project_tiles: activation must be 'gelu', by the error function, got {activation!r}"
         )
     h = int(max(tokens.shape[1] - 1, 0) ** 0.5) if tokens.ndim == 3 else 0
-    if h == 0 or tokens.shape[1] != 1 + h * h or tokens.dtype not in FLOATS or not tokens.shape[2]:
+    if h == 0 or tokens.shape[1] != 1 + h * h or tokens.dtype not in DTYPES or not tokens.shape[2]:
         raise ValueError(
             "project_tiles: tokens must be floats [T, 1 + h*h, C], a class token and a square, got"
             f" {tokens.dtype} {tuple(tokens.shape)}"
@@ -196,7 +195,7 @@ def check_project(
         if operand is not None and (
             operand.shape != shape
             or operand.device != device
-            or (operand.dtype != dtype and not (mixed and operand.dtype in FLOATS))
+            or (operand.dtype != dtype and not (mixed and operand.dtype in DTYPES))
         ):
             raise ValueError(
                 f"project_tiles: {name} must be {dtype} {shape} on {device}, for tokens"
@@ -224,15 +223,12 @@ def check_project(
 def check_project_kernel(
     tokens: Tensor,
     weights: tuple[Tensor, ...],
+    n: int,
     media: Tensor | None,
     rows: Tensor | None,
-    width: int,
     widest: int,
 ) -> None:
-    """Raise for what the reference supports and the kernels do not, with every reason.
-
-    `width` is n*n times C, both rounded up to powers of two, and `widest` the kernels' limit of it.
-    """
+    """Raise for what the reference supports and the kernels do not, with every reason."""
     reasons = []
     if any(t.dtype == torch.float64 for t in (tokens, *weights)):
         reasons.append("float64 has no kernel")
@@ -244,6 +240,7 @@ def check_project_kernel(
         reasons.append(f"d must be contiguous, got strides {media.stride()} of media")
     if rows is not None and not rows.is_contiguous():
         reasons.append(f"rows must be contiguous, got strides {rows.stride()}")
+    width = padded(n * n) * padded(tokens.shape[2])
     if width > widest:
         reasons.append(f"n*n times C, rounded up, must be at most {widest}, got {width}")
     if reasons:
@@ -268,7 +265,7 @@ def _check_place(embeds: Tensor, rows: Tensor, device: torch.device, count: int,
     if not (
         embeds.ndim > 1
         and embeds.shape[-1] == d
-        and embeds.dtype in FLOATS
+        and embeds.dtype in DTYPES
         and embeds.device == device
         and embeds.is_contiguous()
     ):
