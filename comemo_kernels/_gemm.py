@@ -1,16 +1,15 @@
-"""A product that ends in what follows it: bias, GELU, one destination or two.
+"""GEMM with an epilogue: bias, GELU, one destination or two; split-K for its last wave.
 
     out = act(x weight^T + bias);  embeds[rows] = out
 
-A product's blocks seldom fill the multiprocessors a whole number of times. Those of the last,
-partial wave are split along what is summed over, and a second, small launch adds their parts,
-always in one order. 13 tiles are 416 blocks in the 2B model's products: on 132 multiprocessors 3.2
-waves instead of 4.
+The blocks of a GEMM seldom fill the multiprocessors a whole number of times. Those of the last,
+partial wave are split along K, and a second, small launch adds their parts, always in one order.
+13 tiles are 416 blocks in the 2B model's GEMMs: on 132 multiprocessors 3.2 waves instead of 4.
 
-Traffic: x, weight and every destination once; parts, which L2 holds, 4 bytes an element of a split
-block and part, twice. FLOPs: 2 * R * O * K.
+Traffic: x, weight and every destination once; the parts, which L2 holds, 4 bytes an element of a
+split block and part, twice. FLOPs: 2 * R * O * K.
 
-Letters: R rows, K elements that are summed over, O outputs of a row, E rows of embeds.
+Letters: R rows, K elements of the reduction, O outputs of a row, E rows of embeds.
 """
 
 import torch
@@ -19,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from comemo_kernels._blocks import in_groups, offset_of
-from comemo_kernels._op import Kernel, multiprocessors
+from comemo_kernels._op import Kernel, jit, multiprocessors
 
 # --- kernel ---
 
@@ -29,22 +28,17 @@ def _store(
     acc,  # [rows, columns] float32
     row,
     column,
-    out_ptr,
-    before_ptr,
-    embeds_ptr,
-    rows_ptr,
-    bias_ptr,
-    out_stride,
-    num_rows,
-    num_outputs,
-    num_embeds,
+    pointers,  # out, before, embeds, rows and bias, see _product_kernel
+    sizes,  # stride of out, R, O, E
     GELU: tl.constexpr,
     KEEP: tl.constexpr,
     PLACE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """What follows the sums: bias, GELU, every destination."""
-    if ALIGNED:  # the same number, and a mask of 8 elements that the compiler sees is one
+    """The epilogue: bias, GELU, every destination."""
+    out_ptr, before_ptr, embeds_ptr, rows_ptr, bias_ptr = pointers
+    out_stride, num_rows, num_outputs, num_embeds = sizes
+    if ALIGNED:  # unchanged; the compiler learns that masks are of 8 elements
         num_outputs = num_outputs // 8 * 8
     mask_m, mask_n = row < num_rows, column < num_outputs
     mask = mask_m[:, None] & mask_n[None, :]
@@ -69,71 +63,26 @@ def _finish(
     acc,  # [rows, COLUMNS] float32
     row,
     first,  # column
-    out_ptr,
-    before_ptr,
-    embeds_ptr,
-    rows_ptr,
-    bias_ptr,
-    out_stride,
-    num_rows,
-    num_outputs,
-    num_embeds,
+    pointers,
+    sizes,
     GELU: tl.constexpr,
     KEEP: tl.constexpr,
     PLACE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """Half a block after the other: of all at once the GELU would spill."""
+    """Half a block after the other: the GELU of a whole block would spill."""
     HALF: tl.constexpr = acc.shape[1] // 2
     halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, HALF)), (0, 2, 1))
     acc1, acc2 = tl.split(halves)
     column = first + tl.arange(0, HALF)
-    _store(
-        acc1,
-        row,
-        column,
-        out_ptr,
-        before_ptr,
-        embeds_ptr,
-        rows_ptr,
-        bias_ptr,
-        out_stride,
-        num_rows,
-        num_outputs,
-        num_embeds,
-        GELU,
-        KEEP,
-        PLACE,
-        ALIGNED,
-    )
-    _store(
-        acc2,
-        row,
-        column + HALF,
-        out_ptr,
-        before_ptr,
-        embeds_ptr,
-        rows_ptr,
-        bias_ptr,
-        out_stride,
-        num_rows,
-        num_outputs,
-        num_embeds,
-        GELU,
-        KEEP,
-        PLACE,
-        ALIGNED,
-    )
+    _store(acc1, row, column, pointers, sizes, GELU, KEEP, PLACE, ALIGNED)
+    _store(acc2, row, column + HALF, pointers, sizes, GELU, KEEP, PLACE, ALIGNED)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("out_stride", "num_rows", "num_outputs", "num_inner", "num_embeds", "whole", "splits"),
-    ]
-)
+@jit
 def _product_kernel(
     out_ptr,  # [R, O], O contiguous
-    before_ptr,  # [R, O], contiguous: what the GELU takes
+    before_ptr,  # [R, O], contiguous: the input of the GELU
     embeds_ptr,  # [E, O], contiguous
     rows_ptr,  # [R] int64, of embeds
     parts_ptr,  # [parts of split blocks, BLOCK_M, BLOCK_N] float32
@@ -157,7 +106,7 @@ def _product_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,  # blocks of rows that follow each other on one block of columns
 ):
-    """One program computes a block of outputs, or a part of the sums of one."""
+    """One program computes a block of outputs, or a part of its sums."""
     pid = tl.program_id(0)
     part = tl.maximum(pid - whole, 0)
     steps = tl.cdiv(num_inner, BLOCK_K)
@@ -170,9 +119,9 @@ def _product_kernel(
     row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    if ALIGNED:  # the same number, and a mask of 8 elements that the compiler sees is one
+    if ALIGNED:  # unchanged; the compiler learns that masks are of 8 elements
         num_inner = num_inner // 8 * 8
-    # The last row stands for those behind it: no mask on the loads that count.
+    # Rows after the last one read the last one: no mask on the loads that count.
     x_row, w_row = tl.minimum(row, num_rows - 1), tl.minimum(column, num_outputs - 1)
     start = (first * BLOCK_K + offs_k)[None, :]
     x_ptrs = x_ptr + offset_of(x_row, num_inner, ALIGNED)[:, None] + start
@@ -191,37 +140,18 @@ def _product_kernel(
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
 
+    pointers = (out_ptr, before_ptr, embeds_ptr, rows_ptr, bias_ptr)
+    sizes = (out_stride, num_rows, num_outputs, num_embeds)
     if pid < whole:
-        _finish(
-            acc,
-            row,
-            pid_n * BLOCK_N,
-            out_ptr,
-            before_ptr,
-            embeds_ptr,
-            rows_ptr,
-            bias_ptr,
-            out_stride,
-            num_rows,
-            num_outputs,
-            num_embeds,
-            GELU,
-            KEEP,
-            PLACE,
-            ALIGNED,
-        )
+        _finish(acc, row, pid_n * BLOCK_N, pointers, sizes, GELU, KEEP, PLACE, ALIGNED)
     else:
         offs_m, offs_n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
         tl.store(parts_ptr + (part.to(tl.int64) * BLOCK_M + offs_m) * BLOCK_N + offs_n, acc)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("out_stride", "num_rows", "num_outputs", "num_embeds", "whole", "splits"),
-    ]
-)
+@jit
 def _sum_kernel(
-    out_ptr,  # these as of the product
+    out_ptr,  # arguments as in _product_kernel
     before_ptr,
     embeds_ptr,
     rows_ptr,
@@ -242,7 +172,7 @@ def _sum_kernel(
     GROUP: tl.constexpr,
     BLOCK_R: tl.constexpr,  # rows of a program
 ):
-    """One program adds the parts of BLOCK_R rows of a split block, and finishes them."""
+    """One program adds the parts of BLOCK_R rows of a split block, and runs their epilogue."""
     pid = tl.program_id(0)
     split = pid // (BLOCK_M // BLOCK_R)
     inside = pid % (BLOCK_M // BLOCK_R) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -254,24 +184,10 @@ def _sum_kernel(
     for _ in range(splits):
         acc += tl.load(parts)
         parts += BLOCK_M * BLOCK_N
-    _finish(
-        acc,
-        pid_m * BLOCK_M + inside,
-        pid_n * BLOCK_N,
-        out_ptr,
-        before_ptr,
-        embeds_ptr,
-        rows_ptr,
-        bias_ptr,
-        out_stride,
-        num_rows,
-        num_outputs,
-        num_embeds,
-        GELU,
-        KEEP,
-        PLACE,
-        ALIGNED,
-    )
+    row = pid_m * BLOCK_M + inside
+    pointers = (out_ptr, before_ptr, embeds_ptr, rows_ptr, bias_ptr)
+    sizes = (out_stride, num_rows, num_outputs, num_embeds)
+    _finish(acc, row, pid_n * BLOCK_N, pointers, sizes, GELU, KEEP, PLACE, ALIGNED)
 
 
 product = Kernel(
@@ -289,12 +205,18 @@ add_parts = Kernel(_sum_kernel, [{"BLOCK_R": 16, "num_warps": 4}])
 
 # --- launch ---
 
-STEPS = 8  # of a part at least: a shorter one does little but wait for its first loads
+STEPS = 8  # of a part at least: a shorter one mostly waits for its first loads
 MAX_SPLITS = 16
 
 
 def choose_splits(blocks: int, steps: int, slots: int) -> tuple[int, int]:
-    """Blocks that stay whole, and parts of each other: of a last wave that is half empty."""
+    """How many blocks stay whole, and how many parts each other block has.
+
+    Args:
+        blocks: of the GEMM; those of a last wave that is at most half full are split.
+        steps: along K.
+        slots: blocks that run at a time.
+    """
     tail = blocks % slots
     splits = min(slots // tail if tail else 1, steps // STEPS, MAX_SPLITS)
     return (blocks - tail, splits) if splits > 1 else (blocks, 1)
@@ -311,7 +233,7 @@ def multiply(
     embeds: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> None:
-    """Write out [R, O], and before [R, O] or embeds [E, O] at rows [R], of x [R, K]."""
+    """Compute out [R, O] of x [R, K]; also write before [R, O], or embeds [E, O] at rows [R]."""
     (R, K), outputs = x.shape, weight.shape[0]
     kernel = product_exact if x.dtype == torch.float32 else product
     m, n, k, group = (kernel.config[c] for c in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP"))
@@ -319,16 +241,14 @@ def multiply(
     whole, splits = choose_splits(blocks, -(-K // k), multiprocessors(x.get_device()))
     split = blocks - whole
     parts = torch.empty((split * splits, m, n), dtype=torch.float32, device=x.device)
-    optional = ((before, out), (embeds, out), (rows, out))
-    tensors = (out, *(other if t is None else t for t, other in optional), parts, bias)
-    sizes, E = (out.stride(0), R, outputs), 0 if embeds is None else embeds.shape[0]
+    keep, place = before is not None, embeds is not None
+    before, embeds, rows = (out if t is None else t for t in (before, embeds, rows))
+    tensors = (out, before, embeds, rows, parts, bias)
+    sizes, E = (out.stride(0), R, outputs), embeds.shape[0] if place else 0
     aligned = all(size % 8 == 0 for size in (out.stride(0), outputs, K))
-    constants = (gelu, before is not None, embeds is not None, aligned)
-    kernel.launch(
-        *(whole + split * splits, *tensors, x, weight),
-        *(*sizes, K, E, whole, splits, *constants, K % k == 0),
-    )
-    add_parts.launch(
-        *(split * m // add_parts.config["BLOCK_R"], *tensors),
-        *(*sizes, E, whole, splits, *constants, m, n, group),
-    )
+    constants = (gelu, keep, place, aligned)
+    numbers = (*sizes, K, E, whole, splits)
+    programs = whole + split * splits
+    kernel.launch(programs, *tensors, x, weight, *numbers, *constants, K % k == 0)
+    programs = split * m // add_parts.config["BLOCK_R"]
+    add_parts.launch(programs, *tensors, *sizes, E, whole, splits, *constants, m, n, group)

@@ -1,13 +1,14 @@
-"""The memory build's product by tensor descriptors (TMA), in programs that stay.
+"""The GEMM of the memory build with tensor descriptors (TMA), in persistent programs.
 
-The same as `build._project_kernel`, for 16-bit dtypes on Hopper: one program for each
-multiprocessor takes tile after tile of all layers, its loop over tiles and that over K are one to
-the compiler, and so the first steps of a tile are loaded under the last products and the epilogue
-of the one before. No thread computes addresses of what it multiplies: registers that this spares
-hold 256 columns. Without 256 columns shared memory is the limit whoever copies (bench/NOTES.md).
-Weights of the layers are tensors apart. A descriptor of three dimensions reads them all: the first
-one steps by 16 bytes from the lowest address, and a layer's place in it is its distance.
-`build.USE_TMA` turns it on.
+The same as `_memory_build_gemm`, for 16-bit dtypes on Hopper: one program for each multiprocessor
+takes tile after tile of all layers. The compiler fuses its loop over tiles with the one over K, so
+the first steps of a tile are loaded during the last products and the epilogue of the tile before.
+Threads compute no addresses of operands: the registers that this saves hold 256 columns. With fewer
+columns shared memory is the limit, whoever copies (bench/NOTES.md).
+The layers' weights are separate tensors. One descriptor of three dimensions reads them all: its
+first dimension steps by 16 bytes from the lowest address, and a layer's index in it is the distance
+of its weight from there.
+`memory_build.USE_TMA` turns it on.
 
 Letters: M image tokens, d their width, L layers, G heads, D head dimension, P rows of the rotary
 table.
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from comemo_kernels import _descriptors
 from comemo_kernels._blocks import in_groups, offset_of
-from comemo_kernels._op import INTERPRET, Kernel, multiprocessors
+from comemo_kernels._blocks_memory_build import load_rotation, pointer_to, without_nan
+from comemo_kernels._op import INTERPRET, Kernel, jit, multiprocessors
 
-REACH = tl.constexpr(2**31 - 1)  # places of 16 bytes that a descriptor can tell apart
+REACH = tl.constexpr(2**31 - 1)  # steps of 16 bytes that a descriptor can index
 
 # --- kernel ---
 
@@ -38,8 +40,8 @@ def _lowest(address_ptr, num_layers):
 
 @triton.jit
 def _weight_tiles(address, like_ptr, rows, width, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The weight [rows, width] at an address, and whatever begins 16 bytes on, and so on."""
-    first = tl.multiple_of(address.to(like_ptr.dtype), 16)
+    """The weight [rows, width] at an address; index i of dimension 0 begins 16 * i bytes later."""
+    first = pointer_to(address, like_ptr, True)
     return tl.make_tensor_descriptor(
         first, [REACH, rows, width], [8, width.to(tl.int64), 1], [1, BLOCK_N, BLOCK_K]
     )
@@ -52,21 +54,17 @@ def _store_tile(
     row,  # [BLOCK_M]
     head,  # [HEADS]
     kind,
+    rotary_table,
     rstd_ptr,
     ids_ptr,
-    cos_ptr,
-    sin_ptr,
-    out_stride_m,
-    out_stride_g,
-    table_stride,
-    num_rows,
-    num_heads,
-    num_positions,
+    out_strides,  # of M and G
+    sizes,  # M, G
     out_row,
     EXACT: tl.constexpr,
     HALF: tl.constexpr,
 ):
     """Scale, rotate if they are keys, and store the rows of some heads."""
+    num_rows, num_heads = sizes
     mask_m = row < num_rows
     if not EXACT:
         acc *= tl.load(rstd_ptr + row, mask=mask_m, other=0.0)[:, None]
@@ -74,36 +72,23 @@ def _store_tile(
     acc1, acc2 = tl.split(tl.permute(acc, (0, 1, 3, 2)))
     element = tl.arange(0, HALF)
     if kind == 0:
-        distance = tl.load(ids_ptr + row, mask=mask_m, other=0)
-        at = tl.abs(distance)
-        known = mask_m & (at >= 0) & (at < num_positions)  # the least integer has no abs
-        offs = offset_of(at, table_stride, True)[:, None] + element[None, :]
-        cos = tl.load(cos_ptr + offs, mask=known[:, None], other=float("nan")).to(tl.float32)
-        sin = tl.load(sin_ptr + offs, mask=known[:, None], other=float("nan")).to(tl.float32)
-        sin = tl.where((distance < 0)[:, None], -sin, sin)
+        cos, sin = load_rotation(rotary_table, ids_ptr, row, mask_m, element, None, True)
         cos, sin = cos[:, None, :], sin[:, None, :]
         turned = acc1 * cos - acc2 * sin
         acc2 = acc2 * cos + acc1 * sin
         acc1 = turned
     else:
-        # Where values are NaN keys are, and reach who may read them; these would reach others.
-        acc1 = tl.where(acc1 == acc1, acc1, 0.0)
-        acc2 = tl.where(acc2 == acc2, acc2, 0.0)
-    out_rows = out_ptr + offset_of(row + out_row, out_stride_m, True)[:, None, None]
-    out_rows += offset_of(head, out_stride_g, True)[None, :, None]
+        acc1, acc2 = without_nan(acc1), without_nan(acc2)
+    out_rows = out_ptr + offset_of(row + out_row, out_strides[0], True)[:, None, None]
+    out_rows += offset_of(head, out_strides[1], True)[None, :, None]
     mask = mask_m[:, None, None] & (head < num_heads)[None, :, None]
     tl.store(out_rows + element[None, None, :], acc1, mask=mask)
     tl.store(out_rows + HALF + element[None, None, :], acc2, mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("x_stride_m", "out_stride_m", "out_stride_g", "table_stride"),
-        *("num_rows", "width", "num_heads", "num_layers", "num_positions", "out_row"),
-    ]
-)
+@jit
 def _project_tma_kernel(
-    x_ptr,  # [L, M, d]: normed, contiguous; or [M, d]: media
+    x_ptr,  # [L, M, d]: normalised, contiguous; or [M, d]: media
     rstd_ptr,  # [M]
     ids_ptr,  # [M] int32
     cos_ptr,  # [P, HALF]
@@ -127,9 +112,9 @@ def _project_tma_kernel(
     GROUP: tl.constexpr,  # blocks of rows that follow each other on one block of columns
     ANEW: tl.constexpr,  # a descriptor of each tile's own weight instead of one for all
 ):
-    """One program computes keys or values, of BLOCK_M rows and some heads, tile after tile."""
+    """One program computes keys or values of BLOCK_M rows and some heads, tile after tile."""
     HEADS: tl.constexpr = BLOCK_N // (2 * HALF)
-    tl.assume(width > 0)  # else the compiler writes all of it twice
+    tl.assume(width > 0)  # otherwise the compiler emits everything twice
     blocks_m, blocks_h = tl.cdiv(num_rows, BLOCK_M), tl.cdiv(num_heads, HEADS)
     of_layer, w_rows = blocks_m * 2 * blocks_h, num_heads * 4 * HALF
     rows = num_rows * num_layers if EXACT else num_rows
@@ -137,6 +122,7 @@ def _project_tma_kernel(
     if not ANEW:
         lowest = _lowest(address_ptr, num_layers)
         w_tiles = _weight_tiles(lowest, x_ptr, w_rows, width, BLOCK_N, BLOCK_K)
+    rotary_table = (cos_ptr, sin_ptr, table_stride, num_positions)
     tiles = of_layer * num_layers
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         layer = tile // of_layer
@@ -145,11 +131,11 @@ def _project_tma_kernel(
         table = address_ptr + layer * 4
         address = tl.load(table)
         if ANEW:
-            place = 0
+            index = 0
             w_tiles = _weight_tiles(address, x_ptr, w_rows, width, BLOCK_N, BLOCK_K)
         else:
-            place = ((address - lowest) // 16).to(tl.int32)
-        # Rows behind the last of a layer, or of keys, are others': computed, and not stored.
+            index = ((address - lowest) // 16).to(tl.int32)
+        # Rows after the last of a layer, or of keys, belong to others: computed, not stored.
         w_row = (kind * num_heads + first_head) * (2 * HALF)
         x_row = pid_m * BLOCK_M
         if EXACT:
@@ -157,24 +143,31 @@ def _project_tma_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k in tl.range(0, width, BLOCK_K):
             x = x_tiles.load([x_row, k])
-            w = tl.reshape(w_tiles.load([place, w_row, k]), (BLOCK_N, BLOCK_K))
+            w = tl.reshape(w_tiles.load([index, w_row, k]), (BLOCK_N, BLOCK_K))
             acc = tl.dot(x, tl.trans(w), acc)
-        out_ptr = tl.multiple_of(tl.load(table + 2 + kind).to(x_ptr.dtype), 16)
+        out_ptr = pointer_to(tl.load(table + 2 + kind), x_ptr, True)
         _store_tile(
-            *(out_ptr, acc, pid_m * BLOCK_M + tl.arange(0, BLOCK_M)),
-            *(first_head + tl.arange(0, HEADS), kind, rstd_ptr, ids_ptr, cos_ptr, sin_ptr),
-            *(out_stride_m, out_stride_g, table_stride, num_rows, num_heads, num_positions),
-            *(out_row, EXACT, HALF),
+            out_ptr,
+            acc,
+            pid_m * BLOCK_M + tl.arange(0, BLOCK_M),
+            first_head + tl.arange(0, HEADS),
+            kind,
+            rotary_table,
+            rstd_ptr,
+            ids_ptr,
+            (out_stride_m, out_stride_g),
+            (num_rows, num_heads),
+            out_row,
+            EXACT,
+            HALF,
         )
 
 
+BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 16}
 project_tma = Kernel(
     _project_tma_kernel,
     [
-        {
-            **{"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 16, "ANEW": anew},
-            **{"num_warps": 8, "num_stages": stages},
-        }
+        {**BLOCKS, "ANEW": anew, "num_warps": 8, "num_stages": stages}
         for anew, stages in ((0, 3), (0, 4), (1, 3))
     ],
 )
@@ -183,15 +176,15 @@ project_tma = Kernel(
 
 
 def fits(media: Tensor, weights: list[Tensor], D: int, aligned: bool) -> bool:
-    """Whether this kernel can do it, by what the host knows.
+    """Whether this kernel supports the inputs, as far as the host knows.
 
     Args:
         media: [M, d].
         weights: L of [2 * G * D, d], contiguous.
         D: head dimension.
-        aligned: whether 16 bytes divide the strides, and the addresses of all but media.
+        aligned: whether 16 bytes divide the strides, and all addresses except that of media.
     """
-    places = [weight.data_ptr() // 16 for weight in weights]
+    steps = [weight.data_ptr() // 16 for weight in weights]
     return (
         _descriptors.AVAILABLE
         and (INTERPRET or torch.cuda.get_device_capability(media.get_device()) == (9, 0))
@@ -200,12 +193,12 @@ def fits(media: Tensor, weights: list[Tensor], D: int, aligned: bool) -> bool:
         and aligned
         and media.data_ptr() % 16 == 0
         and media.stride(0) >= media.shape[1] > 0
-        and max(places) - min(places) < REACH.value
+        and max(steps) - min(steps) < REACH.value
     )
 
 
 def launch(
-    x: Tensor,  # [L, M or more, d], contiguous: normed; or [M, d]: media
+    x: Tensor,  # [L, M or more, d], contiguous: normalised; or [M, d]: media
     rstd: Tensor,
     ids: Tensor,
     cos: Tensor,
@@ -216,12 +209,13 @@ def launch(
     heads: tuple[int, int],  # G, D
     out_row: int,
 ) -> None:
-    """Write keys and values of all layers to where `address` says."""
+    """Write keys and values of all layers to the addresses in `address`."""
     (G, D), L, config = heads, address.shape[0], project_tma.config
     tiles = -(-rows // config["BLOCK_M"]) * L * 2 * -(-G // (config["BLOCK_N"] // D))
+    programs = min(tiles, multiprocessors(x.get_device()))
+    tensors = (x, rstd, ids, cos, sin, address)
+    strides = (x.stride(-2), *out_strides, cos.stride(0))
+    sizes = (rows, x.shape[-1], G, L, cos.shape[0], out_row)
+    exact = x.ndim == 3
     with _descriptors.allocated():
-        project_tma.launch(
-            *(min(tiles, multiprocessors(x.get_device())), x, rstd, ids, cos, sin, address),
-            *(x.stride(-2), *out_strides, cos.stride(0), rows, x.shape[-1], G, L, cos.shape[0]),
-            *(out_row, x.ndim == 3, D // 2),
-        )
+        project_tma.launch(programs, *tensors, *strides, *sizes, exact, D // 2)

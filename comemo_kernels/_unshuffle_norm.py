@@ -1,10 +1,10 @@
-"""Folding a raster of vision tokens and norming what comes out, in one pass; and its gradient.
+"""Pixel unshuffle of vision tokens and LayerNorm in one pass, and the gradient of both.
 
     x = norm(fold(tokens)) * weight + bias         fold: n x n neighbours into channels
 
-Tokens are read where the vision tower left them, class token and strides included. Traffic: tokens
-once, x once; the gradient reads both and the gradient of x, and writes that of tokens. What weight
-and bias get is summed by each program over its rows, then over programs: no atomics.
+Tokens are read in place, class token and strides included. Traffic: tokens once, x once; the
+gradient reads both and the gradient of x, and writes that of tokens. Each program sums the
+gradients of weight and bias over its rows; then they are summed over programs: no atomics.
 Source: the projector of InternVL.
 
 Letters: T tiles, C channels of a vision token, n fold, W = C*n*n, R rows of image tokens.
@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from comemo_kernels._blocks import offset_of
-from comemo_kernels._op import Kernel, multiprocessors, register
+from comemo_kernels._op import Kernel, jit, multiprocessors, padded, register
 
 # --- kernel ---
 
@@ -26,7 +26,7 @@ from comemo_kernels._op import Kernel, multiprocessors, register
 @triton.jit
 def _raster_offset(
     row,  # an image token
-    f,  # [F] places of its neighbourhood
+    f,  # [F] index in its neighbourhood
     side,  # image tokens along the side of a tile
     stride_t,
     stride_s,
@@ -34,7 +34,7 @@ def _raster_offset(
     TRANSPOSED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    """[F, 1] elements from the first token to those that are folded into an image token."""
+    """[F, 1] offsets from the first token to those that are folded into an image token."""
     tile, place = row // (side * side), row % (side * side)
     if TRANSPOSED:
         i, j = place % side, place // side
@@ -44,7 +44,7 @@ def _raster_offset(
     return (offset_of(tile, stride_t, ALIGNED) + offset_of(token, stride_s, ALIGNED))[:, None]
 
 
-@triton.jit(do_not_specialize=["stride_t", "stride_s", "side", "channels", "eps"])
+@jit
 def _fold_norm_kernel(
     out_ptr,  # [R, W], contiguous
     stats_ptr,  # [R, 2] float32: mean, 1 / deviation
@@ -63,11 +63,11 @@ def _fold_norm_kernel(
     BLOCK_F: tl.constexpr,  # N*N and C, rounded up to powers of two
     BLOCK_C: tl.constexpr,
 ):
-    """One program folds and norms one image token."""
+    """One program folds and normalises one image token."""
     row = tl.program_id(0)
     offs_f, c = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_C)[None, :]
     f = offs_f[:, None]
-    if ALIGNED:  # the same number, and a mask of 8 elements that the compiler sees is one
+    if ALIGNED:  # unchanged; the compiler learns that masks are of 8 elements
         channels = channels // 8 * 8
     mask, width = (f < N * N) & (c < channels), N * N * channels
     offs = _raster_offset(row, offs_f, side, stride_t, stride_s, N, TRANSPOSED, ALIGNED) + c
@@ -85,7 +85,7 @@ def _fold_norm_kernel(
     tl.store(out_ptr + offset_of(row, width, ALIGNED) + offs, y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["stride_t", "stride_s", "side", "channels", "num_rows", "programs"])
+@jit
 def _fold_norm_gradient_kernel(
     dx_ptr,  # [T, 1 + (side*n)**2, C], contiguous
     dweight_ptr,  # [programs, W] float32
@@ -108,7 +108,7 @@ def _fold_norm_gradient_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program takes every `programs`-th image token, and sums what weight and bias get."""
+    """One program takes every `programs`-th image token, and sums gradients of weight and bias."""
     pid = tl.program_id(0)
     offs_f, c = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_C)[None, :]
     f = offs_f[:, None]
@@ -132,7 +132,7 @@ def _fold_norm_gradient_kernel(
             dweight += dy * x
             dbias += dy
         if TOKENS:
-            # Once for each row, from the nearest cache: held, it would cost registers.
+            # Loaded again for each row, from the nearest cache, to save registers.
             dy *= tl.load(weight_ptr + inside, mask=mask, other=0.0).to(tl.float32)
             along = tl.sum(tl.sum(dy * x, 1), 0) / width
             dx = (dy - tl.sum(tl.sum(dy, 1), 0) / width - x * along) * rstd
@@ -151,9 +151,9 @@ def _fold_norm_gradient_kernel(
         tl.store(dbias_ptr + sums, dbias, mask=mask)
 
 
-# A program holds a row: of more than NARROW elements by more warps. The widest InternViT's 3,200
-# channels are 16,384 once folded by two and rounded up: its gradient spills up to 96 bytes of a
-# thread, and what is wider still spills more. Beyond WIDEST no kernel is compiled.
+# A program holds a row; a row of more than NARROW elements takes more warps. The widest InternViT's
+# 3,200 channels are 16,384 after folding by two and rounding up: its gradient spills up to 96 bytes
+# a thread, wider rows spill more. Rows of more than WIDEST elements have no kernel.
 NARROW, WIDEST = 8192, 65536
 fold_norm = Kernel(_fold_norm_kernel, [{"num_warps": 4}, {"num_warps": 8}])
 fold_norm_wide = Kernel(_fold_norm_kernel, [{"num_warps": 16}])
@@ -164,7 +164,7 @@ fold_norm_gradient_wide = Kernel(_fold_norm_gradient_kernel, [{"num_warps": 16}]
 
 
 class _Plan(NamedTuple):
-    """What a fold's kernels are told of it."""
+    """Launch arguments that the fold decides."""
 
     rows: int  # R
     wide: bool
@@ -185,10 +185,6 @@ class _Plan(NamedTuple):
         )
 
 
-def padded(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def launch_fold_norm(
     normed: Tensor,
     stats: Tensor | None,
@@ -199,7 +195,7 @@ def launch_fold_norm(
     transposed: bool,
     eps: float,
 ) -> None:
-    """Write normed [R, W], and stats [R, 2] if they are wanted."""
+    """Write normed [R, W], and stats [R, 2] unless None."""
     plan = _Plan.of(tokens, n, transposed)
     tensors = (normed, normed if stats is None else stats, tokens, norm_weight, norm_bias)
     constants = (stats is not None, *plan.constants)
@@ -218,7 +214,7 @@ def _launch_fold_norm_gradient(
     to_norm: bool,
 ) -> tuple[Tensor, Tensor]:
     plan = _Plan.of(tokens, n, transposed)
-    # Two on a multiprocessor keep its memory busy; each leaves a row of sums to be read again.
+    # Two a multiprocessor keep memory busy; each writes a row of sums that is read again.
     programs = min(plan.rows, 2 * multiprocessors(dy.get_device()))
     T = tokens.shape[0] if to_tokens else 0
     dx = tokens.new_empty(T, *tokens.shape[1:])

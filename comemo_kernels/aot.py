@@ -1,14 +1,14 @@
-"""Compile every kernel ahead of time, for GPUs that need not be there, and read what came out.
+"""Compile every kernel ahead of time, on a machine without the GPUs, and check what came out.
 
 `python -m comemo_kernels.aot [--out FILE.csv]` prints a table and fails where a limit is broken:
-spills, more shared memory than a block may have; on sm_90 no HGMMA where a dot should be one,
-accesses of less than 128 bits to a large tensor, a loop that is not pipelined, fewer blocks on a
-multiprocessor than the launcher counts on.
+spills, or more shared memory than a block may have; on sm_90 also a dot without HGMMA, accesses of
+less than 128 bits to a large tensor, a loop that is not pipelined, or fewer blocks on a
+multiprocessor than the launcher needs.
 `python -m comemo_kernels.aot --counts [--kernels NAME ...] [--cases TEXT ...] [--out FILE.csv]`
-prints for sm_90 what the main loop of each kernel asks of a multiprocessor, and what binds it on an
-H100 and an H200 (`aot_counts`).
-The launchers run on tensors without storage, under a driver that only names an architecture: what
-is compiled is what would be launched, and no signature is written down twice.
+prints for sm_90 what the main loop of each kernel asks of a multiprocessor, and which resource
+limits it on an H100 and an H200 (`aot_counts`).
+The launchers run on tensors without storage, under a driver that only names an architecture: the
+compiled kernels are those of real launches, and no signature is written twice.
 """
 
 import argparse
@@ -29,14 +29,15 @@ from triton.runtime.jit import JITFunction
 
 from comemo_kernels import aot_counts
 from comemo_kernels._op import Config
-from comemo_kernels.aot_cases import SMALL, Case, cases
+from comemo_kernels.aot_case import SMALL, Case
+from comemo_kernels.aot_cases import cases
 from comemo_kernels.aot_read import count_products, count_wide, read_accesses, read_usage
 
 
 class Chip(NamedTuple):
     target: GPUTarget
     shared: int  # bytes of shared memory that one block may use
-    company: int  # bytes that blocks of a multiprocessor have together, 1 KiB more for each
+    company: int  # bytes of all blocks on a multiprocessor, each with 1 KiB more
 
 
 CHIPS = {
@@ -47,7 +48,7 @@ CHIPS = {
 }
 
 
-# Pointers to what all blocks read, so that it comes from L2, beside those in SMALL.
+# Pointers to what all blocks read, which comes from L2; besides those in SMALL.
 CACHED = {
     name: frozenset(pointers.split())
     for name, pointers in {
@@ -62,7 +63,7 @@ CACHED = {
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a case for a chip."""
+    """The compiled kernel of a case for a chip, in numbers."""
 
     kernel: str
     case: str
@@ -73,12 +74,12 @@ class Compiled:
     shared: int  # bytes of a block
     blocks: int  # that fit a multiprocessor; 0 on AMD, where it is not counted
     wide: int  # loads, stores and copies of 128 bits
-    hgmma: int  # matrix instructions that read shared memory by themselves
-    faults: tuple[str, ...]  # limits that are broken
+    hgmma: int  # matrix instructions that read shared memory directly
+    faults: tuple[str, ...]  # broken limits
 
 
 class OfflineDriver:
-    """What Triton asks of a driver, answered for a GPU that is not there."""
+    """Triton's driver interface for a GPU that the machine does not have."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -95,7 +96,7 @@ class OfflineDriver:
 
 @contextlib.contextmanager
 def offline(target: GPUTarget) -> Iterator[list[Any]]:
-    """Within this block launches compile for `target`, run nothing, and are recorded."""
+    """Within this block launches only compile for `target`; the kernels are in the list."""
     compiled: list[Any] = []
     run, previous = JITFunction.run, dict(vars(driver))
 
@@ -115,19 +116,19 @@ def compile_kernel(case: Case, config: Config, chip: str) -> Any:
     """The kernel of one launch for one chip, as Triton returns it."""
     with case.kernel.using(config), offline(CHIPS[chip].target) as compiled:
         case.launch()
-    name = case.kernel.function.__name__  # a launcher may launch others besides
+    name = case.kernel.function.__name__  # a launcher may launch others too
     return next(found for found in compiled if found.metadata.name == name)
 
 
 def name_config(config: Config) -> str:
-    """A configuration in a table."""
+    """A configuration as the table writes it."""
     return " ".join(
         f"{k.removeprefix('BLOCK_').removeprefix('num_')} {v}" for k, v in config.items()
     )
 
 
 def compile_case(case: Case, config: Config, chip: str) -> Compiled:
-    """Compile one launch for one chip, and hold the result against the chip's limits."""
+    """Compile one launch for one chip, and check the result against the chip's limits."""
     kernel = compile_kernel(case, config, chip)
     usage, shared, products = read_usage(kernel), kernel.metadata.shared, count_products(kernel)
     blocks = count_blocks(chip, usage.registers, shared, kernel.metadata.num_warps)
@@ -156,16 +157,16 @@ def compile_case(case: Case, config: Config, chip: str) -> Compiled:
 def _find_faults(
     case: Case, config: Config, kernel: Any, blocks: int, products: int
 ) -> Iterator[str]:
-    """What costs time though it runs, of a kernel for sm_90."""
+    """What makes a kernel for sm_90 slow, though it runs."""
     if case.dot and not products:
         yield "no HGMMA"
     allowed = SMALL.get(kernel.metadata.name, frozenset()) | case.narrow
     narrow = [a for a in read_accesses(kernel) if a.bytes < 16 and a.tensor not in allowed]
     if case.aligned and narrow:
-        told = sorted({f"{access.tensor} by {8 * access.bytes} bits" for access in narrow})
-        yield f"narrow accesses: {', '.join(told)}"
+        listed = sorted({f"{access.tensor} by {8 * access.bytes} bits" for access in narrow})
+        yield f"narrow accesses: {', '.join(listed)}"
     if case.stage is not None:
-        # The tensor cores of a warp group still read a step while the next ones are on their way.
+        # The tensor cores of a warp group still read one stage while the next ones are loaded.
         steps = config["num_stages"] - (0 if products else 1)
         wanted = steps * case.stage(config)
         if kernel.metadata.shared < wanted:
@@ -178,12 +179,12 @@ def count_blocks(chip: str, registers: int, shared: int, warps: int) -> int:
     """Blocks that fit a multiprocessor at a time; 0 on AMD."""
     if CHIPS[chip].target.backend != "cuda":
         return 0
-    of_warp = -(-32 * registers // 256) * 256  # registers are handed out by 256 to a warp
+    of_warp = -(-32 * registers // 256) * 256  # a warp gets registers in units of 256
     return min(65536 // of_warp // warps, CHIPS[chip].company // (shared + 1024), 64 // warps, 32)
 
 
 def compile_all(chips: list[str]) -> Iterator[Compiled]:
-    """Each case in each configuration that it stands for, for each chip."""
+    """Each case in each of its configurations, for each chip."""
     for case in cases():
         for config in case.kernel.configs[: case.configs]:
             for chip in [chip for chip in chips if chip in case.chips]:
@@ -191,7 +192,7 @@ def compile_all(chips: list[str]) -> Iterator[Compiled]:
 
 
 def count_case(case: Case, config: Config) -> aot_counts.Counted:
-    """What the main loop of a launch asks for on sm_90."""
+    """What the main loop of a launch needs on sm_90."""
     kernel = compile_kernel(case, config, "sm_90")
     name, shared = kernel.metadata.name, kernel.metadata.shared
     registers = read_usage(kernel).registers
@@ -205,7 +206,8 @@ def count_case(case: Case, config: Config) -> aot_counts.Counted:
 def choose_cases(kernels: list[str], texts: list[str]) -> list[Case]:
     """Cases for sm_90 of these kernels with one of these texts in their names; no list means all.
 
-    ValueError: a kernel that is not there, or a text in no case.
+    Raises:
+        ValueError: a kernel that does not exist, or a text in no case.
     """
     found = [case for case in cases() if "sm_90" in case.chips]
     there = sorted({case.kernel.function.__name__ for case in found})
@@ -224,7 +226,7 @@ def print_counts(chosen: list[Case], out: Path | None) -> None:
         for config in case.kernel.configs[: case.configs]:
             for row in aot_counts.table_rows(count_case(case, config)):
                 rows.append(row)
-                print(aot_counts.tell(row), flush=True)
+                print(aot_counts.describe(row), flush=True)
     if out:
         with out.open("w", newline="") as file:
             file.write(f"# triton: {triton.__version__}\n")
@@ -248,7 +250,7 @@ def main() -> None:
     if not options.counts and (options.kernels or options.cases):
         parser.error("--kernels and --cases go with --counts")
     if options.counts and options.chips not in (None, ["sm_90"]):
-        parser.error(f"--counts knows sm_90 alone, got --chips {' '.join(options.chips)}")
+        parser.error(f"--counts supports only sm_90, got --chips {' '.join(options.chips)}")
     print(f"triton {triton.__version__}")
     if options.counts:
         try:

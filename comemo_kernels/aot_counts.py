@@ -1,13 +1,14 @@
 """What a kernel's main loop asks of a Hopper multiprocessor, counted in its machine code.
 
-A pass of the loop is counted by kinds of instructions and set against what a multiprocessor does in
-a cycle: the resource that takes the most cycles binds. It is a bound and no forecast: it knows no
-latencies, bank conflicts or waits. It is there to argue about a change before it is measured.
+A pass of the loop is counted by kinds of instructions and compared with what a multiprocessor does
+in a cycle: the resource that takes the most cycles binds. This is a bound like a roofline, not a
+forecast: it knows no latencies, bank conflicts or waits. Use it to argue about a change before it
+is measured.
 
-Taken as such: predicated instructions run; each thread reads global memory of its own, small
-tensors aside, and shared memory of its own but for FFMA, whose operands a warp shares; where roles
-of specialised warps run loops of their own, they pass together; a branch is skipped unless tensor
-cores or asynchronous copies are behind it; a loop that the compiler unrolled is one pass.
+Assumptions: predicated instructions run. Each thread reads its own global memory, except for small
+tensors, and its own shared memory, except for FFMA, whose operands a warp shares. Loops of
+specialised warps pass together. A branch is skipped unless it holds tensor-core instructions or
+asynchronous copies. A loop that the compiler unrolled is one pass.
 """
 
 import functools
@@ -29,46 +30,46 @@ from comemo_kernels.aot_sass import (
 )
 from comemo_kernels.aot_traffic import Traffic
 
-# Of H100 SXM and H200, which share a multiprocessor. Cycles are those of 1.755 GHz, the clock of
-# products under load; the datasheets' 989 TFLOP/s are of 1.83.
+# Of H100 SXM and H200, which have the same multiprocessor. Cycles are at 1.755 GHz, the clock of
+# GEMMs under load; the datasheets' 989 TFLOP/s are at 1.83.
 CLOCK = 1.755e9
 PROCESSORS = 132
 SCHEDULERS = 4  # warp instructions a cycle (Hopper tuning guide)
-# Dense FLOP a cycle by warp groups, from the datasheets; 949 TFLOP/s in all, of which products of
-# random data reach 790. By single warps (mma.sync) 62 % of it: measured, arXiv:2402.13499.
+# Dense FLOP a cycle by warp groups, from the datasheets; 949 TFLOP/s in all, of which GEMMs of
+# random data reach 790. Single warps (mma.sync) reach 62 % of it: measured, arXiv:2402.13499.
 TENSOR = {8: 8192, 16: 4096, 32: 2048}  # by bits of an element
 TENSOR_64 = 256  # float64, by single warps
 SINGLE_WARP = 0.62
-SHARED = 128  # bytes a cycle; a shuffle is a cycle as well (CUDA guide: 32 results)
+SHARED = 128  # bytes a cycle; a shuffle takes a cycle too (CUDA guide: 32 results)
 # Results a cycle (CUDA guide, arithmetic throughput). Conversions to and from integers run there
-# (Nsight Compute's guide, pipeline XU); those of one float to another are assumed to, but for what
-# packs or unpacks pairs, as F2FP.
+# (Nsight Compute's guide, pipeline XU). So do, as an assumption, those of one float to another,
+# except for instructions on pairs such as F2FP.
 SPECIAL = 16
 _SPECIAL = re.compile(r"MUFU|F2F|F2I|I2F|FRND")
-PORT = 64  # bytes a cycle from L2 to a multiprocessor; taken to be A100's
-# Bytes a second from L2, measured of reads that share nothing (chipsandcheese.com, H100 PCIe).
-# Blocks that read the same lines at about the same time get more: told, not part of the bound.
+PORT = 64  # bytes a cycle from L2 to a multiprocessor; assumed to be A100's
+# Bytes a second from L2, measured with reads that share nothing (chipsandcheese.com, H100 PCIe).
+# Blocks that read the same lines at about the same time get more: printed, not part of the bound.
 L2 = 5.5e12
 MEMORY = {"H100": 3.0e12, "H200": 4.3e12}  # bytes a second, measured copies
 
 
 @dataclass(frozen=True)
 class Loop:
-    """What one pass asks for; a kernel without a loop is one pass."""
+    """What one pass needs; a kernel without a loop is one pass."""
 
     part: str  # "loop", "loop 1 of 2", "whole", or specialised warps: "copies", "products"
     warps: int  # of a block that run it
     instructions: int  # of each of these warps
-    behind: int  # more of them, behind branches that the pass does not take
+    behind: int  # more of them, in branches that the pass does not take
     kinds: dict[str, int]  # instructions by KINDS
     names: dict[str, int]  # by `label_of`
-    flops: int  # of all warps: of tensor cores, else of FFMA if a third of the loop is
+    flops: int  # of all warps: of tensor cores, or of FFMA if these are a third of the loop
     tensor_cycles: float  # of a multiprocessor, for all warps
     special: int  # instructions of each warp for the special function units
     shared_bytes: int  # read and written by all warps, tensor cores and copies; a shuffle is 128
-    global_bytes: int  # that all warps ask for
-    memory_bytes: int  # of these, less what lies in L2
-    grouped: bool  # products by warp groups
+    global_bytes: int  # that all warps load and store
+    memory_bytes: int  # of these, those not from L2
+    grouped: bool  # tensor-core instructions are of warp groups
 
     def per(self, flops: float) -> float:
         """Instructions of a warp for so many FLOP of its block."""
@@ -80,10 +81,11 @@ def count_loops(
 ) -> list[Loop]:
     """The main loop of a compiled kernel for sm_90, or those of each role of specialised warps.
 
-    The main loop is the innermost one with tensor-core instructions, else the one that asks for
-    most bytes of memory; where none does, all of the kernel is counted. Several loops with
-    products, as of masked keys and others, all count. Bytes of the pointers in `small` do not
-    count unless there are no others; those in `cached` come from L2, as all blocks read them.
+    The main loop is the innermost one with tensor-core instructions; without any, the one that
+    moves most bytes of memory; without that, the whole kernel is counted. Several loops with
+    tensor-core instructions, as of masked keys and others, all count. Bytes of the pointers in
+    `small` do not count unless there are no others; those in `cached` come from L2, because all
+    blocks read them.
     """
     code, labels = aot_sass.parse(aot_sass.disassemble(kernel))
     blocks = aot_sass.find_blocks(code, labels)
@@ -118,13 +120,13 @@ def _innermost(loops: list[aot_sass.Loop]) -> list[aot_sass.Loop]:
 
 
 def _warps_of(loop: aot_sass.Loop, warps: int) -> int:
-    """How many warps run a role: as many as its barriers wait for."""
+    """How many warps run a role: the number that its barriers wait for."""
     threads = [re.search(r", (0x[0-9a-f]+)$", i.operands) for i in loop.code if i.stem == "BAR"]
     return max((int(count[1], 16) // 32 for count in threads if count), default=min(warps, 4))
 
 
 def _shared_bytes(i: Instruction, fused: bool) -> int:
-    """Of shared memory by a warp; less than 32 bits a thread take a cycle too."""
+    """Bytes of shared memory of a warp; less than 32 bits a thread take a cycle too."""
     if product := product_of(i):
         return product.shared
     if fused and i.stem == "LDS":
@@ -134,7 +136,7 @@ def _shared_bytes(i: Instruction, fused: bool) -> int:
 
 
 def _tensor_cycles(product: Product) -> float:
-    """Of a multiprocessor's four tensor cores, for one warp."""
+    """Cycles of a multiprocessor's four tensor cores, for one warp."""
     rate = TENSOR.get(product.bits, TENSOR_64 / SINGLE_WARP)
     return product.flops / (rate if product.grouped else rate * SINGLE_WARP)
 
@@ -143,7 +145,7 @@ def _count(
     traffic: Traffic, cached: frozenset[str], part: str, loop: aot_sass.Loop, warps: int
 ) -> Loop:
     def by_memory(i: Instruction) -> int:
-        """Of a warp, from memory itself."""
+        """Bytes of a warp that come from device memory."""
         return 0 if traffic.lies_in(i, cached) else traffic.bytes_of(i)
 
     products = [product for product in map(product_of, loop.code) if product]
@@ -172,25 +174,25 @@ def _count(
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a pass takes at least, of all resident blocks of a multiprocessor, and what binds."""
+    """The least cycles of a pass of all resident blocks of a multiprocessor, and what binds."""
 
     cycles: dict[str, float]  # by resource; "L2", or a card's memory
-    limit: str  # what such a loop is held against: "tensor", "float" or "memory"
+    limit: str  # the peak of such a loop: "tensor", "float" or "memory"
     binding: dict[str, str]  # by card: the resource that takes the most cycles
-    following: dict[str, str]  # the resource that takes most beside it, and how much of its cycles
+    following: dict[str, str]  # the resource that takes the second most, in percent of these
     share: dict[str, float]  # of the limit
     tflops: dict[str, float]  # 10^12 FLOP a second, of all multiprocessors
-    apart: float  # share of the limit if tensor cores rest while other instructions are issued
+    apart: float  # share of the limit if tensor cores are idle while others are issued
     through_l2: float  # share of the limit if L2 gives L2 bytes a second
 
 
 def find_bounds(loops: list[Loop], blocks: int) -> Bounds:
-    """Of loops that pass together, as those of specialised warps, in `blocks` resident blocks.
+    """Bounds of loops that pass together, as of specialised warps, in `blocks` resident blocks.
 
-    Products by warp groups are held against tensor cores, loops of FFMA that L2 can feed against
-    FFMA, and their global memory by what the port of a multiprocessor takes: blocks of products
-    read the same lines, which L2 holds. All others are held against device memory. A block that
-    does not fit is counted as if it did.
+    The limit of loops with tensor-core instructions of warp groups is the tensor cores, and FFMA
+    that of loops of FFMA that L2 can feed; their global memory counts by a multiprocessor's port to
+    L2, because blocks of a GEMM read the same lines. The limit of all others is device memory. A
+    block that does not fit is counted as if it did.
     """
 
     def add(count: Callable[[Loop], float]) -> float:
@@ -221,7 +223,12 @@ def find_bounds(loops: list[Loop], blocks: int) -> Bounds:
     held, inside = cycles.get(limit, 0.0), max(cycles.values())
     cycles |= {"L2": cycles_l2, **from_memory}
     return Bounds(
-        *(cycles, limit, binding, following, share, tflops),
+        cycles,
+        limit,
+        binding,
+        following,
+        share,
+        tflops,
         apart=held / (held + max(cycles["issue"], cycles["special"])),
         through_l2=held / max(cycles["L2"], inside),
     )
@@ -239,22 +246,21 @@ class Counted(NamedTuple):
     loops: list[Loop]
 
 
-COLUMNS = (
-    *("kernel", "case", "config", "part", "warps", "registers", "shared", "blocks"),
-    *("instructions", "behind", *(f"n_{kind}" for kind in KINDS), "flops"),
-    *("global_bytes", "memory_bytes", "shared_bytes", "names", "limit"),
-    *(f"cycles_{name}" for name in ("issue", "tensor", "shared", "special", "port", "L2")),
-    *(
-        f"{name}_{card}"
-        for card in MEMORY
-        for name in ("cycles", "binding", "next", "share", "tflops")
-    ),
-    *("apart", "through_l2"),
+_OF_CARD = ("cycles", "binding", "next", "share", "tflops")
+COLUMNS = tuple(
+    f"""
+    kernel case config part warps registers shared blocks instructions behind
+    {" ".join(f"n_{kind}" for kind in KINDS)} flops
+    global_bytes memory_bytes shared_bytes names limit
+    cycles_issue cycles_tensor cycles_shared cycles_special cycles_port cycles_L2
+    {" ".join(f"{name}_{card}" for card in MEMORY for name in _OF_CARD)}
+    apart through_l2
+    """.split()
 )
 
 
 def table_rows(found: Counted) -> list[dict[str, Any]]:
-    """Rows by COLUMNS: a loop each, and the roles of specialised warps "together" below them."""
+    """Rows by COLUMNS: a row a loop; roles of specialised warps also have a row "together"."""
     rows, roles = [], found.loops[0].part in ("products", "copies")
     head: dict[str, Any] = dict(zip(COLUMNS[:3], found[:3], strict=True))
     head |= {"registers": found.registers, "shared": found.shared, "blocks": found.blocks}
@@ -277,17 +283,17 @@ def _bound_columns(loops: list[Loop], blocks: int) -> dict[str, Any]:
         row[f"share_{card}"] = round(bounds.share[card], 3)
         row[f"tflops_{card}"] = round(bounds.tflops[card], 1)
     row |= {"apart": round(bounds.apart, 3), "through_l2": round(bounds.through_l2, 3)}
-    if bounds.limit == "memory":  # which these say nothing of
+    if bounds.limit == "memory":  # these do not apply to it
         row["apart"] = row["through_l2"] = ""
     return {name: row[name] for name in COLUMNS if name in row} | {"limit": bounds.limit}
 
 
-def tell(row: dict[str, Any]) -> str:
-    """A row of the table, in lines of text."""
+def describe(row: dict[str, Any]) -> str:
+    """A row of the table, as lines of text."""
     lines = [" | ".join(row[name] for name in ("kernel", "case", "config", "part"))]
     if "warps" in row:
         lines.append(
-            f"{row['instructions']} instructions, {row['behind']} more behind branches, of"
+            f"{row['instructions']} instructions, {row['behind']} more in branches, of"
             f" {row['warps']} warps; {row['registers']} registers, {row['shared']} bytes of shared"
             f" memory, {row['blocks']} blocks; {row['global_bytes']} bytes of global memory"
             f" ({row['memory_bytes']} not from L2)"
@@ -298,10 +304,10 @@ def tell(row: dict[str, Any]) -> str:
         names = [name for name in COLUMNS if name.startswith("cycles_")]
         lines.append("cycles: " + ", ".join(f"{n.split('_')[1]} {row[n]}" for n in names))
         for card in MEMORY:
-            told = f"{card}: {row[f'binding_{card}']} binds,"
-            told += f" {row[f'share_{card}']:.0%} of {row['limit']}, next {row[f'next_{card}']}"
-            told += f", {row[f'tflops_{card}']} TFLOP/s" if row[f"tflops_{card}"] else ""
-            lines.append(told)
+            text = f"{card}: {row[f'binding_{card}']} binds,"
+            text += f" {row[f'share_{card}']:.0%} of {row['limit']}, next {row[f'next_{card}']}"
+            text += f", {row[f'tflops_{card}']} TFLOP/s" if row[f"tflops_{card}"] else ""
+            lines.append(text)
         if row["through_l2"] != "":
             lines[-1] += f"; {row['apart']:.0%} without overlap, {row['through_l2']:.0%} through L2"
     return "\n    ".join(lines)

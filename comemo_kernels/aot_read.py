@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
+from triton.runtime.jit import JITFunction
 
 _FILE = re.compile(r'\.file\s+(\d+)\s+"([^"]+)"')
 _PLACE = re.compile(r"\s*\.loc\s+(\d+) (\d+) (\d+)")
@@ -33,7 +34,7 @@ class Usage(NamedTuple):
 
 
 class Place(NamedTuple):
-    """What machine code knows of an access."""
+    """The verb and source line of an access, as in machine code."""
 
     verb: str  # "ld", "st" or "cp"
     file: str  # without its folder
@@ -41,7 +42,7 @@ class Place(NamedTuple):
 
 
 def read_accesses(kernel: Any) -> list[Access]:
-    """Every access of an NVIDIA kernel in the order of its PTX, but those by tensor descriptors."""
+    """Every access of an NVIDIA kernel in the order of its PTX, except by tensor descriptors."""
     return [access for access, _ in place_accesses(kernel)]
 
 
@@ -49,15 +50,15 @@ def place_accesses(kernel: Any) -> list[tuple[Access, Place]]:
     """The same, each with its place.
 
     The compiler notes the source line of an instruction, and that line names the pointer. Each line
-    of inline assembly counts as one source line more: machine code hears of those, the names come
-    from the first. Triton's cache goes by the text of a kernel, not by its place: the noted file
-    may be that of another copy of these sources, gone since. What counts is the file of that name
-    here.
+    of inline assembly counts as one source line more: machine code keeps those, the names come from
+    the first.
+
+    Raises:
+        ValueError: a file in the code is not the source of the kernel or of a function it calls.
     """
     code = kernel.asm["ptx"]
-    beside = Path(inspect.getfile(kernel.src.fn.fn)).parent
     names = {number: Path(file).name for number, file in _FILE.findall(code)}
-    files = {number: _find_source(name, beside) for number, name in names.items()}
+    files = _find_sources(kernel)
     tensor, file, row, assembly, found = "", "", 0, 0, []
     for line in code.splitlines():
         begins, ends = "// begin inline asm" in line, "// end inline asm" in line
@@ -66,22 +67,68 @@ def place_accesses(kernel: Any) -> list[tuple[Access, Place]]:
             file, row = names[place[1]], int(place[2])
             if assembly <= 2:
                 tensor = _name_pointer(files[place[1]], row, int(place[3])) or tensor
-        elif copy := _COPY.search(line):
-            found.append((Access(tensor, int(copy[1], 0)), Place("cp", file, row)))
+            continue
+        size, verb = 0, ""
+        if copy := _COPY.search(line):
+            size, verb = int(copy[1], 0), "cp"
         elif direct := _DIRECT.search(line):
             count, bits = (
                 re.search(form, direct[2]) for form in (r"\.v(\d+)\b", r"\.[bfsu](\d+)\b")
             )
-            if bits:  # else a declaration
-                size = int(count[1] if count else 1) * int(bits[1]) // 8
-                found.append((Access(tensor, size), Place(direct[1], file, row)))
+            if bits:  # otherwise a declaration
+                size, verb = int(count[1] if count else 1) * int(bits[1]) // 8, direct[1]
+        if verb:
+            name = tensor or f"a pointer that line {row} of {file} does not name"
+            found.append((Access(name, size), Place(verb, file, row)))
     return found
 
 
-def _find_source(name: str, beside: Path) -> Path | None:
-    """The source file of a kernel or of what it calls; None of Triton's own."""
-    paths = (folder / name for folder in (beside, Path(__file__).parent))
-    return next((path for path in paths if path.is_file()), None)
+def _find_sources(kernel: Any) -> dict[str, Path | None]:
+    """The source file of each file number in a kernel's PTX; None of Triton's own.
+
+    Triton's cache goes by the text and first line of a kernel and of what it calls, not by their
+    files: the code may name a copy of these files that is gone, or their names before they were
+    renamed. The lines tell which file is meant.
+    """
+    code, sources = kernel.asm["ptx"], _sources_of(kernel.src.fn)
+    rows: dict[str, set[int]] = {}
+    for line in code.splitlines():
+        if place := _PLACE.match(line):
+            rows.setdefault(place[1], set()).add(int(place[2]))
+    files = dict(_FILE.findall(code))
+    found: dict[str, Path | None] = {
+        number: next((path for path in sources if path.name == Path(file).name), None)
+        for number, file in files.items()
+    }
+    for number, file in files.items():
+        if found[number] or number not in rows or "/triton/language/" in file:
+            continue
+        free = {path: rows[number] & lines for path, lines in sources.items()}
+        fits = {path: len(hit) for path, hit in free.items() if path not in found.values()}
+        best = [path for path, hits in fits.items() if 0 < hits == max(fits.values())]
+        if len(best) != 1:
+            raise ValueError(
+                f"{kernel.metadata.name}: its compiled code names {file}, which is none of its"
+                f" sources {', '.join(map(str, sources))}: empty Triton's cache"
+            )
+        found[number] = best[0]
+    return found
+
+
+def _sources_of(kernel: Any) -> dict[Path, set[int]]:
+    """The files of a kernel and of the functions it calls, with the lines of these functions."""
+    found: dict[Path, set[int]] = {}
+    waiting, seen = [kernel.fn], set()
+    while waiting:
+        function = waiting.pop()
+        if function not in seen:
+            seen.add(function)
+            lines, first = inspect.getsourcelines(function)
+            path = Path(inspect.getfile(function))
+            found.setdefault(path, set()).update(range(first, first + len(lines)))
+            called = [function.__globals__.get(name) for name in function.__code__.co_names]
+            waiting += [value.fn for value in called if isinstance(value, JITFunction)]
+    return found
 
 
 def _name_pointer(file: Path | None, row: int, column: int) -> str:

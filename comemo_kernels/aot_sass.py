@@ -1,7 +1,7 @@
 """The machine code of a compiled kernel for NVIDIA: its instructions, what they do, its loops.
 
-Read by `nvdisasm` of Triton's wheel. A loop is found in the graph of branches, not by addresses:
-what is rarely run is laid out behind the end of a kernel and jumps back.
+Disassembled by `nvdisasm` of Triton's wheel. Loops are found in the graph of branches, not by
+addresses: code that rarely runs is placed after the end of a kernel and jumps back.
 """
 
 import functools
@@ -52,11 +52,11 @@ _BITS = {"E4M3": 8, "E5M2": 8, "S8": 8, "U8": 8, "F16": 16, "BF16": 16, "TF32": 
 
 
 class Instruction(NamedTuple):
-    place: int  # counted from the kernel's first
-    guard: str  # the predicate that it runs under, as "@!P0"; "" where there is none
-    name: str  # with what modifies it, as "LDG.E.128"
+    place: int  # index in the kernel
+    guard: str  # its predicate, as "@!P0"; "" without one
+    name: str  # with modifiers, as "LDG.E.128"
     operands: str
-    file: str  # that it was compiled from
+    file: str  # its source file
     row: int
 
     @property
@@ -65,14 +65,14 @@ class Instruction(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Instructions that run one after the other, and the blocks that may follow."""
+    """A basic block: instructions that run in order, and the blocks that may follow."""
 
     code: list[Instruction]
     following: list[int]
 
 
 class Loop(NamedTuple):
-    """What a pass runs, and what lies in the loop behind branches that the pass does not take."""
+    """The instructions of a pass, and those of the loop in branches that the pass does not take."""
 
     code: tuple[Instruction, ...]
     aside: tuple[Instruction, ...]
@@ -80,7 +80,7 @@ class Loop(NamedTuple):
 
 
 def kind_of(instruction: Instruction) -> str:
-    """One of KINDS; "other" of what never runs, as the loads that ptxas puts ahead of copies."""
+    """One of KINDS; "other" if it never runs, as loads that ptxas puts before copies."""
     stem = instruction.stem if instruction.guard != "@!PT" else ""
     return next((kind for kind, form in _KIND.items() if form.fullmatch(stem)), "other")
 
@@ -95,7 +95,7 @@ class Product(NamedTuple):
 
 
 def product_of(instruction: Instruction) -> Product | None:
-    """What a tensor-core instruction does. ValueError: of a shape that is not known here."""
+    """What a tensor-core instruction computes; None for others. ValueError: an unknown shape."""
     if kind_of(instruction) != "tensor":
         return None
     stem, shape, *rest = instruction.name.split(".")
@@ -111,7 +111,7 @@ def product_of(instruction: Instruction) -> Product | None:
 
 
 def _in_registers(instruction: Instruction) -> bool:
-    """Whether a warp group's first operand lies there; else one `gdesc` names both."""
+    """Whether a warp group's first operand is in registers; otherwise one `gdesc` names both."""
     return not instruction.operands.split(",")[1].strip().startswith("gdesc")
 
 
@@ -125,7 +125,7 @@ def width_of(instruction: Instruction) -> int:
 
 
 def label_of(instruction: Instruction) -> str:
-    """How the table calls an instruction whose shape, width or function counts; "" of others."""
+    """The table's name of an instruction whose shape, width or function counts; "" for others."""
     kind, (stem, *rest) = kind_of(instruction), instruction.name.split(".")
     if kind == "tensor":
         held = (
@@ -144,10 +144,10 @@ Weight = Callable[[Instruction], tuple[int, ...]]
 
 
 def disassemble(kernel: Any) -> str:
-    """What `nvdisasm` prints of a kernel. FileNotFoundError: Triton's wheel has none."""
+    """The output of `nvdisasm` for a kernel. FileNotFoundError: Triton's wheel has no nvdisasm."""
     tool = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/nvdisasm")
     if not os.path.exists(tool):
-        raise FileNotFoundError(f"triton {triton.__version__} brings no nvdisasm: no {tool}")
+        raise FileNotFoundError(f"triton {triton.__version__} has no nvdisasm: no {tool}")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -174,18 +174,18 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def _leave(code: list[Instruction], labels: dict[str, int], place: int) -> list[int] | None:
-    """The places that may follow an instruction; None where that is the next one alone."""
+    """The places that may follow an instruction; None if only the next one may."""
     _, guard, name, operands, *_ = code[place]
     stem, beyond = name.split(".")[0], [place + 1] if place + 1 < len(code) else []
     targets = [labels[target] for target in _TARGET.findall(operands)]
     if stem in _ENDS:
         return beyond if guard else []
     if stem in _JUMPS:
-        told = operands.split("`")[0].strip()  # as P3 of `BRA P3, (.L_x_1)`
-        return targets + (beyond if guard or told else [])
+        condition = operands.split("`")[0].strip()  # as P3 of `BRA P3, (.L_x_1)`
+        return targets + (beyond if guard or condition else [])
     if stem in _INDIRECT:
         return targets + (beyond if guard else [])
-    if stem == "BSYNC":  # goes on where the last BSSY of its register said
+    if stem == "BSYNC":  # goes to the target of the last BSSY of its register
         for before in reversed(code[:place]):
             if before.stem == "BSSY" and before.operands.split(",")[0] == operands:
                 return [labels[target] for target in _TARGET.findall(before.operands)]
@@ -210,7 +210,7 @@ def find_blocks(code: list[Instruction], labels: dict[str, int]) -> list[Block]:
 
 
 def order_blocks(blocks: list[Block]) -> dict[int, int]:
-    """The blocks that can be reached, each with its rank: a block behind all that lead to it."""
+    """The reachable blocks with their rank in topological order, back edges aside."""
     done: list[int] = []
     seen, stack = {0}, [(0, iter(blocks[0].following))]
     while stack:
@@ -226,7 +226,7 @@ def order_blocks(blocks: list[Block]) -> dict[int, int]:
 
 
 def find_loops(blocks: list[Block], weight: Weight) -> list[Loop]:
-    """Every loop, those inside of others first. A pass takes the path that weighs most."""
+    """Every loop, inner ones first. A pass takes the path of the largest weight."""
     rank = order_blocks(blocks)
     leading: dict[int, list[int]] = {block: [] for block in rank}
     for block in rank:
@@ -250,7 +250,7 @@ def find_loops(blocks: list[Block], weight: Weight) -> list[Loop]:
 
 
 def whole(blocks: list[Block], weight: Weight) -> Loop:
-    """A kernel from its first instruction to its last, what loops once."""
+    """A kernel from its first instruction to its last; its loops pass once."""
     rank = order_blocks(blocks)
     ends = {block for block in rank if not blocks[block].following}
     ends = ends or set(rank)
@@ -265,7 +265,7 @@ def _take(
     ends: set[int],
     weight: Weight,
 ) -> Loop:
-    """The heaviest path from `head` to one of `ends`, and all else of `body`."""
+    """The path of the largest weight from `head` to one of `ends`, and the rest of `body`."""
     own = {}
     for block in body:
         weights = [weight(instruction) for instruction in blocks[block].code]

@@ -1,4 +1,4 @@
-"""How many bytes of global memory the instructions of a kernel ask for."""
+"""How many bytes of global memory the instructions of a kernel move."""
 
 import math
 import re
@@ -8,16 +8,16 @@ from typing import Any
 from comemo_kernels.aot_read import Place, place_accesses
 from comemo_kernels.aot_sass import Instruction, kind_of, width_of
 
-_VERBS = {"LDGSTS": "cp", "ST": "st", "STG": "st"}  # else "ld"
+_VERBS = {"LDGSTS": "cp", "ST": "st", "STG": "st"}  # all others "ld"
 _STORES = ("UTMASTG", "UTMAREDG")
-# Told to expect bytes; with ART0 or A1T0 it is told of none.
+# A barrier that expects bytes; with ART0 or A1T0 it expects none.
 _EXPECT = re.compile(r"SYNCS\.ARRIVE\.TRANS64(?!\S*(?:ART0|A1T0))")
 
 
 class Traffic:
-    """Bytes of global memory that an instruction asks for: of a warp, or of a block by descriptor.
+    """Bytes of global memory that an instruction moves: of a warp, or of a block by descriptor.
 
-    Those of pointers in `small` are nothing, unless there are no others.
+    Those of pointers in `small` count as 0, unless there are no others.
     """
 
     def __init__(self, kernel: Any, code: list[Instruction], small: frozenset[str]) -> None:
@@ -30,13 +30,13 @@ class Traffic:
         stored = sum(math.prod(map(int, dims.split("x"))) * int(bits) // 8 for dims, bits in tiles)
         stores = sum(i.stem in _STORES for i in code)
         if stores and not stored:
-            raise ValueError("bytes of stores by descriptor are not found in Triton's own code")
-        self.stored = stored // max(1, stores)  # by each, if alike
+            raise ValueError("bytes of stores by descriptor are not in Triton's intermediate code")
+        self.stored = stored // max(1, stores)  # by each, assuming that all are alike
         if not any(map(self.bytes_of, code)):
             self.small = frozenset()
 
     def lies_in(self, instruction: Instruction, pointers: frozenset[str]) -> bool:
-        """Whether an access goes through one of these, as the kernel's source names them."""
+        """Whether an access goes through one of these pointers, by their names in the source."""
         verb, file = _VERBS.get(instruction.stem, "ld"), Path(instruction.file).name
         found = self.pointers.get(Place(verb, file, instruction.row), set())
         return bool(found) and found <= pointers
@@ -51,7 +51,7 @@ class Traffic:
         return 32 * width_of(instruction) // 8
 
     def box_of(self, instruction: Instruction) -> int:
-        """Of a copy by descriptor: where a barrier is told to expect it, or at the store."""
+        """Bytes of a copy by descriptor: at the barrier that expects it, or at the store."""
         if instruction.stem in _STORES:
             return self.stored
         if _EXPECT.match(instruction.name):
@@ -59,11 +59,11 @@ class Traffic:
         return 0
 
     def _value(self, register: str, place: int) -> int:
-        """The constant that a register was last set to."""
+        """The constant that a register was last set to before `place`."""
         for before in reversed(self.code[:place]):
             target, *sources = before.operands.split(", ")
             if target == register and sources:
                 source = sources[-1]
                 constant = source.startswith("0x")
                 return int(source, 16) if constant else self._value(source, before.place)
-        raise ValueError(f"bytes of a copy by descriptor are no constant: {register}")
+        raise ValueError(f"bytes of a copy by descriptor are not a constant: {register}")

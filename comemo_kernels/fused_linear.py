@@ -1,23 +1,24 @@
-"""What stands around the attention of a layer, for the few rows of a decode step.
+"""Fused RMSNorm + linear, SwiGLU and gated residual, for the few rows of a decode step.
 
     norm_linear     y weight^T                               y = rmsnorm(x) * norm_weight
     norm_swiglu     silu(y gate_weight^T) * (y up_weight^T)
     gated_residual  x + tanh(gate) * (a weight^T)
 
-Up to 16 rows are one block of a matrix instruction, and then a weight is read once whatever their
-number: all three are one kernel whose time is that of the weights.
-Without norm_weight (folded) the rows are multiplied as they are, their squares summed on the way,
-and the products scaled at the end: nothing is waited for. Without gate the product is added whole.
+Up to 16 rows are one block of a matrix instruction, and a weight is read once whatever their
+number. All three are one kernel, whose time is that of reading the weights.
+Without norm_weight (folded) the rows are multiplied unscaled, their squares are summed on the way,
+and the products are scaled at the end: nothing waits for the norm. Without gate the product is
+added whole.
 Traffic: O * K elements of each weight, once. Rows are K + O elements each (gated_residual K + 2 O)
 and come from L2: every program reads the K, with a norm_weight twice. In bfloat16, with the 2B
 model's d = 2048 and F = 8192: norm_linear d -> d 8.4 MB (a joined q, k, v of the self-attention
 16.8 MB), norm_swiglu 67.1 MB, gated_residual 8.4 MB of the attention and 33.6 MB of the
 feed-forward network; 117 MB a mixin layer.
-FLOPs: 2 * R * O * K for each weight, of which the matrix instructions execute 16 / R times as many.
+FLOPs: 2 * R * O * K for each weight; the matrix instructions execute 16 / R times as many.
 Each output is summed by one program in one order: no atomics, no workspace.
 Source: CoMemo (arXiv:2506.06279); the norm is that of Llama.
 
-Letters: R rows, K elements that are summed over, O outputs of a row.
+Letters: R rows, K elements of the reduction, O outputs of a row.
 """
 
 import math
@@ -31,8 +32,14 @@ from torch import Tensor
 from comemo_kernels import reference
 from comemo_kernels._blocks import offset_of, prefetch
 from comemo_kernels._op import Kernel, documented, on_triton, register
+from comemo_kernels.reference.fused_linear import (
+    check_gated_residual,
+    check_norm_linear,
+    check_norm_swiglu,
+    check_strides,
+)
 
-ROWS = 16  # of one matrix instruction: with more, a weight would be multiplied more than once
+ROWS = 16  # of one matrix instruction: more rows would multiply a weight more than once
 
 # --- kernel ---
 
@@ -53,10 +60,10 @@ def _load(ptrs, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[R] sums in float32 of the squares of rows whose first elements `x_ptrs` [R, 1] names."""
+    """[R] float32: sums of squares of the rows that begin at `x_ptrs` [R, 1]."""
     offs_k = tl.arange(0, BLOCK_K)[None, :]
     squares = tl.zeros([x_ptrs.shape[0], BLOCK_K], tl.float32)
-    # Four blocks in flight: no program sees its weight before the last of them has come from L2.
+    # Four blocks in flight: a program reads its weight only after the last one came from L2.
     for start in tl.range(0, num_inner, BLOCK_K, loop_unroll_factor=4):
         mask = mask_r if EVEN else mask_r & (offs_k < num_inner - start)
         x = tl.load(x_ptrs + (start + offs_k), mask=mask, other=0.0).to(tl.float32)
@@ -65,19 +72,18 @@ def _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN: tl.constexpr, BLOCK_K: tl.c
 
 
 @triton.jit
-def _ask_ahead(weight_ptrs, num_inner, LINES: tl.constexpr, LINE: tl.constexpr):
-    """Let L2 fetch LINES lines, of LINE elements, of the rows that `weight_ptrs` [O, 1] names."""
-    # Behind a row's end its last element stands for what it has not: all of it is there.
+def _prefetch_rows(weight_ptrs, num_inner, LINES: tl.constexpr, LINE: tl.constexpr):
+    """Prefetch LINES lines of LINE elements into L2, of the rows at `weight_ptrs` [O, 1]."""
+    # Lines after a row's end are replaced by its last element: no address is out of bounds.
     offs = tl.minimum(tl.arange(0, LINES) * LINE, num_inner - 1)
     prefetch(weight_ptrs + offs[None, :])
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("gate_ptr", "x_stride_r", "weight_stride_o", "up_stride_o", "residual_stride_r"),
-        *("num_rows", "num_outputs", "num_inner", "eps"),
-    ]
-)
+STRIDES = ["x_stride_r", "weight_stride_o", "up_stride_o", "residual_stride_r"]
+SIZES = ["num_rows", "num_outputs", "num_inner"]
+
+
+@triton.jit(do_not_specialize=["gate_ptr", *STRIDES, *SIZES, "eps"])
 def _rows_kernel(
     out_ptr,  # [R, O], contiguous
     x_ptr,  # [R, K], K contiguous
@@ -95,7 +101,7 @@ def _rows_kernel(
     num_inner,  # K
     eps,
     NORM: tl.constexpr,  # rows are normalised
-    WEIGHTED: tl.constexpr,  # and then multiplied with norm
+    WEIGHTED: tl.constexpr,  # and then multiplied by norm
     SWIGLU: tl.constexpr,  # a second weight, and silu(first) * second
     RESIDUAL: tl.constexpr,  # residual + product
     GATED: tl.constexpr,  # residual + tanh(gate) * product
@@ -103,28 +109,28 @@ def _rows_kernel(
     EVEN: tl.constexpr,  # K is a multiple of BLOCK_K
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,  # of a row in a step
-    AHEAD: tl.constexpr,  # of a weight's row that L2 fetches while a weighted norm is taken
+    BLOCK_BYTES: tl.constexpr,  # of a row, in each step
+    AHEAD: tl.constexpr,  # bytes of a weight's row to prefetch during a weighted norm
 ):
     """One program computes BLOCK_O outputs of all rows."""
     BLOCK_K: tl.constexpr = BLOCK_BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
     WIDE: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # of one access
     offs_r, offs_k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     offs_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    if ALIGNED:  # the same number, and a mask of 8 elements that the compiler sees is one
+    if ALIGNED:  # unchanged; the compiler learns that masks are of 8 elements
         num_inner = num_inner // 8 * 8
     mask_r = (offs_r < num_rows)[:, None]
     x_ptrs = x_ptr + offset_of(offs_r, x_stride_r, ALIGNED)[:, None]
-    # The last row stands for those behind it: a mask less on the only loads that count.
+    # Rows after the last one read the last one: no mask on the loads that count.
     row = tl.minimum(offs_o, num_outputs - 1)
     weight_ptrs = weight_ptr + offset_of(row, weight_stride_o, ALIGNED)[:, None]
     up_ptrs = up_ptr + offset_of(row, up_stride_o, ALIGNED)[:, None]
 
     if WEIGHTED:
         if AHEAD > 0:
-            _ask_ahead(weight_ptrs, num_inner, AHEAD // 128, 8 * WIDE)
+            _prefetch_rows(weight_ptrs, num_inner, AHEAD // 128, 8 * WIDE)
             if SWIGLU:
-                _ask_ahead(up_ptrs, num_inner, AHEAD // 128, 8 * WIDE)
+                _prefetch_rows(up_ptrs, num_inner, AHEAD // 128, 8 * WIDE)
         total = _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN, BLOCK_K)
         scale = tl.rsqrt(total / num_inner.to(tl.float32) + eps)[:, None]
     squares = tl.zeros([BLOCK_R, BLOCK_K // WIDE], tl.float32)
@@ -143,7 +149,7 @@ def _rows_kernel(
         if SWIGLU:
             w = _load(up_ptrs + offs, mask_k, EVEN)
             up = tl.dot(x, w.T, up, input_precision="ieee")
-        if NORM and not WEIGHTED:  # behind the products: ahead of them it would cost registers
+        if NORM and not WEIGHTED:  # after the products: before them it would cost registers
             square = x.to(tl.float32) * x.to(tl.float32)
             squares += tl.sum(tl.reshape(square, [BLOCK_R, BLOCK_K // WIDE, WIDE]), 2)
 
@@ -162,19 +168,21 @@ def _rows_kernel(
     tl.store(out_ptrs, acc.to(weight_ptr.dtype.element_ty), mask=mask)
 
 
-# Few outputs a program: every multiprocessor has one, and all are under way at once. What then
-# counts is how much of a weight a multiprocessor waits for at a time, some 20 KiB on an H100: the
-# steps in flight. A second weight doubles them.
+# Few outputs a program: every multiprocessor has one, and all run at once. What counts then is how
+# many bytes of a weight are in flight on each, about 20 KiB on an H100. A second weight doubles it.
 one_weight_kernel = Kernel(
     _rows_kernel,
     [
         {"BLOCK_O": o, "BLOCK_BYTES": 512, "AHEAD": ahead, "num_warps": w, "num_stages": n}
         for o, ahead, w, n in (
-            *((16, 0, 4, 5), (16, 0, 4, 4), (32, 0, 8, 3)),
+            (16, 0, 4, 5),
+            (16, 0, 4, 4),
+            (32, 0, 8, 3),
             # Every warp reads all rows from shared memory, and two cover 16 outputs.
             (16, 0, 2, 5),
-            # All that memory delivers while a norm is taken, by 128 programs.
-            *((16, 4096, 4, 5), (16, 4096, 2, 5)),
+            # As much as memory delivers during a norm, by 128 programs.
+            (16, 4096, 4, 5),
+            (16, 4096, 2, 5),
         )
     ],
 )
@@ -183,8 +191,12 @@ two_weights_kernel = Kernel(
     [
         {"BLOCK_O": o, "BLOCK_BYTES": size, "AHEAD": ahead, "num_warps": w, "num_stages": n}
         for o, size, ahead, w, n in (
-            *((16, 512, 0, 4, 4), (16, 512, 0, 4, 3), (32, 256, 0, 4, 4), (16, 512, 0, 2, 4)),
-            *((16, 512, 1024, 4, 4), (16, 512, 1024, 2, 4)),
+            (16, 512, 0, 4, 4),
+            (16, 512, 0, 4, 3),
+            (32, 256, 0, 4, 4),
+            (16, 512, 0, 2, 4),
+            (16, 512, 1024, 4, 4),
+            (16, 512, 1024, 2, 4),
         )
     ],
 )
@@ -201,25 +213,25 @@ def _launch(
     gate: Tensor | None,
     eps: float | None,  # None: no norm
 ) -> Tensor:
-    """x [R, K], weights [O, K] and residual [R, O], their last dimensions contiguous."""
+    """x [R, K], weights [O, K] and residual [R, O]; their last dimensions are contiguous."""
     out = _fake(x, norm_weight, weight)
     kernel = one_weight_kernel if up_weight is None else two_weights_kernel
     (R, K), outputs, config = x.shape, weight.shape[0], kernel.config
-    tensors = [out, x, *(x if t is None else t for t in (norm_weight, weight, up_weight, residual))]
-    strides = [t.stride(0) for t in (x, weight, tensors[4], tensors[5])]
+    norm, up, added = (x if t is None else t for t in (norm_weight, up_weight, residual))
+    tensors = (out, x, norm, weight, up, added, x if gate is None else gate)
+    strides = (x.stride(0), weight.stride(0), up.stride(0), added.stride(0))
     constants = (
-        *(eps is not None, norm_weight is not None, up_weight is not None),
-        *(residual is not None, gate is not None),
-        *(
-            all(n % 8 == 0 for n in (*strides, K)),
-            K * x.element_size() % config["BLOCK_BYTES"] == 0,
-            ROWS,
-        ),
+        eps is not None,  # NORM
+        norm_weight is not None,  # WEIGHTED
+        up_weight is not None,  # SWIGLU
+        residual is not None,  # RESIDUAL
+        gate is not None,  # GATED
+        all(n % 8 == 0 for n in (*strides, K)),  # ALIGNED
+        K * x.element_size() % config["BLOCK_BYTES"] == 0,  # EVEN
+        ROWS,
     )
-    kernel.launch(
-        *(-(-outputs // config["BLOCK_O"]) if R else 0, *tensors, x if gate is None else gate),
-        *(*strides, R, outputs, K, eps or 0.0, *constants),
-    )
+    programs = -(-outputs // config["BLOCK_O"]) if R else 0
+    kernel.launch(programs, *tensors, *strides, R, outputs, K, eps or 0.0, *constants)
     return out
 
 
@@ -242,10 +254,10 @@ _rows = register(
 def norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor, eps: float = 1e-5) -> Tensor:
     if not on_triton(x):
         return reference.norm_linear(x, norm_weight, weight, eps)
-    reference.fused_linear.check_norm_linear(x, norm_weight, weight)
-    _check_strides("norm_linear", x=x, norm_weight=norm_weight, weight=weight)
+    check_norm_linear(x, norm_weight, weight)
+    check_strides("norm_linear", x=x, norm_weight=norm_weight, weight=weight)
     if _is_one_launch(x, norm_weight, weight):
-        return _of_rows(x, norm_weight, weight, None, None, None, eps)
+        return _launch_flat(x, norm_weight, weight, None, None, None, eps)
     return F.linear(_rms_norm(x, norm_weight, eps), weight)
 
 
@@ -259,11 +271,11 @@ def norm_swiglu(
 ) -> Tensor:
     if not on_triton(x):
         return reference.norm_swiglu(x, norm_weight, gate_weight, up_weight, eps)
-    reference.fused_linear.check_norm_swiglu(x, norm_weight, gate_weight, up_weight)
+    check_norm_swiglu(x, norm_weight, gate_weight, up_weight)
     weights = {"norm_weight": norm_weight, "gate_weight": gate_weight, "up_weight": up_weight}
-    _check_strides("norm_swiglu", x=x, **weights)
+    check_strides("norm_swiglu", x=x, **weights)
     if _is_one_launch(x, *weights.values()):
-        return _of_rows(x, norm_weight, gate_weight, up_weight, None, None, eps)
+        return _launch_flat(x, norm_weight, gate_weight, up_weight, None, None, eps)
     y = _rms_norm(x, norm_weight, eps)
     return F.silu(F.linear(y, gate_weight)) * F.linear(y, up_weight)
 
@@ -272,14 +284,14 @@ def norm_swiglu(
 def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
     if not on_triton(x):
         return reference.gated_residual(x, a, weight, gate)
-    reference.fused_linear.check_gated_residual(x, a, weight, gate)
-    _check_strides("gated_residual", x=x, a=a, weight=weight)
+    check_gated_residual(x, a, weight, gate)
+    check_strides("gated_residual", x=x, a=a, weight=weight)
     if _is_one_launch(x, a, weight, gate):
-        return _of_rows(a, None, weight, None, x, gate, None)
+        return _launch_flat(a, None, weight, None, x, gate, None)
     if gate is None:
         return x + F.linear(a, weight)
-    # One pass of 4 R d elements behind the product. addmm with the gate folded into the weight
-    # has as many, as PyTorch copies x first, and a pass over the weight besides.
+    # One pass of 4 R d elements after the GEMM. addmm with the gate folded into the weight moves as
+    # many, because PyTorch copies x first, and makes a pass over the weight besides.
     return torch.addcmul(x, F.linear(a, weight), gate.tanh())
 
 
@@ -295,7 +307,7 @@ def _is_one_launch(x: Tensor, *operands: Tensor | None) -> bool:
     )
 
 
-def _of_rows(
+def _launch_flat(
     x: Tensor,
     norm_weight: Tensor | None,
     weight: Tensor,
@@ -316,12 +328,3 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """The reference's `rms_norm` in one or two passes over the rows instead of five or six."""
     normed = F.rms_norm(x, x.shape[-1:], None, eps)
     return normed if weight is None else weight * normed
-
-
-def _check_strides(verb: str, **tensors: Tensor | None) -> None:
-    for name, t in tensors.items():
-        if t is not None and t.stride(-1) != 1:
-            raise ValueError(
-                f"{verb}: on a GPU the last dimension must be contiguous, got strides {t.stride()}"
-                f" of {name} {tuple(t.shape)}"
-            )

@@ -1,4 +1,4 @@
-"""What is counted in machine code is what arithmetic says, for kernels whose counts are known."""
+"""Counts of machine code against arithmetic, for kernels whose counts are known."""
 
 import csv
 import sys
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from comemo_kernels import _attend_tma, _descriptors, aot, aot_counts, aot_sass, attention
-from comemo_kernels import memory_build as build
+from comemo_kernels._memory_build_gemm import project_media
 from comemo_kernels._op import Kernel
 
 
@@ -37,7 +37,7 @@ def count_case(kernel, name, config=0):
 
 
 def unshuffled(loop):
-    """Bytes of shared memory less those of shuffles: older compilers tell warps their number so."""
+    """Bytes of shared memory without shuffles: older compilers broadcast a warp's index by one."""
     return loop.shared_bytes - loop.names.get("SHFL", 0) * loop.warps * 128
 
 
@@ -54,7 +54,7 @@ def _copy_kernel(y_ptr, x_ptr, n, BLOCK: tl.constexpr):
 
 def test_a_copy_is_bound_by_memory():
     (loop,) = count(_copy_kernel, meta(9999), meta(9999), 9, 1024, num_warps=4)
-    steps = loop.names["LDG.128"]  # of the source, of which ptxas makes one pass
+    steps = loop.names["LDG.128"]  # of the source loop, which ptxas unrolls into one pass
     assert loop.part == "loop"
     assert loop.names == {"LDG.128": steps, "STG.128": steps}
     assert loop.global_bytes == loop.memory_bytes == steps * 2 * 1024 * 2
@@ -67,13 +67,13 @@ def test_a_copy_is_bound_by_memory():
             assert blocks * loop.memory_bytes / seconds == pytest.approx(rate)
 
 
-def test_what_lies_in_a_cache_is_no_traffic_of_memory():
+def test_cached_bytes_are_no_memory_traffic():
     args = (_copy_kernel, meta(9999), meta(9999), 9, 1024)
     (loop,) = count(*args, cached="x_ptr", num_warps=4)
     assert loop.global_bytes == 2 * loop.memory_bytes
     (loop,) = count(*args, small="x_ptr", num_warps=4)
     assert loop.global_bytes == loop.memory_bytes == loop.names["STG.128"] * 1024 * 2
-    (loop,) = count(*args, small="x_ptr y_ptr", num_warps=4)  # there is nothing else
+    (loop,) = count(*args, small="x_ptr y_ptr", num_warps=4)  # there are no others
     assert loop.global_bytes == 2 * loop.names["STG.128"] * 1024 * 2
 
 
@@ -215,7 +215,7 @@ def test_roles_of_warps_are_counted_apart():
 def test_shipped_kernels_count_as_published():
     """bench/NOTES.md: 32 KiB written and 48 KiB read in 512 cycles. About 400 instructions and 3
     barriers for 64 keys."""
-    (loop,) = count_case(build.project_media, "bf16 folded").loops
+    (loop,) = count_case(project_media, "bf16 folded").loops
     assert (unshuffled(loop), loop.tensor_cycles) == (80 * 1024, 512)
     (loop,) = count_case(attention.attend_many, "bf16 prefill").loops
     assert loop.per(4 * 128 * 64 * 128) < 480  # 381 by triton 3.6
@@ -225,7 +225,7 @@ def test_shipped_kernels_count_as_published():
 
 @pytest.mark.skipif(not _descriptors.AVAILABLE, reason="no descriptors in a kernel")
 def test_values_are_multiplied_under_the_next_softmax():
-    """The one wait of a pass stands behind its exponentials, and frees what began before them."""
+    """The one wait of a pass is after its exponentials, for products that began before them."""
     kernel = _attend_tma.attend_tma
     assert not kernel.configs[0]["SPECIALIZE"]
     case = next(c for c in aot.cases() if c.kernel is kernel and c.name == "bf16 prefill")
@@ -239,7 +239,7 @@ def test_values_are_multiplied_under_the_next_softmax():
     names = next(x for x in passes if sum(name.startswith("HGMMA") for name in x) == 16)
     wait = next(n for n, name in enumerate(names) if name.startswith("WARPGROUP.DEPBAR"))
     ahead = sum(name.startswith("MUFU.EX2") for name in names[:wait])
-    assert ahead >= 60, "of 66: 64 weights of a thread and two rows' scales"
+    assert ahead >= 60, "of 66: 64 weights of a thread and the scales of two rows"
 
 
 def test_float8_is_bound_by_memory():
@@ -255,92 +255,6 @@ def test_float8_is_bound_by_memory():
     assert loop.instructions < 800  # 698 by triton 3.6; before, 983
     bounds = aot_counts.find_bounds(found.loops, found.blocks)
     assert set(bounds.binding.values()) == {"memory"}
-
-
-# --- machine code ---
-
-CODE = """
-.text.kernel:
-    /*0000*/ MOV R1, 0x1 ;
-.L_x_1:
-    /*0010*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R1 ;
-    /*0020*/ @!P0 BRA `(.L_x_3) ;
-.L_x_2:
-    /*0030*/ FADD R2, R2, R3 ;
-    /*0040*/ @!P2 BRA P1, `(.L_x_4) ;
-    /*0050*/ FMUL R2, R2, R3 ;
-    /*0060*/ FMUL R2, R2, R3 ;
-.L_x_4:
-    /*0070*/ @P3 BRA `(.L_x_1) ;
-    /*0080*/ EXIT ;
-.L_x_3:
-    /*0090*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R1 ;
-    /*00a0*/ @!P0 BRA `(.L_x_3) ;
-    /*00b0*/ BRA `(.L_x_2) ;
-.L_x_5:
-    /*00c0*/ BRA `(.L_x_5) ;
-"""
-
-
-def test_a_loop_is_no_matter_of_addresses():
-    """A wait is laid out behind the end and jumps back: no loop but for the wait's own."""
-    code, labels = aot_sass.parse(CODE)
-    blocks = aot_sass.find_blocks(code, labels)
-    wait, main = aot_sass.find_loops(blocks, lambda i: (-1,))
-    assert [i.place for i in wait.code] == [9, 10]
-    assert [i.place for i in main.code] == [1, 2, 3, 4, 7]
-    assert [i.place for i in main.aside] == [5, 6, 9, 10, 11]
-    heavy = aot_sass.find_loops(blocks, lambda i: (i.stem == "FMUL", -1))[1]
-    assert [i.place for i in heavy.code] == [1, 2, 3, 4, 5, 6, 7]
-    whole = aot_sass.whole(blocks, lambda i: (-1,))
-    assert [i.place for i in whole.code] == [0, 1, 2, 3, 4, 7, 8]
-
-
-@pytest.mark.parametrize(
-    ("name", "operands", "flops", "cycles", "shared"),
-    [
-        ("HGMMA.64x64x16.F32.BF16", "R88, gdesc[UR8], RZ, !UPT", 2 * 64 * 64 * 16, 32, 4096),
-        ("HGMMA.64x64x16.F32", "R24, R120, gdesc[UR8].tnspB, R24", 2 * 64 * 64 * 16, 32, 2048),
-        ("HGMMA.64x64x8.F32.TF32", "R88, gdesc[UR8], R88", 2 * 64 * 64 * 8, 32, 4096),
-        ("QGMMA.64x64x32.F32.E4M3.E4M3", "R88, gdesc[UR8], R88", 2 * 64 * 64 * 32, 32, 4096),
-        ("HMMA.16816.F32.BF16", "R4, R8, R12, R4", 4 * 4096, 4 / 0.62, 0),
-        ("HMMA.1688.F32.TF32", "R4, R8, R12, R4", 4 * 2048, 4 / 0.62, 0),
-        ("IMMA.16832.S8.S8", "R4, R8, R12, R4", 4 * 8192, 4 / 0.62, 0),
-        ("DMMA.884", "R4, R8, R12, R4", 4 * 512, 8, 0),
-    ],
-)
-def test_products_of_tensor_cores(name, operands, flops, cycles, shared):
-    """Of four warps, which are one group."""
-    product = aot_sass.product_of(aot_sass.Instruction(0, "", name, operands, "", 0))
-    assert (4 * product.flops, 4 * product.shared) == (flops, shared)
-    assert 4 * aot_counts._tensor_cycles(product) == pytest.approx(cycles)
-
-
-def test_an_unknown_product_is_an_error():
-    with pytest.raises(ValueError, match=r"unknown shape: HGMMA\.SP"):
-        aot_sass.product_of(aot_sass.Instruction(0, "", "HGMMA.SP", "R4, R8", "", 0))
-
-
-@pytest.mark.parametrize(
-    ("name", "guard", "kind", "bits"),
-    [
-        ("LDG.E.128.STRONG.GPU", "@P0", "global", 128),
-        ("LDG.E.LTC128B.64", "", "global", 64),
-        ("LDGSTS.E.BYPASS.LTC128B.128", "", "copy", 128),
-        ("LDS.U8", "", "shared", 8),
-        ("LDSM.16.MT88.4", "", "shared", 128),
-        ("STSM.16.M88", "", "shared", 32),
-        ("LDS", "@!PT", "other", 32),  # never runs
-        ("FMNMX", "", "float", 32),
-        ("F2FP.BF16.F32.PACK_AB", "", "convert", 32),
-        ("IMAD.MOV.U32", "", "other", 32),
-        ("UMOV", "", "other", 32),
-    ],
-)
-def test_kinds_and_widths(name, guard, kind, bits):
-    instruction = aot_sass.Instruction(0, guard, name, "", "", 0)
-    assert aot_sass.kind_of(instruction) == kind
-    assert aot_sass.width_of(instruction) == bits
 
 
 # --- the command ---
@@ -359,9 +273,8 @@ def test_the_table(monkeypatch, tmp_path, capsys):
         assert next(file) == f"# triton: {triton.__version__}\n"
         (row,) = csv.DictReader(file)
     assert tuple(row) == aot_counts.COLUMNS
-    assert [row[name] for name in ("kernel", "case", "part")] == [
-        *("_gelu_gradient_kernel", "bf16", "whole")
-    ]
+    place = tuple(row[name] for name in ("kernel", "case", "part"))
+    assert place == ("_gelu_gradient_kernel", "bf16", "whole")
     assert int(row["memory_bytes"]) == 4 * 2048 * 2
     assert "MUFU.EX2" in row["names"]
     assert row["binding_H100"] == "memory"
@@ -373,20 +286,14 @@ def test_the_table(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--counts", "--chips", "sm_80"), "--counts knows sm_90 alone, got --chips sm_80"),
+        (("--counts", "--chips", "sm_80"), "--counts supports only sm_90, got --chips sm_80"),
         (("--counts", "--kernels", "_gelu"), r"no kernel _gelu; there are _attend_kernel, "),
         (("--counts", "--cases", "bf99"), "no case with 'bf99'; there are bf16; "),
         (("--kernels", "_gelu_gradient_kernel"), "--kernels and --cases go with --counts"),
     ],
 )
-def test_what_cannot_be_counted_is_told(monkeypatch, capsys, words, message):
+def test_arguments_that_do_not_fit_are_errors(monkeypatch, capsys, words, message):
     with pytest.raises(SystemExit) as error:
         run(monkeypatch, *words)
     assert error.value.code
     assert message in capsys.readouterr().err + str(error.value.code)
-
-
-def test_a_wheel_without_the_tool_is_told(monkeypatch, tmp_path):
-    monkeypatch.setattr(triton, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(FileNotFoundError, match="brings no nvdisasm: no "):
-        aot_sass.disassemble(None)

@@ -1,4 +1,4 @@
-"""Launch keys against Triton's own choice: no size compiles anything anew, no key is too coarse."""
+"""Launch keys against Triton's own choice: no size recompiles a kernel, no key is too coarse."""
 
 import contextlib
 
@@ -13,32 +13,40 @@ pytest.importorskip("triton")
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from comemo_kernels import _descriptors, aot, attention, positions, rotary, tiles
-from comemo_kernels import _gemm as _product
-from comemo_kernels import _memory_build_tma as _build_tma
-from comemo_kernels import _unshuffle_norm as _fold
-from comemo_kernels import fused_linear as glue
-from comemo_kernels import memory_build as build
+from comemo_kernels import (
+    _descriptors,
+    _gelu_gradient,
+    _gemm,
+    _memory_build_tma,
+    _unshuffle_norm,
+    aot,
+    attention,
+    fused_linear,
+    memory_build,
+    positions,
+    rotary,
+    tiles,
+)
 
 
 class Chooser(aot.OfflineDriver):
-    """Of a device of its own: what is chosen for it was not compiled."""
+    """A device of its own, for which nothing has been compiled."""
 
     def get_current_device(self):
         return "keys"
 
 
 def choose(function, key, signature, device, *_):
-    """In the place of the compiler: an object for each compiled kernel that there would be."""
+    """Instead of the compiler: an object for each kernel that it would compile."""
     return function.device_caches[device][0].setdefault(key, object())
 
 
 @contextlib.contextmanager
 def recorded(*kernels):
-    """Launches for sm_90: (kernel, key) -> the compiled kernels that Triton would choose for it."""
+    """Launches for sm_90: (kernel, key) -> the compiled kernels that Triton chooses for it."""
     found = {}
     with pytest.MonkeyPatch.context() as patch, aot.offline(aot.CHIPS["sm_90"].target) as compiled:
-        if hasattr(JITFunction, "_do_compile"):  # from triton 3.4 on; else all of it is compiled
+        if hasattr(JITFunction, "_do_compile"):  # from triton 3.4 on; otherwise all is compiled
             patch.setattr(JITFunction, "_do_compile", choose)
             driver.set_active(Chooser(aot.CHIPS["sm_90"].target))
         for kernel in kernels:
@@ -54,14 +62,14 @@ def recorded(*kernels):
 
 
 def assert_keys(found, count):
-    """`count` keys, each of one compiled kernel: one for all sizes."""
+    """At most `count` keys, each of one compiled kernel for all sizes."""
     assert len(found) <= count
     assert None not in {key for _, _, key in found}
     assert_fine(found)
 
 
 def assert_fine(found):
-    """A key tells apart what Triton does, or leaves it to Triton."""
+    """A key distinguishes what Triton does, or leaves the choice to Triton."""
     for (_, _, key), compiled in found.items():
         assert key is None or len(compiled) == 1, key
 
@@ -148,11 +156,11 @@ def test_build():
         media, table = torch.empty(M, d, device="meta").half(), torch.empty(99, 16)
         scales = [torch.empty(M, 2, device="meta")] * L if eight else []
         arguments = (media, weights, norms, table, table, torch.zeros(M).int(), [held] * L)
-        build._launch(*arguments, [held] * L, scales, scales, 16 if eight else 1, row, 1e-5)
+        memory_build._launch(*arguments, [held] * L, scales, scales, 16 if eight else 1, row, 1e-5)
 
-    kernels = (build.norm_media, build.project_media, build.scale_memory)
+    kernels = (memory_build.norm_media, memory_build.project_media, memory_build.scale_memory)
     with pytest.MonkeyPatch.context() as patch, recorded(*kernels) as found:
-        patch.setattr(build, "to_device", lambda values, _: values)
+        patch.setattr(memory_build, "to_device", lambda values, _: values)
         for i in range(1, 51):
             for exact in (True, False):
                 memory(16 * i, 1 + i % 7, exact, row=16 * (i % 3))
@@ -168,14 +176,14 @@ def test_build():
 def test_build_by_descriptors():
     if not _descriptors.AVAILABLE:
         pytest.skip("triton below 3.4 makes no descriptors in a kernel")
-    with recorded(_build_tma.project_tma) as found:
+    with recorded(_memory_build_tma.project_tma) as found:
         for i in range(1, 51):
             M, L, G, d = 16 * i, 1 + i % 7, 1 + i % 5, 8 * (1 + i % 9)
             x, table = torch.empty(L, M, d, device="meta").half(), torch.empty(99, 16)
             ids, address = torch.zeros(M).int(), torch.zeros(L, 4).long()
             for given in (x, x[0]):
                 given = (given, torch.empty(M), ids, table, table, address)
-                _build_tma.launch(*given, (G * 32, 32), M, (G, 32), 16 * (i % 3))
+                _memory_build_tma.launch(*given, (G * 32, 32), M, (G, 32), 16 * (i % 3))
     assert_keys(found, 2)
 
 
@@ -183,15 +191,15 @@ def test_rows():
     def run(x, weight, eps=1e-5, gate=None):
         (R, K), outputs = x.shape, weight.shape[0]
         norm = torch.ones(K).to(x)
-        glue._launch(x, norm, weight, None, None, None, eps)
-        glue._launch(x, norm, weight, weight, None, None, eps)
-        glue._launch(x, None, weight, None, None, None, eps)
-        glue._launch(x, None, weight, weight, None, None, eps)
+        fused_linear._launch(x, norm, weight, None, None, None, eps)
+        fused_linear._launch(x, norm, weight, weight, None, None, eps)
+        fused_linear._launch(x, None, weight, None, None, None, eps)
+        fused_linear._launch(x, None, weight, weight, None, None, eps)
         gate = x.new_ones(1) if gate is None else gate
-        glue._launch(x, None, weight, None, x.new_ones(R, outputs), gate, None)
-        glue._launch(x, None, weight, None, x.new_ones(R, outputs), None, None)
+        fused_linear._launch(x, None, weight, None, x.new_ones(R, outputs), gate, None)
+        fused_linear._launch(x, None, weight, None, x.new_ones(R, outputs), None, None)
 
-    with recorded(glue.one_weight_kernel, glue.two_weights_kernel) as found:
+    with recorded(fused_linear.one_weight_kernel, fused_linear.two_weights_kernel) as found:
         for R in range(1, 17):
             for K, outputs in ((512, 1), (1024, 16), (2048, 48)):
                 wide = torch.empty(R, 2 * K).half()
@@ -218,16 +226,21 @@ def test_tiles():
         weights = (new(W), new(W), new(d, W), new(d), new(d, d), new(d))
         if keep:
             _, normed, stats, before = tiles._launch(tokens, *weights, 2, False, 1e-5, True)
-            tiles._launch_gelu_gradient(before, before)
+            _gelu_gradient._launch(before, before)
             arguments = (normed, tokens, weights[0], stats, 2, False, True, True)
-            _fold._launch_fold_norm_gradient(*arguments)
+            _unshuffle_norm._launch_fold_norm_gradient(*arguments)
         else:
             media, embeds = new(4 * T, d), new(4 * T + 3, d)
             place = torch.zeros(4 * T, dtype=rows)
             tiles._launch_into(media, embeds, place, tokens, *weights, 2, False, 1e-5)
 
-    kernels = (_fold.fold_norm, _fold.fold_norm_gradient, _product.product, _product.add_parts)
-    with recorded(*kernels, tiles.gelu_gradient) as found:
+    kernels = (
+        _unshuffle_norm.fold_norm,
+        _unshuffle_norm.fold_norm_gradient,
+        _gemm.product,
+        _gemm.add_parts,
+    )
+    with recorded(*kernels, _gelu_gradient.gelu_gradient) as found:
         for T in range(1, 51):
             project(T)
             project(T, keep=True)
@@ -241,8 +254,8 @@ def test_tiles():
 
 def test_a_number_of_more_than_32_bits_is_left_to_triton():
     x = torch.empty(2**31, device="meta", dtype=torch.bfloat16)
-    with recorded(tiles.gelu_gradient) as found:
+    with recorded(_gelu_gradient.gelu_gradient) as found:
         for count in (2**31, 2**31 - 8):
-            tiles._launch_gelu_gradient(x[:count], x[:count])
+            _gelu_gradient._launch(x[:count], x[:count])
     assert [key is None for _, _, key in found] == [True, False]
     assert len(set.union(*found.values())) == 2

@@ -1,4 +1,4 @@
-"""The kernel around a mixin layer's attention: its reference, laws, contract with torch, errors."""
+"""Fused RMSNorm + linear, SwiGLU and gated residual: reference, laws, torch's contract, errors."""
 
 import pytest
 import torch
@@ -11,8 +11,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 import comemo_kernels
-from comemo_kernels import fused_linear as glue
-from comemo_kernels import gated_residual, norm_linear, reference
+from comemo_kernels import fused_linear, gated_residual, norm_linear, reference
 
 pytestmark = pytest.mark.kernel(reference=True)  # its laws are the reference's too
 
@@ -81,7 +80,7 @@ def test_rows_that_overflow_or_vanish_when_squared(device, form):
         assert_matches(*both(form), inputs)
 
 
-def test_silu_has_no_size_that_is_too_large(device):
+def test_silu_of_large_values(device):
     inputs = make_inputs("norm_swiglu", K=300, device=device)
     inputs["gate_weight"] *= 1e4
     assert_matches(*both("norm_swiglu"), inputs)
@@ -142,8 +141,10 @@ def test_a_row_alone_is_the_row_in_a_batch(device, form):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize("verb", ["norm_linear", "norm_swiglu"])
-def test_asking_ahead_changes_no_bit(device, verb):
-    kernel = glue.one_weight_kernel if verb == "norm_linear" else glue.two_weights_kernel
+def test_prefetching_changes_no_bit(device, verb):
+    kernel = (
+        fused_linear.one_weight_kernel if verb == "norm_linear" else fused_linear.two_weights_kernel
+    )
     inputs = make_inputs(verb, (3,), 2048, 40, torch.float16, device=device)
     for config in kernel.configs:
         if config["AHEAD"]:
@@ -156,13 +157,15 @@ def test_asking_ahead_changes_no_bit(device, verb):
 @pytest.mark.kernel
 @pytest.mark.skipif(not INTERPRET, reason="only the interpreter's pointers can be seen")
 @pytest.mark.parametrize("K", [300, 2048])
-def test_what_is_asked_for_ahead_is_there(device, monkeypatch, K):
-    """Each line of 128 bytes from a row's begin, and nothing behind its end or the last row."""
-    asked = []
-    monkeypatch.setattr(glue, "prefetch", lambda ptrs: asked.extend(ptrs.handle.data.flatten()))
+def test_prefetched_addresses_are_in_bounds(device, monkeypatch, K):
+    """Each line of 128 bytes from a row's start; nothing after its end or the last row."""
+    prefetched = []
+    monkeypatch.setattr(
+        fused_linear, "prefetch", lambda ptrs: prefetched.extend(ptrs.handle.data.flatten())
+    )
     inputs = make_inputs("norm_swiglu", (1,), K, 20, torch.float16, device=device)
     config = {"BLOCK_O": 16, "BLOCK_BYTES": 512, "AHEAD": 1024, "num_warps": 4}
-    with glue.two_weights_kernel.using(config):
+    with fused_linear.two_weights_kernel.using(config):
         comemo_kernels.norm_swiglu(**inputs)
     wanted = {
         weight.data_ptr() + 2 * (row * K + min(64 * line, K - 1))
@@ -170,13 +173,13 @@ def test_what_is_asked_for_ahead_is_there(device, monkeypatch, K):
         for row in range(20)
         for line in range(8)
     }
-    assert {int(address) for address in asked} == wanted
-    assert len(asked) == 2 * 32 * 8
+    assert {int(address) for address in prefetched} == wanted
+    assert len(prefetched) == 2 * 32 * 8
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if "folded" in form])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_folded_is_a_norm_of_ones_and_a_gate_wide_open(form, dtype):
+def test_folded_is_a_norm_of_ones_and_an_open_gate(form, dtype):
     inputs = make_inputs(form, dtype=dtype)
     neutral = (
         {"gate": torch.tensor([20.0])} if "gate" in inputs else {"norm_weight": torch.ones(24)}
@@ -201,7 +204,7 @@ def test_strides_change_nothing(device, form):
     wanted = both(form)[0](**inputs)
 
     def spread(t):
-        """Views that begin and step where no 128 bits do."""
+        """Views whose start and strides are not aligned to 128 bits."""
         wide = t.new_full((*t.shape[:-1], t.shape[-1] + 5), float("nan"))
         wide[..., 3:-2] = t
         return wide[..., 3:-2]
@@ -218,7 +221,7 @@ def test_strides_change_nothing(device, form):
 @pytest.mark.kernel
 @pytest.mark.parametrize("form", FORMS)
 def test_the_last_position_of_a_prompt(device, form):
-    """A slice of hidden states, as a decoder hands them on."""
+    """A slice of hidden states, as from a decoder."""
     inputs = make_inputs(form, (3, 4), device=device)
     last = {name: inputs[name][:, -1:] for name in ("x", "a") if name in inputs}
     packed = {name: t.contiguous() for name, t in last.items()}
@@ -241,12 +244,12 @@ def test_eps_counts(device):
 @TRACED
 def test_operator_contract(real_device):
     x, norm, gate_weight, up_weight = make_inputs("norm_swiglu", device=real_device).values()
-    opcheck(glue._rows, (x, norm, gate_weight, None, None, None, 1e-5))
-    opcheck(glue._rows, (x, norm, gate_weight, up_weight, None, None, 1e-5))
-    opcheck(glue._rows, (x, None, gate_weight, up_weight, None, None, 1e-5))
+    opcheck(fused_linear._rows, (x, norm, gate_weight, None, None, None, 1e-5))
+    opcheck(fused_linear._rows, (x, norm, gate_weight, up_weight, None, None, 1e-5))
+    opcheck(fused_linear._rows, (x, None, gate_weight, up_weight, None, None, 1e-5))
     x, a, weight, gate = make_inputs("gated_residual", device=real_device).values()
-    opcheck(glue._rows, (a, None, weight, None, x, gate, None))
-    opcheck(glue._rows, (a, None, weight, None, x, None, None))
+    opcheck(fused_linear._rows, (a, None, weight, None, x, gate, None))
+    opcheck(fused_linear._rows, (a, None, weight, None, x, None, None))
 
 
 @pytest.mark.kernel

@@ -95,7 +95,7 @@ def test_the_folded_norm_is_the_norm():
         torch.testing.assert_close(ours, wanted)
 
 
-def test_nan_media_reach_keys_alone():
+def test_nan_media_reach_only_keys():
     inputs = make_inputs(40)
     inputs["media"][7, 3] = math.nan
     keys, values = built(build_memory, inputs, (2, 16))
@@ -116,25 +116,25 @@ def test_an_id_beyond_the_table_is_nan():
 
 @pytest.mark.kernel
 def test_chunks_change_no_bit(monkeypatch):
-    """A long memory is normed piece by piece, of bounded size."""
-    from comemo_kernels import memory_build as build
+    """A long memory is normalised in chunks of bounded size."""
+    from comemo_kernels import memory_build
 
     for exact in (True, False):
         inputs = make_inputs(150, exact=exact, dtype=torch.float16)
         whole = built(build_memory, inputs, (2, 16))
-        monkeypatch.setattr(build, "CHUNK", 64)
+        monkeypatch.setattr(memory_build, "CHUNK", 64)
         for ours, wanted in zip(built(build_memory, inputs, (2, 16)), whole, strict=True):
             assert torch.equal(ours, wanted)
 
 
 @pytest.mark.kernel
 def test_chunks_of_float8_change_no_bit(monkeypatch):
-    from comemo_kernels import memory_build as build
+    from comemo_kernels import memory_build
 
     inputs = make_inputs(96)
     held = []
     for chunk in (8192, 32):
-        monkeypatch.setattr(build, "CHUNK", chunk)
+        monkeypatch.setattr(memory_build, "CHUNK", chunk)
         memory = memory_of(inputs, dtype=torch.float8_e4m3fn, tile=16)
         append(memory, inputs, 0, 16)
         append(memory, inputs, 16)
@@ -182,7 +182,7 @@ def test_appending_in_one_or_many_calls_gives_the_same_bytes():
         assert memory.capacity == 128
 
 
-def test_appending_is_told_to_torch():
+def test_appending_raises_versions():
     inputs = make_inputs(16)
     memory = memory_of(inputs)
     before = memory.keys[1]._version, memory.values[3]._version
@@ -216,7 +216,7 @@ def test_float8():
 
 
 def test_spans_of_dhr_images_in_a_grid():
-    """Ids of `image_position_ids`, from 0: what README tells a user to give."""
+    """Ids of `image_position_ids`, from 0, as README says."""
     grids = [(2, 1), (1, 1)]
     ids = torch.cat([image_position_ids(grid, side=4) for grid in grids])
     inputs = make_inputs(len(ids)) | {"ids": ids.to(DEVICE)}
@@ -287,12 +287,12 @@ def test_says_what_a_kernel_cannot_do():
 @pytest.mark.kernel
 @TRACED
 def test_operator_contract(real_device):
-    from comemo_kernels import memory_build as build
+    from comemo_kernels import memory_build
 
     inputs = make_inputs(16, dtype=torch.float16, device=real_device)
     held = [[torch.zeros(16, 2, 16, device=real_device).half() for _ in range(2)] for _ in range(2)]
     arguments = [inputs[n] for n in ("media", "kv_weights", "norm_weights", "cos", "sin", "ids")]
-    torch.library.opcheck(build._build, [*arguments, *held, [], [], 1, 0, 1e-5])
+    torch.library.opcheck(memory_build._build, [*arguments, *held, [], [], 1, 0, 1e-5])
 
 
 @TRACED

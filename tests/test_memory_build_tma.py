@@ -1,4 +1,4 @@
-"""The build by tensor descriptors: against the reference, the plain kernel, and itself."""
+"""The memory build by tensor descriptors: against the reference, the plain kernel and itself."""
 
 import math
 
@@ -8,15 +8,13 @@ from conftest import DEVICE, DTYPES, GPU, SLOW
 from harness import assert_matches
 from hypothesis import given
 from hypothesis import strategies as st
-from test_build import append, built, make_inputs, memory_of
+from test_memory_build import append, built, make_inputs, memory_of
 
 pytest.importorskip("triton")
 
 import triton
 
-from comemo_kernels import _descriptors, build_memory, reference
-from comemo_kernels import _memory_build_tma as _build_tma
-from comemo_kernels import memory_build as build
+from comemo_kernels import _descriptors, _memory_build_tma, build_memory, memory_build, reference
 
 pytestmark = pytest.mark.kernel
 HALVES = [dtype for dtype in DTYPES if dtype != torch.float32]
@@ -27,14 +25,16 @@ if not _descriptors.AVAILABLE:
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch):
-    """Programs of every launch by descriptors, which are allowed; three multiprocessors."""
+    """Programs of every launch by descriptors, with these turned on and three multiprocessors."""
     if GPU and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the build uses descriptors on Hopper alone")
-    found, launch = [], _build_tma.project_tma.launch
-    monkeypatch.setattr(build, "USE_TMA", True)
-    monkeypatch.setattr(_build_tma, "multiprocessors", lambda _: 3)
+        pytest.skip("the build uses descriptors only on Hopper")
+    found, launch = [], _memory_build_tma.project_tma.launch
+    monkeypatch.setattr(memory_build, "USE_TMA", True)
+    monkeypatch.setattr(_memory_build_tma, "multiprocessors", lambda _: 3)
     monkeypatch.setattr(
-        _build_tma.project_tma, "launch", lambda n, *args: found.append(n) or launch(n, *args)
+        _memory_build_tma.project_tma,
+        "launch",
+        lambda n, *args: found.append(n) or launch(n, *args),
     )
     return found
 
@@ -77,19 +77,19 @@ def test_matches_reference_in_any_shape(dtype, exact, M, d, L, G, D):
 
 
 def plainly(monkeypatch, *args, **kwargs):
-    monkeypatch.setattr(build, "USE_TMA", False)
+    monkeypatch.setattr(memory_build, "USE_TMA", False)
     return built(build_memory, *args, **kwargs)
 
 
 @pytest.mark.parametrize("anew", [0, 1])
-def test_layers_that_lie_in_no_order(monkeypatch, launches, anew):
-    """Weights beside each other, the last the lowest; and more tiles than programs."""
+def test_layers_in_any_order_of_addresses(monkeypatch, launches, anew):
+    """Adjacent weights, the last layer's at the lowest address; and more tiles than programs."""
     inputs = make_inputs(140, 8, 3, 3, 128, bool(anew), dtype=HALVES[-1])
     inputs["media"] = torch.cat([inputs["media"]] * 2, 1)[:, :8]
     lowest = torch.stack(inputs["kv_weights"][::-1])
     inputs["kv_weights"] = list(lowest.unbind(0))[::-1]
-    config = next(c for c in _build_tma.project_tma.configs if c["ANEW"] == anew)
-    with _build_tma.project_tma.using(config):
+    config = next(c for c in _memory_build_tma.project_tma.configs if c["ANEW"] == anew)
+    with _memory_build_tma.project_tma.using(config):
         ours = built(build_memory, inputs, (3, 128), row=5, spare=3)
     assert launches == [3]
     for found, plain in zip(ours, plainly(monkeypatch, inputs, (3, 128)), strict=True):
@@ -98,7 +98,7 @@ def test_layers_that_lie_in_no_order(monkeypatch, launches, anew):
         torch.testing.assert_close(found[:, 5:145], plain)
 
 
-def test_what_is_not_there_is_nan_in_keys_alone(launches):
+def test_missing_positions_and_nan_media_are_nan_in_keys_only(launches):
     inputs = make_inputs(20, 8, 1, 2, 32, dtype=HALVES[0])
     inputs["media"][7, 3] = math.nan
     inputs["ids"][3] = 64  # beyond the table
@@ -112,11 +112,11 @@ def test_what_is_not_there_is_nan_in_keys_alone(launches):
 
 
 def test_float8(monkeypatch, launches):
-    """The same bytes as by the plain kernel, but for a last bit where sums differ."""
+    """The same bytes as by the plain kernel, except for a last bit where sums differ."""
     inputs = make_inputs(48, 40, 2, 2, 32, dtype=HALVES[-1])
     held = []
     for wanted in (True, False):
-        monkeypatch.setattr(build, "USE_TMA", wanted)
+        monkeypatch.setattr(memory_build, "USE_TMA", wanted)
         memory = memory_of(inputs, (2, 32), dtype=torch.float8_e4m3fn, tile=16)
         append(memory, inputs, 0, 32)
         append(memory, inputs, 32)
@@ -133,36 +133,33 @@ def test_float8(monkeypatch, launches):
 
 
 @pytest.mark.parametrize("what", ["float32", "heads", "width", "media", "an odd address", "far"])
-def test_what_it_cannot_do_the_plain_kernel_does(monkeypatch, launches, what):
-    inputs = make_inputs(
-        *(20, 12 if what == "width" else 8, 2, 2, 24 if what == "heads" else 32),
-        dtype=torch.float32 if what == "float32" else HALVES[0],
-    )
+def test_the_plain_kernel_does_what_it_does_not_support(monkeypatch, launches, what):
+    d, D = 12 if what == "width" else 8, 24 if what == "heads" else 32
+    inputs = make_inputs(20, d, 2, 2, D, dtype=torch.float32 if what == "float32" else HALVES[0])
     media = inputs["media"]
     if what == "media":
         inputs["media"] = media[:1].expand(20, 8)
     elif what == "an odd address":
         inputs["media"] = torch.cat([media.new_zeros(1), media.flatten()])[1:].view(20, 8)
     elif what == "far":
-        monkeypatch.setattr(_build_tma, "REACH", triton.language.constexpr(1))
-    heads = (2, 24 if what == "heads" else 32)
-    ours = built(build_memory, inputs, heads)
+        monkeypatch.setattr(_memory_build_tma, "REACH", triton.language.constexpr(1))
+    ours = built(build_memory, inputs, (2, D))
     assert launches == []
-    for found, wanted in zip(ours, built(reference.build_memory, inputs, heads), strict=True):
+    for found, wanted in zip(ours, built(reference.build_memory, inputs, (2, D)), strict=True):
         torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.gpu
 def test_the_same_bits(monkeypatch):
-    """What has to pass, with a race check, before `USE_TMA` may become True."""
+    """Must pass, with a race check, before `USE_TMA` may become True."""
     monkeypatch.undo()
     if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the build uses descriptors on Hopper alone")
+        pytest.skip("the build uses descriptors only on Hopper")
     inputs = make_inputs(3328, 2048, 3, 16, 128, dtype=torch.bfloat16, P=4096)
     plain = built(build_memory, inputs, (16, 128))
-    monkeypatch.setattr(build, "USE_TMA", True)
-    for config in _build_tma.project_tma.configs:
-        with _build_tma.project_tma.using(config):
+    monkeypatch.setattr(memory_build, "USE_TMA", True)
+    for config in _memory_build_tma.project_tma.configs:
+        with _memory_build_tma.project_tma.using(config):
             first = built(build_memory, inputs, (16, 128))
             for found, wanted in zip(first, plain, strict=True):
                 torch.testing.assert_close(found, wanted, atol=2e-2, rtol=2e-2)

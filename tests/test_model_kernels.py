@@ -1,4 +1,4 @@
-"""The model on kernels: what the reference gives, and a decode step without a graph break."""
+"""The model on kernels: the reference's results, and a decode step without a graph break."""
 
 import inspect
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("one_thread")]
 
 @pytest.fixture(scope="module")
 def model(device):
-    """A model of few tokens: 16 a tile, for the interpreter takes its time."""
+    """A model of few tokens, 16 a tile, because the interpreter is slow."""
     torch.manual_seed(0)
     llm = {"vocab_size": 300, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64}
     llm |= {"num_attention_heads": 4, "num_key_value_heads": 1}
@@ -36,7 +36,7 @@ def model(device):
 
 @pytest.fixture
 def on_reference(monkeypatch):
-    """Call to run the model without kernels from here on."""
+    """Call it to run the model without kernels from then on."""
 
     def switch():
         for name in reference.__all__:
@@ -46,7 +46,7 @@ def on_reference(monkeypatch):
 
 
 def prompts(model, grids, text=9):
-    """Prompts of one picture each, padded on the left, on the model's device."""
+    """Prompts of one image each, padded on the left, on the model's device."""
     config = model.config
     tiles = [ops.image_tokens(grid, config.side) // config.tokens_per_tile for grid in grids]
     width = max(tiles) * config.tokens_per_tile + text
@@ -82,7 +82,7 @@ def test_logits_and_gradients_are_the_references(model, on_reference):
     assert (logits - wanted).abs().max() < LOGITS
     assert grads.keys() == wanted_grads.keys()
     for name, grad in grads.items():
-        if name.endswith("k_proj.bias"):  # softmax does not feel it: its gradient is rounding
+        if name.endswith("k_proj.bias"):  # softmax cancels it: its gradient is rounding
             continue
         assert_relative(grad, wanted_grads[name], name)
 

@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from comemo_kernels._arguments import public
-from comemo_kernels._op import check_count
+from comemo_kernels._op import check_count, has_float8
 from comemo_kernels._writes import check_writable
 from comemo_kernels.attention_types import MemoryScales
 from comemo_kernels.reference.attention import rotate_by_distance
@@ -170,3 +170,45 @@ def check_build(
                 f" divides row {row}, got {tuple(scale.keys.shape)} and"
                 f" {tuple(scale.values.shape)} of tile {scale.tile}"
             )
+
+
+def check_build_kernel(
+    media: Tensor,
+    kv_weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor] | None,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    scales: Sequence[MemoryScales] | None,
+) -> None:
+    """Raise for what the reference supports and the kernels do not, with every reason."""
+    reasons = []
+    weights = [*kv_weights, *(() if norm_weights is None else norm_weights)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (media, *weights)):
+        reasons.append("no gradients are computed")
+    if media.dtype == torch.float64:
+        reasons.append("float64 has no kernel")
+    layouts = {t.stride() for t in (*keys, *values)}
+    if len(layouts) > 1 or keys[0].stride(-1) != 1 or not all(t.is_contiguous() for t in weights):
+        reasons.append(
+            "keys and values must have one layout, D contiguous, and weights be contiguous, got"
+            f" strides {sorted(layouts)} and {[t.stride() for t in weights]}"
+        )
+    if media.stride(-1) != 1 or cos.stride() != sin.stride() or cos.stride(-1) != 1:
+        reasons.append(
+            f"media, cos and sin must be contiguous along their last dimension, got strides"
+            f" {media.stride()}, {cos.stride()} and {sin.stride()}"
+        )
+    if keys[0].shape[-1] > 128:
+        reasons.append(f"D must be at most 128, got {keys[0].shape[-1]}")
+    if scales is not None:
+        if not all(t.is_contiguous() for scale in scales for t in scale[:2]):
+            reasons.append("scales must be contiguous")
+        if media.is_cuda and not has_float8(media.get_device()):
+            reasons.append("float8 needs a GPU of compute capability 8.9")
+    if reasons:
+        raise ValueError(
+            f"build_memory: on a GPU {'; '.join(reasons)}: or use"
+            " comemo_kernels.reference.build_memory"
+        )
