@@ -6,6 +6,7 @@ from comemo import auto
 from comemo.chat.session import ChatSession
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig, MixinConfig
+from comemo.decode.interface import Prefilled
 from comemo.decode.loop import DecodeLoop
 from comemo.image_processor import CoMemoImageProcessor
 from comemo.images import load_image
@@ -31,6 +32,7 @@ __all__ = [
     "MemoryStore",
     "MemoryStoreWarning",
     "MixinConfig",
+    "Prefilled",
     "__version__",
     "load_image",
 ]
