@@ -1,5 +1,7 @@
 """`generate` with images: batches, beams, caches, speculative decoding, reuse of a memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from chats import (  # noqa: F401
 from conftest import SLOW
 from harness import LOGITS
 
+from comemo import Prefilled
 from comemo_kernels import ImageMemory
 
 ROWS = {  # options; the other positions run with --all
@@ -44,6 +47,48 @@ def test_caches_agree(model, prompts_of):
     assert answers(model, prompts_of(0, 1, 2), cache_implementation="static") == greedy
     whole = answers(model, prompts_of(0, 1, 2), use_cache=False, max_new_tokens=4)
     assert whole == [tokens[:4] for tokens in greedy]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("positions", ["raw", "compressed"])
+def test_a_prefilled_prompt_is_continued(model, prompts_of, options, positions):
+    model.config.decode_positions = positions
+    batch = prompts_of(0, 1)
+    prompt, N = read(model, batch), batch["input_ids"].shape[1]
+    new = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None} | options
+    out = model.generate(prefilled=prompt, **new)
+    assert out[:, 0].tolist() == [model.config.text_config.bos_token_id] * 2
+    assert out[:, 1:].tolist() == answers(model, batch, **options)
+    assert prompt.cache.get_seq_length() == (N if options else N + 9)
+
+
+def test_a_prefilled_prompt_is_the_only_input(model, prompts_of):
+    batch = prompts_of(0)
+    prompt = read(model, batch)
+    for beside in (
+        {"input_ids": batch["input_ids"]},
+        {"pixel_values": batch["pixel_values"], "tile_grid": batch["tile_grid"]},
+        {"image_memory": prompt.image_memory},
+        {"past_key_values": prompt.cache},
+        {"prompt_lookup_num_tokens": 2},
+    ):
+        wanted = rf"prefilled must be the only input, got {next(iter(beside))}"
+        with pytest.raises(ValueError, match=wanted):
+            model.generate(prefilled=prompt, **beside)
+    shorter = replace(prompt, position_ids=prompt.position_ids[:, 1:])
+    with pytest.raises(ValueError, match=r"must hold the \d+ tokens of position_ids, got \d+$"):
+        model.generate(prefilled=shorter)
+
+
+def read(model, batch):
+    """A prefill by hand."""
+    core, mask = model.model, batch["attention_mask"]
+    ids = core.prompt_position_ids(
+        core.find_image_tokens(batch["input_ids"]), mask, batch["tile_grid"]
+    )
+    with torch.no_grad():
+        out = model(**batch, use_cache=True, logits_to_keep=1)
+    return Prefilled(out.logits, out.cache, ids, out.image_memory, mask)
 
 
 def test_a_generated_image_token_is_a_word(model, prompts_of):
