@@ -12,9 +12,21 @@ import comemo_kernels as ops
 from comemo.mixin import MixinLayer
 
 CHATS = [
-    *("dhr_2x1", "rope_2x1", "dhr_1x1", "rope_1x1", "dhr_2x3", "rope_2x3", "dhr_two", "rope_two"),
-    *("dhr_hist_1img", "rope_hist_1img", "dhr_hist_2img", "eos_1x1", "dhr_1x1_reppen"),
-    *("e2e_wide_max12", "e2e_tall_max4"),
+    "dhr_2x1",
+    "rope_2x1",
+    "dhr_1x1",
+    "rope_1x1",
+    "dhr_2x3",
+    "rope_2x3",
+    "dhr_two",
+    "rope_two",
+    "dhr_hist_1img",
+    "rope_hist_1img",
+    "dhr_hist_2img",
+    "eos_1x1",
+    "dhr_1x1_reppen",
+    "e2e_wide_max12",
+    "e2e_tall_max4",
 ]
 
 

@@ -123,7 +123,11 @@ def talk(row, model, processor):
     torch.manual_seed(0)
     names = {name: row[name] for name in ("rope", "visibility")}
     session = ChatSession(
-        *(model, processor), prefill_chunk_size=row["chunk"], **names, **options_for(row, model)
+        model,
+        processor,
+        prefill_chunk_size=row["chunk"],
+        **names,
+        **options_for(row, model),
     )
     one, other = pictures()
     session.ask("hello")
