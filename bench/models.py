@@ -11,7 +11,7 @@ from torch import Tensor
 import comemo_kernels as ops
 from bench import measure
 from comemo import CoMemoConfig, CoMemoForConditionalGeneration, CoMemoProcessor
-from comemo.tiny_checkpoint import make_checkpoint
+from comemo.cli.tiny_checkpoint import make_checkpoint
 from comemo_kernels import ImageMemory
 
 SIZES: dict[str, dict[str, dict[str, int]]] = {

@@ -17,7 +17,7 @@ from bench import measure
 from bench.models import draw_model
 from bench.ways import Row
 from comemo import MemoryStore
-from comemo.memory_parts import memory_settings, memory_weights
+from comemo.memory.parts import memory_settings, memory_weights
 from comemo.store.keys import identify_image, identify_model, stamp_model
 
 GRIDS = {1: (1, 1), 13: (3, 4)}  # by tiles, thumbnail included

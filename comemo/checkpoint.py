@@ -24,8 +24,8 @@ from transformers.core_model_loading import (
 )
 
 from comemo.config import CoMemoConfig
-from comemo.fusable import refuse_folded
 from comemo.safety.files import check_weights, find_file, hub_options, read_json
+from comemo.weights.fusable import refuse_folded
 
 PUBLISHED = re.compile(r"vision_model\.|mlp1\.|language_model\.(model|output|lm_head)\.")
 

@@ -17,11 +17,11 @@ from transformers.utils.generic import can_return_tuple
 
 from comemo.chat.published import CoMemoChat
 from comemo.config import CoMemoConfig
-from comemo.folding import FoldsForInference
 from comemo.generation import CoMemoGeneration
 from comemo.loss import next_token_loss
 from comemo.model import CoMemoModel, CoMemoPreTrainedModel
 from comemo.outputs import CACHE, CoMemoOutput, one_cache, warn_old_name
+from comemo.weights.folding import FoldsForInference
 from comemo_kernels import ImageMemory
 
 

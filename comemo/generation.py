@@ -16,7 +16,7 @@ from comemo.generation_inputs import (
     refuse_beside_drafts,
     refuse_right_padding,
 )
-from comemo.image_inputs import queries_at_count
+from comemo.memory.inputs import queries_at_count
 from comemo.outputs import CACHE, CoMemoOutput, one_cache, take_cache
 from comemo_kernels import ImageMemory
 

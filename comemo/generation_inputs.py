@@ -11,7 +11,7 @@ from torch import Tensor
 
 from comemo.config import CoMemoConfig
 from comemo.decode.interface import DRAFTS, ModelMixin, Prefilled
-from comemo.image_inputs import queries_at_count
+from comemo.memory.inputs import queries_at_count
 from comemo.outputs import CACHE
 from comemo_kernels import ImageMemory
 

@@ -27,11 +27,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
-from comemo.fusable import are_joined, is_fusable, is_untouched, join_weights
-from comemo.memory_building import BuildsMemory
+from comemo.memory.building import BuildsMemory
 from comemo.mixin import MixinLayer, Table
 from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache
 from comemo.packing import VARLEN, places_in_samples
+from comemo.weights.fusable import are_joined, is_fusable, is_untouched, join_weights
 from comemo_kernels import ImageMemory, QueryRotation
 
 

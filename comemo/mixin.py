@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import comemo_kernels as ops
 from comemo.config import MixinConfig
-from comemo.fusable import is_fusable
+from comemo.weights.fusable import is_fusable
 from comemo_kernels import ImageMemory, MemoryScales, QueryRotation
 
 Table = tuple[Tensor, Tensor]  # cos, sin [B, N, D/2]

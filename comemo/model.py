@@ -16,9 +16,8 @@ from transformers.utils.generic import can_return_tuple
 import comemo_kernels as ops
 from comemo.checkpoint import PublishedCheckpoint
 from comemo.config import CoMemoConfig
-from comemo.fusable import in_step, offloaded_to
-from comemo.image_inputs import CoMemoImages
 from comemo.language_model import CoMemoTextModel
+from comemo.memory.inputs import CoMemoImages
 from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache, warn_old_name
 from comemo.packing import (
     VARLEN,
@@ -30,6 +29,7 @@ from comemo.packing import (
     within_samples,
 )
 from comemo.vision import CoMemoVision
+from comemo.weights.fusable import in_step, offloaded_to
 from comemo_kernels import ImageMemory
 
 # Keyword arguments of a forward beside its named ones.

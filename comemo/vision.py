@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
-from comemo.fusable import is_fusable, is_original
+from comemo.weights.fusable import is_fusable, is_original
 
 PROJECTOR = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear)  # its layers, as published
 

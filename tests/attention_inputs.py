@@ -8,12 +8,7 @@ from harness import assert_matches
 pytest.importorskip("triton")
 
 
-from comemo_kernels import (
-    QueryRotation,
-    attend_spans,
-    reference,
-    rotary_table,
-)
+from comemo_kernels import QueryRotation, attend_spans, reference, rotary_table
 
 
 def make_inputs(

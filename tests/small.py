@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from conftest import here
 
 from comemo import CoMemoConfig, CoMemoForConditionalGeneration
-from comemo.tiny_checkpoint import spread_weights
+from comemo.cli.tiny_checkpoint import spread_weights
 
 
 def place(inputs, device=None):

@@ -14,12 +14,7 @@ from torch.autograd import gradcheck
 pytest.importorskip("triton")
 
 
-from comemo_kernels import (
-    MemoryScales,
-    QueryRotation,
-    attend_spans,
-    reference,
-)
+from comemo_kernels import MemoryScales, QueryRotation, attend_spans, reference
 
 pytestmark = pytest.mark.kernel(reference=True)
 

@@ -13,13 +13,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from comemo_kernels import (
-    QueryRotation,
-    attend_spans,
-    attention_workspace,
-    capture,
-    reference,
-)
+from comemo_kernels import QueryRotation, attend_spans, attention_workspace, capture, reference
 
 pytestmark = pytest.mark.kernel(reference=True)
 

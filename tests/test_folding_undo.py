@@ -4,7 +4,7 @@ import pytest
 import torch
 from small import logits_of, make_model, make_prompts
 
-from comemo import folding
+from comemo.weights import folding
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import comemo_kernels as ops
-from comemo.fusable import are_joined, is_fusable, join_weights
+from comemo.weights.fusable import are_joined, is_fusable, join_weights
 
 VERBS = ("norm_swiglu", "gated_residual")
 

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 
 import comemo_kernels as ops
 from comemo import CoMemoConfig, CoMemoForConditionalGeneration
-from comemo.tiny_checkpoint import spread_weights
+from comemo.cli.tiny_checkpoint import spread_weights
 from comemo_kernels import reference
 
 pytestmark = [pytest.mark.kernel, pytest.mark.usefixtures("one_thread")]

@@ -24,7 +24,7 @@ import importlib, pkgutil, sys
 from pathlib import Path
 
 import comemo, comemo_kernels
-from comemo import tiny_checkpoint
+from comemo.cli import tiny_checkpoint
 from comemo.cli import demo
 
 target, checkpoint = sys.argv[1:]

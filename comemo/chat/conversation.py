@@ -13,8 +13,8 @@ from comemo.chat.driver import Prompt, build_prompt
 from comemo.chat.transcript import NO_IMAGES, Transcript
 from comemo.config import CoMemoConfig
 from comemo.decode.interface import GeneratingModel
-from comemo.image_inputs import queries_at_count
 from comemo.image_processor import CoMemoImageProcessor
+from comemo.memory.inputs import queries_at_count
 from comemo.tokenizer import InternLM2Tokenizer
 from comemo.vision import check_tiles
 

@@ -12,8 +12,8 @@ import comemo_kernels as ops
 from comemo.chat.conversation import Conversation
 from comemo.chat.driver import Prompt
 from comemo.chat.transcript import Transcript
+from comemo.memory.protocols import KeepsMemories
 from comemo.model import CoMemoModel
-from comemo.protocols import KeepsMemories
 from comemo_kernels import ImageMemory
 
 

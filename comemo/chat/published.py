@@ -13,7 +13,7 @@ from comemo import prompts
 from comemo.chat.driver import build_prompt, check_tokenizer, generate_answer
 from comemo.chat.options import text_options
 from comemo.decode.interface import ModelMixin
-from comemo.protocols import KeepsMemories
+from comemo.memory.protocols import KeepsMemories
 from comemo.vision import check_tiles
 
 History = list[tuple[str, str]]

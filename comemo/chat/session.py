@@ -22,8 +22,8 @@ from comemo.chat.transcript import HeldTokens, Transcript
 from comemo.decode.cache import ROOM_FOR_ANSWER
 from comemo.decode.interface import GeneratingModel, Prefilled
 from comemo.decode.prefill import prefill
+from comemo.memory.protocols import KeepsMemories
 from comemo.processor import CoMemoProcessor
-from comemo.protocols import KeepsMemories
 from comemo_kernels import ImageMemory
 
 

@@ -17,7 +17,7 @@ from comemo.decode.arena import MemoryKind, capacity_for
 from comemo.decode.cache import ROOM_FOR_ANSWER, RoomyLayer
 from comemo.decode.interface import DRAFTS, GeneratingModel
 from comemo.decode.step import DecodeStep, StepKind
-from comemo.image_inputs import queries_at_count
+from comemo.memory.inputs import queries_at_count
 from comemo.outputs import CACHE, CoMemoOutput
 from comemo_kernels import ImageMemory
 

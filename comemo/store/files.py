@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from comemo.memory_parts import Layout
+from comemo.memory.parts import Layout
 from comemo.store.directory import BadFileError, check_regular, host, make_directory, open_file
 from comemo.store.keys import VERSION, chunks_of
 from comemo_kernels import ImageMemory

@@ -1,6 +1,6 @@
 """Keys of a store: digests of a model's weights and settings and of an image's pixels and ids.
 
-Which weights and settings count is up to `comemo.memory_parts`; here they are only hashed.
+Which weights and settings count is up to `comemo.memory.parts`; here they are only hashed.
 """
 
 import functools

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from comemo.memory_parts import (
+from comemo.memory.parts import (
     StorableModel,
     check_storable,
     memory_layout,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import comemo_kernels as ops
-from comemo import tracing
 from comemo.config import CoMemoConfig
-from comemo.protocols import KeepsMemories
+from comemo.memory import tracing
+from comemo.memory.protocols import KeepsMemories
 from comemo.vision import check_tiles
 from comemo_kernels import ImageMemory, split_images
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
-from comemo.fusable import is_fusable, is_original
 from comemo.mixin import MixinLayer
+from comemo.weights.fusable import is_fusable, is_original
 from comemo_kernels import ImageMemory
 
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from comemo.fusable import is_fusable, refuse_folded
 from comemo.mixin import MixinLayer
 from comemo.model import CoMemoModel
+from comemo.weights.fusable import is_fusable, refuse_folded
 
 OPEN = 20.0  # a gate whose tanh is exactly 1
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from comemo.memory_parts import StorableModel
+from comemo.memory.parts import StorableModel
 from comemo_kernels import ImageMemory
 
 

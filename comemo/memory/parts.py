@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.models.internvl import modeling_internvl as internvl
 
 from comemo.config import CoMemoConfig
-from comemo.fusable import FUSABLE, is_original
 from comemo.language_model import CoMemoTextModel
 from comemo.mixin import MixinLayer
+from comemo.weights.fusable import FUSABLE, is_original
 from comemo_kernels import ImageMemory
 
 # Modules of the vision tower that compute nothing but what their weights and settings say.
