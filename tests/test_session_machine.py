@@ -97,6 +97,8 @@ class Talk(RuleBasedStateMachine):
                 session.ask(words, list(pictures), **options)
             return
         fresh = afresh(session, self.shown.get(session, {}))
+        if stop and self.looped:  # some releases of transformers stream a token earlier than a loop
+            fresh.options["decode_loop"] = session.options["decode_loop"]
         for either in (session, fresh):
             if stop and how != "beams":
                 options["streamer"] = At(1, either.stop)
