@@ -47,7 +47,8 @@ class CoMemoGeneration(PreparesInputs):
             memory_store: a `MemoryStore` to look images up in. An assistant model builds its own
                 memory without it.
             prefilled: a `Prefilled`, prompts that a KV cache holds already. It excludes all other
-                inputs. Returned ids, which logits processors see, begin with the start token.
+                inputs and speculative decoding. The returned ids, which are what logits processors
+                see, begin with the start token.
             decode_loop: a `DecodeLoop` of this model, for greedy decoding or sampling without
                 speculative decoding. `cache_implementation="static"` makes one for the call, unless
                 there is a `compile_config`.
@@ -88,7 +89,8 @@ class CoMemoGeneration(PreparesInputs):
         if pixel_values is not None and memory is not None and assistant is None:
             raise ValueError("generate: give either pixel_values or image_memory, got both")
         if prefilled is not None:
-            kwargs |= prefilled.inputs(option("num_beams") or 1)
+            copies = [option(name) or 1 for name in ("num_beams", "num_return_sequences")]
+            kwargs |= prefilled.inputs(max(copies))
         elif embeds is not None:
             input_ids = self._prepare_embeds(input_ids, grid, kwargs, store, option)
         elif pixel_values is not None or kwargs.get("position_ids") is None:

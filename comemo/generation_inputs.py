@@ -133,11 +133,15 @@ def check_prefilled(
         option: returns the value of an argument of `generate` by name, None if unset.
 
     Raises:
-        ValueError: inputs beside it, options that need the ids of the prompt, a cache of another
-            length.
+        ValueError: another type, inputs beside it, options that need the ids of the prompt or no
+            cache, padding on the right, a cache of another length.
     """
+    if not isinstance(prefilled, Prefilled):
+        raise ValueError(f"generate: prefilled must be a Prefilled, got {type(prefilled).__name__}")
+    refuse_right_padding({"attention_mask": prefilled.attention_mask})
     beside = [name for name in PROMPT_INPUTS if given.get(name) is not None]
     beside += [f"{name} (it needs the prompt as ids)" for name in DRAFTS if option(name)]
+    beside += ["use_cache=False"] if option("use_cache") is False else []
     if beside:
         raise ValueError(f"generate: prefilled must be the only input, got {', '.join(beside)} too")
     N, held = prefilled.position_ids.shape[1], int(prefilled.cache.get_seq_length())

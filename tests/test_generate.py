@@ -49,7 +49,10 @@ def test_caches_agree(model, prompts_of):
     assert whole == [tokens[:4] for tokens in greedy]
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+SEVERAL = {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}
+
+
+@pytest.mark.parametrize("options", [{}, *SEVERAL], ids=["greedy", "beams", "sequences"])
 @pytest.mark.parametrize("positions", ["raw", "compressed"])
 def test_a_prefilled_prompt_is_continued(model, prompts_of, options, positions):
     model.config.decode_positions = positions
@@ -57,7 +60,7 @@ def test_a_prefilled_prompt_is_continued(model, prompts_of, options, positions):
     prompt, N = read(model, batch), batch["input_ids"].shape[1]
     new = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None} | options
     out = model.generate(prefilled=prompt, **new)
-    assert out[:, 0].tolist() == [model.config.text_config.bos_token_id] * 2
+    assert out[:, 0].tolist() == [model.config.text_config.bos_token_id] * len(out)
     assert out[:, 1:].tolist() == answers(model, batch, **options)
     assert prompt.cache.get_seq_length() == (N if options else N + 9)
 
@@ -71,10 +74,16 @@ def test_a_prefilled_prompt_is_the_only_input(model, prompts_of):
         {"image_memory": prompt.image_memory},
         {"past_key_values": prompt.cache},
         {"prompt_lookup_num_tokens": 2},
+        {"use_cache": False},
     ):
         wanted = rf"prefilled must be the only input, got {next(iter(beside))}"
         with pytest.raises(ValueError, match=wanted):
             model.generate(prefilled=prompt, **beside)
+    with pytest.raises(ValueError, match="prefilled must be a Prefilled, got dict"):
+        model.generate(prefilled={})
+    padded = replace(prompt, attention_mask=batch["attention_mask"].flip(1) * 0)
+    with pytest.raises(ValueError, match="padded on the left"):
+        model.generate(prefilled=padded)
     shorter = replace(prompt, position_ids=prompt.position_ids[:, 1:])
     with pytest.raises(ValueError, match=r"must hold the \d+ tokens of position_ids, got \d+$"):
         model.generate(prefilled=shorter)

@@ -63,7 +63,7 @@ class Prefilled:
     Attributes:
         logits: [B, 1, V] of the last tokens; the first new tokens are chosen from them.
         cache: KV cache of the N tokens. `generate` appends the new tokens, except the last one;
-            with beams it leaves the cache as it is.
+            with beams or several return sequences it leaves the cache as it is.
         position_ids: int64 [B, N].
         image_memory: as new tokens read it; None without images.
         attention_mask: [B, N], 0 at padding; None without padding.
@@ -75,19 +75,19 @@ class Prefilled:
     image_memory: ImageMemory | None = None
     attention_mask: Tensor | None = None
 
-    def inputs(self, beams: int) -> dict[str, Any]:
+    def inputs(self, copies: int) -> dict[str, Any]:
         """Keyword arguments of transformers' `generate`.
 
         Args:
-            beams: of each prompt. Several get a copy of the cache.
+            copies: beams or sequences of each prompt. Several get a copy of the cache.
         """
         prompt, mask = self, self.attention_mask
         if mask is None:
             mask = torch.ones_like(self.position_ids)
-        if beams > 1:
+        if copies > 1:
             cache = RoomyCache.copy_of(self.cache, self.position_ids.shape[1])
-            cache.batch_repeat_interleave(beams)
-            prompt = replace(self, cache=cache, logits=self.logits.repeat_interleave(beams, 0))
+            cache.batch_repeat_interleave(copies)
+            prompt = replace(self, cache=cache, logits=self.logits.repeat_interleave(copies, 0))
         return {
             "prefilled": prompt,
             "position_ids": self.position_ids,
