@@ -307,7 +307,9 @@ def exported():
 
 @TRACED
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("what", ["text", "images", "memory", "step"])
+@pytest.mark.parametrize(
+    "what", ["images", "memory", "step", pytest.param("text", marks=pytest.mark.slow)]
+)
 def test_prefills_and_decode_steps_are_exported(exported, real_device, what):
     model = make_model().to(real_device)
     prompts = place(make_prompts(model), real_device)

@@ -20,15 +20,26 @@ def drawn(loaded, monkeypatch):
     monkeypatch.setattr(chat, "draw_model", lambda *_: copy.deepcopy(loaded[0]))
 
 
-def test_rows(drawn):
-    words = ("--cols", "2", "--rows", "1", "--tokens", "3", "--batches", "2")
+COMPILED = "torch.compile, static cache"
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        [way for way in chat.WAYS if way != COMPILED],
+        pytest.param([COMPILED, "published"], marks=pytest.mark.slow),
+    ],
+    ids=["eager", "compiled"],
+)
+def test_rows(drawn, ways):
+    words = ("--cols", "2", "--rows", "1", "--tokens", "3", "--batches", "2", "--ways", *ways)
     rows = list(chat.run(options_of(chat, *words)))
     assert [(row["pass"], row["way"]) for row in rows] == [
         ("new picture", "ours"),
         ("second question", "ours"),
         ("known picture", "ours"),
         ("second question", "published"),
-    ] + [("decode, batch 2", way) for way in chat.WAYS]
+    ] + [("decode, batch 2", way) for way in chat.WAYS if way in ways]
     new, second, known, published = rows[:4]
     assert new["read_tokens"] > 768 > 100 > second["read_tokens"]
     assert known["read_tokens"] > 768

@@ -57,7 +57,7 @@ def train(model, folder, rows=ROWS, resume=None, **options):
 
 
 @ON_CPU
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_gradients_do_not_depend_on_gradient_accumulation(golden, tmp_path, weighted):
     torch.manual_seed(0)
     rows = [dict(row, labels=row["labels"].clone()) for row in ROWS]
