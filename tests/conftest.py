@@ -108,6 +108,12 @@ def pytest_report_header():
     return f"kernels are not tested in bfloat16: {NO_BFLOAT16}" if NO_BFLOAT16 else []
 
 
+def pytest_ignore_collect(collection_path):
+    """In the interpreter, skip the import of files without a test of kernels."""
+    is_test = INTERPRET and collection_path.match("test_*.py")
+    return True if is_test and "mark.kernel" not in collection_path.read_text() else None
+
+
 def pytest_collection_modifyitems(config, items):
     """Keep what can run here: in the interpreter only kernels, on a virtual GPU only models."""
 

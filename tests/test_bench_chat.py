@@ -20,26 +20,18 @@ def drawn(loaded, monkeypatch):
     monkeypatch.setattr(chat, "draw_model", lambda *_: copy.deepcopy(loaded[0]))
 
 
-COMPILED = "torch.compile, static cache"
-
-
 @pytest.mark.parametrize(
-    "ways",
-    [
-        [way for way in chat.WAYS if way != COMPILED],
-        pytest.param([COMPILED, "published"], marks=pytest.mark.slow),
-    ],
-    ids=["eager", "compiled"],
+    "batches", [(), pytest.param(("2",), marks=pytest.mark.slow)], ids=["alone", "in batches"]
 )
-def test_rows(drawn, ways):
-    words = ("--cols", "2", "--rows", "1", "--tokens", "3", "--batches", "2", "--ways", *ways)
+def test_rows(drawn, batches):
+    words = ("--cols", "2", "--rows", "1", "--tokens", "3", "--batches", *batches)
     rows = list(chat.run(options_of(chat, *words)))
     assert [(row["pass"], row["way"]) for row in rows] == [
         ("new picture", "ours"),
         ("second question", "ours"),
         ("known picture", "ours"),
         ("second question", "published"),
-    ] + [("decode, batch 2", way) for way in chat.WAYS if way in ways]
+    ] + [("decode, batch 2", way) for way in chat.WAYS if batches]
     new, second, known, published = rows[:4]
     assert new["read_tokens"] > 768 > 100 > second["read_tokens"]
     assert known["read_tokens"] > 768

@@ -53,7 +53,7 @@ SEVERAL = {"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "top_
 
 
 @pytest.mark.parametrize("options", [{}, *SEVERAL], ids=["greedy", "beams", "sequences"])
-@pytest.mark.parametrize("positions", ["raw", "compressed"])
+@pytest.mark.parametrize("positions", ["raw", pytest.param("compressed", marks=SLOW)])
 def test_a_prefilled_prompt_is_continued(model, prompts_of, options, positions):
     model.config.decode_positions = positions
     batch = prompts_of(0, 1)
