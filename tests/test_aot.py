@@ -55,10 +55,14 @@ LAUNCHES = [
 
 def is_slow(case, chip):
     """Only with `--all` and in `make aot`: AMD, float32 of several dtypes, what takes seconds."""
-    long = case.kernel.function.__name__ in TILES and chip != "sm_90"
-    long |= case.name.startswith("bf16 few queries") and "fp8" in case.name  # a prefill covers it
-    long |= case.kernel.function.__name__ == "_fold_norm_kernel" and "uneven" in case.name
-    return chip == "gfx942" or long or (case is not FIRST[case.kernel] and "fp32" in case.name)
+    kernel, first = case.kernel.function.__name__, case is FIRST[case.kernel]
+    return (
+        chip == "gfx942"
+        or (not first and ("fp32" in case.name or "tma" in kernel))  # TMA is off by default
+        or (kernel in TILES and chip != "sm_90")
+        or (kernel == "_fold_norm_kernel" and case.name.endswith(("uneven", "gradients")))
+        or (case.name.startswith("bf16 few queries") and "fp8" in case.name)  # as in prefill
+    )
 
 
 # A launch of one compiles the others too.
