@@ -23,6 +23,7 @@ from comemo_kernels.spans import spans_from_cu_seqlens, spans_from_images
 if find_spec("triton"):
     from comemo_kernels.attention import attend_spans, attention_workspace
     from comemo_kernels.fused_linear import gated_residual, norm_linear, norm_swiglu
+    from comemo_kernels.gated_attention import attend_gated
     from comemo_kernels.memory_build import build_memory
     from comemo_kernels.positions import rope_dhr_positions
     from comemo_kernels.rotary import apply_rotary
@@ -30,6 +31,7 @@ if find_spec("triton"):
 else:  # macOS, Windows: the same functions in PyTorch
     from comemo_kernels.reference import (
         apply_rotary,
+        attend_gated,
         attend_spans,
         attention_workspace,
         build_memory,
@@ -51,6 +53,7 @@ __all__ = [
     "QueryRotation",
     "append_images",
     "apply_rotary",
+    "attend_gated",
     "attend_spans",
     "attention_workspace",
     "build_memory",

@@ -17,6 +17,7 @@ from torch import Tensor
 from comemo_kernels._attend_gradient_keys import (
     gradient_keys,
     gradient_keys_exact,
+    gradient_keys_small,
     gradient_keys_wide,
 )
 from comemo_kernels._attend_gradient_queries import (
@@ -32,7 +33,7 @@ from comemo_kernels._attend_gradient_rows import (
     gradient_runs,
 )
 from comemo_kernels._blocks_attention import LOG2E
-from comemo_kernels._op import Kernel, padded, register
+from comemo_kernels._op import Kernel, has_warp_groups, padded, register
 
 NARROW = 128  # elements of a head that the first kernels support
 
@@ -43,7 +44,8 @@ def _kernels_for(q: Tensor) -> tuple[Kernel, Kernel]:
         return gradient_queries_exact, gradient_keys_exact
     if q.shape[-1] > NARROW:
         return gradient_queries_wide, gradient_keys_wide
-    return gradient_queries, gradient_keys
+    hopper = has_warp_groups(q.get_device())
+    return gradient_queries, gradient_keys if hopper else gradient_keys_small
 
 
 def _launch(
@@ -75,6 +77,7 @@ def _launch(
     if images > 1 and biases is not None and biases.shape[0] > 1:
         # Each prompt has a frame of its own: one after the other, with sums in float32.
         sums = [torch.zeros_like(x, dtype=torch.float32) for x in (dk, dv)]
+        own_kv = [torch.empty_like(x) for x in sums]
         parts = []
         for b in range(len(q)):
             own = [
@@ -82,14 +85,15 @@ def _launch(
                 for i, x in enumerate(inputs)
             ]
             part = torch.empty_like(delta[:, : delta.shape[1] // len(q)]).contiguous()
-            _launch_frame(dq[b : b + 1] if to_q else dq, *sums, part, *own, to_q, to_kv, True)
+            _launch_frame(dq[b : b + 1] if to_q else dq, *own_kv, part, *own, to_q, to_kv)
+            torch._foreach_add_(sums, own_kv)
             parts.append(part)
         torch.cat(parts, 1, out=delta)
         if to_kv:
             dk.copy_(sums[0])
             dv.copy_(sums[1])
     else:
-        _launch_frame(*grads, *inputs, to_q, to_kv, False)
+        _launch_frame(*grads, *inputs, to_q, to_kv)
     return grads
 
 
@@ -117,7 +121,6 @@ def _launch_frame(
     gate: Tensor | None,
     to_q: bool,
     to_kv: bool,
-    add: bool,
 ) -> None:
     """Write the gradients of prompts whose images have the same ids in all of them."""
     (B, N, H, D), (M, G, _) = q.shape, k.shape
@@ -141,9 +144,7 @@ def _launch_frame(
     sizes = (N, rows, G, group, positions)
     constants = (rotate, images > 0, dlse is not None, D, half, aligned, block_d)
     programs = G * -(-rows // gradient_rows.config["BLOCK_M"])
-    gradient_rows.launch(
-        programs, *tensors, placed[0], placed[2], *strides, *sizes, *constants
-    )
+    gradient_rows.launch(programs, *tensors, placed[0], placed[2], *strides, *sizes, *constants)
     if images > 1:
         aligned = all(stride % 8 == 0 for stride in (*k.stride()[:2], table_stride))
         rebased = torch.empty_like(k, memory_format=torch.contiguous_format)
@@ -154,33 +155,34 @@ def _launch_frame(
         )
         k = rebased
     for_q, for_kv = _kernels_for(q)
-    strides = (*k.stride()[:2], *v.stride()[:2], *spans_strides)
-    aligned = all(stride % 8 == 0 for stride in (*strides[:4], table_stride))
-    numbers = (N, rows, M, G, group, positions)
+    strides = (*k.stride()[:2], *v.stride()[:2])
+    aligned = all(stride % 8 == 0 for stride in (*strides, table_stride))
+    numbers = (rows, M, G, group, positions)
     scales = (LOG2E / D**0.5, D**-0.5)
     gates = (q if gate is None else gate,)
-    common = (turned, dout, k, v, lse2, delta, spans)
+    common = (turned, dout, k, v, lse2, delta)
     shape = (group > 1, D, half, aligned)
     if to_q:
         programs = G * -(-rows // for_q.config["BLOCK_M"])
-        tensors = (dq, *common, *gates, *table, placed[0], placed[2])
-        all_strides = (*strides, *ids_strides, biases_stride, table_stride)
+        tensors = (dq, *common, spans, *gates, *table, placed[0], placed[2])
+        all_strides = (*strides, *spans_strides, *ids_strides, biases_stride, table_stride)
         constants = (rotate, images > 0, gate is not None, *shape, block_d)
-        for_q.launch(programs, *tensors, *all_strides, *numbers, *scales, *constants)
+        for_q.launch(programs, *tensors, *all_strides, N, *numbers, *scales, *constants)
     if to_kv:
         blocks_m = -(-rows // for_kv.config["BLOCK_M"])
         blocks_n = -(-M // for_kv.config["BLOCK_N"])
         int32 = {"dtype": torch.int32, "device": q.device}
         bounds = torch.empty(blocks_m, 4, **int32)
+        limits = torch.empty(2, rows, **int32)
         runs = torch.empty(blocks_n, 1 + 2 * RUNS, **int32)
         block = for_kv.config["BLOCK_M"]
         gradient_bounds.launch(
-            blocks_m, bounds, spans, *spans_strides, N, rows, M, group, block
+            blocks_m, bounds, limits, spans, *spans_strides, N, rows, M, group, block
         )
         gradient_runs.launch(blocks_n, runs, bounds, blocks_m, RUNS, for_kv.config["BLOCK_N"])
-        tensors = (dk, dv, *common, bounds, runs, *gates, *table, *placed[1:])
+        tensors = (dk, dv, *common, limits, bounds, runs, *gates, *table, *placed[1:])
         all_numbers = (*strides, table_stride, *numbers, images, *scales)
-        constants = (images > 1, gate is not None, add, *shape, RUNS, block_d)
+        constants = (images > 1, gate is not None, *shape, RUNS, block_d)
         for_kv.launch(G * blocks_n, *tensors, *all_numbers, *constants)
 
 

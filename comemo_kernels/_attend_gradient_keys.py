@@ -18,7 +18,13 @@ key head (B * N * H / G), P rows of the rotary table, I images.
 import triton.language as tl
 
 from comemo_kernels._blocks import offset_of, tanh
-from comemo_kernels._blocks_attention import columns, image_of, row_offsets, table_rows
+from comemo_kernels._blocks_attention import (
+    columns,
+    image_of,
+    load_columns,
+    row_offsets,
+    table_rows,
+)
 from comemo_kernels._op import Kernel, jit
 
 
@@ -32,7 +38,7 @@ def _gradient_keys_kernel(
     v_ptr,  # [M, G, D], D contiguous
     lse2_ptr,  # [G, R]
     delta_ptr,  # [G, R]
-    spans_ptr,  # [B, N, 2], pairs contiguous
+    limits_ptr,  # [2, R] int32: first key and end of each row
     bounds_ptr,  # [row blocks, 4]
     runs_ptr,  # [key blocks, 1 + 2 * RUNS]
     gate_ptr,  # [1]
@@ -44,10 +50,7 @@ def _gradient_keys_kernel(
     k_stride_g: tl.int64,
     v_stride_m: tl.int64,
     v_stride_g: tl.int64,
-    spans_stride_b: tl.int64,
-    spans_stride_n: tl.int64,
     table_stride: tl.int64,
-    num_tokens,  # N
     num_rows,  # R
     num_keys,  # M
     num_heads,  # G
@@ -58,7 +61,6 @@ def _gradient_keys_kernel(
     scale,  # 1 / sqrt(D)
     REBASED: tl.constexpr,  # keys are rotated to the first image's frame
     GATED: tl.constexpr,
-    ADD: tl.constexpr,  # add to dk and dv, which are float32
     GROUPED: tl.constexpr,  # query heads share key heads
     D: tl.constexpr,
     HALF: tl.constexpr,
@@ -93,32 +95,29 @@ def _gradient_keys_kernel(
             first = block * BLOCK_M
             row = first + offs_m
             mask_m = row < num_rows
-            base, offs = row_offsets(first, head, group, num_heads, GROUPED, BLOCK_M)
+            # Rows past the last one read the last one, and have lse inf, so p = 0.
+            last = tl.minimum(offs_m, num_rows - 1 - first)
+            base, offs = row_offsets(first, last, head, group, num_heads, GROUPED)
             tile = (offs * D)[:, None] + offs_d[None, :]
-            mask_md = mask_m[:, None]
-            if D < BLOCK_D:
-                mask_md &= (offs_d < D)[None, :]
-            q = tl.load(q_ptr + base * D + tile, mask=mask_md, other=0.0)
-            # Rows past the last one have lse inf, so p = 0.
+            q = load_columns(q_ptr + base * D + tile, offs_d, D, BLOCK_D)
             lse2 = tl.load(lse2_ptr + stats + row, mask=mask_m, other=float("inf"))
             delta = tl.load(delta_ptr + stats + row, mask=mask_m, other=0.0)
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-            dout = tl.load(dout_ptr + base * D + tile, mask=mask_md, other=0.0)
-            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             p = tl.math.exp2(s * scale_log2 - lse2[None, :])
-            ds = p * (dp - delta[None, :])
             shared = tl.load(bounds_ptr + block * 4 + 2)
             shared_end = tl.load(bounds_ptr + block * 4 + 3)
-            if (first_key < shared) | (first_key + BLOCK_N > shared_end):
-                token = row // group
-                span = spans_ptr + token // num_tokens * spans_stride_b
-                span += token % num_tokens * spans_stride_n
-                start = tl.load(span, mask=mask_m, other=0)
-                stop = tl.load(span + 1, mask=mask_m, other=0)
+            masked = (first_key < shared) | (first_key + BLOCK_N > shared_end)
+            if masked:
+                start = tl.load(limits_ptr + row, mask=mask_m, other=0)
+                stop = tl.load(limits_ptr + num_rows + row, mask=mask_m, other=0)
                 seen = (key[:, None] >= start[None, :]) & (key[:, None] < stop[None, :])
                 p = tl.where(seen, p, 0.0)
-                ds = tl.where(seen, ds, 0.0)
+            dout = load_columns(dout_ptr + base * D + tile, offs_d, D, BLOCK_D)
             dv = tl.dot(p.to(q.dtype), dout, dv, input_precision=PRECISION)
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+            ds = p * (dp - delta[None, :])
+            if masked:  # a value that nobody reads may be NaN
+                ds = tl.where(p > 0.0, ds, 0.0)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     if GATED:
@@ -128,8 +127,6 @@ def _gradient_keys_kernel(
     dk *= scale
     rows = offset_of(key, num_heads, False)[:, None] * D + head * D
     dv_ptrs = dv_ptr + rows + offs_d[None, :]
-    if ADD:
-        dv += tl.load(dv_ptrs, mask=mask_nd, other=0.0)
     tl.store(dv_ptrs, dv, mask=mask_nd)
     if REBASED:
         halves = tl.permute(tl.reshape(dk, (BLOCK_N, 2, BLOCK_D // 2)), (0, 2, 1))
@@ -141,30 +138,27 @@ def _gradient_keys_kernel(
         cos, sin = table_rows(table, shift, mask, offs_h, ALIGNED)
         y1, y2 = dk1 * cos + dk2 * sin, dk2 * cos - dk1 * sin
         dk_ptrs = dk_ptr + rows + offs_h[None, :]
-        if ADD:
-            y1 += tl.load(dk_ptrs, mask=mask, other=0.0)
-            y2 += tl.load(dk_ptrs + HALF, mask=mask, other=0.0)
         tl.store(dk_ptrs, y1, mask=mask)
         tl.store(dk_ptrs + HALF, y2, mask=mask)
     else:
         dk_ptrs = dk_ptr + rows + offs_d[None, :]
-        if ADD:
-            dk += tl.load(dk_ptrs, mask=mask_nd, other=0.0)
         tl.store(dk_ptrs, dk, mask=mask_nd)
 
 
-# Heads of at most 128 elements; wider ones; float32.
+# By warp groups, heads of at most 128 elements: 64 x 128 blocks fill the registers of Hopper.
 gradient_keys = Kernel(
     _gradient_keys_kernel,
     [
-        {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
-        {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 3},
-        {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": stages}
+        for m, n, w, stages in ((64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 3), (32, 64, 4, 3))
     ],
 )
-gradient_keys_wide = Kernel(
-    _gradient_keys_kernel, [{"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}]
+gradient_keys_small = Kernel(  # other GPUs
+    _gradient_keys_kernel, [{"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}]
 )
-gradient_keys_exact = Kernel(
+gradient_keys_wide = Kernel(  # heads of more than 128 elements
+    _gradient_keys_kernel, [{"BLOCK_M": 16, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}]
+)
+gradient_keys_exact = Kernel(  # float32
     _gradient_keys_kernel, [{"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}]
 )

@@ -82,7 +82,7 @@ def _gradient_queries_kernel(
     shared_end = tl.min(tl.where(mask_m, tl.where(some, end, 0), num_keys), 0)
     shared_end = tl.minimum(shared_end, high)
 
-    base, offs = row_offsets(first, head, group, num_heads, GROUPED, BLOCK_M)
+    base, offs = row_offsets(first, row - first, head, group, num_heads, GROUPED)
     offs_d, offs_n = columns(HALF, BLOCK_D), tl.arange(0, BLOCK_N)
     tile = base * D + (offs * D)[:, None] + offs_d[None, :]
     mask_md = mask_m[:, None] & (offs_d < D)[None, :]
@@ -138,19 +138,16 @@ def _gradient_queries_kernel(
         tl.store(dq_ptr + tile, dq, mask=mask_md)
 
 
-# Heads of at most 128 elements; wider ones; float32.
-gradient_queries = Kernel(
+gradient_queries = Kernel(  # heads of at most 128 elements
     _gradient_queries_kernel,
     [
-        {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2},
-        {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-        {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
-        {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_M": 128, "BLOCK_N": n, "num_warps": 8, "num_stages": stages}
+        for n, stages in ((64, 3), (64, 2), (32, 3))
     ],
 )
 gradient_queries_wide = Kernel(
     _gradient_queries_kernel, [{"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}]
 )
-gradient_queries_exact = Kernel(
+gradient_queries_exact = Kernel(  # float32
     _gradient_queries_kernel, [{"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 8, "num_stages": 2}]
 )

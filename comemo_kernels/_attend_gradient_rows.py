@@ -22,7 +22,6 @@ import triton.language as tl
 
 from comemo_kernels._blocks import offset_of
 from comemo_kernels._blocks_attention import (
-    LOG2E,
     columns,
     image_of,
     load_rotated,
@@ -74,7 +73,7 @@ def _gradient_rows_kernel(
     head, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_M
     row = first + tl.arange(0, BLOCK_M)
     mask = row < num_rows
-    base, offs = row_offsets(first, head, group, num_heads, True, BLOCK_M)
+    base, offs = row_offsets(first, row - first, head, group, num_heads, True)
     offs_d = columns(HALF, BLOCK_D)
     mask_md = mask[:, None] & (offs_d < D)[None, :]
     tile = base * D + (offs * D)[:, None] + offs_d[None, :]
@@ -85,6 +84,7 @@ def _gradient_rows_kernel(
     if DLSE:
         delta -= tl.load(dlse_ptr + base + offs, mask=mask, other=0.0).to(tl.float32)
     empty = lse == float("-inf")
+    LOG2E: tl.constexpr = 1.4426950408889634
     stats = head.to(tl.int64) * num_rows + row
     tl.store(lse2_ptr + stats, tl.where(empty, float("inf"), lse * LOG2E), mask=mask)
     tl.store(delta_ptr + stats, tl.where(empty, 0.0, delta), mask=mask)
@@ -140,6 +140,7 @@ def _gradient_rebase_kernel(
 @jit
 def _gradient_bounds_kernel(
     bounds_ptr,  # [row blocks, 4] int32: first key, end; first key that all rows read, end
+    limits_ptr,  # [2, R] int32: first key and end of each row
     spans_ptr,  # [B, N, 2], pairs contiguous
     spans_stride_b: tl.int64,
     spans_stride_n: tl.int64,
@@ -157,6 +158,8 @@ def _gradient_bounds_kernel(
     span = spans_ptr + token // num_tokens * spans_stride_b + token % num_tokens * spans_stride_n
     start = tl.maximum(tl.load(span, mask=mask, other=0), 0).to(tl.int32)
     end = tl.minimum(tl.load(span + 1, mask=mask, other=0), num_keys).to(tl.int32)
+    tl.store(limits_ptr + row, start, mask=mask)
+    tl.store(limits_ptr + num_rows + row, end, mask=mask)
     some = mask & (start < end)
     bounds = bounds_ptr + pid * 4
     tl.store(bounds, tl.min(tl.where(some, start, num_keys), 0))

@@ -31,21 +31,28 @@ def image_of(starts_ptr, keys, num_images):
 
 
 @triton.jit
-def row_offsets(first, head, group, num_heads, GROUPED: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Where rows [first, first + BLOCK_M) of a key head are in [tokens, query heads].
+def row_offsets(first, inside, head, group, num_heads, GROUPED: tl.constexpr):
+    """Where rows `first + inside` of a key head are in [tokens, query heads].
 
     A row is a token and one of the `group` query heads that share the key head.
 
     Returns:
-        The first row's offset, int64, and the offsets of all rows from it, int32 [BLOCK_M].
+        The first row's offset, int64, and the offsets of all rows from it, int32 like `inside`.
     """
-    offs_m = tl.arange(0, BLOCK_M)
     if GROUPED:
         token = first // group
+        row = first + inside
         base = token.to(tl.int64) * group * num_heads + head * group
-        row = first + offs_m
         return base, (row // group - token) * group * num_heads + row % group
-    return first.to(tl.int64) * num_heads + head, offs_m * num_heads
+    return first.to(tl.int64) * num_heads + head, inside * num_heads
+
+
+@triton.jit
+def load_columns(ptrs, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of D elements, padded with zeros to BLOCK_D."""
+    if D < BLOCK_D:
+        return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+    return tl.load(ptrs)
 
 
 @triton.jit

@@ -10,6 +10,7 @@ from comemo_kernels import fused_linear, positions, rotary
 from comemo_kernels._op import Config
 from comemo_kernels.aot_case import Case, empty
 from comemo_kernels.aot_cases_attention import attention_cases
+from comemo_kernels.aot_cases_gradient import gradient_cases
 from comemo_kernels.aot_cases_memory_build import memory_build_cases
 from comemo_kernels.aot_cases_tiles import tiles_cases
 
@@ -17,7 +18,7 @@ from comemo_kernels.aot_cases_tiles import tiles_cases
 def cases() -> list[Case]:
     """Everything that ships: each kernel, each dtype and variant, each configuration once."""
     found = [*_rotary_cases(), *_positions_cases(), *_fused_linear_cases()]
-    return [*found, *attention_cases(), *memory_build_cases(), *tiles_cases()]
+    return [*found, *attention_cases(), *gradient_cases(), *memory_build_cases(), *tiles_cases()]
 
 
 def _rotary_cases() -> list[Case]:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from comemo_kernels import _attend_tma, reference
-from comemo_kernels._attend_gradient import attend_gradient_op
 from comemo_kernels._attend_combine import combine, combine_early, launch_combine
+from comemo_kernels._attend_gradient import attend_gradient_op
 from comemo_kernels._attend_kernel import attend_exact, attend_few, attend_many, attend_one
 from comemo_kernels._blocks_attention import LOG2E
 from comemo_kernels._op import (
@@ -196,7 +196,7 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor spans, Tensor? cos, Tensor? sin, Tensor? ids,"
     " Tensor? starts, Tensor? biases, Tensor? k_scale, Tensor? v_scale, int tile"
 )
-_attend = register(f"attend({_ARGUMENTS}) -> (Tensor, Tensor)", _launch, _fake)
+attend_op = register(f"attend({_ARGUMENTS}) -> (Tensor, Tensor)", _launch, _fake)
 _attend_ = register(
     "attend_(Tensor(a!) out, Tensor(b!) lse, Tensor(c!) parts, Tensor(d!) part_lse,"
     f" Tensor(e!) counts, {_ARGUMENTS}) -> ()",
@@ -205,12 +205,21 @@ _attend_ = register(
 )
 
 
+def unscaled(
+    k: Tensor, v: Tensor, scales: MemoryScales, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of a float8 memory in another dtype."""
+    return (
+        unscale(k, scales.keys, scales.tile, dtype),
+        unscale(v, scales.values, scales.tile, dtype),
+    )
+
 
 class _AttendSpans(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, spans, cos, sin, ids, starts, biases):
         rest = (spans, cos, sin, ids, starts, biases)
-        out, lse = _attend(q, k, v, *rest, None, None, 1)
+        out, lse = attend_op(q, k, v, *rest, None, None, 1)
         ctx.save_for_backward(q, k, v, out, lse, *rest)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -227,9 +236,11 @@ class _AttendSpans(torch.autograd.Function):
         dq, dk, dv, _ = attend_gradient_op(
             dout, q, k, v, out, lse, dlse, *rest, None, to_q, any(to_kv)
         )
-        return dq if to_q else None, *(
-            grad if needed else None for grad, needed in zip((dk, dv), to_kv, strict=True)
-        ), *[None] * 6
+        return (
+            dq if to_q else None,
+            *(grad if needed else None for grad, needed in zip((dk, dv), to_kv, strict=True)),
+            *[None] * 6,
+        )
 
 
 # --- public ---
@@ -260,13 +271,10 @@ def attend_spans(
     scale = (None, None, 1) if scales is None else scales
     if differentiable:
         if scales is not None:
-            k, v = (
-                unscale(x, scale, scales.tile, q.dtype)
-                for x, scale in ((k, scales.keys), (v, scales.values))
-            )
+            k, v = unscaled(k, v, scales, q.dtype)
         out, lse = _AttendSpans.apply(q, k, v, spans, *rotate)
     elif workspace is None:
-        out, lse = _attend(q, k, v, spans, *rotate, *scale)
+        out, lse = attend_op(q, k, v, spans, *rotate, *scale)
     else:
         return_lse = bool(return_lse)  # may raise, so it comes before anything is written
         _attend_(*workspace, q, k, v, spans, *rotate, *scale)
