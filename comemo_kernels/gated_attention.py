@@ -26,7 +26,7 @@ from comemo_kernels.attention_types import MemoryScales, QueryRotation
 from comemo_kernels.fused_linear import gated_residual
 from comemo_kernels.reference.attention_checks import check_attention_kernel, check_read
 from comemo_kernels.reference.fused_linear import check_strides
-from comemo_kernels.reference.gated_attention import check_attend_gated
+from comemo_kernels.reference.gated_attention import check_attend_gated, check_stream
 
 
 class _AttendGated(torch.autograd.Function):
@@ -83,6 +83,7 @@ def attend_gated(
         return reference.attend_gated(x, q, k, v, spans, weight, gate, rotation, scales, validate)
     learning = (x, q, k, v, weight) if gate is None else (x, q, k, v, weight, gate)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in learning)):
+        check_stream(x, q)
         read = attend_spans(q, k, v, spans, rotation, scales, validate=validate)
         return gated_residual(x, read.flatten(2), weight, gate)
     check_attend_gated(x, q, k, v, spans, weight, gate, rotation, scales)

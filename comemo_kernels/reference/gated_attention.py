@@ -61,10 +61,15 @@ def check_attend_gated(
 ) -> None:
     """Raise the errors of `attend_gated` that do not depend on the device."""
     check_attention(q, k, v, spans, rotation, scales, None)
+    check_stream(x, q)
+    read = q.new_empty(1).expand(*q.shape[:2], q.shape[2] * q.shape[3])
+    check_gated_residual(x, read, weight, gate)
+
+
+def check_stream(x: Tensor, q: Tensor) -> None:
+    """Raise unless x has the tokens of q."""
     if x.ndim != 3 or x.shape[:2] != q.shape[:2]:
         raise ValueError(
             f"attend_gated: x must be [B, N, d] with the B, N of q {tuple(q.shape)}, got"
             f" {tuple(x.shape)}"
         )
-    read = q.new_empty(1).expand(*q.shape[:2], q.shape[2] * q.shape[3])
-    check_gated_residual(x, read, weight, gate)
