@@ -18,10 +18,10 @@ from comemo_kernels import (
     _gelu_gradient,
     _gemm,
     _memory_build_tma,
+    _rows_kernel,
     _unshuffle_norm,
     aot,
     attention,
-    fused_linear,
     memory_build,
     positions,
     rotary,
@@ -191,15 +191,15 @@ def test_rows():
     def run(x, weight, eps=1e-5, gate=None):
         (R, K), outputs = x.shape, weight.shape[0]
         norm = torch.ones(K).to(x)
-        fused_linear._launch(x, norm, weight, None, None, None, eps)
-        fused_linear._launch(x, norm, weight, weight, None, None, eps)
-        fused_linear._launch(x, None, weight, None, None, None, eps)
-        fused_linear._launch(x, None, weight, weight, None, None, eps)
+        _rows_kernel._launch(x, norm, weight, None, None, None, eps)
+        _rows_kernel._launch(x, norm, weight, weight, None, None, eps)
+        _rows_kernel._launch(x, None, weight, None, None, None, eps)
+        _rows_kernel._launch(x, None, weight, weight, None, None, eps)
         gate = x.new_ones(1) if gate is None else gate
-        fused_linear._launch(x, None, weight, None, x.new_ones(R, outputs), gate, None)
-        fused_linear._launch(x, None, weight, None, x.new_ones(R, outputs), None, None)
+        _rows_kernel._launch(x, None, weight, None, x.new_ones(R, outputs), gate, None)
+        _rows_kernel._launch(x, None, weight, None, x.new_ones(R, outputs), None, None)
 
-    with recorded(fused_linear.one_weight_kernel, fused_linear.two_weights_kernel) as found:
+    with recorded(_rows_kernel.one_weight_kernel, _rows_kernel.two_weights_kernel) as found:
         for R in range(1, 17):
             for K, outputs in ((512, 1), (1024, 16), (2048, 48)):
                 wide = torch.empty(R, 2 * K).half()

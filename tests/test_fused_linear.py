@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 import comemo_kernels
-from comemo_kernels import fused_linear, gated_residual, norm_linear, reference
+from comemo_kernels import _rows_kernel, gated_residual, norm_linear, reference
 
 pytestmark = pytest.mark.kernel(reference=True)  # its laws are the reference's too
 
@@ -143,7 +143,7 @@ def test_a_row_alone_is_the_row_in_a_batch(device, form):
 @pytest.mark.parametrize("verb", ["norm_linear", "norm_swiglu"])
 def test_prefetching_changes_no_bit(device, verb):
     kernel = (
-        fused_linear.one_weight_kernel if verb == "norm_linear" else fused_linear.two_weights_kernel
+        _rows_kernel.one_weight_kernel if verb == "norm_linear" else _rows_kernel.two_weights_kernel
     )
     inputs = make_inputs(verb, (3,), 2048, 40, torch.float16, device=device)
     for config in kernel.configs:
@@ -161,11 +161,11 @@ def test_prefetched_addresses_are_in_bounds(device, monkeypatch, K):
     """Each line of 128 bytes from a row's start; nothing after its end or the last row."""
     prefetched = []
     monkeypatch.setattr(
-        fused_linear, "prefetch", lambda ptrs: prefetched.extend(ptrs.handle.data.flatten())
+        _rows_kernel, "prefetch", lambda ptrs: prefetched.extend(ptrs.handle.data.flatten())
     )
     inputs = make_inputs("norm_swiglu", (1,), K, 20, torch.float16, device=device)
     config = {"BLOCK_O": 16, "BLOCK_BYTES": 512, "AHEAD": 1024, "num_warps": 4}
-    with fused_linear.two_weights_kernel.using(config):
+    with _rows_kernel.two_weights_kernel.using(config):
         comemo_kernels.norm_swiglu(**inputs)
     wanted = {
         weight.data_ptr() + 2 * (row * K + min(64 * line, K - 1))
@@ -244,12 +244,12 @@ def test_eps_counts(device):
 @TRACED
 def test_operator_contract(real_device):
     x, norm, gate_weight, up_weight = make_inputs("norm_swiglu", device=real_device).values()
-    opcheck(fused_linear._rows, (x, norm, gate_weight, None, None, None, 1e-5))
-    opcheck(fused_linear._rows, (x, norm, gate_weight, up_weight, None, None, 1e-5))
-    opcheck(fused_linear._rows, (x, None, gate_weight, up_weight, None, None, 1e-5))
+    opcheck(_rows_kernel.rows_op, (x, norm, gate_weight, None, None, None, 1e-5))
+    opcheck(_rows_kernel.rows_op, (x, norm, gate_weight, up_weight, None, None, 1e-5))
+    opcheck(_rows_kernel.rows_op, (x, None, gate_weight, up_weight, None, None, 1e-5))
     x, a, weight, gate = make_inputs("gated_residual", device=real_device).values()
-    opcheck(fused_linear._rows, (a, None, weight, None, x, gate, None))
-    opcheck(fused_linear._rows, (a, None, weight, None, x, None, None))
+    opcheck(_rows_kernel.rows_op, (a, None, weight, None, x, gate, None))
+    opcheck(_rows_kernel.rows_op, (a, None, weight, None, x, None, None))
 
 
 @pytest.mark.kernel
