@@ -40,6 +40,7 @@ def _rms_norm_gradient_kernel(
     WEIGHTED: tl.constexpr,  # there is a weight
     ADDED: tl.constexpr,  # there is something to add to dx
     ALIGNED: tl.constexpr,  # strides and d are multiples of 8
+    EARLY: tl.constexpr,  # load what is added before the sums, for more registers
     BLOCK: tl.constexpr,  # d, rounded up to a power of two
 ):
     """One program takes every `programs`-th row, and sums the gradient of the weight."""
@@ -53,10 +54,9 @@ def _rms_norm_gradient_kernel(
         out = offset_of(row, width, ALIGNED) + c
         x = tl.load(x_ptr + offset_of(row, x_stride_r, ALIGNED) + c, mask=mask, other=0.0)
         dy = tl.load(dy_ptr + out, mask=mask, other=0.0).to(tl.float32)
-        if TO_X and ADDED:  # before the sums, which wait for x
-            added = tl.load(
-                added_ptr + offset_of(row, added_stride_r, ALIGNED) + c, mask=mask, other=0.0
-            ).to(tl.float32)
+        added_ptrs = added_ptr + offset_of(row, added_stride_r, ALIGNED) + c
+        if TO_X and ADDED and EARLY:
+            added = tl.load(added_ptrs, mask=mask, other=0.0).to(tl.float32)
         exact = x.to(tl.float32)
         rstd = tl.rsqrt(tl.sum(exact * exact, 0) / width.to(tl.float32) + eps)
         exact *= rstd
@@ -67,18 +67,22 @@ def _rms_norm_gradient_kernel(
                 # Loaded again for each row, from the nearest cache, to save registers.
                 dy *= tl.load(weight_ptr + c, mask=mask, other=0.0).to(tl.float32)
             dx = (dy - exact * (tl.sum(dy * exact, 0) / width.to(tl.float32))) * rstd
-            if ADDED:
+            if ADDED and EARLY:
                 dx += added
+            elif ADDED:
+                dx += tl.load(added_ptrs, mask=mask, other=0.0).to(tl.float32)
             tl.store(dx_ptr + out, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     if TO_WEIGHT:
         tl.store(dweight_ptr + offset_of(pid, width, ALIGNED) + c, dweight, mask=mask)
 
 
-# A program holds a row; a row of more than NARROW elements takes more warps. Rows of more than
-# WIDEST elements have no kernel.
-NARROW, WIDEST = 8192, 16384
+# A program holds a row: 16 elements a thread up to NARROW and WIDE elements, 32 up to WIDEST. There
+# x and the weight get a pass each, because both at once would spill hundreds of bytes a thread; in
+# float32 x alone spills up to 48. Wider rows have no kernel.
+NARROW, WIDE, WIDEST = 2048, 8192, 16384
 rms_norm_gradient = Kernel(_rms_norm_gradient_kernel, [{"num_warps": 4}, {"num_warps": 8}])
-rms_norm_gradient_wide = Kernel(_rms_norm_gradient_kernel, [{"num_warps": 16}])
+rms_norm_gradient_wide = Kernel(_rms_norm_gradient_kernel, [{"num_warps": 8}, {"num_warps": 16}])
+rms_norm_gradient_widest = Kernel(_rms_norm_gradient_kernel, [{"num_warps": 16}])
 
 # --- operator ---
 
@@ -93,24 +97,28 @@ def _launch(
     to_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """All [R, d], with d contiguous; dy is contiguous."""
-    (R, d), wide = x.shape, x.shape[1] > NARROW
-    # Several a multiprocessor keep memory busy; each writes a row of sums that is read again.
-    programs = min(R, (2 if wide else 4) * multiprocessors(x.get_device()))
+    R, d = x.shape
+    kernel, resident, passes = rms_norm_gradient, 4, [(to_x, to_weight)]
+    if d > NARROW:
+        kernel, resident = rms_norm_gradient_wide, 2
+    if d > WIDE:
+        kernel, resident = rms_norm_gradient_widest, 1
+        passes = [flags for flags in ((to_x, False), (False, to_weight)) if any(flags)]
+    # All run at once, and each writes a row of sums that is read again.
+    programs = min(R, resident * multiprocessors(x.get_device()))
     dx = x.new_empty(R if to_x else 0, d)
     sums = x.new_empty(programs if to_weight else 0, d, dtype=torch.float32)
     given, plus = (x if t is None else t for t in (weight, added))
-    strides = x.stride(0), plus.stride(0)
+    tensors, strides = (dx, sums, dy, x, given, plus), (x.stride(0), plus.stride(0))
     constants = (
-        to_x,  # TO_X
-        to_weight,  # TO_WEIGHT
         weight is not None,  # WEIGHTED
         added is not None,  # ADDED
         all(n % 8 == 0 for n in (*strides, d)),  # ALIGNED
+        d <= WIDE,  # EARLY
         padded(d),  # BLOCK
     )
-    kernel = rms_norm_gradient_wide if wide else rms_norm_gradient
-    tensors = (dx, sums, dy, x, given, plus)
-    kernel.launch(programs, *tensors, *strides, d, R, programs, eps, *constants)
+    for flags in passes:
+        kernel.launch(programs, *tensors, *strides, d, R, programs, eps, *flags, *constants)
     return dx, sums.sum(0).to(given.dtype) if to_weight else x.new_empty(0)
 
 

@@ -12,12 +12,19 @@ from comemo_kernels.aot_case import Case, empty
 from comemo_kernels.aot_cases_attention import attention_cases
 from comemo_kernels.aot_cases_memory_build import memory_build_cases
 from comemo_kernels.aot_cases_tiles import tiles_cases
+from comemo_kernels.aot_cases_training import training_cases
 
 
 def cases() -> list[Case]:
     """Everything that ships: each kernel, each dtype and variant, each configuration once."""
     found = [*_rotary_cases(), *_positions_cases(), *_fused_linear_cases()]
-    return [*found, *attention_cases(), *memory_build_cases(), *tiles_cases()]
+    return [
+        *found,
+        *attention_cases(),
+        *memory_build_cases(),
+        *tiles_cases(),
+        *training_cases(),
+    ]
 
 
 def _rotary_cases() -> list[Case]:

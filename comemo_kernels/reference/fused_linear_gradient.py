@@ -12,6 +12,7 @@ A backend gives the steps, and gets an autograd.Function for each layer.
 Letters: R rows, d elements of x, F of g and u.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Steps(NamedTuple):
@@ -90,6 +90,26 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a backward pass whose gradients raise when they are differentiated.
+
+    PyTorch's `once_differentiable` does so only where the gradient that comes in depends on a leaf.
+    Otherwise it takes the gradients for constants, though they depend on the inputs: no error.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = backward(ctx, dz)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return grads
+        message = b"trying to differentiate twice what is differentiable once"
+        raising = torch._C._functions.DelayedError(message, len(grads))
+        return raising(*(g if g is None else g.detach().requires_grad_() for g in grads))
+
+    return once
+
+
 def make_functions(steps: Steps) -> Functions:
     """An autograd.Function for each layer, from the steps of a backend."""
 
@@ -102,7 +122,7 @@ def make_functions(steps: Steps) -> Functions:
             return steps.product(y, weight.to(ctx.dtype))
 
         @staticmethod
-        @once_differentiable
+        @_differentiable_once
         def backward(ctx, dz):
             x, norm_weight, weight = ctx.saved_tensors
             to_x, to_norm, to_weight, _ = ctx.needs_input_grad
@@ -128,7 +148,7 @@ def make_functions(steps: Steps) -> Functions:
             return steps.swiglu(*_inner(y, gate_weight, up_weight))
 
         @staticmethod
-        @once_differentiable
+        @_differentiable_once
         def backward(ctx, dp):
             x, norm_weight, *inner_weights = ctx.saved_tensors
             with torch.autocast(dp.device.type, enabled=False):
@@ -150,7 +170,7 @@ def make_functions(steps: Steps) -> Functions:
             return steps.add_gated(x, steps.product(a.to(ctx.dtype), weight.to(ctx.dtype)), gate)
 
         @staticmethod
-        @once_differentiable
+        @_differentiable_once
         def backward(ctx, dz):
             a, weight, gate = ctx.saved_tensors
             to_x, to_a, to_weight, to_gate = ctx.needs_input_grad
@@ -184,7 +204,7 @@ def make_functions(steps: Steps) -> Functions:
             return steps.add_gated(x, steps.product(p, down_weight.to(ctx.dtype)), gate)
 
         @staticmethod
-        @once_differentiable
+        @_differentiable_once
         def backward(ctx, dz):
             x, norm_weight, *inner_weights, down_weight, gate = ctx.saved_tensors[:6]
             inner = ctx.saved_tensors[6:]
