@@ -18,7 +18,9 @@ from comemo_kernels import (
     _gelu_gradient,
     _gemm,
     _memory_build_tma,
+    _rms_norm_gradient,
     _rows_kernel,
+    _swiglu,
     _unshuffle_norm,
     aot,
     attention,
@@ -249,6 +251,29 @@ def test_tiles():
         for C, d, odd in ((32, 64, 1), (33, 64, 0), (32, 60, 0), (256, 128, 0)):
             project(3, C, d, odd=odd)
             project(3, C, d, keep=True, odd=odd)
+    assert_fine(found)
+
+
+def test_norms_and_networks():
+    def learn(R, d, wide, odd=0):
+        x = torch.empty(R, d + odd).half()[:, odd:]
+        for to in ((True, True), (True, False)):
+            _rms_norm_gradient._launch(x[:, :d], x, x[0, :d], x, 1e-5 * R, *to)
+        g, gate = torch.empty(R, wide).half(), torch.empty(1 + odd).half()[odd:]
+        _swiglu._launch(g, g)
+        _swiglu._launch_gradient(g, g, g, gate, True, True, True)
+
+    norms = (
+        _rms_norm_gradient.rms_norm_gradient,
+        _rms_norm_gradient.rms_norm_gradient_wide,
+        _rms_norm_gradient.rms_norm_gradient_widest,
+    )
+    with recorded(*norms, _swiglu.swiglu, _swiglu.swiglu_gradient) as found:
+        for R in range(1, 51):
+            learn(R, 72, 8 * R)
+        assert_keys(found, 2 + 1 + 1)
+        for R, d, odd in ((3, 71, 0), (3, 72, 1), (600, 8, 0), (3, 2056, 0), (3, 8200, 0)):
+            learn(R, d, 7 * R, odd)
     assert_fine(found)
 
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import DTYPES
+from conftest import DTYPES, SLOW
 from fused_linear_inputs import FORMS, both, make_inputs, plain, requiring_grad
 from harness import assert_matches, evaluate
 from hypothesis import given
@@ -26,7 +26,9 @@ def learning(inputs, names):
     }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=SLOW if "folded" in form else ()) for form in FORMS]
+)
 @given(data=st.data(), rows=st.sampled_from([(17,), (3, 7), (2, 3, 5)]), recompute=st.booleans())
 def test_any_parts_that_learn(device, form, data, rows, recompute):
     """The others are frozen; PyTorch's own error is the yardstick."""

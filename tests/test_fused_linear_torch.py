@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import GPU, TRACED
+from conftest import GPU, SLOW, TRACED
 from fused_linear_inputs import FORMS, both, make_inputs, requiring_grad
 from harness import evaluate
 from torch.library import opcheck
@@ -28,8 +28,12 @@ def test_operator_contract(real_device):
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("form", "dynamic"),
+    [(form, True) for form in FORMS]
+    + [("gated_swiglu", False)]
+    + [pytest.param(form, False, marks=SLOW) for form in FORMS if form != "gated_swiglu"],
+)
 @pytest.mark.parametrize("backend", BACKENDS)
 @TRACED
 def test_compiles_whole(real_device, form, dynamic, backend):
