@@ -32,6 +32,8 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
         "gated_residual": lambda: ops.gated_residual(
             draw(2, 40), draw(2, 72), draw(40, 72), draw(1)
         ),
+        "norms and networks, gradients": lambda: learn(draw),
+        "norm of wide rows, gradient": lambda: norm_wide(draw),
         "attend, one query": lambda: attend_one(draw),
         "attend, a batch": lambda: attend(draw, 9, 260),
         "attend, a prompt": lambda: attend(draw, 66, 70),
@@ -70,6 +72,25 @@ def number(device: str) -> Any:
     prompt = Prompt([(5, [(2, 1), (1, 1)], 3)])
     image, mask = prompt.masks(device)
     return ops.rope_dhr_positions(image, mask, prompt.grids, tile_order="column")
+
+
+def learn(draw: Callable[..., Tensor]) -> Any:
+    """More rows than are one launch; every gradient."""
+    leaves = [draw(20, 72), draw(72), draw(40, 72), draw(40, 72), draw(72, 40), draw(1)]
+    leaves = [t.requires_grad_() for t in leaves]
+    out = ops.gated_swiglu(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def norm_wide(draw: Callable[..., Tensor]) -> Any:
+    """Rows wide enough for configurations with more warps."""
+    from comemo_kernels._rms_norm_gradient import rms_norm_gradient_op
+
+    found: list[Tensor] = []
+    for d in (2056, 8200):
+        dy, x, added = (draw(3, d) for _ in range(3))
+        found += rms_norm_gradient_op(dy, x, draw(d), added, 1e-5, True, True)
+    return found
 
 
 def attend(draw: Callable[..., Tensor], N: int, M: int) -> Any:

@@ -22,7 +22,12 @@ from comemo_kernels.spans import spans_from_cu_seqlens, spans_from_images
 
 if find_spec("triton"):
     from comemo_kernels.attention import attend_spans, attention_workspace
-    from comemo_kernels.fused_linear import gated_residual, norm_linear, norm_swiglu
+    from comemo_kernels.fused_linear import (
+        gated_residual,
+        gated_swiglu,
+        norm_linear,
+        norm_swiglu,
+    )
     from comemo_kernels.gated_attention import attend_gated
     from comemo_kernels.memory_build import build_memory
     from comemo_kernels.positions import rope_dhr_positions
@@ -36,6 +41,7 @@ else:  # macOS, Windows: the same functions in PyTorch
         attention_workspace,
         build_memory,
         gated_residual,
+        gated_swiglu,
         norm_linear,
         norm_swiglu,
         project_tiles,
@@ -61,6 +67,7 @@ __all__ = [
     "distance_table",
     "fold_tiles",
     "gated_residual",
+    "gated_swiglu",
     "image_position_ids",
     "image_rows",
     "image_tokens",

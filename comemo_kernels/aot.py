@@ -59,6 +59,7 @@ CACHED = {
         "_rows_kernel": "x_ptrs",
         "_fold_norm_kernel": "weight_ptr bias_ptr",
         "_fold_norm_gradient_kernel": "weight_ptr",
+        "_rms_norm_gradient_kernel": "weight_ptr",
     }.items()
 }
 

@@ -60,6 +60,9 @@ SMALL: Mapping[str, frozenset[str]] = {
         "_gelu_gradient_kernel": "",
         "_product_kernel": "bias_ptr rows_ptr",
         "_sum_kernel": "bias_ptr rows_ptr",
+        "_rms_norm_gradient_kernel": "",
+        "_swiglu_kernel": "",
+        "_swiglu_gradient_kernel": "sums_ptr gate_ptr",
     }.items()
 }
 

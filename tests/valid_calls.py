@@ -201,6 +201,13 @@ CALLS: dict[str, Callable[[str], Call]] = {
         {"x": floats(2, 8, device=d), "a": floats(2, 4, device=d)}
         | {"weight": floats(8, 4, device=d), "gate": floats(1, device=d)},
     ),
+    "gated_swiglu": lambda d: (
+        ops.gated_swiglu,
+        {"x": floats(2, 8, device=d), "norm_weight": floats(8, device=d)}
+        | {"gate_weight": floats(4, 8, device=d), "up_weight": floats(4, 8, device=d)}
+        | {"down_weight": floats(8, 4, device=d), "gate": floats(1, device=d)}
+        | {"eps": 1e-5, "recompute": "projections"},
+    ),
     "project_tiles": lambda d: (ops.project_tiles, projected(d)),
     "fold_tiles": lambda d: (
         ops.fold_tiles,

@@ -11,7 +11,12 @@ side, C channels of the vision tower, d width of the language model.
 
 from comemo_kernels.grids import image_tokens
 from comemo_kernels.reference.attention import attend_spans, attention_workspace
-from comemo_kernels.reference.fused_linear import gated_residual, norm_linear, norm_swiglu
+from comemo_kernels.reference.fused_linear import (
+    gated_residual,
+    gated_swiglu,
+    norm_linear,
+    norm_swiglu,
+)
 from comemo_kernels.reference.gated_attention import attend_gated
 from comemo_kernels.reference.memory_build import build_memory
 from comemo_kernels.reference.positions import (
@@ -30,6 +35,7 @@ __all__ = [
     "build_memory",
     "fold_tiles",
     "gated_residual",
+    "gated_swiglu",
     "image_position_ids",
     "image_rows",
     "image_tokens",

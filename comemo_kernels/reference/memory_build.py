@@ -13,7 +13,7 @@ from comemo_kernels._writes import check_writable
 from comemo_kernels.attention_types import MemoryScales
 from comemo_kernels.reference.attention import rotate_by_distance
 from comemo_kernels.reference.dtypes import DTYPES, FLOAT8
-from comemo_kernels.reference.fused_linear import rms_norm
+from comemo_kernels.reference.norms import rms_norm
 
 FLOAT8_MAX = 448.0  # of float8_e4m3fn
 
