@@ -24,6 +24,7 @@ if find_spec("triton"):
     from comemo_kernels.attention import attend_spans, attention_workspace
     from comemo_kernels.fused_linear import gated_residual, norm_linear, norm_swiglu
     from comemo_kernels.memory_build import build_memory
+    from comemo_kernels.memory_projection import project_memory
     from comemo_kernels.positions import rope_dhr_positions
     from comemo_kernels.rotary import apply_rotary
     from comemo_kernels.tiles import project_tiles
@@ -36,6 +37,7 @@ else:  # macOS, Windows: the same functions in PyTorch
         gated_residual,
         norm_linear,
         norm_swiglu,
+        project_memory,
         project_tiles,
         rope_dhr_positions,
     )
@@ -65,6 +67,7 @@ __all__ = [
     "memory_buffers",
     "norm_linear",
     "norm_swiglu",
+    "project_memory",
     "project_tiles",
     "reference",
     "rope_dhr_positions",

@@ -13,6 +13,7 @@ from comemo_kernels.grids import image_tokens
 from comemo_kernels.reference.attention import attend_spans, attention_workspace
 from comemo_kernels.reference.fused_linear import gated_residual, norm_linear, norm_swiglu
 from comemo_kernels.reference.memory_build import build_memory
+from comemo_kernels.reference.memory_projection import project_memory
 from comemo_kernels.reference.positions import (
     image_position_ids,
     rope_dhr_positions,
@@ -33,6 +34,7 @@ __all__ = [
     "image_tokens",
     "norm_linear",
     "norm_swiglu",
+    "project_memory",
     "project_tiles",
     "rope_dhr_positions",
     "rotary_table",
