@@ -25,7 +25,8 @@ def once(verb: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradie
         @functools.wraps(backward)
         def computed(ctx: Any, *dys: Tensor | None) -> Gradients:
             saved = ctx.saved_tensors
-            with torch.no_grad():
+            # As in the forward pass, wherever the backward pass is called.
+            with torch.no_grad(), torch.autocast(saved[0].device.type, enabled=False):
                 grads = backward(ctx, saved, *dys)
             if not torch.is_grad_enabled() or torch.compiler.is_compiling():
                 return grads

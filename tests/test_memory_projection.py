@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, GPU, TRACED, WITHOUT_HALF
+from conftest import DEVICE, DTYPES, GPU, SLOW, TRACED
 from harness import assert_matches, assert_relative
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +13,7 @@ from test_memory_build import built, make_inputs
 from torch.autograd import gradcheck
 
 from comemo_kernels import build_memory, project_memory, reference
-from comemo_kernels.reference.attention import rotate_by_distance
+from comemo_kernels.reference.attention_groups import rotate_by_distance
 from comemo_kernels.reference.fused_linear import rms_norm
 
 pytestmark = pytest.mark.kernel(reference=True)
@@ -63,7 +63,12 @@ def flattened(inputs, heads):
     return flat, of
 
 
-@pytest.mark.parametrize("dtype", WITHOUT_HALF, ids=str)
+# In the interpreter each example takes a second.
+@pytest.mark.parametrize(
+    "dtype",
+    [pytest.param(dtype, marks=() if dtype == DTYPES[-2] else SLOW) for dtype in DTYPES],
+    ids=str,
+)
 @given(
     M=st.integers(1, 70),
     d=st.sampled_from([8, 40]),

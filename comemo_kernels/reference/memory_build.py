@@ -9,7 +9,7 @@ from torch import Tensor
 
 from comemo_kernels._arguments import public
 from comemo_kernels.attention_types import MemoryScales
-from comemo_kernels.reference.attention import rotate_by_distance
+from comemo_kernels.reference.attention_groups import rotate_by_distance
 from comemo_kernels.reference.dtypes import FLOAT8
 from comemo_kernels.reference.fused_linear import rms_norm
 from comemo_kernels.reference.memory_build_checks import check_build

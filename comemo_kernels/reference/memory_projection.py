@@ -16,7 +16,7 @@ from torch import Tensor
 
 from comemo_kernels._arguments import public
 from comemo_kernels._once import once
-from comemo_kernels.reference.attention import rotate_by_distance
+from comemo_kernels.reference.attention_groups import rotate_by_distance
 from comemo_kernels.reference.fused_linear import rms_norm
 from comemo_kernels.reference.memory_build import project_layers
 from comemo_kernels.reference.memory_build_checks import check_projection
@@ -124,10 +124,9 @@ class _ProjectMemory(torch.autograd.Function):
     def backward(ctx, saved, *dys):
         media, cos, sin, ids, *weights = saved
         to_media, needed = ctx.needs_input_grad[4], ctx.needs_input_grad[8:]
-        with torch.autocast(media.device.type, enabled=False):
-            dmedia, dweights = project_gradient(
-                ctx.steps, dys, media, (cos, sin, ids), weights, ctx.eps, to_media, needed
-            )
+        dmedia, dweights = project_gradient(
+            ctx.steps, dys, media, (cos, sin, ids), weights, ctx.eps, to_media, needed
+        )
         return None, None, None, None, dmedia, None, None, None, *dweights
 
 
