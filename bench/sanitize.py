@@ -42,6 +42,7 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
         "build, float32": lambda: build(
             functools.partial(draw, dtype=torch.float32), torch.float32
         ),
+        "build and its gradient": lambda: build_to_learn(draw),
         "project and its gradient": lambda: project(draw),
         "project, float32": lambda: project(functools.partial(draw, dtype=torch.float32)),
         "fold of wide tokens and its gradient": lambda: fold_wide(draw),
@@ -146,6 +147,17 @@ def build(draw: Callable[..., Tensor], stored: torch.dtype) -> Any:
     norms = [draw(72) for _ in range(2)]
     ops.build_memory(media, weights, norms, *table, ids, keys, values, scales)
     return [*keys, *values, *(t for s in scales or () for t in (s.keys, s.values))]
+
+
+def build_to_learn(draw: Callable[..., Tensor]) -> Any:
+    """Of one layer keys and values are read, of one only values."""
+    media, weights = draw(40, 72), [draw(2 * 3 * 32, 72) for _ in range(2)]
+    table, ids = _table(media.device, 99, 32), torch.arange(-9, 31, dtype=torch.int32)
+    leaves = [t.requires_grad_() for t in (media, *weights, draw(72), draw(72))]
+    built = (leaves[1:3], leaves[3:], *table, ids.to(media.device), 3)
+    keys, values = ops.project_memory(media, *built)
+    read = [keys[0], *values]
+    return torch.autograd.grad(read, leaves, [torch.ones_like(t) for t in read])
 
 
 def build_by_descriptors(draw: Callable[..., Tensor]) -> Any:

@@ -30,6 +30,7 @@ if find_spec("triton"):
     )
     from comemo_kernels.gated_attention import attend_gated
     from comemo_kernels.memory_build import build_memory
+    from comemo_kernels.memory_projection import project_memory
     from comemo_kernels.positions import rope_dhr_positions
     from comemo_kernels.rotary import apply_rotary
     from comemo_kernels.tiles import project_tiles
@@ -44,6 +45,7 @@ else:  # macOS, Windows: the same functions in PyTorch
         gated_swiglu,
         norm_linear,
         norm_swiglu,
+        project_memory,
         project_tiles,
         rope_dhr_positions,
     )
@@ -75,6 +77,7 @@ __all__ = [
     "memory_buffers",
     "norm_linear",
     "norm_swiglu",
+    "project_memory",
     "project_tiles",
     "reference",
     "rope_dhr_positions",

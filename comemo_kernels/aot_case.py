@@ -55,6 +55,7 @@ SMALL: Mapping[str, frozenset[str]] = {
         "_project_kernel": "table rstd_ptr ids_ptr",
         "_project_tma_kernel": "address_ptr table rstd_ptr ids_ptr",
         "_scale_kernel": "address scale_ptr",
+        "_turn_back_kernel": "ids_ptr",
         "_fold_norm_kernel": "stats_ptr",
         "_fold_norm_gradient_kernel": "stats_ptr",
         "_gelu_gradient_kernel": "",

@@ -32,7 +32,7 @@ from comemo_kernels._op import (
     register,
 )
 from comemo_kernels.attention_types import AttentionWorkspace, MemoryScales, QueryRotation
-from comemo_kernels.reference.attention import _unscale as unscale
+from comemo_kernels.reference.attention import unscaled
 from comemo_kernels.reference.attention_checks import (
     check_attention,
     check_attention_kernel,
@@ -203,16 +203,6 @@ _attend_ = register(
     _launch_into,
     lambda *_: None,
 )
-
-
-def unscaled(
-    k: Tensor, v: Tensor, scales: MemoryScales, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Keys and values of a float8 memory in another dtype."""
-    return (
-        unscale(k, scales.keys, scales.tile, dtype),
-        unscale(v, scales.values, scales.tile, dtype),
-    )
 
 
 class _AttendSpans(torch.autograd.Function):

@@ -21,9 +21,10 @@ from torch import Tensor
 from comemo_kernels import reference
 from comemo_kernels._attend_gradient import attend_gradient_op
 from comemo_kernels._op import documented, on_triton
-from comemo_kernels.attention import attend_op, attend_spans, unscaled
+from comemo_kernels.attention import attend_op, attend_spans
 from comemo_kernels.attention_types import MemoryScales, QueryRotation
 from comemo_kernels.fused_linear import gated_residual
+from comemo_kernels.reference.attention import unscaled
 from comemo_kernels.reference.attention_checks import check_attention_kernel, check_read
 from comemo_kernels.reference.fused_linear import check_strides
 from comemo_kernels.reference.gated_attention import check_attend_gated, check_stream

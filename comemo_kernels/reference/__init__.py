@@ -19,6 +19,7 @@ from comemo_kernels.reference.fused_linear import (
 )
 from comemo_kernels.reference.gated_attention import attend_gated
 from comemo_kernels.reference.memory_build import build_memory
+from comemo_kernels.reference.memory_projection import project_memory
 from comemo_kernels.reference.positions import (
     image_position_ids,
     rope_dhr_positions,
@@ -41,6 +42,7 @@ __all__ = [
     "image_tokens",
     "norm_linear",
     "norm_swiglu",
+    "project_memory",
     "project_tiles",
     "rope_dhr_positions",
     "rotary_table",
