@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 import comemo_kernels
-from bench import step_memory
+from bench import step_memory, tuning
 from bench.cases import MIXINS
 from bench.packs import PACKS, SMALL_PACKS, dense_of
 from bench.readings import Reading
@@ -149,13 +149,18 @@ class TrainBench:
 
     def tune(self, size: str, case: str) -> Iterator[Row]:
         """Every configuration of every kernel of the attention's backward."""
-        kernels = gradient_kernels()
         labels: Row = {"case": f"{case} {size}", "pass": "tune"}
+        inputs = AttentionStep(size, case, {**PACKS, **SMALL_PACKS}[case], self.clock)
+        ours = backward_ways({"ours": inputs.steps(False)["ours"]})["ours"]
+        call = functools.partial(ours, 0)
+        kernels = {  # of this dtype and head size
+            name: kernel
+            for name, kernel in gradient_kernels().items()
+            if len(kernel.configs) > 1 and tuning.watch(kernel, call)[1]
+        }
         if not kernels:
             print(f"{labels['case']}: tune is not timed: there are no kernels of a backward")
             return
-        inputs = AttentionStep(size, case, {**PACKS, **SMALL_PACKS}[case], self.clock)
-        ours = backward_ways({"ours": inputs.steps(False)["ours"]})["ours"]
         calls, error = each_configuration(kernels, ours), inputs.error_of()
 
         def error_of_ours(_: str, found: Any) -> float:
