@@ -19,6 +19,7 @@ from bench import (
     project,
     rotary,
     store,
+    train,
     vision,
 )
 
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, Any] = {
     "project": project,
     "rotary": rotary,
     "store": store,
+    "train": train,
     "vision": vision,
 }
 COMMANDS: dict[str, Any] = {"gpu-check": gpu_check, "gpu-bench": gpu_bench}  # run many stages

@@ -27,11 +27,6 @@ from bench.readings import READINGS, SMALL
 from bench.tuning import each_configuration, tell_configurations, with_descriptors
 from bench.ways import Clock, Row, Ways, add_way_arguments, compiles, each_case, keep_right
 
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-
 SPLITS = (1, 2, 4, 8, 13, 16, 26, 52)
 FLEX = ("pack_16k", "prefill_8k_13k")  # cases of FlexAttention: each takes a compilation
 
@@ -158,7 +153,7 @@ class AttendWays(Attending):
         return {"dense mask": dense, "cached": cached}
 
     def varlen_ways(self) -> Ways:
-        if varlen_attn is None or self.reading.shared:
+        if published.varlen_attn is None or self.reading.shared:
             return {}
         counts, lengths = [count for count, _ in self.reading.samples], self.reading.lengths
         bounds = [
@@ -169,7 +164,7 @@ class AttendWays(Attending):
         def varlen(i: int) -> Tensor:
             s = self.sets[i]
             q, longest = s.rotated.flatten(0, 1), (max(counts), max(lengths))
-            return varlen_attn(q, s.absolute, s.v, *bounds, *longest).view(s.q.shape)
+            return published.varlen_attn(q, s.absolute, s.v, *bounds, *longest).view(s.q.shape)
 
         return {"varlen": varlen}
 

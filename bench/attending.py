@@ -10,7 +10,7 @@ from torch import Tensor
 import comemo_kernels as ops
 from bench import published
 from bench.cases import HEAD_DIM, MIXINS
-from bench.readings import READINGS, SMALL
+from bench.readings import READINGS, SMALL, Reading
 from bench.ways import Clock, Work, relative_error
 from comemo_kernels import MemoryScales, QueryRotation, reference
 from comemo_kernels.reference.attention_groups import rotate_by_distance
@@ -36,9 +36,9 @@ class Inputs:
 class Attending:
     """A case: spans, rotation, memory and queries."""
 
-    def __init__(self, size: str, case: str, clock: Clock) -> None:
+    def __init__(self, size: str, case: str, clock: Clock, reading: Reading | None = None) -> None:
         self.name, self.device, self.dtype = case, clock.device, clock.dtype
-        self.reading = {**READINGS, **SMALL}[case]
+        self.reading = {**READINGS, **SMALL}[case] if reading is None else reading
         d, self.heads, _, _ = MIXINS[size]
         torch.manual_seed(0)
         cos, sin = ops.distance_table(HEAD_DIM, 1e6, POSITIONS, torch.device(self.device))

@@ -23,8 +23,9 @@ class MixinSize(NamedTuple):
     wide: int  # inner width of the feed-forward network
 
 
-MIXINS = {  # the first is for tests
+MIXINS = {  # the first is for tests, the second for a CPU
     "tiny": MixinSize(64, 2, 2, 96),
+    "small": MixinSize(512, 4, 2, 2048),
     "2B": MixinSize(2048, 16, 6, 8192),
     "9B": MixinSize(4096, 32, 8, 14336),
 }

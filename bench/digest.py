@@ -7,6 +7,7 @@ from bench.ways import is_ours
 
 Row = dict[str, Any]
 LIMIT = 11000  # characters printed last; only the end of a long output is visible
+SHARES = ("of_limit", "of_copy", "of_dense")  # columns
 TIMES = {"us": (1.0, "us"), "token_s": (1e3, "ms a token"), "host_us": (1.0, "us of the host")}
 
 
@@ -24,7 +25,7 @@ def compare(rows: Sequence[Row]) -> list[str]:
             continue
         scale, unit = TIMES[time]
         parts = [f"{bench} {case} {kind}: {scale * ours[time]:.4g} {unit}"]
-        parts += [f"{100 * ours[n]:.0f}% {n[3:]}" for n in ("of_limit", "of_copy") if n in ours]
+        parts += [f"{100 * ours[n]:.0f}% {n[3:]}" for n in SHARES if n in ours]
         parts += [f"first {1e3 * ours['first_s']:.0f} ms"] if "first_s" in ours else []
         others = sorted(
             (row[time] / ours[time], row["way"]) for row in group if row is not ours and time in row

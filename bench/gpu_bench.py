@@ -25,23 +25,27 @@ from bench.stages import Stage
 
 # A case for each kernel. Also a prompt of one image: with several, keys are rotated first.
 TUNED = ("decode_1", "prefill_8k_3k", "prefill_8k_13k", "decode_8", "few_500_13k")
+# The largest products, samples of uneven lengths, samples of one block of keys, a short row.
+TRAINED = ("16k_1_many", "16k_8_many", "16k_64_one", "4k_8_one")
 CHAT = ("chat", "--dtype", "bfloat16", "--tokens", "32")
 STAGES: dict[str, tuple[float, list[str]]] = {  # name -> seconds, arguments of `python -m bench`
-    "compile": (32, []),
-    "attend": (44, ["attend", "--few-compiled"]),
-    "tune attend": (32, ["attend", "--tune", "--cases", *TUNED]),
-    "memory": (20, ["memory", "--few-compiled"]),
-    "tune memory": (15, ["memory", "--tune", "--sizes", "2B", "--tiles", "13"]),
-    "mixin": (22, ["mixin", "--few-compiled"]),
-    "tune mixin": (9, ["mixin", "--tune", "--sizes", "2B", "--cases", "decode_1"]),
-    "project": (18, ["project", "--few-compiled"]),
-    "tune project": (10, ["project", "--tune", "--sizes", "2B", "--tiles", "13", "52"]),
-    "rotary": (16, ["rotary", "--few-compiled"]),
-    "tune rotary": (6, ["rotary", "--tune", "--cases", "pack_16k"]),
-    "decode": (15, ["decode", "--dtype", "bfloat16"]),
-    "chat": (26, [*CHAT, "--ways", "ours", "eager, memory kept", "published"]),
-    "vision": (7, ["vision"]),
-    "positions": (5, ["positions"]),
+    "compile": (34, []),
+    "attend": (38, ["attend", "--few-compiled"]),
+    "tune attend": (26, ["attend", "--tune", "--cases", *TUNED]),
+    "memory": (17, ["memory", "--few-compiled"]),
+    "tune memory": (12, ["memory", "--tune", "--sizes", "2B", "--tiles", "13"]),
+    "train": (32, ["train", "--few-compiled", "--sizes", "2B", "--cases", *TRAINED]),
+    "tune train": (12, ["train", "--tune", "--sizes", "2B", "--cases", *TRAINED[:2]]),
+    "mixin": (18, ["mixin", "--few-compiled"]),
+    "tune mixin": (8, ["mixin", "--tune", "--sizes", "2B", "--cases", "decode_1"]),
+    "project": (14, ["project", "--few-compiled"]),
+    "tune project": (8, ["project", "--tune", "--sizes", "2B", "--tiles", "13", "52"]),
+    "rotary": (13, ["rotary", "--few-compiled"]),
+    "tune rotary": (5, ["rotary", "--tune", "--cases", "pack_16k"]),
+    "decode": (13, ["decode", "--dtype", "bfloat16"]),
+    "chat": (22, [*CHAT, "--ways", "ours", "eager, memory kept", "published"]),
+    "vision": (6, ["vision"]),
+    "positions": (4, ["positions"]),
     # Last, with the remaining time: most of it is compilation.
     "chat compiled": (
         8,

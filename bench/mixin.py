@@ -79,23 +79,43 @@ class Inputs(NamedTuple):
     rows: Tensor  # values [B, M/B, H, D]
 
 
+def config_of(size: str) -> MixinConfig:
+    """The mixin layers of a size of `MIXINS`."""
+    d, heads, _, wide = MIXINS[size]
+    return MixinConfig(
+        language_dim=d,
+        vision_dim=d,
+        head_dim=HEAD_DIM,
+        num_heads=heads,
+        intermediate_size=wide,
+    )
+
+
+def draw_layer(config: MixinConfig, clock: Clock) -> MixinLayer:
+    """With random weights and open gates, without gradients."""
+    with made_on(clock.device, clock.dtype):
+        layer = MixinLayer(config, 0)
+    for weight in layer.parameters():
+        if weight.ndim == 2:
+            weight.normal_(std=weight.shape[1] ** -0.5)
+    # The attention averages random values, so its output is small: make it count in the error.
+    layer.o_proj.weight.mul_(32)
+    for gate in (layer.attn_gate, layer.mlp_gate):
+        gate.fill_(0.5)
+    return layer.requires_grad_(False)
+
+
 class Mixing:
     """A layer with random weights, a memory of one image per prompt, and tokens."""
 
     def __init__(self, size: str, case: str, clock: Clock) -> None:
-        d, heads, _, wide = MIXINS[size]
+        d, heads, _, _ = MIXINS[size]
         (B, N), device = CASES[case], clock.device
         self.reading = Reading(((N, (IMAGE,)),) * B)
         self.clock, self.dtype = clock, clock.dtype
         torch.manual_seed(0)
-        config = MixinConfig(
-            language_dim=d,
-            vision_dim=d,
-            head_dim=HEAD_DIM,
-            num_heads=heads,
-            intermediate_size=wide,
-        )
-        layer = self.draw_layer(config)
+        config = config_of(size)
+        layer = draw_layer(config, clock)
         self.positions = self.reading.positions(device)
         ids, _, biases = self.reading.places(device)
         sizes = self.reading.sizes
@@ -120,22 +140,10 @@ class Mixing:
         first = Inputs(layer, block, key, value, absolute, rows.contiguous())
         self.sets = [first]
         for _ in range(clock.sets(self.work) - 1):
-            other = self.draw_layer(config)
+            other = draw_layer(config, clock)
             other.load_state_dict(layer.state_dict())
             tensors = (t.clone() for t in first[2:])
             self.sets.append(Inputs(other, Block.of(other), *tensors))
-
-    def draw_layer(self, config: MixinConfig) -> MixinLayer:
-        with made_on(self.clock.device, self.dtype):
-            layer = MixinLayer(config, 0)
-        for weight in layer.parameters():
-            if weight.ndim == 2:
-                weight.normal_(std=weight.shape[1] ** -0.5)
-        # The attention averages random values, so its output is small: make it count in the error.
-        layer.o_proj.weight.mul_(32)
-        for gate in (layer.attn_gate, layer.mlp_gate):
-            gate.fill_(0.5)
-        return layer.requires_grad_(False)
 
     def build(self, block: Block) -> tuple[Tensor, Tensor]:
         """Keys and values of media [B, M/B, d], as published."""

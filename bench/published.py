@@ -1,5 +1,8 @@
 """The mixin layer as published, one PyTorch operation at a time: the baseline."""
 
+import functools
+import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,6 +11,11 @@ from torch import Tensor
 
 from comemo.mixin import EPS, MixinLayer
 from comemo_kernels.reference.norms import rms_norm
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
 
 
 class Block(NamedTuple):
@@ -82,8 +90,49 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
+class Samples(NamedTuple):
+    """Samples of a packed row: their queries and keys, and the bounds [S + 1] of both, int32."""
+
+    counts: list[int]
+    lengths: list[int]
+    bounds: tuple[Tensor, Tensor]
+
+    @classmethod
+    def of(cls, counts: list[int], lengths: list[int], device: str) -> "Samples":
+        sums = ([0, *itertools.accumulate(sizes)] for sizes in (counts, lengths))
+        first, second = (torch.tensor(t, dtype=torch.int32, device=device) for t in sums)
+        return cls(counts, lengths, (first, second))
+
+
+def attend_samples(q: Tensor, k: Tensor, v: Tensor, samples: Samples) -> Tensor:
+    """Packed q [1, N, H, D] on k, v [1, M, G, D], each sample on its own keys; 0 without keys.
+
+    By variable-length flash attention, as published, or where there is none sample by sample.
+    """
+    if not sum(samples.lengths):
+        return torch.zeros_like(q)
+    if varlen_attn is not None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        longest = max(samples.counts), max(samples.lengths)
+        return varlen_attn(q[0], k[0], v[0], *samples.bounds, *longest)[None]
+    if len(samples.counts) == 1:
+        return attend(q, k, v)
+    split = q.split(samples.counts, 1), *(t.split(samples.lengths, 1) for t in (k, v))
+    pieces = [
+        attend(*piece) if piece[1].shape[1] else torch.zeros_like(piece[0])
+        for piece in zip(*split, strict=True)
+    ]
+    return torch.cat(pieces, 1)
+
+
 def mix(
-    x: Tensor, k: Tensor, v: Tensor, block: Block, cos: Tensor, sin: Tensor, ids: Tensor
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block: Block,
+    cos: Tensor,
+    sin: Tensor,
+    ids: Tensor,
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] = attend,
 ) -> Tensor:
     """The layer on x [B, N, d]: it reads k, v [B, M, G, D]; `ids` [B, N] of the queries."""
     q = F.linear(rms_norm(x, block.attn_norm, EPS), block.q).unflatten(-1, (-1, k.shape[-1]))
@@ -92,3 +141,22 @@ def mix(
     y = rms_norm(x, block.mlp_norm, EPS)
     y = F.silu(F.linear(y, block.gate)) * F.linear(y, block.up)
     return x + block.mlp_gate.tanh() * F.linear(y, block.down)
+
+
+class Places(NamedTuple):
+    """Where the tokens of a packed row are."""
+
+    ids: Tensor  # [1, N] of the queries
+    media_ids: Tensor  # [M] of the image tokens
+    samples: Samples
+    active: Tensor | None  # bool [1, N, 1], False for tokens without pictures, which pass unchanged
+
+
+def step(
+    x: Tensor, media: Tensor, block: Block, cos: Tensor, sin: Tensor, places: Places
+) -> Tensor:
+    """A training step's forward: the layer on x [1, N, d] and media [M, d], which it projects."""
+    k, v = build(media[None], block.attn_norm, block.kv, cos, sin, places.media_ids[None])
+    attend = functools.partial(attend_samples, samples=places.samples)
+    y = mix(x, k, v, block, cos, sin, places.ids, attend)
+    return y if places.active is None else torch.where(places.active, y, x)

@@ -96,7 +96,8 @@ class Reading:
 
     def places(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
         """Place [M] of each key in its image; first key [I], bias [1, I] of each image; int32."""
-        ids = torch.cat([ops.image_position_ids(grid) for grid in self.grids]).int()
+        found = [ops.image_position_ids(grid) for grid in self.grids]
+        ids = torch.cat(found).int() if found else torch.zeros(0, dtype=torch.int32)
         starts = [0, *itertools.accumulate(self.sizes)][:-1]
         samples = self.samples[:1] if self.shared else self.samples
         biases = [BEFORE + PER_IMAGE * i for _, grids in samples for i in range(len(grids))]

@@ -1,13 +1,29 @@
 """Code of the benchmarks that only runs on a GPU, on the virtual one."""
 
 import copy
+from unittest import mock
 
 import pytest
+import torch
 import virtual_gpu
 from conftest import GPU, SLOW
 from timed import options_of
 
-from bench import attend, chat, decode, measure, memory, mixin, positions, project, rotary, vision
+import comemo_kernels
+from bench import (
+    attend,
+    chat,
+    decode,
+    measure,
+    memory,
+    mixin,
+    positions,
+    project,
+    published,
+    rotary,
+    train,
+    vision,
+)
 from bench.cases import PROMPTS, Prompt
 
 pytestmark = [
@@ -28,6 +44,7 @@ OF_KERNELS = {
     mixin: (*TINY, "--cases", "decode_1"),
     positions: ("--cases", "one_image_3k", "--rounds", "1"),
     project: (*TINY, "--tiles", "1"),
+    train: (*TINY, "--cases", "96_8_many"),
     rotary: ("--cases", "chat_1k", "--heads", "2B", "--layouts", "contiguous", *TINY[2:]),
 }
 ON_GPU_ONLY = {  # passes, if there are any
@@ -37,13 +54,27 @@ ON_GPU_ONLY = {  # passes, if there are any
     positions: {"forward"},
     project: {"forward graph"},
     rotary: {"host"},
+    train: {"attention", "attention backward", "block"},
 }
 # Messages of a PyTorch without CUDA, and of a kernel launched without a GPU.
 ABSENT = ("No viable backend", "_flash_attention_forward", "libcuda.so")
+if not hasattr(comemo_kernels, "project_memory"):
+    ABSENT += ("there is no differentiable build",)
 
 
 def of_one_call(timed):
     return lambda call, calls=0: timed(call, 1)
+
+
+def attend_by_bounds(q, k, v, queries, keys, *longest):
+    """`varlen_attn` of PyTorch, which needs a GPU: [N, H, D] on [M, H, D], by bounds [S + 1]."""
+    for bounds, most in zip((queries, keys), longest, strict=True):
+        assert bounds.dtype == torch.int32
+        assert bounds.diff().max() == most
+    counts, lengths = queries.diff().tolist(), keys.diff().tolist()
+    samples = published.Samples(counts, lengths, (queries, keys))
+    with mock.patch.object(published, "varlen_attn", None):
+        return published.attend_samples(q[None], k[None], v[None], samples)[0]
 
 
 @pytest.fixture
@@ -61,7 +92,9 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("bench", OF_KERNELS, ids=lambda bench: bench.__name__)
-def test_every_way_is_timed(gpu, bench, capsys):
+def test_every_way_is_timed(gpu, bench, capsys, monkeypatch):
+    if bench is train:
+        monkeypatch.setattr(published, "varlen_attn", attend_by_bounds)
     options = options_of(bench, *OF_KERNELS[bench])
     rows = list(bench.run(options))
     passes = {row["pass"] for row in rows if row["way"].startswith("ours")}

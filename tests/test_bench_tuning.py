@@ -7,7 +7,7 @@ import torch
 from timed import clock, options_of
 
 import comemo_kernels as ops
-from bench import attend, measure, memory, mixin, tuning, ways
+from bench import attend, measure, memory, mixin, train, tuning, ways
 from bench.readings import SMALL, Reading
 from bench.ways import Work
 from comemo_kernels._op import Kernel
@@ -170,7 +170,7 @@ def test_a_build_with_descriptors_is_timed_last_under_its_own_name(monkeypatch):
     assert not memory_build.USE_TMA
 
 
-@pytest.mark.parametrize("module", [attend, memory, mixin])
+@pytest.mark.parametrize("module", [attend, memory, mixin, train])
 def test_tuning_needs_a_gpu(module):
     if torch.cuda.is_available():
         pytest.skip("there is one")
