@@ -22,6 +22,7 @@ from comemo_kernels._attend_combine import combine, combine_early, launch_combin
 from comemo_kernels._attend_gradient import attend_gradient_op
 from comemo_kernels._attend_kernel import attend_exact, attend_few, attend_many, attend_one
 from comemo_kernels._blocks_attention import LOG2E
+from comemo_kernels._once import once
 from comemo_kernels._op import (
     Kernel,
     documented,
@@ -215,22 +216,18 @@ class _AttendSpans(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dout, dlse):
-        q, k, v, out, lse, *rest = ctx.saved_tensors
-        to_q, *to_kv = ctx.needs_input_grad[:3]
+    @once("attend_spans")
+    def backward(ctx, saved, dout, dlse):
+        q, k, v, out, lse, *rest = saved
+        to_q, to_k, to_v = ctx.needs_input_grad[:3]
         if dout is None and dlse is None:
             return (None,) * 9
         dout = torch.zeros_like(out) if dout is None else dout.contiguous()
         dlse = None if dlse is None else dlse.contiguous()
-        dq, dk, dv, _ = attend_gradient_op(
-            dout, q, k, v, out, lse, dlse, *rest, None, to_q, any(to_kv)
-        )
-        return (
-            dq if to_q else None,
-            *(grad if needed else None for grad, needed in zip((dk, dv), to_kv, strict=True)),
-            *[None] * 6,
-        )
+        inputs = (dout, q, k, v, out, lse, dlse, *rest, None, to_q, to_k or to_v)
+        dq, dk, dv, _ = attend_gradient_op(*inputs)
+        grads = (dq if to_q else None, dk if to_k else None, dv if to_v else None)
+        return *grads, *[None] * 6
 
 
 # --- public ---

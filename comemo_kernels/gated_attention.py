@@ -20,13 +20,14 @@ from torch import Tensor
 
 from comemo_kernels import reference
 from comemo_kernels._attend_gradient import attend_gradient_op
+from comemo_kernels._once import once
 from comemo_kernels._op import documented, on_triton
 from comemo_kernels.attention import attend_op, attend_spans
 from comemo_kernels.attention_types import MemoryScales, QueryRotation
 from comemo_kernels.fused_linear import gated_residual
 from comemo_kernels.reference.attention import unscaled
 from comemo_kernels.reference.attention_checks import check_attention_kernel, check_read
-from comemo_kernels.reference.fused_linear import check_strides
+from comemo_kernels.reference.fused_linear_checks import check_strides
 from comemo_kernels.reference.gated_attention import check_attend_gated, check_stream
 
 
@@ -38,24 +39,22 @@ class _AttendGated(torch.autograd.Function):
         return gated_residual(x, out.flatten(2), weight, gate)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        q, k, v, out, lse, weight, gate, *rest = ctx.saved_tensors
+    @once("attend_gated")
+    def backward(ctx, saved, dy):
+        q, k, v, out, lse, weight, gate, *rest = saved
         to_x, to_q, to_k, to_v, to_weight, to_gate = ctx.needs_input_grad[:6]
         dq = dk = dv = dweight = dgate = None
         factor = None if gate is None else gate.float().tanh()
-        with torch.autocast(dy.device.type, enabled=False):
-            rows = dy.reshape(-1, dy.shape[-1]).to(out.dtype)
-            if to_weight:
-                dweight = rows.t() @ out.flatten(0, 1).flatten(1)
-                dweight = (dweight if factor is None else dweight * factor).to(weight.dtype)
-            if to_q or to_k or to_v or to_gate:
-                e = (rows @ weight.to(out.dtype)).view(out.shape)
-                dq, dk, dv, delta = attend_gradient_op(
-                    e, q, k, v, out, lse, None, *rest, gate, to_q, to_k or to_v
-                )
-                if factor is not None and to_gate:
-                    dgate = ((1 - factor * factor) * delta.sum()).to(gate.dtype)
+        rows = dy.reshape(-1, dy.shape[-1]).to(out.dtype)
+        if to_weight:
+            dweight = rows.t() @ out.flatten(0, 1).flatten(1)
+            dweight = (dweight if factor is None else dweight * factor).to(weight.dtype)
+        if to_q or to_k or to_v or to_gate:
+            e = (rows @ weight.to(out.dtype)).view(out.shape)
+            inputs = (e, q, k, v, out, lse, None, *rest, gate, to_q, to_k or to_v)
+            dq, dk, dv, delta = attend_gradient_op(*inputs)
+            if factor is not None and to_gate:
+                dgate = ((1 - factor * factor) * delta.sum()).to(gate.dtype)
         return (
             dy if to_x else None,
             dq if to_q else None,
