@@ -198,6 +198,22 @@ def tiles_gradients():
     return tensors, gradients
 
 
+def memory_gradients(exact):
+    tensors, _ = memory(torch.float32, exact=exact)
+    for name in ("keys", "values"):
+        del tensors[name]
+
+    def gradients(cos, sin, ids, **tensors):
+        leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+        norms = [leaves["norm"]] if exact else None
+        G = leaves["weight"].shape[0] // (4 * cos.shape[1])
+        built = ops.project_memory(leaves["media"], [leaves["weight"]], norms, cos, sin, ids, G)
+        loss = sum((held[0] * draw(*held[0].shape)).sum() for held in built)
+        return torch.autograd.grad(loss, list(leaves.values()))
+
+    return tensors, gradients
+
+
 CASES = {
     "apply_rotary by table": functools.partial(rotary, "table"),
     "apply_rotary by ids": functools.partial(rotary, "ids"),
@@ -208,6 +224,8 @@ CASES = {
     "attend_spans float8": functools.partial(attention, "float8"),
     "build_memory": functools.partial(memory, torch.float32),
     "build_memory folded": functools.partial(memory, torch.float32, exact=False),
+    "project_memory gradients": functools.partial(memory_gradients, True),
+    "project_memory gradients folded": functools.partial(memory_gradients, False),
     "build_memory float8": functools.partial(memory, torch.float8_e4m3fn),
     "norm_linear": functools.partial(rows, "norm_linear"),
     "norm_swiglu": functools.partial(rows, "norm_swiglu"),
