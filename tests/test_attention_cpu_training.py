@@ -240,7 +240,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("starts", [(0,), (0, 50, 200)])
 def test_the_backward_pass_has_a_bound(starts, monkeypatch):
-    """Scores of eight rows at a time; all of them would be 100 times the memory."""
+    """Scores of eight rows at a time, a hundredth of all of them."""
     monkeypatch.setattr(attention_gradient, "FEW", 8)
     monkeypatch.setattr(attention_gradient, "MOST", 1)
     tensors, rotation = make_inputs(1, 800, (4, 2), 4, 300, "prompt", starts, False)
