@@ -9,6 +9,8 @@ from harness import assert_matches
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from comemo_kernels import MemoryScales, QueryRotation, rotary_table
 from comemo_kernels.reference import attend_spans, attention_gradient
@@ -67,7 +69,7 @@ def with_grad(tensors, names="qkv"):
 
 
 @pytest.mark.parametrize("dtype", WITHOUT_HALF, ids=str)
-@settings(max_examples=15)
+@settings(max_examples=max(5, settings.default.max_examples // 3))
 @given(
     B=st.integers(1, 2),
     N=st.integers(1, 5),
@@ -222,6 +224,31 @@ def test_only_the_arguments_are_kept():
         attend_spans(**with_grad(tensors), rotation=rotation, return_lse=True)
     arguments = [*tensors.values(), *rotation]
     assert sum(t.nbytes for t in kept) == sum(t.nbytes for t in arguments)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return found
+
+
+@pytest.mark.parametrize("starts", [(0,), (0, 50, 200)])
+def test_the_backward_pass_has_a_bound(starts, monkeypatch):
+    """Scores of eight rows at a time, a hundredth of all of them."""
+    monkeypatch.setattr(attention_gradient, "FEW", 8)
+    monkeypatch.setattr(attention_gradient, "MOST", 1)
+    tensors, rotation = make_inputs(1, 800, (4, 2), 4, 300, "prompt", starts, False)
+    tensors["spans"][:] = torch.tensor([0, 300])
+    out, lse = attend_spans(**with_grad(tensors), rotation=rotation, return_lse=True)
+    with Largest() as largest:
+        (out.sum() + lse.sum()).backward()
+    assert largest.elements == max(8 * 4 * 300, 800 * 4 * 4)
 
 
 def test_backward_under_autocast():

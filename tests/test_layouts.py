@@ -213,6 +213,20 @@ def gated_gradients():
             (found * draw(*found.shape)).sum(), [tensors[name] for name in learning]
         )
 
+
+def memory_gradients(exact):
+    tensors, _ = memory(torch.float32, exact=exact)
+    for name in ("keys", "values"):
+        del tensors[name]
+
+    def gradients(cos, sin, ids, **tensors):
+        leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+        norms = [leaves["norm"]] if exact else None
+        G = leaves["weight"].shape[0] // (4 * cos.shape[1])
+        built = ops.project_memory(leaves["media"], [leaves["weight"]], norms, cos, sin, ids, G)
+        loss = sum((held[0] * draw(*held[0].shape)).sum() for held in built)
+        return torch.autograd.grad(loss, list(leaves.values()))
+
     return tensors, gradients
 
 
@@ -227,6 +241,8 @@ CASES = {
     "attend_gated gradients": gated_gradients,
     "build_memory": functools.partial(memory, torch.float32),
     "build_memory folded": functools.partial(memory, torch.float32, exact=False),
+    "project_memory gradients": functools.partial(memory_gradients, True),
+    "project_memory gradients folded": functools.partial(memory_gradients, False),
     "build_memory float8": functools.partial(memory, torch.float8_e4m3fn),
     "norm_linear": functools.partial(rows, "norm_linear"),
     "norm_swiglu": functools.partial(rows, "norm_swiglu"),

@@ -43,7 +43,7 @@ def span_gradients(
     (B, N, H, D), (M, G, _) = q.shape, k.shape
     exact = torch.promote_types(q.dtype, torch.float32)
     dq = q.new_zeros(B * N, H, D) if needed[0] else None
-    dk, dv = (k.new_zeros(G, M, D, dtype=exact) if need else None for need in needed[1:])
+    dk, dv = (k.new_zeros(M, G, D, dtype=exact) if need else None for need in needed[1:])
     queries = q.reshape(B * N, H, D)
     dout = None if dout is None else dout.reshape(B * N, H, D)
     dlse = None if dlse is None else dlse.reshape(B * N, H, 1)
@@ -54,8 +54,8 @@ def span_gradients(
             rotation,
             [k[piece.start : piece.end].transpose(0, 1).to(exact) for piece in group.pieces],
             v[start:end].transpose(0, 1).to(exact),
-            None if dk is None else dk[:, start:end],
-            None if dv is None else dv[:, start:end],
+            None if dk is None else dk[start:end].transpose(0, 1),
+            None if dv is None else dv[start:end].transpose(0, 1),
         )
         R = B * N if group.rows is None else len(group.rows)
         step = min(max(MOST // (H * (end - start)), FEW), MANY)
@@ -68,7 +68,7 @@ def span_gradients(
                 dq[at] = found.to(q.dtype)
     if dq is not None:
         dq = dq.view(B, N, H, D)
-    dk, dv = (None if grad is None else grad.transpose(0, 1).to(k.dtype) for grad in (dk, dv))
+    dk, dv = (None if grad is None else grad.to(k.dtype) for grad in (dk, dv))
     return dq, dk, dv
 
 
@@ -95,8 +95,10 @@ class _Span:
         scale, pieces = 1 / math.sqrt(q.shape[-1]), self.group.pieces
         turned = [self.heads(self.turn(q, piece, part)) * scale for piece in pieces]
         scores = [x @ k.transpose(1, 2) for x, k in zip(turned, self.keys, strict=True)]
-        weights = (scores[0] if len(scores) == 1 else torch.cat(scores, -1)).softmax(-1)
-        del scores
+        joined = scores[0] if len(scores) == 1 else torch.cat(scores, -1)
+        del scores  # so that there are two matrices at a time
+        weights = joined.softmax(-1)
+        del joined
         if dout is not None:
             dout = self.heads(dout)
             if self.dv is not None:
