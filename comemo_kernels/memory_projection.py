@@ -18,7 +18,7 @@ from comemo_kernels import memory_build, reference
 from comemo_kernels._memory_build_gradient import turn_back_op
 from comemo_kernels._memory_build_rows import norm_media
 from comemo_kernels._op import documented, on_triton, register, to_device
-from comemo_kernels._rms_norm_gradient import rms_norm_gradient_op
+from comemo_kernels._rms_norm_gradient import WIDEST, rms_norm_gradient_op
 from comemo_kernels.reference.memory_build_checks import check_projection, check_projection_kernel
 from comemo_kernels.reference.memory_projection import (
     Layers,
@@ -26,6 +26,7 @@ from comemo_kernels.reference.memory_projection import (
     autocast,
     project,
 )
+from comemo_kernels.reference.norms import rms_norm_gradient
 
 # --- operators ---
 
@@ -124,4 +125,7 @@ def project_memory(
     inputs = autocast(media, kv_weights, norm_weights)
     check_projection(*inputs, cos, sin, ids, heads)
     check_projection_kernel(*inputs, cos, sin)
-    return project(STEPS, *inputs, cos, sin, ids.contiguous(), heads, eps)
+    steps = STEPS
+    if media.shape[1] > WIDEST:  # wider rows have no kernel
+        steps = STEPS._replace(norm_gradient=rms_norm_gradient)
+    return project(steps, *inputs, cos, sin, ids.contiguous(), heads, eps)

@@ -213,6 +213,8 @@ def gated_gradients():
             (found * draw(*found.shape)).sum(), [tensors[name] for name in learning]
         )
 
+    return tensors, gradients
+
 
 def memory_gradients(exact):
     tensors, _ = memory(torch.float32, exact=exact)
