@@ -88,6 +88,16 @@ def test_rows():
             assert row["extra_mib"] > row["saved_mib"]
 
 
+@pytest.mark.slow
+def test_compiled_ways_are_right():
+    rows, failed = rows_of(train, "--sizes", "tiny", "--cases", "96_8_many", "--rounds", "1")
+    assert not failed
+    compiled = {(row["case"], row["pass"]) for row in rows if row["way"] == "compile"}
+    kinds = {"attention", "attention backward", "block"}
+    kinds |= {"build"} if hasattr(ops, "project_memory") else set()
+    assert compiled == {("96_8_many tiny", kind) for kind in kinds}
+
+
 def test_nominal_work_of_a_block():
     """Products three times, attention 3.5 times."""
     pack, (d, inner, wide) = SMALL_PACKS["96_1_one"], (64, 2 * HEAD_DIM, 96)
