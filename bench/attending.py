@@ -13,7 +13,7 @@ from bench.cases import HEAD_DIM, MIXINS
 from bench.readings import READINGS, SMALL, Reading
 from bench.ways import Clock, Work, relative_error
 from comemo_kernels import MemoryScales, QueryRotation, reference
-from comemo_kernels.reference.attention import rotate_by_distance
+from comemo_kernels.reference.attention_groups import rotate_by_distance
 
 CHECKED = 64  # queries that are compared with exact arithmetic
 POSITIONS = 32768  # rows of the table of angles

@@ -28,14 +28,14 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime import driver
 
-    from comemo_kernels import _op, aot, attention, fused_linear, rotary
+    from comemo_kernels import _op, _rows_kernel, aot, attention, fused_linear, rotary
 
     if torch.cuda.is_available():
         raise SystemExit("python -m bench host: only without a GPU; with one use `bench rotary`")
     for name, launch in (
         ("rotary", rotary._launch),
         ("attend_", attention._launch_into),
-        ("rows", fused_linear._launch),
+        ("rows", _rows_kernel._launch),
     ):
         torch.library.impl(f"comemo::{name}", "CPU", _op._on_its_device(launch))
     driver.set_active(aot.OfflineDriver(aot.CHIPS["sm_90"].target))
@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def cases(heads: str) -> dict[str, tuple[Any, Callable[[], Any]]]:
     """Name -> a kernel, and a call that launches it."""
-    from comemo_kernels import attention, fused_linear, rotary
+    from comemo_kernels import _rows_kernel, attention, rotary
 
     new = functools.partial(torch.empty, dtype=torch.bfloat16)
     cos, sin = (t[0] for t in ops.rotary_table(torch.arange(4096)[None], HEAD_DIM))
@@ -83,4 +83,4 @@ def cases(heads: str) -> dict[str, tuple[Any, Callable[[], Any]]]:
     attend = functools.partial(ops.attend_spans, q, k, k, spans, rotation, workspace=workspace)
     found["attend_spans"] = attention.attend_one, attend
     call = functools.partial(ops.norm_linear, new(1, 1, d), new(d), new(d, d))
-    return found | {"norm_linear": (fused_linear.one_weight_kernel, call)}
+    return found | {"norm_linear": (_rows_kernel.one_weight_kernel, call)}

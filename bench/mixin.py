@@ -267,10 +267,10 @@ def time_case(size: str, case: str, clock: Clock, compiled: bool) -> Iterator[Ro
 @torch.no_grad()
 def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
     """Every configuration of every kernel of the parts; the fastest has to become the first."""
-    from comemo_kernels import fused_linear
+    from comemo_kernels import _rows_kernel
 
     mixing = Mixing(size, case, clock)
-    kernels = {n: kernel for n, kernel in vars(fused_linear).items() if isinstance(kernel, Kernel)}
+    kernels = {n: kernel for n, kernel in vars(_rows_kernel).items() if isinstance(kernel, Kernel)}
     for verb, part in parts_of(mixing).items():
         swiglu = verb == "norm_swiglu"
         own = {n: k for n, k in kernels.items() if ("two" in n) == swiglu}

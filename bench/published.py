@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from comemo.mixin import EPS, MixinLayer
-from comemo_kernels.reference.fused_linear import rms_norm
+from comemo_kernels.reference.norms import rms_norm
 
 try:
     from torch.nn.attention.varlen import varlen_attn

@@ -32,6 +32,8 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
         "gated_residual": lambda: ops.gated_residual(
             draw(2, 40), draw(2, 72), draw(40, 72), draw(1)
         ),
+        "norms and networks, gradients": lambda: learn(draw),
+        "norm of wide rows, gradient": lambda: norm_wide(draw),
         "attend, one query": lambda: attend_one(draw),
         "attend, a batch": lambda: attend(draw, 9, 260),
         "attend, a prompt": lambda: attend(draw, 66, 70),
@@ -40,6 +42,7 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
         "build, float32": lambda: build(
             functools.partial(draw, dtype=torch.float32), torch.float32
         ),
+        "build and its gradient": lambda: build_to_learn(draw),
         "project and its gradient": lambda: project(draw),
         "project, float32": lambda: project(functools.partial(draw, dtype=torch.float32)),
         "fold of wide tokens and its gradient": lambda: fold_wide(draw),
@@ -70,6 +73,25 @@ def number(device: str) -> Any:
     prompt = Prompt([(5, [(2, 1), (1, 1)], 3)])
     image, mask = prompt.masks(device)
     return ops.rope_dhr_positions(image, mask, prompt.grids, tile_order="column")
+
+
+def learn(draw: Callable[..., Tensor]) -> Any:
+    """More rows than are one launch; every gradient."""
+    leaves = [draw(20, 72), draw(72), draw(40, 72), draw(40, 72), draw(72, 40), draw(1)]
+    leaves = [t.requires_grad_() for t in leaves]
+    out = ops.gated_swiglu(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def norm_wide(draw: Callable[..., Tensor]) -> Any:
+    """Rows wide enough for configurations with more warps."""
+    from comemo_kernels._rms_norm_gradient import rms_norm_gradient_op
+
+    found: list[Tensor] = []
+    for d in (2056, 8200):
+        dy, x, added = (draw(3, d) for _ in range(3))
+        found += rms_norm_gradient_op(dy, x, draw(d), added, 1e-5, True, True)
+    return found
 
 
 def attend(draw: Callable[..., Tensor], N: int, M: int) -> Any:
@@ -125,6 +147,17 @@ def build(draw: Callable[..., Tensor], stored: torch.dtype) -> Any:
     norms = [draw(72) for _ in range(2)]
     ops.build_memory(media, weights, norms, *table, ids, keys, values, scales)
     return [*keys, *values, *(t for s in scales or () for t in (s.keys, s.values))]
+
+
+def build_to_learn(draw: Callable[..., Tensor]) -> Any:
+    """Of one layer keys and values are read, of one only values."""
+    media, weights = draw(40, 72), [draw(2 * 3 * 32, 72) for _ in range(2)]
+    table, ids = _table(media.device, 99, 32), torch.arange(-9, 31, dtype=torch.int32)
+    leaves = [t.requires_grad_() for t in (media, *weights, draw(72), draw(72))]
+    built = (leaves[1:3], leaves[3:], *table, ids.to(media.device), 3)
+    keys, values = ops.project_memory(media, *built)
+    read = [keys[0], *values]
+    return torch.autograd.grad(read, leaves, [torch.ones_like(t) for t in read])
 
 
 def build_by_descriptors(draw: Callable[..., Tensor]) -> Any:

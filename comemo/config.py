@@ -40,6 +40,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "decode_positions": ("compressed", "raw"),
     "ntk_length": ("position", "token_count"),
     "memory_positions": ("relative", "absolute"),
+    "recompute": ("cheap", "projections"),
     "ps_version": ("v1", "v2"),
     "llm_architecture": tuple(LLM_MODEL_TYPES),
 }
@@ -118,6 +119,9 @@ class CoMemoConfig(PreTrainedConfig):
             the image, so that they fit any prompt, or as published "absolute", by their position
             in the prompt. Both give the same except for rounding.
         tiles_at_once: tiles in one pass of the vision tower, a bound on its memory.
+        recompute: what the backward pass of a feed-forward network computes again: "cheap" its
+            normed input and the product after SwiGLU, "projections" its gate and up projections
+            too, which leaves only its input in memory.
         rope_scaling: None, or {"type": "dynamic" | "linear", "factor": float}.
 
     Raises:
@@ -153,6 +157,7 @@ class CoMemoConfig(PreTrainedConfig):
     ntk_length: str = "position"
     memory_positions: str = "relative"
     tiles_at_once: int = 16
+    recompute: str = "cheap"
     rope_scaling: dict | None = None
     tie_word_embeddings: bool = False
 

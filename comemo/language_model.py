@@ -28,11 +28,13 @@ from transformers.utils.output_capturing import capture_outputs
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
 from comemo.memory.building import BuildsMemory
-from comemo.mixin import MixinLayer, Table
+from comemo.mixin import KeyAngles, MixinLayer
 from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache
 from comemo.packing import VARLEN, places_in_samples
 from comemo.weights.fusable import are_joined, is_fusable, is_untouched, join_weights
 from comemo_kernels import ImageMemory, QueryRotation
+
+Table = tuple[Tensor, Tensor]  # cos, sin [B, N, D/2]
 
 
 class CoMemoAttention(LlamaAttention):
@@ -131,23 +133,29 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
         media: Tensor | None = None,
         image_memory: ImageMemory | None = None,
         rotation: QueryRotation | None = None,
-        media_table: Table | None = None,
+        key_angles: KeyAngles | None = None,
         use_cache: bool | None = False,
+        recompute: str = "cheap",
         **kwargs: Any,
     ) -> Tensor:
-        """One layer on hidden_states [B, N, d]; `media` to `use_cache` go to the mixin layer."""
+        """One layer on hidden_states [B, N, d]; `media` to `recompute` go to the mixin layer."""
         if self.mixin is not None and image_memory is not None:
             hidden_states = self.mixin(
-                hidden_states, media, image_memory, rotation, media_table, bool(use_cache)
+                hidden_states,
+                media,
+                image_memory,
+                rotation,
+                key_angles,
+                bool(use_cache),
+                recompute,
             )
         x = self._attend(hidden_states, use_cache=use_cache, **kwargs)
         norm, mlp = self.post_attention_layernorm, self.mlp
         if not is_fusable(norm, mlp):
             return x + mlp(norm(x))
         weight = None if self.folded else norm.weight
-        gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
-        wide = ops.norm_swiglu(x, weight, gate, up, norm.variance_epsilon)
-        return ops.gated_residual(x, wide, mlp.down_proj.weight, None)
+        weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+        return ops.gated_swiglu(x, weight, *weights, None, norm.variance_epsilon, recompute)
 
     def _attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """x [B, N, d] plus the self-attention of its norm."""
@@ -246,6 +254,7 @@ class CoMemoTextModel(BuildsMemory, LlamaPreTrainedModel):
                 image_memory=image_memory,
                 attention_mask=mask,
                 use_cache=use_cache,
+                recompute=self.comemo_config.recompute,
                 **{CACHE: cache},
                 **tables,
                 **kwargs,

@@ -18,7 +18,7 @@ from comemo.config import MixinConfig
 from comemo.weights.fusable import is_fusable
 from comemo_kernels import ImageMemory, MemoryScales, QueryRotation
 
-Table = tuple[Tensor, Tensor]  # cos, sin [B, N, D/2]
+KeyAngles = tuple[Tensor, Tensor, Tensor]  # cos, sin [P, D/2]; ids [M] of the keys, rows of these
 EPS = 1e-5  # of both norms
 
 
@@ -54,12 +54,21 @@ class MixinLayer(nn.Module):
         )
         self.mlp_gate = nn.Parameter(torch.zeros(1))
 
-    def build(self, media: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+    def build(self, media: Tensor, angles: KeyAngles) -> tuple[Tensor, Tensor]:
         """Rotated keys and values [M, H, D] of `media` [M, d], which get the norm of the text."""
+        cos, sin, ids = angles
+        if is_fusable(self.attn_norm, self.kv_proj):
+            norms = None if self.folded else [self.attn_norm.weight]
+            weights, eps = [self.kv_proj.weight], self.attn_norm.variance_epsilon
+            keys, values = ops.project_memory(
+                media, weights, norms, cos, sin, ids, self.num_heads, eps
+            )
+            return keys[0], values[0]
         kv = self.kv_proj(self.attn_norm(media)).unflatten(-1, (2, self.num_heads, self.head_dim))
         key, value = kv.unbind(1)
+        cos, sin = ImageMemory(ids=ids, table=(cos, sin)).key_table()  # of each key
         # A view of `value` would keep the unrotated keys alive as long as the memory.
-        return ops.apply_rotary(key[None], None, *table)[0][0], value.contiguous()
+        return ops.apply_rotary(key[None], None, cos[None], sin[None])[0][0], value.contiguous()
 
     def forward(
         self,
@@ -67,8 +76,9 @@ class MixinLayer(nn.Module):
         media: Tensor | None,
         memory: ImageMemory,
         rotation: QueryRotation,
-        table: Table | None = None,
+        angles: KeyAngles | None = None,
         keep: bool = False,
+        recompute: str = "cheap",
     ) -> Tensor:
         """x [B, N, d] -> [B, N, d]; prompts without images are unchanged.
 
@@ -81,8 +91,9 @@ class MixinLayer(nn.Module):
                 ignores tensors inside objects; None to use the memory's own.
             memory: the image memory to read.
             rotation: of the queries.
-            table: cos, sin [1, M, D/2] of the keys; None if the keys are built already.
+            angles: of the keys; None if the keys are built already.
             keep: whether the memory keeps the new keys and values.
+            recompute: what the backward pass computes again, see `CoMemoConfig`.
 
         Raises:
             ValueError: a memory with neither keys of this layer nor media to build them from.
@@ -93,15 +104,15 @@ class MixinLayer(nn.Module):
             scales = memory.scales.get(self.layer_idx)
         else:
             media = memory.media if media is None else media
-            if media is None or table is None:
+            if media is None or angles is None:
                 raise ValueError(
                     f"CoMemo: the image memory has neither keys of mixin layer {self.layer_idx}"
                     " nor the media to build them from"
                 )
-            key, value = self.build(media, table)
+            key, value = self.build(media, angles)
             if keep:
                 memory.update(self.layer_idx, key, value)
-        return self._read(x, key, value, memory, rotation, scales)
+        return self._read(x, key, value, memory, rotation, scales, recompute)
 
     def _read(
         self,
@@ -111,6 +122,7 @@ class MixinLayer(nn.Module):
         memory: ImageMemory,
         rotation: QueryRotation,
         scales: MemoryScales | None,
+        recompute: str,
     ) -> Tensor:
         fusable = is_fusable(self.attn_norm, self.q_proj, self.o_proj, self.mlp_norm, self.mlp)
         norms: tuple[Any, Any] = (self.attn_norm.weight, self.mlp_norm.weight)
@@ -123,14 +135,15 @@ class MixinLayer(nn.Module):
         else:
             q = self.q_proj(self.attn_norm(x))
         q = q.unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, H, D]
-        read = ops.attend_spans(q, key, value, spans, rotation, scales).flatten(2)
         if fusable:
-            mlp = self.mlp
-            y = ops.gated_residual(x, read, self.o_proj.weight, gates[0])
-            eps = self.mlp_norm.variance_epsilon
-            wide = ops.norm_swiglu(y, norms[1], mlp.gate_proj.weight, mlp.up_proj.weight, eps)
-            y = ops.gated_residual(y, wide, mlp.down_proj.weight, gates[1])
+            y = ops.attend_gated(
+                x, q, key, value, spans, self.o_proj.weight, gates[0], rotation, scales
+            )
+            mlp, eps = self.mlp, self.mlp_norm.variance_epsilon
+            weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
+            y = ops.gated_swiglu(y, norms[1], *weights, gates[1], eps, recompute)
         else:
+            read = ops.attend_spans(q, key, value, spans, rotation, scales).flatten(2)
             y = x + self.attn_gate.tanh() * self.o_proj(read)
             y = y + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(y))
         return y if memory.active is None else torch.where(memory.active.to(x.device), y, x)

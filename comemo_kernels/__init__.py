@@ -22,20 +22,30 @@ from comemo_kernels.spans import spans_from_cu_seqlens, spans_from_images
 
 if find_spec("triton"):
     from comemo_kernels.attention import attend_spans, attention_workspace
-    from comemo_kernels.fused_linear import gated_residual, norm_linear, norm_swiglu
+    from comemo_kernels.fused_linear import (
+        gated_residual,
+        gated_swiglu,
+        norm_linear,
+        norm_swiglu,
+    )
+    from comemo_kernels.gated_attention import attend_gated
     from comemo_kernels.memory_build import build_memory
+    from comemo_kernels.memory_projection import project_memory
     from comemo_kernels.positions import rope_dhr_positions
     from comemo_kernels.rotary import apply_rotary
     from comemo_kernels.tiles import project_tiles
 else:  # macOS, Windows: the same functions in PyTorch
     from comemo_kernels.reference import (
         apply_rotary,
+        attend_gated,
         attend_spans,
         attention_workspace,
         build_memory,
         gated_residual,
+        gated_swiglu,
         norm_linear,
         norm_swiglu,
+        project_memory,
         project_tiles,
         rope_dhr_positions,
     )
@@ -51,6 +61,7 @@ __all__ = [
     "QueryRotation",
     "append_images",
     "apply_rotary",
+    "attend_gated",
     "attend_spans",
     "attention_workspace",
     "build_memory",
@@ -58,6 +69,7 @@ __all__ = [
     "distance_table",
     "fold_tiles",
     "gated_residual",
+    "gated_swiglu",
     "image_position_ids",
     "image_rows",
     "image_tokens",
@@ -65,6 +77,7 @@ __all__ = [
     "memory_buffers",
     "norm_linear",
     "norm_swiglu",
+    "project_memory",
     "project_tiles",
     "reference",
     "rope_dhr_positions",

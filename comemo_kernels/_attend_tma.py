@@ -27,21 +27,16 @@ from torch import Tensor
 
 from comemo_kernels import _descriptors
 from comemo_kernels._blocks import offset_of
-from comemo_kernels._blocks_attention import LOG2E, load_rotated, narrow_ids, share_of
+from comemo_kernels._blocks_attention import (
+    LOG2E,
+    image_of,
+    load_rotated,
+    narrow_ids,
+    share_of,
+)
 from comemo_kernels._op import INTERPRET, Kernel, jit
 
 # --- kernels ---
-
-
-@triton.jit
-def _image_of(starts_ptr, keys, num_images):
-    """Image index [N] of keys [N]."""
-    count = tl.zeros_like(keys)
-    for i in range(0, num_images, 64):
-        image = i + tl.arange(0, 64)
-        offsets = tl.load(starts_ptr + image, mask=image < num_images, other=2147483647)
-        count += tl.sum((offsets[None, :] <= keys[:, None]).to(tl.int32), 1)
-    return tl.maximum(count - 1, 0)
 
 
 @jit
@@ -82,14 +77,14 @@ def _turn_kernel(
     spans_ptr += batch * spans_stride_b
     if KEYS:  # keys outside the span may be uninitialised and are left out
         mask &= (token >= tl.load(spans_ptr)) & (token < tl.load(spans_ptr + 1))
-        ids = tl.load(biases_ptr + _image_of(starts_ptr, token, num_images), mask=mask, other=0)
+        ids = tl.load(biases_ptr + image_of(starts_ptr, token, num_images), mask=mask, other=0)
     else:
         ids = tl.load(ids_ptr + batch * ids_stride_b + token * ids_stride_n, mask=mask, other=0)
         ids = narrow_ids(ids)
     if BIASED:
         start = tl.minimum(tl.maximum(tl.load(spans_ptr), 0), num_keys).to(tl.int32)
         first = tl.full([1], 0, tl.int32) + start
-        ids -= tl.max(tl.load(biases_ptr + _image_of(starts_ptr, first, num_images)), 0)
+        ids -= tl.max(tl.load(biases_ptr + image_of(starts_ptr, first, num_images)), 0)
     x_rows = x_ptr + offset_of(batch, x_stride_b, True) + offset_of(token, x_stride_n, True)
     x_rows += offset_of(head, x_stride_h, True)
     table = (cos_ptr, sin_ptr, table_stride, num_positions)

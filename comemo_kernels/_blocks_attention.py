@@ -20,6 +20,42 @@ def columns(HALF: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def image_of(starts_ptr, keys, num_images):
+    """Index of the image [N] that each key [N] belongs to."""
+    count = tl.zeros_like(keys)
+    for i in range(0, num_images, 64):
+        image = i + tl.arange(0, 64)
+        offsets = tl.load(starts_ptr + image, mask=image < num_images, other=2147483647)
+        count += tl.sum((offsets[None, :] <= keys[:, None]).to(tl.int32), 1)
+    return tl.maximum(count - 1, 0)
+
+
+@triton.jit
+def row_offsets(first, inside, head, group, num_heads, GROUPED: tl.constexpr):
+    """Where rows `first + inside` of a key head are in [tokens, query heads].
+
+    A row is a token and one of the `group` query heads that share the key head.
+
+    Returns:
+        The first row's offset, int64, and the offsets of all rows from it, int32 like `inside`.
+    """
+    if GROUPED:
+        token = first // group
+        row = first + inside
+        base = token.to(tl.int64) * group * num_heads + head * group
+        return base, (row // group - token) * group * num_heads + row % group
+    return first.to(tl.int64) * num_heads + head, inside * num_heads
+
+
+@triton.jit
+def load_columns(ptrs, offs_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of D elements, padded with zeros to BLOCK_D."""
+    if D < BLOCK_D:
+        return tl.load(ptrs, mask=(offs_d < D)[None, :], other=0.0)
+    return tl.load(ptrs)
+
+
+@triton.jit
 def narrow_ids(ids):
     """Clamp ids of any sign and size to int32, so that subtracting a bias >= 0 cannot overflow.
 
@@ -53,6 +89,24 @@ def to_half(q):
 
 
 @triton.jit
+def table_rows(
+    table,  # cos_ptr and sin_ptr of [P, HALF], stride of P, P
+    delta,  # [rows] of the table, of either sign
+    mask,  # [rows, columns]
+    offs,  # [columns]
+    ALIGNED: tl.constexpr,
+):
+    """cos and sin [rows, columns] of angles; NaN beyond the table and outside the mask."""
+    cos_ptr, sin_ptr, table_stride, num_positions = table
+    row = tl.abs(delta)
+    known = mask & ((row >= 0) & (row < num_positions))[:, None]  # the smallest integer has no abs
+    ptrs = offset_of(row, table_stride, ALIGNED)[:, None] + offs[None, :]
+    cos = tl.load(cos_ptr + ptrs, mask=known, other=float("nan")).to(tl.float32)
+    sin = tl.load(sin_ptr + ptrs, mask=known, other=float("nan")).to(tl.float32)
+    return cos, tl.where((delta < 0)[:, None], -sin, sin)
+
+
+@triton.jit
 def load_rotated(
     q_rows,  # [BLOCK_M] pointers
     mask_m,
@@ -63,7 +117,6 @@ def load_rotated(
     BLOCK_D: tl.constexpr,
 ):
     """Queries [BLOCK_M, BLOCK_D] in their dtype, rotated in float32."""
-    cos_ptr, sin_ptr, table_stride, num_positions = table
     offs_d = tl.arange(0, BLOCK_D // 2)
     mask = mask_m[:, None] & (offs_d < HALF)[None, :]
     x_ptrs = q_rows[:, None] + offs_d[None, :]
@@ -71,12 +124,7 @@ def load_rotated(
     # registers.
     x1 = tl.load(x_ptrs, mask=mask, other=0.0, volatile=True).to(tl.float32)
     x2 = tl.load(x_ptrs + HALF, mask=mask, other=0.0, volatile=True).to(tl.float32)
-    row = tl.abs(delta)
-    known = mask & ((row >= 0) & (row < num_positions))[:, None]  # the smallest integer has no abs
-    offs = offset_of(row, table_stride, ALIGNED)[:, None] + offs_d[None, :]
-    cos = tl.load(cos_ptr + offs, mask=known, other=float("nan")).to(tl.float32)
-    sin = tl.load(sin_ptr + offs, mask=known, other=float("nan")).to(tl.float32)
-    sin = tl.where((delta < 0)[:, None], -sin, sin)
+    cos, sin = table_rows(table, delta, mask, offs_d, ALIGNED)
     y1 = tl.where(mask, x1 * cos - x2 * sin, 0.0).to(q_rows.dtype.element_ty)
     y2 = tl.where(mask, x2 * cos + x1 * sin, 0.0).to(q_rows.dtype.element_ty)
     y = tl.permute(tl.join(y1, y2), (0, 2, 1))

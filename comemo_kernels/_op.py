@@ -65,6 +65,20 @@ def launches_early(device: int) -> bool:
     return torch.version.hip is None and hopper
 
 
+def has_warp_groups(device: int) -> bool:
+    """Whether matrix instructions of warp groups read shared memory (Hopper).
+
+    Index -1, a CPU, stands for the GPU that Triton compiles for; without one, for an H200.
+    """
+    if device >= 0:
+        return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    if INTERPRET:
+        return True
+    from triton.runtime import driver  # here, because this module is imported without Triton
+
+    return bool(driver.active.get_current_target().arch == 90)
+
+
 def register(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register `launch` as the operator `torch.ops.comemo.<name>` of `schema`, and return it.
 

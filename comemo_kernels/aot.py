@@ -54,9 +54,12 @@ CACHED = {
     for name, pointers in {
         "_rotary_kernel": "cos_ptr sin_ptr",
         "_turn_kernel": "cos_ptr sin_ptr",
+        "_gradient_rows_kernel": "cos_ptr sin_ptr",
+        "_gradient_rebase_kernel": "cos_ptr sin_ptr",
         "_rows_kernel": "x_ptrs",
         "_fold_norm_kernel": "weight_ptr bias_ptr",
         "_fold_norm_gradient_kernel": "weight_ptr",
+        "_rms_norm_gradient_kernel": "weight_ptr",
     }.items()
 }
 

@@ -44,15 +44,26 @@ SMALL: Mapping[str, frozenset[str]] = {
         "_combine_kernel": "part_lse_ptr out_ptr lse_ptr",
         "_tma_kernel": "spans_ptr lse_ptr part_lse_ptr",
         "_turn_kernel": "ids_ptr biases_ptr spans_ptr starts_ptr",
+        "_gradient_rows_kernel": "ids_ptrs biases_ptr lse_ptr dlse_ptr lse2_ptr delta_ptr",
+        "_gradient_rebase_kernel": "starts_ptr biases_ptr",
+        "_gradient_bounds_kernel": "span bounds limits_ptr",
+        "_gradient_runs_kernel": "bounds_ptr runs",
+        "_gradient_queries_kernel": "span ids_ptrs biases_ptr lse2_ptr delta_ptr gate_ptr",
+        "_gradient_keys_kernel": "lse2_ptr delta_ptr limits_ptr bounds_ptr runs gate_ptr starts_ptr"
+        " biases_ptr",
         "_norm_kernel": "address_ptr weight_ptr rstd_ptr",
         "_project_kernel": "table rstd_ptr ids_ptr",
         "_project_tma_kernel": "address_ptr table rstd_ptr ids_ptr",
         "_scale_kernel": "address scale_ptr",
+        "_turn_back_kernel": "ids_ptr",
         "_fold_norm_kernel": "stats_ptr",
         "_fold_norm_gradient_kernel": "stats_ptr",
         "_gelu_gradient_kernel": "",
         "_product_kernel": "bias_ptr rows_ptr",
         "_sum_kernel": "bias_ptr rows_ptr",
+        "_rms_norm_gradient_kernel": "",
+        "_swiglu_kernel": "",
+        "_swiglu_gradient_kernel": "sums_ptr gate_ptr",
     }.items()
 }
 

@@ -6,18 +6,27 @@ from typing import Any
 
 import torch
 
-from comemo_kernels import fused_linear, positions, rotary
+from comemo_kernels import _rows_kernel, positions, rotary
 from comemo_kernels._op import Config
 from comemo_kernels.aot_case import Case, empty
 from comemo_kernels.aot_cases_attention import attention_cases
+from comemo_kernels.aot_cases_gradient import gradient_cases
 from comemo_kernels.aot_cases_memory_build import memory_build_cases
 from comemo_kernels.aot_cases_tiles import tiles_cases
+from comemo_kernels.aot_cases_training import training_cases
 
 
 def cases() -> list[Case]:
     """Everything that ships: each kernel, each dtype and variant, each configuration once."""
     found = [*_rotary_cases(), *_positions_cases(), *_fused_linear_cases()]
-    return [*found, *attention_cases(), *memory_build_cases(), *tiles_cases()]
+    return [
+        *found,
+        *attention_cases(),
+        *gradient_cases(),
+        *memory_build_cases(),
+        *tiles_cases(),
+        *training_cases(),
+    ]
 
 
 def _rotary_cases() -> list[Case]:
@@ -76,13 +85,13 @@ def _fused_linear_cases() -> list[Case]:
         residual = empty(1, 2048, dtype=dtype)
         norm, gate = (None if folded else weight.new_empty(n) for n in (K, 1))
         if verb == "residual":
-            fused_linear._launch(x, None, weight, None, residual, gate, None)
+            _rows_kernel._launch(x, None, weight, None, residual, gate, None)
         else:
             up = weight if verb == "swiglu" else None
-            fused_linear._launch(x, norm, weight, up, None, None, 1e-5)
+            _rows_kernel._launch(x, norm, weight, up, None, None, 1e-5)
 
     found = []
-    one, two = fused_linear.one_weight_kernel, fused_linear.two_weights_kernel
+    one, two = _rows_kernel.one_weight_kernel, _rows_kernel.two_weights_kernel
     for verb, folded in itertools.product(("norm", "swiglu", "residual"), (False, True)):
         kernel = two if verb == "swiglu" else one
         for name, dtype, K in (
@@ -107,4 +116,4 @@ def _fused_linear_cases() -> list[Case]:
 
 def _stage_of_rows(weights: int, config: Config) -> int:
     """Bytes of shared memory: x and weights."""
-    return (fused_linear.ROWS + weights * config["BLOCK_O"]) * config["BLOCK_BYTES"]
+    return (_rows_kernel.ROWS + weights * config["BLOCK_O"]) * config["BLOCK_BYTES"]

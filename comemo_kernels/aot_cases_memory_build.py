@@ -9,6 +9,7 @@ import torch
 
 from comemo_kernels import _descriptors, _memory_build_tma, memory_build
 from comemo_kernels._memory_build_gemm import project_exact, project_media
+from comemo_kernels._memory_build_gradient import launch_turn_back, turn_back
 from comemo_kernels._memory_build_rows import norm_media, scale_memory
 from comemo_kernels.aot_case import FLOAT8, HOPPER, NVIDIA, Case
 
@@ -45,6 +46,21 @@ def memory_build_cases() -> list[Case]:
         found.append(of(f"fp16 {name}", run))
     run = functools.partial(memory, half, True, True)
     found.append(Case(scale_memory, "bf16 to fp8", run, chips=FLOAT8))
+
+    def gradient(dtype: torch.dtype, G: int, given: str) -> None:
+        M, D, new = 3328, 128, functools.partial(torch.empty, device="meta")
+        table, dy = new(4096, D // 2), new(M, G, D, dtype=dtype)
+        pair = [dy if name in given else None for name in ("keys", "values")]
+        launch_turn_back(table, table, new(M, dtype=torch.int32), *pair)
+
+    for name, *of_what in (
+        ("bf16", half, 16, "keys and values"),
+        ("bf16 of 9B", half, 32, "keys and values"),
+        ("bf16 keys", half, 16, "keys"),
+        ("bf16 values", half, 16, "values"),
+        ("fp32", torch.float32, 16, "keys and values"),
+    ):
+        found.append(Case(turn_back, name, functools.partial(gradient, *of_what)))
 
     def by_tma(dtype: torch.dtype, exact: bool, D: int) -> None:
         M, d, L, G = 3328, 2048, 6, 2048 // D

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from comemo_kernels import _attend_tma, reference
 from comemo_kernels._attend_combine import combine, combine_early, launch_combine
+from comemo_kernels._attend_gradient import attend_gradient_op
 from comemo_kernels._attend_kernel import attend_exact, attend_few, attend_many, attend_one
 from comemo_kernels._blocks_attention import LOG2E
+from comemo_kernels._once import once
 from comemo_kernels._op import (
     Kernel,
     documented,
@@ -31,6 +33,7 @@ from comemo_kernels._op import (
     register,
 )
 from comemo_kernels.attention_types import AttentionWorkspace, MemoryScales, QueryRotation
+from comemo_kernels.reference.attention import unscaled
 from comemo_kernels.reference.attention_checks import (
     check_attention,
     check_attention_kernel,
@@ -194,13 +197,38 @@ _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor spans, Tensor? cos, Tensor? sin, Tensor? ids,"
     " Tensor? starts, Tensor? biases, Tensor? k_scale, Tensor? v_scale, int tile"
 )
-_attend = register(f"attend({_ARGUMENTS}) -> (Tensor, Tensor)", _launch, _fake)
+attend_op = register(f"attend({_ARGUMENTS}) -> (Tensor, Tensor)", _launch, _fake)
 _attend_ = register(
     "attend_(Tensor(a!) out, Tensor(b!) lse, Tensor(c!) parts, Tensor(d!) part_lse,"
     f" Tensor(e!) counts, {_ARGUMENTS}) -> ()",
     _launch_into,
     lambda *_: None,
 )
+
+
+class _AttendSpans(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, spans, cos, sin, ids, starts, biases):
+        rest = (spans, cos, sin, ids, starts, biases)
+        out, lse = attend_op(q, k, v, *rest, None, None, 1)
+        ctx.save_for_backward(q, k, v, out, lse, *rest)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once("attend_spans")
+    def backward(ctx, saved, dout, dlse):
+        q, k, v, out, lse, *rest = saved
+        to_q, to_k, to_v = ctx.needs_input_grad[:3]
+        if dout is None and dlse is None:
+            return (None,) * 9
+        dout = torch.zeros_like(out) if dout is None else dout.contiguous()
+        dlse = None if dlse is None else dlse.contiguous()
+        inputs = (dout, q, k, v, out, lse, dlse, *rest, None, to_q, to_k or to_v)
+        dq, dk, dv, _ = attend_gradient_op(*inputs)
+        grads = (dq if to_q else None, dk if to_k else None, dv if to_v else None)
+        return *grads, *[None] * 6
+
 
 # --- public ---
 
@@ -217,19 +245,23 @@ def attend_spans(
     validate: bool = False,
     workspace: AttentionWorkspace | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if not on_triton(q) or (differentiable and workspace is None):
+    if not on_triton(q):
         return reference.attend_spans(
             q, k, v, spans, rotation, scales, return_lse, validate, workspace
         )
     check_attention(q, k, v, spans, rotation, scales, workspace)
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     check_attention_kernel(q, k, v, spans, rotation, scales, workspace, differentiable)
     if validate:
         check_read(k.shape[0], spans, None if rotation is None else rotation.starts)
     rotate = (None,) * 5 if rotation is None else rotation
     scale = (None, None, 1) if scales is None else scales
-    if workspace is None:
-        out, lse = _attend(q, k, v, spans, *rotate, *scale)
+    if differentiable:
+        if scales is not None:
+            k, v = unscaled(k, v, scales, q.dtype)
+        out, lse = _AttendSpans.apply(q, k, v, spans, *rotate)
+    elif workspace is None:
+        out, lse = attend_op(q, k, v, spans, *rotate, *scale)
     else:
         return_lse = bool(return_lse)  # may raise, so it comes before anything is written
         _attend_(*workspace, q, k, v, spans, *rotate, *scale)

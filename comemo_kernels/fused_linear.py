@@ -1,250 +1,72 @@
-"""Fused RMSNorm + linear, SwiGLU and gated residual, for the few rows of a decode step.
+"""Fused RMSNorm + linear, SwiGLU, gated residual and feed-forward network.
 
     norm_linear     y weight^T                               y = rmsnorm(x) * norm_weight
     norm_swiglu     silu(y gate_weight^T) * (y up_weight^T)
     gated_residual  x + tanh(gate) * (a weight^T)
+    gated_swiglu    x + tanh(gate) * (norm_swiglu(x) down_weight^T)
 
-Up to 16 rows are one block of a matrix instruction, and a weight is read once whatever their
-number. All three are one kernel, whose time is that of reading the weights.
-Without norm_weight (folded) the rows are multiplied unscaled, their squares are summed on the way,
-and the products are scaled at the end: nothing waits for the norm. Without gate the product is
-added whole.
-Traffic: O * K elements of each weight, once. Rows are K + O elements each (gated_residual K + 2 O)
-and come from L2: every program reads the K, with a norm_weight twice. In bfloat16, with the 2B
-model's d = 2048 and F = 8192: norm_linear d -> d 8.4 MB (a joined q, k, v of the self-attention
-16.8 MB), norm_swiglu 67.1 MB, gated_residual 8.4 MB of the attention and 33.6 MB of the
-feed-forward network; 117 MB a mixin layer.
-FLOPs: 2 * R * O * K for each weight; the matrix instructions execute 16 / R times as many.
-Each output is summed by one program in one order: no atomics, no workspace.
-Source: CoMemo (arXiv:2506.06279); the norm is that of Llama.
-
-Letters: R rows, K elements of the reduction, O outputs of a row.
+Up to 16 rows without gradients are one launch (`_rows_kernel`). More rows are the GEMMs of
+PyTorch's libraries, which leave nothing to gain, and one pass over the rows between them.
+Gradients: `reference.fused_linear_gradient` with the kernels of `_rms_norm_gradient` and `_swiglu`.
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from comemo_kernels import reference
-from comemo_kernels._blocks import offset_of, prefetch
-from comemo_kernels._op import Kernel, documented, on_triton, register
-from comemo_kernels.reference.fused_linear import (
+from comemo_kernels._op import documented, on_triton
+from comemo_kernels._rms_norm_gradient import WIDEST, rms_norm_gradient_op
+from comemo_kernels._rows_kernel import ROWS, rows_op
+from comemo_kernels._swiglu import swiglu_gradient_op, swiglu_op
+from comemo_kernels.reference.fused_linear import functions as reference_functions
+from comemo_kernels.reference.fused_linear_checks import (
     check_gated_residual,
+    check_gated_swiglu,
     check_norm_linear,
     check_norm_swiglu,
     check_strides,
 )
-
-ROWS = 16  # of one matrix instruction: more rows would multiply a weight more than once
-
-# --- kernel ---
-
-
-@triton.jit
-def _tanh(x):
-    """tanh of float32; Triton has none of its own on every chip."""
-    square = x * x
-    # 1 - 2 / (e^2x + 1) is right for any size of x but loses the digits of small ones.
-    series = 1.0 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * 62 / 2835)))
-    return tl.where(tl.abs(x) < 0.25, x * series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
-
-
-@triton.jit
-def _load(ptrs, mask, EVEN: tl.constexpr):
-    return tl.load(ptrs) if EVEN else tl.load(ptrs, mask=mask, other=0.0)
-
-
-@triton.jit
-def _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[R] float32: sums of squares of the rows that begin at `x_ptrs` [R, 1]."""
-    offs_k = tl.arange(0, BLOCK_K)[None, :]
-    squares = tl.zeros([x_ptrs.shape[0], BLOCK_K], tl.float32)
-    # Four blocks in flight: a program reads its weight only after the last one came from L2.
-    for start in tl.range(0, num_inner, BLOCK_K, loop_unroll_factor=4):
-        mask = mask_r if EVEN else mask_r & (offs_k < num_inner - start)
-        x = tl.load(x_ptrs + (start + offs_k), mask=mask, other=0.0).to(tl.float32)
-        squares += x * x
-    return tl.sum(squares, axis=1)
-
-
-@triton.jit
-def _prefetch_rows(weight_ptrs, num_inner, LINES: tl.constexpr, LINE: tl.constexpr):
-    """Prefetch LINES lines of LINE elements into L2, of the rows at `weight_ptrs` [O, 1]."""
-    # Lines after a row's end are replaced by its last element: no address is out of bounds.
-    offs = tl.minimum(tl.arange(0, LINES) * LINE, num_inner - 1)
-    prefetch(weight_ptrs + offs[None, :])
-
-
-STRIDES = ["x_stride_r", "weight_stride_o", "up_stride_o", "residual_stride_r"]
-SIZES = ["num_rows", "num_outputs", "num_inner"]
-
-
-@triton.jit(do_not_specialize=["gate_ptr", *STRIDES, *SIZES, "eps"])
-def _rows_kernel(
-    out_ptr,  # [R, O], contiguous
-    x_ptr,  # [R, K], K contiguous
-    norm_ptr,  # [K]
-    weight_ptr,  # [O, K], K contiguous
-    up_ptr,  # [O, K], K contiguous
-    residual_ptr,  # [R, O], O contiguous
-    gate_ptr,  # [1]
-    x_stride_r: tl.int64,
-    weight_stride_o: tl.int64,
-    up_stride_o: tl.int64,
-    residual_stride_r: tl.int64,
-    num_rows,  # R
-    num_outputs,  # O
-    num_inner,  # K
-    eps,
-    NORM: tl.constexpr,  # rows are normalised
-    WEIGHTED: tl.constexpr,  # and then multiplied by norm
-    SWIGLU: tl.constexpr,  # a second weight, and silu(first) * second
-    RESIDUAL: tl.constexpr,  # residual + product
-    GATED: tl.constexpr,  # residual + tanh(gate) * product
-    ALIGNED: tl.constexpr,  # strides and K are multiples of 8
-    EVEN: tl.constexpr,  # K is a multiple of BLOCK_K
-    BLOCK_R: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,  # of a row, in each step
-    AHEAD: tl.constexpr,  # bytes of a weight's row to prefetch during a weighted norm
-):
-    """One program computes BLOCK_O outputs of all rows."""
-    BLOCK_K: tl.constexpr = BLOCK_BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
-    WIDE: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # of one access
-    offs_r, offs_k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
-    offs_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    if ALIGNED:  # unchanged; the compiler learns that masks are of 8 elements
-        num_inner = num_inner // 8 * 8
-    mask_r = (offs_r < num_rows)[:, None]
-    x_ptrs = x_ptr + offset_of(offs_r, x_stride_r, ALIGNED)[:, None]
-    # Rows after the last one read the last one: no mask on the loads that count.
-    row = tl.minimum(offs_o, num_outputs - 1)
-    weight_ptrs = weight_ptr + offset_of(row, weight_stride_o, ALIGNED)[:, None]
-    up_ptrs = up_ptr + offset_of(row, up_stride_o, ALIGNED)[:, None]
-
-    if WEIGHTED:
-        if AHEAD > 0:
-            _prefetch_rows(weight_ptrs, num_inner, AHEAD // 128, 8 * WIDE)
-            if SWIGLU:
-                _prefetch_rows(up_ptrs, num_inner, AHEAD // 128, 8 * WIDE)
-        total = _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN, BLOCK_K)
-        scale = tl.rsqrt(total / num_inner.to(tl.float32) + eps)[:, None]
-    squares = tl.zeros([BLOCK_R, BLOCK_K // WIDE], tl.float32)
-    acc = tl.zeros([BLOCK_R, BLOCK_O], tl.float32)
-    up = tl.zeros([BLOCK_R, BLOCK_O], tl.float32)
-    for start in range(0, num_inner, BLOCK_K):
-        offs = (start + offs_k)[None, :]
-        mask_k = (offs_k < num_inner - start)[None, :]
-        x = tl.load(x_ptrs + offs, mask=mask_r if EVEN else mask_r & mask_k, other=0.0)
-        if WEIGHTED:
-            norm = tl.load(norm_ptr + offs) if EVEN else tl.load(norm_ptr + offs, mask_k, 0.0)
-            x = (x.to(tl.float32) * scale).to(weight_ptr.dtype.element_ty).to(tl.float32)
-            x = (x * norm.to(tl.float32)).to(weight_ptr.dtype.element_ty)
-        w = _load(weight_ptrs + offs, mask_k, EVEN)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
-        if SWIGLU:
-            w = _load(up_ptrs + offs, mask_k, EVEN)
-            up = tl.dot(x, w.T, up, input_precision="ieee")
-        if NORM and not WEIGHTED:  # after the products: before them it would cost registers
-            square = x.to(tl.float32) * x.to(tl.float32)
-            squares += tl.sum(tl.reshape(square, [BLOCK_R, BLOCK_K // WIDE, WIDE]), 2)
-
-    mask = mask_r & (offs_o < num_outputs)[None, :]
-    if NORM and not WEIGHTED:
-        scale = tl.rsqrt(tl.sum(squares, 1) / num_inner.to(tl.float32) + eps)[:, None]
-        acc, up = acc * scale, up * scale
-    if SWIGLU:
-        acc = acc / (1.0 + tl.exp(-acc)) * up
-    if RESIDUAL:
-        residual = residual_ptr + offset_of(offs_r, residual_stride_r, ALIGNED)[:, None]
-        if GATED:
-            acc *= _tanh(tl.load(gate_ptr).to(tl.float32))
-        acc += tl.load(residual + offs_o[None, :], mask=mask, other=0.0).to(tl.float32)
-    out_ptrs = out_ptr + offs_r.to(tl.int64)[:, None] * num_outputs + offs_o[None, :]
-    tl.store(out_ptrs, acc.to(weight_ptr.dtype.element_ty), mask=mask)
-
-
-# Few outputs a program: every multiprocessor has one, and all run at once. What counts then is how
-# many bytes of a weight are in flight on each, about 20 KiB on an H100. A second weight doubles it.
-one_weight_kernel = Kernel(
-    _rows_kernel,
-    [
-        {"BLOCK_O": o, "BLOCK_BYTES": 512, "AHEAD": ahead, "num_warps": w, "num_stages": n}
-        for o, ahead, w, n in (
-            (16, 0, 4, 5),
-            (16, 0, 4, 4),
-            (32, 0, 8, 3),
-            # Every warp reads all rows from shared memory, and two cover 16 outputs.
-            (16, 0, 2, 5),
-            # As much as memory delivers during a norm, by 128 programs.
-            (16, 4096, 4, 5),
-            (16, 4096, 2, 5),
-        )
-    ],
-)
-two_weights_kernel = Kernel(
-    _rows_kernel,
-    [
-        {"BLOCK_O": o, "BLOCK_BYTES": size, "AHEAD": ahead, "num_warps": w, "num_stages": n}
-        for o, size, ahead, w, n in (
-            (16, 512, 0, 4, 4),
-            (16, 512, 0, 4, 3),
-            (32, 256, 0, 4, 4),
-            (16, 512, 0, 2, 4),
-            (16, 512, 1024, 4, 4),
-            (16, 512, 1024, 2, 4),
-        )
-    ],
+from comemo_kernels.reference.fused_linear_gradient import (
+    Functions,
+    Steps,
+    make_functions,
+    needs_gradient,
 )
 
-# --- operator ---
+# --- steps ---
 
 
-def _launch(
-    x: Tensor,
-    norm_weight: Tensor | None,
-    weight: Tensor,
-    up_weight: Tensor | None,
-    residual: Tensor | None,
-    gate: Tensor | None,
-    eps: float | None,  # None: no norm
-) -> Tensor:
-    """x [R, K], weights [O, K] and residual [R, O]; their last dimensions are contiguous."""
-    out = _fake(x, norm_weight, weight)
-    kernel = one_weight_kernel if up_weight is None else two_weights_kernel
-    (R, K), outputs, config = x.shape, weight.shape[0], kernel.config
-    norm, up, added = (x if t is None else t for t in (norm_weight, up_weight, residual))
-    tensors = (out, x, norm, weight, up, added, x if gate is None else gate)
-    strides = (x.stride(0), weight.stride(0), up.stride(0), added.stride(0))
-    constants = (
-        eps is not None,  # NORM
-        norm_weight is not None,  # WEIGHTED
-        up_weight is not None,  # SWIGLU
-        residual is not None,  # RESIDUAL
-        gate is not None,  # GATED
-        all(n % 8 == 0 for n in (*strides, K)),  # ALIGNED
-        K * x.element_size() % config["BLOCK_BYTES"] == 0,  # EVEN
-        ROWS,
-    )
-    programs = -(-outputs // config["BLOCK_O"]) if R else 0
-    kernel.launch(programs, *tensors, *strides, R, outputs, K, eps or 0.0, *constants)
-    return out
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The reference's `rms_norm` in one or two passes over the rows instead of five or six."""
+    normed = F.rms_norm(x, x.shape[-1:], None, eps)
+    return normed if weight is None else weight * normed
 
 
-def _fake(x: Tensor, _: Tensor | None, weight: Tensor, *__: object) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _swiglu(g: Tensor, u: Tensor) -> Tensor:
+    return F.silu(g) * u if g.dtype == torch.float64 else swiglu_op(g, u)
 
 
-_rows = register(
-    "rows(Tensor x, Tensor? norm_weight, Tensor weight, Tensor? up_weight, Tensor? residual,"
-    " Tensor? gate, float? eps) -> Tensor",
-    _launch,
-    _fake,
+def _add_gated(x: Tensor, added: Tensor, gate: Tensor | None) -> Tensor:
+    """One pass of 4 R d elements after the GEMM.
+
+    addmm with the gate folded into the weight moves as many, because PyTorch copies x first, and
+    makes a pass over the weight besides.
+    """
+    return x + added if gate is None else torch.addcmul(x, added, gate.tanh())
+
+
+_functions = make_functions(
+    Steps(_rms_norm, rms_norm_gradient_op, F.linear, _swiglu, swiglu_gradient_op, _add_gated)
 )
+
+
+def _functions_for(x: Tensor) -> Functions:
+    """With kernels, or for what these do not support in PyTorch."""
+    supported = x.dtype != torch.float64 and x.shape[-1] <= WIDEST
+    return _functions if supported else reference_functions
 
 
 # --- public ---
@@ -258,6 +80,8 @@ def norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor, eps: floa
     check_strides("norm_linear", x=x, norm_weight=norm_weight, weight=weight)
     if _is_one_launch(x, norm_weight, weight):
         return _launch_flat(x, norm_weight, weight, None, None, None, eps)
+    if needs_gradient(x, norm_weight, weight):
+        return _functions_for(x).norm_linear.apply(x, norm_weight, weight, eps)
     return F.linear(_rms_norm(x, norm_weight, eps), weight)
 
 
@@ -276,8 +100,10 @@ def norm_swiglu(
     check_strides("norm_swiglu", x=x, **weights)
     if _is_one_launch(x, *weights.values()):
         return _launch_flat(x, norm_weight, gate_weight, up_weight, None, None, eps)
+    if needs_gradient(x, *weights.values()):
+        return _functions_for(x).norm_swiglu.apply(x, *weights.values(), eps)
     y = _rms_norm(x, norm_weight, eps)
-    return F.silu(F.linear(y, gate_weight)) * F.linear(y, up_weight)
+    return _swiglu(F.linear(y, gate_weight), F.linear(y, up_weight))
 
 
 @documented(reference.gated_residual)
@@ -288,11 +114,32 @@ def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor | None) ->
     check_strides("gated_residual", x=x, a=a, weight=weight)
     if _is_one_launch(x, a, weight, gate):
         return _launch_flat(a, None, weight, None, x, gate, None)
-    if gate is None:
-        return x + F.linear(a, weight)
-    # One pass of 4 R d elements after the GEMM. addmm with the gate folded into the weight moves as
-    # many, because PyTorch copies x first, and makes a pass over the weight besides.
-    return torch.addcmul(x, F.linear(a, weight), gate.tanh())
+    if needs_gradient(x, a, weight, gate):
+        return _functions_for(x).gated_residual.apply(x, a, weight, gate)
+    return _add_gated(x, F.linear(a, weight), gate)
+
+
+@documented(reference.gated_swiglu)
+def gated_swiglu(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    gate: Tensor | None,
+    eps: float = 1e-5,
+    recompute: str = "cheap",
+) -> Tensor:
+    inputs = (x, norm_weight, gate_weight, up_weight, down_weight, gate)
+    if not on_triton(x):
+        return reference.gated_swiglu(*inputs, eps, recompute)
+    check_gated_swiglu(*inputs, recompute)
+    weights = {"norm_weight": norm_weight, "gate_weight": gate_weight, "up_weight": up_weight}
+    check_strides("gated_swiglu", x=x, **weights, down_weight=down_weight)
+    if needs_gradient(*inputs):
+        return _functions_for(x).gated_swiglu.apply(*inputs, eps, recompute == "cheap")
+    wide = norm_swiglu(x, norm_weight, gate_weight, up_weight, eps)
+    return gated_residual(x, wide, down_weight, gate)
 
 
 def _is_one_launch(x: Tensor, *operands: Tensor | None) -> bool:
@@ -300,10 +147,7 @@ def _is_one_launch(x: Tensor, *operands: Tensor | None) -> bool:
         math.prod(x.shape[:-1]) <= ROWS
         and x.dtype != torch.float64
         and not torch.is_autocast_enabled(x.device.type)
-        and not (
-            torch.is_grad_enabled()
-            and any(t is not None and t.requires_grad for t in (x, *operands))
-        )
+        and not needs_gradient(x, *operands)
     )
 
 
@@ -320,11 +164,5 @@ def _launch_flat(
         None if t is None else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
         for t in (x, residual)
     )
-    out = _rows(flat, norm_weight, weight, up_weight, residual, gate, eps)
+    out = rows_op(flat, norm_weight, weight, up_weight, residual, gate, eps)
     return out.view(*x.shape[:-1], weight.shape[0])
-
-
-def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """The reference's `rms_norm` in one or two passes over the rows instead of five or six."""
-    normed = F.rms_norm(x, x.shape[-1:], None, eps)
-    return normed if weight is None else weight * normed

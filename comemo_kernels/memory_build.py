@@ -27,7 +27,7 @@ from comemo_kernels._memory_build_gemm import project_exact, project_media
 from comemo_kernels._memory_build_rows import norm_media, scale_memory
 from comemo_kernels._op import documented, on_triton, padded, register, to_device
 from comemo_kernels.attention_types import MemoryScales
-from comemo_kernels.reference.memory_build import check_build, check_build_kernel
+from comemo_kernels.reference.memory_build_checks import check_build, check_build_kernel
 
 # --- operator ---
 

@@ -25,10 +25,10 @@ from comemo_kernels import (
     _blocks,
     _descriptors,
     _memory_build_tma,
+    _rows_kernel,
     aot,
     aot_read,
     attention,
-    fused_linear,
     rotary,
 )
 from comemo_kernels._blocks import prefetch
@@ -217,7 +217,7 @@ def loops_around(code, operation):
 @pytest.mark.parametrize("verb", ["norm", pytest.param("swiglu", marks=SLOW)])
 def test_weights_are_prefetched_before_a_norm(verb):
     """By all threads, before anything is loaded; it costs almost no registers."""
-    kernel = fused_linear.two_weights_kernel if verb == "swiglu" else fused_linear.one_weight_kernel
+    kernel = _rows_kernel.two_weights_kernel if verb == "swiglu" else _rows_kernel.one_weight_kernel
     case = case_of(kernel, f"bf16 rows, {verb}")
     ahead = [config for config in kernel.configs if config["AHEAD"]]
     assert ahead
@@ -242,7 +242,7 @@ def test_weights_are_prefetched_before_a_norm(verb):
 )
 def test_weights_bypass_the_registers(verb, weights):
     """On sm_90 every stage of every configuration is asynchronous copies of 128 bits."""
-    one, two = fused_linear.one_weight_kernel, fused_linear.two_weights_kernel
+    one, two = _rows_kernel.one_weight_kernel, _rows_kernel.two_weights_kernel
     kernel = one if weights == 1 else two
     case = case_of(kernel, f"bf16 rows, {verb}")
     for config in [config for config in kernel.configs if not config["AHEAD"]]:

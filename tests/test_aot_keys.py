@@ -18,10 +18,12 @@ from comemo_kernels import (
     _gelu_gradient,
     _gemm,
     _memory_build_tma,
+    _rms_norm_gradient,
+    _rows_kernel,
+    _swiglu,
     _unshuffle_norm,
     aot,
     attention,
-    fused_linear,
     memory_build,
     positions,
     rotary,
@@ -191,15 +193,15 @@ def test_rows():
     def run(x, weight, eps=1e-5, gate=None):
         (R, K), outputs = x.shape, weight.shape[0]
         norm = torch.ones(K).to(x)
-        fused_linear._launch(x, norm, weight, None, None, None, eps)
-        fused_linear._launch(x, norm, weight, weight, None, None, eps)
-        fused_linear._launch(x, None, weight, None, None, None, eps)
-        fused_linear._launch(x, None, weight, weight, None, None, eps)
+        _rows_kernel._launch(x, norm, weight, None, None, None, eps)
+        _rows_kernel._launch(x, norm, weight, weight, None, None, eps)
+        _rows_kernel._launch(x, None, weight, None, None, None, eps)
+        _rows_kernel._launch(x, None, weight, weight, None, None, eps)
         gate = x.new_ones(1) if gate is None else gate
-        fused_linear._launch(x, None, weight, None, x.new_ones(R, outputs), gate, None)
-        fused_linear._launch(x, None, weight, None, x.new_ones(R, outputs), None, None)
+        _rows_kernel._launch(x, None, weight, None, x.new_ones(R, outputs), gate, None)
+        _rows_kernel._launch(x, None, weight, None, x.new_ones(R, outputs), None, None)
 
-    with recorded(fused_linear.one_weight_kernel, fused_linear.two_weights_kernel) as found:
+    with recorded(_rows_kernel.one_weight_kernel, _rows_kernel.two_weights_kernel) as found:
         for R in range(1, 17):
             for K, outputs in ((512, 1), (1024, 16), (2048, 48)):
                 wide = torch.empty(R, 2 * K).half()
@@ -249,6 +251,29 @@ def test_tiles():
         for C, d, odd in ((32, 64, 1), (33, 64, 0), (32, 60, 0), (256, 128, 0)):
             project(3, C, d, odd=odd)
             project(3, C, d, keep=True, odd=odd)
+    assert_fine(found)
+
+
+def test_norms_and_networks():
+    def learn(R, d, wide, odd=0):
+        x = torch.empty(R, d + odd).half()[:, odd:]
+        for to in ((True, True), (True, False)):
+            _rms_norm_gradient._launch(x[:, :d], x, x[0, :d], x, 1e-5 * R, *to)
+        g, gate = torch.empty(R, wide).half(), torch.empty(1 + odd).half()[odd:]
+        _swiglu._launch(g, g)
+        _swiglu._launch_gradient(g, g, g, gate, True, True, True)
+
+    norms = (
+        _rms_norm_gradient.rms_norm_gradient,
+        _rms_norm_gradient.rms_norm_gradient_wide,
+        _rms_norm_gradient.rms_norm_gradient_widest,
+    )
+    with recorded(*norms, _swiglu.swiglu, _swiglu.swiglu_gradient) as found:
+        for R in range(1, 51):
+            learn(R, 72, 8 * R)
+        assert_keys(found, 2 + 1 + 1)
+        for R, d, odd in ((3, 71, 0), (3, 72, 1), (600, 8, 0), (3, 2056, 0), (3, 8200, 0)):
+            learn(R, d, 7 * R, odd)
     assert_fine(found)
 
 

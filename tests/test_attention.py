@@ -198,7 +198,7 @@ def test_relative_keys_match_absolute_keys(dtype):
     bias = rest["biases"][0, (torch.arange(64, device=DEVICE) >= 24).long()]
 
     def keys(ids, like):
-        return reference.attention.rotate_by_distance(raw.to(like), ids, cos, sin)
+        return reference.attention_groups.rotate_by_distance(raw.to(like), ids, cos, sin)
 
     exact = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
     absolute = rest | {"starts": None, "biases": None}

@@ -129,7 +129,7 @@ def test_operator_contract(real_device):
         rotation = [inputs["cos"], inputs["sin"]]
         rotation += [rest[n] if starts else None for n in ("positions", "starts", "biases")]
         arguments = [inputs[n] for n in ("q", "k", "v", "spans")] + [*rotation, None, None, 1]
-        torch.library.opcheck(attention._attend, arguments)
+        torch.library.opcheck(attention.attend_op, arguments)
         workspace = attention_workspace(inputs["q"], inputs["k"], 2)
         torch.library.opcheck(attention._attend_, [*workspace, *arguments])
 

@@ -94,9 +94,9 @@ def test_shipped_kernels_are_compiled_into_the_cache(monkeypatch, tmp_path):
     kernels = {case.kernel for case in cases if "sm_90" in case.chips}
     assert held == {(kernel, j) for kernel in kernels for j in range(len(kernel.configs))}
     assert [cases[i].dot for i, _ in places] == sorted((cases[i].dot for i, _ in places))[::-1]
-    from comemo_kernels import fused_linear
+    from comemo_kernels import _rows_kernel
 
-    place = next(p for p in places if cases[p[0]].kernel is fused_linear.one_weight_kernel)
+    place = next(p for p in places if cases[p[0]].kernel is _rows_kernel.one_weight_kernel)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     cases[place[0]].kernel.function.device_caches.clear()
     assert warm.compile_variant("sm_90", place) > 0

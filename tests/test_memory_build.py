@@ -267,6 +267,20 @@ def test_says_what_is_wrong_and_changes_nothing():
     assert append(memory, inputs, 0, 48) == (32, 80), "what just fits"
 
 
+def test_gradients_are_refused():
+    """Rather than lost: `project_memory` computes them."""
+    inputs = make_inputs(16)
+    for name in ("media", "kv_weights", "norm_weights"):
+        held = inputs[name]
+        leaf = (held if name == "media" else held[1]).clone().requires_grad_()
+        changed = inputs | {name: leaf if name == "media" else [held[0], leaf]}
+        with pytest.raises(ValueError, match=f"got {name} that do: .* project_memory computes"):
+            built(build_memory, changed, (2, 16))
+        with torch.no_grad():
+            ours = built(build_memory, changed, (2, 16))
+        assert all(map(torch.equal, ours, built(build_memory, inputs, (2, 16))))
+
+
 @pytest.mark.kernel
 def test_says_what_a_kernel_cannot_do():
     inputs = make_inputs(16)
@@ -274,11 +288,9 @@ def test_says_what_a_kernel_cannot_do():
         n: [t.double() for t in inputs[n]] for n in ("kv_weights", "norm_weights")
     }
     turned = [weight.t().contiguous().t() for weight in inputs["kv_weights"]]
-    leaf = inputs["media"].clone().requires_grad_()
     for message, changes in (
         ("float64 has no kernel", double),
         ("weights be contiguous", {"kv_weights": turned}),
-        ("no gradients are computed", {"media": leaf}),
     ):
         with pytest.raises(ValueError, match=f"on a GPU .*{message}"):
             built(build_memory, inputs | changes, (2, 16))

@@ -114,6 +114,12 @@ def built(device: str) -> dict[str, Any]:
     }
 
 
+def built_anew(device: str) -> dict[str, Any]:
+    right = built(device)
+    names = ("media", "kv_weights", "norm_weights", "cos", "sin", "ids", "eps")
+    return {name: right[name] for name in names} | {"heads": 1}
+
+
 def built_in_float8(device: str) -> dict[str, Any]:
     right = built(device)
     held = {n: [t.to(FLOAT8) for t in right[n]] for n in ("keys", "values")}
@@ -183,6 +189,7 @@ CALLS: dict[str, Callable[[str], Call]] = {
     ),
     "build_memory": lambda d: (ops.build_memory, built(d)),
     "build_memory in float8": lambda d: (ops.build_memory, built_in_float8(d)),
+    "project_memory": lambda d: (ops.project_memory, built_anew(d)),
     "append_images": lambda d: (ops.append_images, appended(d, memory(d))),
     "append_images in float8": lambda d: (ops.append_images, appended(d, memory(d, FLOAT8))),
     "norm_linear": lambda d: (
@@ -200,6 +207,13 @@ CALLS: dict[str, Callable[[str], Call]] = {
         ops.gated_residual,
         {"x": floats(2, 8, device=d), "a": floats(2, 4, device=d)}
         | {"weight": floats(8, 4, device=d), "gate": floats(1, device=d)},
+    ),
+    "gated_swiglu": lambda d: (
+        ops.gated_swiglu,
+        {"x": floats(2, 8, device=d), "norm_weight": floats(8, device=d)}
+        | {"gate_weight": floats(4, 8, device=d), "up_weight": floats(4, 8, device=d)}
+        | {"down_weight": floats(8, 4, device=d), "gate": floats(1, device=d)}
+        | {"eps": 1e-5, "recompute": "projections"},
     ),
     "project_tiles": lambda d: (ops.project_tiles, projected(d)),
     "fold_tiles": lambda d: (

@@ -30,8 +30,8 @@ class BuildsMemory:
         if len(memory.keys) == len(self.comemo_config.mixin_layers) or memory.media is None:
             return tables
         if not (use_cache and self.build_memory(memory)):
-            cos, sin = memory.key_table()
-            tables["media_table"] = cos[None], sin[None]
+            assert memory.table is not None
+            tables["key_angles"] = *memory.table, memory.ids
         return tables
 
     def _give_table(self, memory: ImageMemory, x: Tensor) -> None:

@@ -11,8 +11,15 @@ side, C channels of the vision tower, d width of the language model.
 
 from comemo_kernels.grids import image_tokens
 from comemo_kernels.reference.attention import attend_spans, attention_workspace
-from comemo_kernels.reference.fused_linear import gated_residual, norm_linear, norm_swiglu
+from comemo_kernels.reference.fused_linear import (
+    gated_residual,
+    gated_swiglu,
+    norm_linear,
+    norm_swiglu,
+)
+from comemo_kernels.reference.gated_attention import attend_gated
 from comemo_kernels.reference.memory_build import build_memory
+from comemo_kernels.reference.memory_projection import project_memory
 from comemo_kernels.reference.positions import (
     image_position_ids,
     rope_dhr_positions,
@@ -23,16 +30,19 @@ from comemo_kernels.reference.tiles import fold_tiles, image_rows, project_tiles
 
 __all__ = [
     "apply_rotary",
+    "attend_gated",
     "attend_spans",
     "attention_workspace",
     "build_memory",
     "fold_tiles",
     "gated_residual",
+    "gated_swiglu",
     "image_position_ids",
     "image_rows",
     "image_tokens",
     "norm_linear",
     "norm_swiglu",
+    "project_memory",
     "project_tiles",
     "rope_dhr_positions",
     "rotary_table",

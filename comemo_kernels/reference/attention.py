@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from comemo_kernels._arguments import public
+from comemo_kernels._once import once
 from comemo_kernels._writes import check_writable
 from comemo_kernels.attention_types import AttentionWorkspace, MemoryScales, QueryRotation
 from comemo_kernels.reference.attention_checks import (
@@ -14,7 +15,8 @@ from comemo_kernels.reference.attention_checks import (
     check_read,
     check_workspace,
 )
-from comemo_kernels.reference.rotary import rotate_halves
+from comemo_kernels.reference.attention_gradient import span_gradients
+from comemo_kernels.reference.attention_groups import rotate_by_distance, span_groups
 
 ROWS = 256  # queries per block of scores, where SDPA cannot be used
 
@@ -77,13 +79,17 @@ def attend_spans(
     known = not torch.compiler.is_compiling() and (not q.is_cuda or q.dtype == torch.float64)
     if validate or known:
         check_read(k.shape[0], spans, starts)
-    if scales is not None:
-        k, v = (
-            _unscale(x, scale, scales.tile, q.dtype)
-            for x, scale in ((k, scales.keys), (v, scales.values))
+    table = () if rotation is None else rotation[:2]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if known and learns and not any(t.requires_grad for t in table):
+        k_scale, v_scale, tile = (None, None, 1) if scales is None else scales
+        out, lse = _AttendSpans.apply(
+            return_lse, tile, q, k, v, spans, k_scale, v_scale, *(rotation or ())
         )
-    attend = _attend_spans if known else _attend_masked
-    out, lse = attend(q, k, v, spans, rotation, return_lse)
+    else:
+        attend = _attend_spans if known else _attend_masked
+        k, v = unscaled(k, v, scales, q.dtype)
+        out, lse = attend(q, k, v, spans, rotation, return_lse)
     if workspace is not None:
         out = workspace.out.copy_(out)
         if lse is not None:
@@ -119,22 +125,22 @@ def attention_workspace(q: Tensor, k: Tensor, splits: int | None = None) -> Atte
     )
 
 
+def unscaled(
+    k: Tensor, v: Tensor, scales: MemoryScales | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values in `dtype`: those of a float8 memory times the scales of their tiles."""
+    if scales is None:
+        return k, v
+    held = ((k, scales.keys), (v, scales.values))
+    keys, values = (_unscale(x, scale, scales.tile, dtype) for x, scale in held)
+    return keys, values
+
+
 def _unscale(x: Tensor, scale: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
     """Float8 [M, G, D] times the scales of its tiles, in `dtype`."""
     exact = torch.promote_types(dtype, torch.float32)
     factors = scale.repeat_interleave(tile, 0)[: x.shape[0], :, None]
     return (x.to(exact) * factors.to(exact)).to(dtype)
-
-
-def rotate_by_distance(x: Tensor, distance: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate [..., H, D] by `distance` [...] rows of the table, of either sign; NaN beyond it."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    row = distance.long().abs()
-    known = ((row >= 0) & (row < cos.shape[0]))[..., None]  # the smallest integer has no abs
-    row = row.clamp(0, cos.shape[0] - 1)
-    c = torch.where(known, cos[row].to(exact), float("nan")).unsqueeze(-2)  # [..., 1, R/2]
-    s = (sin[row].to(exact) * distance.sign()[..., None].to(exact)).unsqueeze(-2)
-    return rotate_halves(x, c, s)
 
 
 def _attend_spans(
@@ -146,46 +152,16 @@ def _attend_spans(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend queries with the same span and biases together, so that beams read memory once."""
-    (B, N, H, D), each = q.shape, spans.shape[1]  # 1: spans of prompts, N: of tokens
-    biases, starts = None, [0]
-    kind = spans.reshape(-1, 2).long()
-    if rotation is not None and rotation.starts is not None and rotation.biases is not None:
-        starts = rotation.starts.tolist() or [0]
-        biases = rotation.biases.expand(B, -1)
-        if len(rotation.biases) > 1:  # each prompt may have the images at other ids
-            row = torch.arange(B, device=q.device).repeat_interleave(each)
-            kind = torch.cat([kind, row[:, None]], 1)
-    distinct, owner = kind, None
-    if B * each > 1:
-        distinct, owner = torch.unique(kind, dim=0, return_inverse=True)
-    flat, ids = q.reshape(B * N, H, D), None
-    if rotation is not None:
-        ids = rotation.positions.expand(B, N).reshape(-1).long()
-    prompts = torch.arange(B, device=q.device)
-    if B > 1:  # the prompt of each query
-        prompts = prompts.repeat_interleave(N)
+    B, N, H, D = q.shape
+    flat = q.reshape(B * N, H, D)
     out = torch.zeros_like(flat, memory_format=torch.contiguous_format)
     lse = flat.new_full((B * N, H), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
-    for index, (start, end, *_) in enumerate(distinct.tolist()):
-        if start >= end or not flat.numel():
-            continue
-        rows = None  # all rows, without a gather
-        if owner is not None and len(distinct) > 1:
-            rows = (owner == index).repeat_interleave(N // each).nonzero().squeeze(1)
+    for rows, start, end, images in span_groups(q, k.shape[0], spans, rotation):
         queries = flat if rows is None else flat[rows]
-        edges = [
-            (i, max(first, start), min(last, end))
-            for i, (first, last) in enumerate(zip(starts, [*starts[1:], k.shape[0]], strict=True))
-            if first < end and last > start
-        ]
         pieces = []
-        for i, first, last in edges:
+        for first, last, distance in images:
             piece = queries
-            if rotation is not None and ids is not None:
-                distance = ids if rows is None else ids[rows]
-                if biases is not None and biases.shape[1]:
-                    owners = prompts if rows is None or B == 1 else prompts[rows]
-                    distance = distance - biases[owners, i]
+            if distance is not None and rotation is not None:
                 piece = rotate_by_distance(queries, distance, rotation.cos, rotation.sin)
             pieces.append((piece, first, last))
         if len(pieces) == 1 and not return_lse:
@@ -195,6 +171,31 @@ def _attend_spans(
             lse = found if rows is None else lse.index_copy(0, rows, found)
         out = read if rows is None else out.index_copy(0, rows, read)
     return out.view(B, N, H, D), lse.view(B, N, H) if return_lse else None
+
+
+class _AttendSpans(torch.autograd.Function):
+    """`_attend_spans` whose gradient computes the scores again."""
+
+    @staticmethod
+    def forward(ctx, return_lse, tile, q, k, v, spans, k_scale, v_scale, *rotation):
+        ctx.set_materialize_grads(False)
+        rotated = QueryRotation(*rotation) if rotation else None
+        scales = None if k_scale is None else MemoryScales(k_scale, v_scale, tile)
+        out, lse = _attend_spans(q, *unscaled(k, v, scales, q.dtype), spans, rotated, return_lse)
+        ctx.save_for_backward(q, k, v, spans, k_scale, v_scale, *rotation)
+        ctx.tile = tile
+        return out, lse
+
+    @staticmethod
+    @once("attend_spans")
+    def backward(ctx, saved, dout, dlse):
+        q, k, v, spans, k_scale, v_scale, *rotation = saved
+        rotated = QueryRotation(*rotation) if rotation else None
+        scales = None if k_scale is None else MemoryScales(k_scale, v_scale, ctx.tile)
+        k, v = unscaled(k, v, scales, q.dtype)
+        needed = ctx.needs_input_grad[2:5]
+        grads = span_gradients(q, k, v, spans, rotated, dout, dlse, needed)
+        return None, None, *grads, None, None, None, *[None] * len(rotation)
 
 
 def _attend_pieces(

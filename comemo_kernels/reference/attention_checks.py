@@ -170,7 +170,7 @@ def check_attention_kernel(
 ) -> None:
     """Raise for what the reference supports and the kernel does not, with every reason."""
     reasons = []
-    if differentiable:
+    if differentiable and workspace is not None:
         reasons.append("a workspace excludes gradients")
     if q.dtype == torch.float64:
         reasons.append("float64 has no kernel")

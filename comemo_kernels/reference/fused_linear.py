@@ -1,19 +1,25 @@
-"""Fused RMSNorm + linear, SwiGLU and gated residual, in PyTorch."""
+"""Fused RMSNorm + linear, SwiGLU, gated residual and feed-forward network, in PyTorch."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from comemo_kernels._arguments import public
-from comemo_kernels.reference.dtypes import DTYPES
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """RMSNorm of Llama: normalised in float32, rounded, then weighted unless `weight` is None."""
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
-    return exact.to(x.dtype) if weight is None else weight * exact.to(x.dtype)
-
+from comemo_kernels.reference.fused_linear_checks import (
+    check_gated_residual,
+    check_gated_swiglu,
+    check_norm_linear,
+    check_norm_swiglu,
+)
+from comemo_kernels.reference.fused_linear_gradient import (
+    Steps,
+    add_gated,
+    make_functions,
+    needs_gradient,
+    swiglu,
+    swiglu_gradient,
+)
+from comemo_kernels.reference.norms import rms_norm, rms_norm_gradient
 
 # Measured on an AMD EPYC, where MKL takes up to three times as long as oneDNN for a few rows: up to
 # ROWS rows, and from ELEMENTS elements of a weight on, oneDNN is faster.
@@ -39,6 +45,11 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+functions = make_functions(
+    Steps(rms_norm, rms_norm_gradient, product, swiglu, swiglu_gradient, add_gated)
+)
+
+
 @public
 def norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor, eps: float = 1e-5) -> Tensor:
     """RMSNorm of x as in Llama, then a linear layer without bias.
@@ -46,8 +57,8 @@ def norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor, eps: floa
     y = x / sqrt(mean(x^2) + eps) in float32, rounded, times norm_weight; then y weight^T.
 
     On a GPU up to 16 rows without gradients are one launch, which reads the weight once and never
-    writes y to memory. More rows, gradients, float64 and autocast are PyTorch operations: its
-    libraries leave nothing to gain on a plain GEMM.
+    writes y to memory. More rows, gradients, float64 and autocast are a norm and PyTorch's GEMM:
+    its libraries leave nothing to gain there. The backward pass computes y again from x.
 
     Args:
         x: [..., d]; float16, bfloat16, float32 or float64. On a GPU d must be contiguous; other
@@ -58,13 +69,15 @@ def norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor, eps: floa
 
     Returns:
         [..., O] in the dtype of x; sums in float32, of float64 in float64. With up to 16 rows a
-        row's bits do not depend on the other rows. Differentiable in all tensors.
+        row's bits do not depend on the other rows. Differentiable once, in all tensors.
 
     Raises:
         ValueError: shapes, dtypes (except under autocast) or devices that do not fit; on a GPU a
             last dimension that is not contiguous.
     """
     check_norm_linear(x, norm_weight, weight)
+    if needs_gradient(x, norm_weight, weight):
+        return functions.norm_linear.apply(x, norm_weight, weight, eps)
     return product(rms_norm(x, norm_weight, eps), weight)
 
 
@@ -79,7 +92,8 @@ def norm_swiglu(
     """Inner half of a gated feed-forward network: silu(y gate_weight^T) * (y up_weight^T).
 
     y is x normalised as in `norm_linear`, which also says when this is one launch; the launch
-    reads both weights once.
+    reads both weights once. The backward pass computes y and both products again from x;
+    `gated_swiglu` can keep the products.
 
     Args:
         x: [..., d]; float16, bfloat16, float32 or float64. On a GPU d must be contiguous; other
@@ -90,15 +104,17 @@ def norm_swiglu(
 
     Returns:
         [..., F] in the dtype of x; sums, and in one launch also silu and the product, in float32,
-        of float64 in float64. Differentiable in all tensors.
+        of float64 in float64. Differentiable once, in all tensors.
 
     Raises:
         ValueError: shapes, dtypes (except under autocast) or devices that do not fit; on a GPU a
             last dimension that is not contiguous.
     """
     check_norm_swiglu(x, norm_weight, gate_weight, up_weight)
+    if needs_gradient(x, norm_weight, gate_weight, up_weight):
+        return functions.norm_swiglu.apply(x, norm_weight, gate_weight, up_weight, eps)
     y = rms_norm(x, norm_weight, eps)
-    return F.silu(product(y, gate_weight)) * product(y, up_weight)
+    return swiglu(product(y, gate_weight), product(y, up_weight))
 
 
 @public
@@ -107,7 +123,8 @@ def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor | None) ->
 
     On a GPU up to 16 rows without gradients are one launch, which reads the weight once. More
     rows, gradients, float64 and autocast are PyTorch's GEMM and one pass over the rows. The gate is
-    read on the device: no sync.
+    read on the device: no sync. The backward pass computes a weight^T never again: the gate's
+    gradient is a sum over `a`.
 
     Args:
         x: [..., d]; float16, bfloat16, float32 or float64. On a GPU d must be contiguous; other
@@ -119,68 +136,57 @@ def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor | None) ->
 
     Returns:
         [..., d] in the dtype of x, a new tensor; sums in float32, of float64 in float64.
-        Differentiable in all tensors.
+        Differentiable once, in all tensors.
 
     Raises:
         ValueError: shapes, dtypes (except under autocast) or devices that do not fit; on a GPU a
             last dimension that is not contiguous.
     """
     check_gated_residual(x, a, weight, gate)
-    added = product(a, weight)
-    return x + (added if gate is None else gate.tanh() * added)
+    if needs_gradient(x, a, weight, gate):
+        return functions.gated_residual.apply(x, a, weight, gate)
+    return add_gated(x, product(a, weight), gate)
 
 
-def check_norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor) -> None:
-    """Raise the errors of `norm_linear` that do not depend on the device."""
-    d = x.shape[-1:]
-    norm = ("norm_weight", norm_weight, d)
-    _check("norm_linear", x, norm, ("weight", weight, weight.shape[:1] + d))
+@public
+def gated_swiglu(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    gate: Tensor | None,
+    eps: float = 1e-5,
+    recompute: str = "cheap",
+) -> Tensor:
+    """A gated feed-forward network with its norm and residual: x + tanh(gate) * (p down_weight^T).
 
+    p = silu(y gate_weight^T) * (y up_weight^T) is that of `norm_swiglu`. Without gradients this is
+    `norm_swiglu` and then `gated_residual`.
 
-def check_norm_swiglu(
-    x: Tensor, norm_weight: Tensor | None, gate_weight: Tensor, up_weight: Tensor
-) -> None:
-    """Raise the errors of `norm_swiglu` that do not depend on the device."""
-    d = x.shape[-1:]
-    wide = gate_weight.shape[:1] + d
-    norm, gate = ("norm_weight", norm_weight, d), ("gate_weight", gate_weight, wide)
-    _check("norm_swiglu", x, norm, gate, ("up_weight", up_weight, wide))
+    Args:
+        x: [..., d]; float16, bfloat16, float32 or float64. On a GPU d must be contiguous; other
+            strides are free.
+        norm_weight: [d] in the dtype of x; None if it is folded into the next two weights.
+        gate_weight, up_weight: [F, d] in the dtype of x; on a GPU d must be contiguous.
+        down_weight: [d, F] in the dtype of x; on a GPU F must be contiguous.
+        gate: [1] in the dtype of x, before tanh; None means a factor of 1.
+        eps: added to the mean square.
+        recompute: what the backward pass computes again to save memory. "cheap": the norm and p,
+            so that x and two products [..., F] are kept. "projections": these two products as well,
+            so that only x is kept, for two more GEMMs.
 
+    Returns:
+        [..., d] in the dtype of x, a new tensor; sums in float32, of float64 in float64.
+        Differentiable once, in all tensors.
 
-def check_gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor | None) -> None:
-    """Raise the errors of `gated_residual` that do not depend on the device."""
-    d, K = x.shape[-1:], a.shape[-1:]
-    rows, scalar = ("a", a, x.shape[:-1] + K), ("gate", gate, torch.Size([1]))
-    _check("gated_residual", x, rows, ("weight", weight, d + K), scalar)
-
-
-def _check(verb: str, x: Tensor, *operands: tuple[str, Tensor | None, torch.Size]) -> None:
-    """Raise unless all operands (name, tensor or None, shape that is wanted) fit x."""
-    dtype, device = x.dtype, x.device
-    if not x.ndim or dtype not in DTYPES:
-        raise ValueError(
-            f"{verb}: x must be [..., d] of float16, bfloat16, float32 or float64, got"
-            f" {dtype} {tuple(x.shape)}"
-        )
-    mixed = torch.is_autocast_enabled(device.type)  # PyTorch then converts the operands
-    for name, operand, shape in operands:
-        if operand is not None and (
-            operand.shape != shape
-            or operand.device != device
-            or (operand.dtype != dtype and not (mixed and operand.dtype in DTYPES))
-        ):
-            raise ValueError(
-                f"{verb}: {name} must be {dtype} {tuple(shape)} on {device}, for x"
-                f" {tuple(x.shape)}, got {operand.dtype} {tuple(operand.shape)} on"
-                f" {operand.device}"
-            )
-
-
-def check_strides(verb: str, **tensors: Tensor | None) -> None:
-    """Raise for what the reference supports and the kernel does not."""
-    for name, t in tensors.items():
-        if t is not None and t.stride(-1) != 1:
-            raise ValueError(
-                f"{verb}: on a GPU the last dimension must be contiguous, got strides {t.stride()}"
-                f" of {name} {tuple(t.shape)}"
-            )
+    Raises:
+        ValueError: shapes, dtypes (except under autocast) or devices that do not fit, or another
+            `recompute`; on a GPU a last dimension that is not contiguous.
+    """
+    inputs = (x, norm_weight, gate_weight, up_weight, down_weight, gate)
+    check_gated_swiglu(*inputs, recompute)
+    if needs_gradient(*inputs):
+        return functions.gated_swiglu.apply(*inputs, eps, recompute == "cheap")
+    wide = norm_swiglu(x, norm_weight, gate_weight, up_weight, eps)
+    return gated_residual(x, wide, down_weight, gate)

@@ -1,0 +1,300 @@
+"""Gradients of the fused linear layers: the same algebra on a CPU and on a GPU.
+
+    norm_linear      z = y W^T              dW = dz^T y;  dy = dz W
+    norm_swiglu      p = silu(g) u          dg, du by `swiglu_gradient`;  g = y Wg^T, u = y Wu^T
+    gated_residual   z = x + s (a W^T)      e = dz W;  da = s e;  ds = sum(a e);  dW = s dz^T a
+    gated_swiglu     z = x + s (p W^T)      the same with p for a;  dx = dz + that of the norm
+
+y is x after RMSNorm, and s = tanh(gate). Kept for the backward pass are inputs and weights, and of
+gated_swiglu g and u. What is cheap to compute again is: y and p.
+A backend gives the steps, and gets an autograd.Function for each layer.
+
+Letters: R rows, d elements of x, F of g and u.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Steps(NamedTuple):
+    """What a backend computes; signatures are those of the functions of the same names."""
+
+    rms_norm: Callable[..., Tensor]
+    rms_norm_gradient: Callable[..., tuple[Tensor, Tensor]]
+    product: Callable[..., Tensor]  # x weight^T
+    swiglu: Callable[..., Tensor]
+    swiglu_gradient: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    add_gated: Callable[..., Tensor]  # x + tanh(gate) * added
+
+
+class Functions(NamedTuple):
+    """An autograd.Function for each layer."""
+
+    norm_linear: Any
+    norm_swiglu: Any
+    gated_residual: Any
+    gated_swiglu: Any
+
+
+def swiglu(g: Tensor, u: Tensor) -> Tensor:
+    """silu(g) * u."""
+    return F.silu(g) * u
+
+
+def swiglu_gradient(
+    e: Tensor,
+    g: Tensor,
+    u: Tensor,
+    gate: Tensor | None,
+    to_inner: bool,
+    to_product: bool,
+    to_gate: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradient of p = silu(g) u by `e`, the gradient before the factor tanh(gate), and p again.
+
+    Args:
+        e, g, u: [R, F].
+        gate: [1], or None for a factor of 1.
+        to_inner, to_product, to_gate: what to compute.
+
+    Returns:
+        dg, du [R, F] (to_inner), p [R, F] (to_product), sum(e p) [1] at least in float32 (to_gate);
+        each of no elements if it is not computed.
+    """
+    dg = du = p = e.new_empty(0)
+    total = e.new_empty(0, dtype=torch.promote_types(e.dtype, torch.float32))
+    silu = F.silu(g)
+    if to_product or to_gate:
+        p = silu * u
+    if to_gate:
+        total = (e * p).sum(dtype=total.dtype).view(1)
+    if to_inner:
+        e = e if gate is None else (e * gate.tanh()).to(e.dtype)
+        dg, du = torch.ops.aten.silu_backward(e * u, g), e * silu
+    return dg, du, p if to_product else p.new_empty(0), total
+
+
+def add_gated(x: Tensor, added: Tensor, gate: Tensor | None) -> Tensor:
+    """x + tanh(gate) * added."""
+    return x + (added if gate is None else gate.tanh() * added)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether an operation on these tensors is recorded for a backward pass."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a backward pass whose gradients raise when they are differentiated.
+
+    PyTorch's `once_differentiable` does so only where the gradient that comes in depends on a leaf.
+    Otherwise it takes the gradients for constants, though they depend on the inputs: no error.
+    """
+
+    @functools.wraps(backward)
+    def once(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grads = backward(ctx, dz)
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return grads
+        message = b"trying to differentiate twice what is differentiable once"
+        raising = torch._C._functions.DelayedError(message, len(grads))
+        return raising(*(g if g is None else g.detach().requires_grad_() for g in grads))
+
+    return once
+
+
+def make_functions(steps: Steps) -> Functions:
+    """An autograd.Function for each layer, from the steps of a backend."""
+
+    class NormLinear(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, norm_weight, weight, eps):
+            ctx.save_for_backward(x, norm_weight, weight)
+            ctx.eps, ctx.dtype = eps, _product_dtype(x)
+            y = steps.rms_norm(x, norm_weight, eps).to(ctx.dtype)
+            return steps.product(y, weight.to(ctx.dtype))
+
+        @staticmethod
+        @_differentiable_once
+        def backward(ctx, dz):
+            x, norm_weight, weight = ctx.saved_tensors
+            to_x, to_norm, to_weight, _ = ctx.needs_input_grad
+            dx = dnorm = dweight = None
+            with torch.autocast(dz.device.type, enabled=False):
+                rows, dz = _flat(x), _gradient(dz, ctx.dtype)
+                if to_weight:
+                    y = steps.rms_norm(rows, norm_weight, ctx.eps).to(ctx.dtype)
+                    dweight = (dz.t() @ y).to(weight.dtype)
+                    del y
+                if to_x or to_norm:
+                    dy = dz @ weight.to(ctx.dtype)
+                    needed = to_x, to_norm
+                    dx, dnorm = _through_norm(dy, x, norm_weight, None, ctx.eps, needed)
+            return dx, dnorm, dweight, None
+
+    class NormSwiglu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, norm_weight, gate_weight, up_weight, eps):
+            ctx.save_for_backward(x, norm_weight, gate_weight, up_weight)
+            ctx.eps, ctx.dtype = eps, _product_dtype(x)
+            y = steps.rms_norm(x, norm_weight, eps).to(ctx.dtype)
+            return steps.swiglu(*_inner(y, gate_weight, up_weight))
+
+        @staticmethod
+        @_differentiable_once
+        def backward(ctx, dp):
+            x, norm_weight, *inner_weights = ctx.saved_tensors
+            with torch.autocast(dp.device.type, enabled=False):
+                rows, dp = _flat(x), _gradient(dp, ctx.dtype)
+                y = steps.rms_norm(rows, norm_weight, ctx.eps).to(ctx.dtype)
+                inner = _inner(y, *inner_weights)
+                dg, du, *_ = steps.swiglu_gradient(dp, *inner, None, True, False, False)
+                del inner
+                needed = ctx.needs_input_grad[:4]
+                saved = (x, norm_weight, *inner_weights)
+                return *_through_inner(dg, du, y, saved, None, ctx.eps, needed), None
+
+    class GatedResidual(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, a, weight, gate):
+            kept = a if ctx.needs_input_grad[2] or ctx.needs_input_grad[3] else None
+            ctx.save_for_backward(kept, weight, gate)
+            ctx.dtype, ctx.dtypes, ctx.shape = _product_dtype(x), (x.dtype, a.dtype), a.shape
+            return steps.add_gated(x, steps.product(a.to(ctx.dtype), weight.to(ctx.dtype)), gate)
+
+        @staticmethod
+        @_differentiable_once
+        def backward(ctx, dz):
+            a, weight, gate = ctx.saved_tensors
+            to_x, to_a, to_weight, to_gate = ctx.needs_input_grad
+            dx = da = dweight = dgate = None
+            with torch.autocast(dz.device.type, enabled=False):
+                if to_x:
+                    dx = dz.to(ctx.dtypes[0])
+                rows, dz = None if a is None else _flat(a).to(ctx.dtype), _gradient(dz, ctx.dtype)
+                if to_weight:
+                    dweight = (_scaled(dz, gate).t() @ rows).to(weight.dtype)
+                if to_a or to_gate:
+                    e = dz @ weight.to(ctx.dtype)
+                    if to_gate:
+                        wide = torch.promote_types(e.dtype, torch.float32)
+                        dgate = _through_tanh((rows * e).sum(dtype=wide), gate)
+                    if to_a:
+                        da = _scaled(e, gate).to(ctx.dtypes[1]).view(ctx.shape)
+            return dx, da, dweight, dgate
+
+    class GatedSwiglu(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, norm_weight, gate_weight, up_weight, down_weight, gate, eps, keep):
+            ctx.eps, ctx.dtype = eps, _product_dtype(x)
+            y = steps.rms_norm(x, norm_weight, eps).to(ctx.dtype)
+            inner = _inner(y, gate_weight, up_weight)
+            del y
+            weights = (norm_weight, gate_weight, up_weight, down_weight, gate)
+            ctx.save_for_backward(x, *weights, *(inner if keep else ()))
+            p = steps.swiglu(*inner)
+            del inner
+            return steps.add_gated(x, steps.product(p, down_weight.to(ctx.dtype)), gate)
+
+        @staticmethod
+        @_differentiable_once
+        def backward(ctx, dz):
+            x, norm_weight, *inner_weights, down_weight, gate = ctx.saved_tensors[:6]
+            inner = ctx.saved_tensors[6:]
+            *needed, to_down, to_gate = ctx.needs_input_grad[:6]
+            grads: list[Tensor | None] = [None] * 4
+            ddown = dgate = y = None
+            with torch.autocast(dz.device.type, enabled=False):
+                rows, residual = _flat(x), _gradient(dz, dz.dtype)
+                dz = residual.to(ctx.dtype)
+                if not inner or needed[2] or needed[3]:
+                    y = steps.rms_norm(rows, norm_weight, ctx.eps).to(ctx.dtype)
+                g, u = map(_flat, inner or _inner(y, *inner_weights))
+                del inner
+                flags = (any(needed), to_down, to_gate)
+                e = dz @ down_weight.to(ctx.dtype) if flags[0] or to_gate else g
+                dg, du, p, total = steps.swiglu_gradient(e, g, u, gate, *flags)
+                del e, g, u
+                if to_down:
+                    ddown = (_scaled(dz, gate).t() @ p).to(down_weight.dtype)
+                del p
+                if to_gate:
+                    dgate = _through_tanh(total, gate)
+                if any(needed):
+                    saved = (x, norm_weight, *inner_weights)
+                    grads = _through_inner(dg, du, y, saved, residual, ctx.eps, needed)
+            return *grads, ddown, dgate, None, None
+
+    def _inner(y: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        return tuple(steps.product(y, weight.to(y.dtype)) for weight in weights)
+
+    def _through_norm(
+        dy: Tensor,
+        x: Tensor,
+        norm_weight: Tensor | None,
+        added: Tensor | None,
+        eps: float,
+        needed: tuple[bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of x and of the norm's weight from dy [R, d] of the normed rows."""
+        dx, dnorm = steps.rms_norm_gradient(dy, _flat(x), norm_weight, added, eps, *needed)
+        return dx.view(x.shape) if needed[0] else None, dnorm if needed[1] else None
+
+    def _through_inner(
+        dg: Tensor,
+        du: Tensor,
+        y: Tensor | None,
+        saved: Any,
+        added: Tensor | None,
+        eps: float,
+        needed: Any,
+    ) -> list[Tensor | None]:
+        """Gradients of `saved`, x and the three weights before p, as far as `needed`."""
+        x, norm_weight, gate_weight, up_weight = saved
+        to_x, to_norm, to_gate_weight, to_up_weight = needed
+        grads: list[Tensor | None] = [None] * 4
+        if to_gate_weight and y is not None:
+            grads[2] = (dg.t() @ y).to(gate_weight.dtype)
+        if to_up_weight and y is not None:
+            grads[3] = (du.t() @ y).to(up_weight.dtype)
+        if to_x or to_norm:
+            dy = torch.addmm(dg @ gate_weight.to(dg.dtype), du, up_weight.to(du.dtype))
+            grads[:2] = _through_norm(dy, x, norm_weight, added, eps, (to_x, to_norm))
+        return grads
+
+    return Functions(NormLinear, NormSwiglu, GatedResidual, GatedSwiglu)
+
+
+def _flat(t: Tensor) -> Tensor:
+    """[R, d] of [..., d]."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _gradient(dz: Tensor, dtype: torch.dtype) -> Tensor:
+    """[R, d], contiguous: a gradient may be one number, expanded."""
+    return _flat(dz).to(dtype).contiguous()
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Dtype in which matrices are multiplied: under autocast PyTorch converts all but float64."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def _scaled(t: Tensor, gate: Tensor | None) -> Tensor:
+    """t * tanh(gate)."""
+    return t if gate is None else (t * gate.tanh()).to(t.dtype)
+
+
+def _through_tanh(total: Tensor, gate: Tensor) -> Tensor:
+    """Gradient of a gate [1] from that of its tanh."""
+    return ((1 - gate.to(total.dtype).tanh().square()) * total).to(gate.dtype)
