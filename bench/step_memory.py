@@ -160,4 +160,4 @@ CHEAP = Way(
 PROJECTIONS = CHEAP._replace(
     network=Kept(narrow=1), network_work=CHEAP.network_work._replace(wide=3)
 )
-WAYS = {"ours": COMPOSED, "published": PUBLISHED}
+WAYS = {"ours": CHEAP, "ours projections": PROJECTIONS, "published": PUBLISHED}

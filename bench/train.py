@@ -8,7 +8,8 @@ Passes: `attention` (forward and backward) and `attention backward` (that alone)
 and v; `block`, the whole layer with gradients of tokens, media and all weights; `build`, keys and
 values of all layers.
 
-Ways: `ours`; `published`, variable-length flash attention (on a CPU sample by sample) between
+Ways: `ours`, and of the block `ours projections`, which computes the projections of its
+feed-forward network again; `published`, variable-length flash attention (on a CPU sample by sample) between
 operations of PyTorch that keep every intermediate; `compile`, the same under torch.compile. Of the
 attention also `varlen`, on queries that are rotated already, and `sdpa flash`, `sdpa cudnn` where
 there is one sample, and `flex`, FlexAttention with a block mask. All are compared with exact
@@ -129,9 +130,6 @@ class TrainBench:
             yield row
 
     def time_build(self, size: str, case: str, pack: Reading, compiled: bool) -> Iterator[Row]:
-        if not hasattr(comemo_kernels, "project_memory"):
-            print(f"{case} {size}: build is not timed: there is no differentiable build")
-            return
         inputs = BuildStep(size, pack, self.clock)
         steps, labels = inputs.steps(compiled), {"case": f"{case} {size}", "pass": "build"}
         ways = self.right(labels, both_ways(steps), inputs.error_of())
