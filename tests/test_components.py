@@ -61,6 +61,11 @@ def rotation(model, position_ids: Tensor) -> QueryRotation:
     return QueryRotation(*found, position_ids)
 
 
+def angles(model, media_ids: Tensor):
+    """Of keys rotated by the ids of the prompt."""
+    return *rotation(model, media_ids)[:2], media_ids[0].int()
+
+
 def positions(golden, N: int, M: int) -> tuple[Tensor, Tensor]:
     """Ids of the case `plain`, which all cases share; shorter ones use the first of them."""
     plain = read(golden, "cross_attn/plain/")
@@ -115,7 +120,7 @@ def test_gated_block(golden, model, mixin, case):
         bounds = read(golden, "cross_attn/packed/cu_seqlens_")
         tensors |= {f"cu_seqlens_{name}": bound for name, bound in bounds.items()}
     text_ids, media_ids = positions(golden, N, M)
-    key, value = mixin.build(media[0], table(model, media_ids))
+    key, value = mixin.build(media[0], angles(model, media_ids))
     memory = ImageMemory(spans_of(tensors, B, N, M), keys={1: key}, values={1: value})
     out = mixin(x, None, memory, rotation(model, text_ids))
     params = dict(mixin.named_parameters())
@@ -130,7 +135,7 @@ def test_gated_block_decodes_from_built_memory(golden, model, mixin):
     memory = ImageMemory(place(torch.tensor([[[0, M]]])))
     text_ids, media_ids = positions(golden, N, M)
     with torch.no_grad():
-        memory.update(1, *mixin.build(plain["in/media"][0], table(model, media_ids)))
+        memory.update(1, *mixin.build(plain["in/media"][0], angles(model, media_ids)))
         prefill = mixin(plain["in/x"], None, memory, rotation(model, text_ids))
         assert_relative(prefill, steps["prefill_out"])
         for i, (x, wanted) in enumerate(zip(steps["step_x"], steps["step_out"], strict=True)):
