@@ -38,6 +38,12 @@ def cases(device: str) -> dict[str, Callable[[], Any]]:
         "attend, a batch": lambda: attend(draw, 9, 260),
         "attend, a prompt": lambda: attend(draw, 66, 70),
         "attend, float32": lambda: attend(functools.partial(draw, dtype=torch.float32), 20, 70),
+        "attend, gradient": lambda: attend_to_learn_by_all(draw),
+        "attend, gradient of prompts": lambda: attend_to_learn(draw, 32, prompts=2, N=9),
+        "attend, gradient of wide heads": lambda: attend_to_learn(draw, 200),
+        "attend, gradient in float32": lambda: attend_to_learn(
+            functools.partial(draw, dtype=torch.float32), 16, N=9, M=20
+        ),
         "build": lambda: build(draw, HALF),
         "build, float32": lambda: build(
             functools.partial(draw, dtype=torch.float32), torch.float32
@@ -118,6 +124,38 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, starts: list[int]) -> Any:
     rotation = QueryRotation(cos, sin, ids, first_keys[0], first_keys % 7)
     spans = torch.tensor([[[3, len(k)]]], device=q.device)
     return ops.attend_spans(q, k, v, spans, rotation)
+
+
+def attend_to_learn(
+    draw: Callable[..., Tensor], D: int, prompts: int = 1, N: int = 70, M: int = 150
+) -> Any:
+    """Two images, at ids of their own in each prompt; each token reads another part of them."""
+    shapes = {"x": (prompts, N, 8), "q": (prompts, N, 4, D), "k": (M, 2, D), "v": (M, 2, D)}
+    shapes |= {"weight": (8, 4 * D), "gate": (1,)}
+    leaves = {name: draw(*shape).requires_grad_() for name, shape in shapes.items()}
+    device = leaves["q"].device
+    starts = torch.tensor([0, M // 3], dtype=torch.int32, device=device)
+    biases = torch.arange(2 * prompts, dtype=torch.int32, device=device).view(prompts, 2)
+    ids = torch.arange(N, device=device).expand(prompts, -1)
+    rotation = QueryRotation(*_table(device, 150, D), ids, starts, biases)
+    first = torch.arange(N, device=device) // 9 * 9
+    spans = torch.stack([first, first + M // 2], -1).expand(prompts, -1, -1)
+    out = ops.attend_gated(**leaves, spans=spans, rotation=rotation)
+    return torch.autograd.grad(out.sum(), list(leaves.values()))
+
+
+def attend_to_learn_by_all(draw: Callable[..., Tensor]) -> Any:
+    """In every configuration, and by the kernel for GPUs without warp groups."""
+    from comemo_kernels import _attend_gradient as gradient
+
+    found: list[Tensor] = []
+    with mock.patch.object(gradient, "has_warp_groups", return_value=False):
+        found += attend_to_learn(draw, 64)
+    for kernel in (gradient.gradient_queries, gradient.gradient_keys):
+        for config in kernel.configs:
+            with kernel.using(config):
+                found += attend_to_learn(draw, 64)
+    return found
 
 
 def attend_by_descriptors(draw: Callable[..., Tensor]) -> Any:

@@ -198,6 +198,24 @@ def tiles_gradients():
     return tensors, gradients
 
 
+def gated_gradients():
+    tensors, _ = attention("")
+    tensors |= {name: tensors[name][:16].clone() for name in ("k", "v")}
+    tensors["spans"] = tensors["spans"] // 4
+    tensors |= {"x": draw(2, 3, 8), "weight": draw(8, 64), "gate": draw(1)}
+    learning = ("x", "q", "k", "v", "weight", "gate")
+
+    def gradients(cos, sin, positions, starts, biases, **tensors):
+        rotation = QueryRotation(cos, sin, positions, starts, biases)
+        tensors |= {name: tensors[name].detach().requires_grad_() for name in learning}
+        found = ops.attend_gated(**tensors, rotation=rotation)
+        return torch.autograd.grad(
+            (found * draw(*found.shape)).sum(), [tensors[name] for name in learning]
+        )
+
+    return tensors, gradients
+
+
 CASES = {
     "apply_rotary by table": functools.partial(rotary, "table"),
     "apply_rotary by ids": functools.partial(rotary, "ids"),
@@ -206,6 +224,7 @@ CASES = {
     "rope_dhr_positions": numbering,
     "attend_spans with a workspace": functools.partial(attention, "workspace"),
     "attend_spans float8": functools.partial(attention, "float8"),
+    "attend_gated gradients": gated_gradients,
     "build_memory": functools.partial(memory, torch.float32),
     "build_memory folded": functools.partial(memory, torch.float32, exact=False),
     "build_memory float8": functools.partial(memory, torch.float8_e4m3fn),

@@ -97,6 +97,16 @@ def attended_in_float8(device: str) -> dict[str, Any]:
     return right | {"k": k, "v": k, "scales": MemoryScales(scale, scale, 4), "workspace": None}
 
 
+def attended_by_a_gate(device: str) -> dict[str, Any]:
+    right = {n: x for n, x in attended(device).items() if n not in ("return_lse", "workspace")}
+    leaf = floats(1, 2, 4, device=device).requires_grad_()
+    return right | {
+        "x": leaf,
+        "weight": floats(4, 32, device=device),
+        "gate": floats(1, device=device),
+    }
+
+
 def built(device: str) -> dict[str, Any]:
     cos, sin = table(device)
     return {
@@ -182,6 +192,7 @@ CALLS: dict[str, Callable[[str], Call]] = {
     "apply_rotary": lambda d: (ops.apply_rotary, rotated(d)),
     "apply_rotary by grids": lambda d: (ops.apply_rotary, rotated_by_grids(d)),
     "attend_spans": lambda d: (ops.attend_spans, attended(d)),
+    "attend_gated": lambda d: (ops.attend_gated, attended_by_a_gate(d)),
     "attend_spans in float8": lambda d: (ops.attend_spans, attended_in_float8(d)),
     "attention_workspace": lambda d: (
         ops.attention_workspace,
