@@ -21,11 +21,12 @@ class Sizes(NamedTuple):
     wide: int  # inner width of the feed-forward network
     heads: int
     itemsize: int  # bytes of an element of activations, weights and gradients
-    joined: bool = False  # samples are attended one by one, and their outputs joined
+    cpu: bool = False
+    samples: int = 1
 
     @classmethod
-    def of(cls, reading: Reading, size: MixinSize, itemsize: int, joined: bool) -> "Sizes":
-        """Sizes of a case; `joined` on a CPU."""
+    def of(cls, reading: Reading, size: MixinSize, itemsize: int, cpu: bool) -> "Sizes":
+        """Sizes of a case."""
         return cls(
             tokens=reading.queries,
             readers=sum(count for count, grids in reading.samples if grids),
@@ -35,7 +36,8 @@ class Sizes(NamedTuple):
             wide=size.wide,
             heads=size.heads,
             itemsize=itemsize,
-            joined=joined and (len(reading.samples) > 1 or not sum(reading.sizes)),
+            cpu=cpu,
+            samples=len(reading.samples),
         )
 
     @property
@@ -60,8 +62,6 @@ class Kept(NamedTuple):
     scalars: int = 0  # float32
     per_head: int = 0  # float32 of each head
     angles: int = 0  # rows of a head's size
-    half_angles: int = 0  # rows of half a head's size in float32
-    indices: int = 0  # int64, where samples are attended one by one
 
     def nbytes(self, rows: int, of: Sizes) -> int:
         """Bytes of so many tokens."""
@@ -71,9 +71,8 @@ class Kept(NamedTuple):
         rounded += self.angles * head_dim
         inner = self.inner_exact + (self.inner_copies if of.itemsize < of.exact else 0)
         precise = exact * of.width + inner * of.inner + self.scalars
-        precise += self.per_head * of.heads + self.half_angles * head_dim // 2
-        whole = rounded * of.itemsize + precise * of.exact
-        return rows * (whole + (8 * self.indices if of.joined else 0))
+        precise += self.per_head * of.heads
+        return rows * (rounded * of.itemsize + precise * of.exact)
 
 
 class Way(NamedTuple):
@@ -85,6 +84,7 @@ class Way(NamedTuple):
     network: Kept  # of each token, until the backward of the feed-forward network is done
     memory: Kept  # of each image token
     numbers: int = 0  # such as tanh of a gate
+    joined: bool = False  # on a CPU, outputs of samples that are attended one by one
     # Backward of the feed-forward network, for each token; and one gradient of a wide weight.
     network_work: Kept = Kept()
     # Backward of the attention, for each token and image token; and gradients of five weights.
@@ -97,8 +97,9 @@ class Way(NamedTuple):
 def kept_bytes(way: Way, of: Sizes) -> int:
     """Bytes that a forward keeps for the backward, beside inputs and weights."""
     whole = way.network.nbytes(of.tokens, of) + _read_bytes(way, of)
-    joined = of.tokens * of.inner * of.itemsize if of.joined else 0
-    return whole + joined + way.numbers * of.itemsize
+    if way.joined and of.cpu and (of.samples > 1 or not of.memory):
+        whole += of.tokens * of.inner * of.itemsize
+    return whole + way.numbers * of.itemsize
 
 
 def _read_bytes(way: Way, of: Sizes) -> int:
@@ -128,36 +129,40 @@ PUBLISHED = Way(
     network=Kept(narrow=4, exact=1, scalars=1, wide=4),
     memory=Kept(narrow=2, copies=1, scalars=1, angles=2, inner=3),
     numbers=2,
+    joined=True,
     network_work=Kept(wide=2),
     attention_work=Kept(narrow=2, inner=2),
     memory_work=Kept(inner=2),
     build_work=Kept(inner=-1, inner_exact=4, inner_copies=1),
 )
-# The layer as it is, with at most one picture in a sample: keys and values without their source.
-COMPOSED = PUBLISHED._replace(
-    attention=Kept(narrow=2, copies=1, scalars=1),
-    queries=Kept(),
-    readers=Kept(inner=2, per_head=1, half_angles=2, indices=1),
-    memory=Kept(narrow=2, copies=1, scalars=1, inner=2),
-    build_work=Kept(inner_exact=3),
-)
-# What is wanted, with a backward that uses its buffers again: the product's for its gradient, and
-# that for one of both projections.
 # `attend_gated` keeps q, out and the log-sum-exp, `gated_swiglu` its input and both projections,
-# `project_memory` keys and values.
+# `project_memory` keys and values; norms and the activation are computed again. The network's
+# backward holds the gradients of both projections, the product and its gradient.
 CHEAP = Way(
     attention=Kept(inner=2, per_head=1),
     queries=Kept(),
     readers=Kept(),
     network=Kept(narrow=1, wide=2),
     memory=Kept(inner=2),
-    network_work=Kept(narrow=2, wide=2),
+    network_work=Kept(narrow=2, wide=4),
     attention_work=Kept(narrow=2, inner=2),
     memory_work=Kept(inner=2),
     build_work=Kept(inner=2),
 )
-# With `recompute="projections"` both projections are computed again, and hold their gradients.
+# With `recompute="projections"` both projections are computed again.
 PROJECTIONS = CHEAP._replace(
-    network=Kept(narrow=1), network_work=CHEAP.network_work._replace(wide=3)
+    network=Kept(narrow=1), network_work=CHEAP.network_work._replace(wide=6)
 )
-WAYS = {"ours": COMPOSED, "published": PUBLISHED}
+
+
+def ways(cpu: bool) -> dict[str, Way]:
+    """The formulas by the names of `bench train`."""
+    found = {"ours": CHEAP, "ours projections": PROJECTIONS, "published": PUBLISHED}
+    if cpu:
+        # PyTorch's operations need the activation and another product of the gradient, and the
+        # reference of the attention computes the log-sum-exp again.
+        for name in ("ours", "ours projections"):
+            way = found[name]
+            work = way.network_work._replace(wide=way.network_work.wide + 2)
+            found[name] = way._replace(attention=Kept(inner=2), network_work=work)
+    return found

@@ -8,7 +8,8 @@ Passes: `attention` (forward and backward) and `attention backward` (that alone)
 and v; `block`, the whole layer with gradients of tokens, media and all weights; `build`, keys and
 values of all layers.
 
-Ways: `ours`; `published`, variable-length flash attention (on a CPU sample by sample) between
+Ways: `ours`, and of the block `ours projections`, whose feed-forward network computes its
+projections again; `published`, variable-length flash attention (on a CPU sample by sample) between
 operations of PyTorch that keep every intermediate; `compile`, the same under torch.compile. Of the
 attention also `varlen`, on queries that are rotated already, and `sdpa flash`, `sdpa cudnn` where
 there is one sample, and `flex`, FlexAttention with a block mask. All are compared with exact
@@ -119,9 +120,10 @@ class TrainBench:
         steps, labels = inputs.steps(compiled), {"case": f"{case} {size}", "pass": "block"}
         ways = self.right(labels, both_ways(steps), inputs.error_of())
         cpu = self.clock.device == "cpu"
-        sizes = step_memory.Sizes.of(pack, MIXINS[size], self.clock.dtype.itemsize, joined=cpu)
+        sizes = step_memory.Sizes.of(pack, MIXINS[size], self.clock.dtype.itemsize, cpu)
+        formulas = step_memory.ways(cpu)
         for row in self.time(labels, ways, inputs.work()):
-            step, formula = steps[row["way"]], step_memory.WAYS.get(row["way"])
+            step, formula = steps[row["way"]], formulas.get(row["way"])
             row["saved_mib"] = saved_bytes(step.outputs, inputs.given) / MIB
             if formula is not None:
                 row["predicted_mib"] = step_memory.peak_bytes(formula, sizes) / MIB
@@ -129,9 +131,6 @@ class TrainBench:
             yield row
 
     def time_build(self, size: str, case: str, pack: Reading, compiled: bool) -> Iterator[Row]:
-        if not hasattr(comemo_kernels, "project_memory"):
-            print(f"{case} {size}: build is not timed: there is no differentiable build")
-            return
         inputs = BuildStep(size, pack, self.clock)
         steps, labels = inputs.steps(compiled), {"case": f"{case} {size}", "pass": "build"}
         ways = self.right(labels, both_ways(steps), inputs.error_of())

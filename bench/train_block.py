@@ -43,8 +43,8 @@ class BlockStep:
         self.memory = replace(memory, spans=spans, active=active)
         positions = reading.positions(self.device)
         self.rotation = self.memory.rotation(positions)
-        cos, sin = self.memory.key_table()
-        self.key_table = cos[None], sin[None]
+        assert self.memory.ids is not None
+        self.key_angles = (*table, self.memory.ids)
         counts = [count for count, _ in reading.samples]
         samples = Samples.of(counts, reading.lengths, self.device)
         self.places = Places(positions, media_ids, samples, active)
@@ -53,7 +53,7 @@ class BlockStep:
     @property
     def given(self) -> list[Tensor]:
         """Tensors that exist before a step: they are no activations."""
-        held = (*self.wide, *self.key_table, self.memory.spans, *self.rotation, *self.places)
+        held = (*self.wide, *self.key_angles, self.memory.spans, *self.rotation, *self.places)
         more = [t for t in held if isinstance(t, Tensor)]
         return [*self.leaves, self.cotangent, *more, *self.places.samples.bounds]
 
@@ -63,11 +63,13 @@ class BlockStep:
         return mix(x, media, Block(*weights), *wide, self.places)
 
     def steps(self, compiled: bool) -> dict[str, Step]:
-        def ours(x: Tensor, media: Tensor, *_: Tensor) -> Tensor:
-            return self.layer(x, media, self.memory, self.rotation, self.key_table)
+        def ours(x: Tensor, media: Tensor, *_: Tensor, recompute: str = "cheap") -> Tensor:
+            place = self.memory, self.rotation, self.key_angles
+            return self.layer(x, media, *place, recompute=recompute)
 
         ways: dict[str, Callable[..., Tensor]] = {
             "ours": ours,
+            "ours projections": functools.partial(ours, recompute="projections"),
             "published": functools.partial(self.published, published.step),
         }
         if compiled:
@@ -141,8 +143,9 @@ class BuildStep:
 
     def ours(self, media: Tensor, *tensors: Tensor) -> list[Tensor]:
         weights, norms = list(tensors[: self.layers]), list(tensors[self.layers :])
-        project: Callable[..., Any] = vars(ops)["project_memory"]  # a version may not have it
-        keys, values = project(media, weights, norms, *self.table, self.ids, self.heads, eps=EPS)
+        keys, values = ops.project_memory(
+            media, weights, norms, *self.table, self.ids, self.heads, eps=EPS
+        )
         return [*keys, *values]
 
     def steps(self, compiled: bool) -> dict[str, Step]:

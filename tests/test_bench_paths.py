@@ -9,7 +9,6 @@ import virtual_gpu
 from conftest import GPU, SLOW
 from timed import options_of
 
-import comemo_kernels
 from bench import (
     attend,
     chat,
@@ -58,8 +57,6 @@ ON_GPU_ONLY = {  # passes, if there are any
 }
 # Messages of a PyTorch without CUDA, and of a kernel launched without a GPU.
 ABSENT = ("No viable backend", "_flash_attention_forward", "libcuda.so")
-if not hasattr(comemo_kernels, "project_memory"):
-    ABSENT += ("there is no differentiable build",)
 
 
 def of_one_call(timed):

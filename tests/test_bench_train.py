@@ -65,12 +65,12 @@ def test_rows():
     rows, failed = rows_of(train, *TINY, "--cases", "96_8_many", "96_1_one", "96_8_none")
     assert not failed
     packed, alone = {"ours", "published"}, {"ours", "published", "sdpa flash"}
-    wanted = {(f"{case} tiny", "block"): packed for case in ("96_8_many", "96_1_one", "96_8_none")}
+    block = {"ours", "ours projections", "published"}
+    wanted = {(f"{case} tiny", "block"): block for case in ("96_8_many", "96_1_one", "96_8_none")}
     for kind in ("attention", "attention backward"):
         wanted |= {("96_8_many tiny", kind): packed, ("96_1_one tiny", kind): alone}
         wanted |= {(f"{case} dense tiny", kind): alone for case in ("96_8_many", "96_1_one")}
-    if hasattr(ops, "project_memory"):
-        wanted |= {(f"{case} tiny", "build"): packed for case in ("96_8_many", "96_1_one")}
+    wanted |= {(f"{case} tiny", "build"): packed for case in ("96_8_many", "96_1_one")}
     found: dict[tuple[str, str], set[str]] = {}
     for row in rows:
         found.setdefault((row["case"], row["pass"]), set()).add(row["way"])
@@ -86,6 +86,15 @@ def test_rows():
         if row["pass"] == "block":
             assert row["predicted_saved_mib"] == pytest.approx(row["saved_mib"])
             assert row["extra_mib"] > row["saved_mib"]
+
+
+@pytest.mark.slow
+def test_compiled_ways_are_right():
+    rows, failed = rows_of(train, "--sizes", "tiny", "--cases", "96_8_many", "--rounds", "1")
+    assert not failed
+    compiled = {(row["case"], row["pass"]) for row in rows if row["way"] == "compile"}
+    kinds = {"attention", "attention backward", "block", "build"}
+    assert compiled == {("96_8_many tiny", kind) for kind in kinds}
 
 
 def test_nominal_work_of_a_block():
@@ -113,6 +122,10 @@ def test_a_wrong_gradient_of_ours_is_not_timed_and_the_next_case_is(monkeypatch,
     assert failed
     assert {row["case"] for row in rows} == {"96_8_none tiny"}
     assert "ours is not timed: relative error 5.0e-01" in capsys.readouterr().err
+    gated = ops.attend_gated
+    monkeypatch.setattr(
+        ops, "attend_gated", lambda x, q, k, *o: gated(x, q, (k + k.detach()) / 2, *o)
+    )
     assert rows_of(train, *TINY, "--cases", "96_8_many", "--passes", "block") == ([], True)
 
 
@@ -137,36 +150,20 @@ def test_an_error_is_of_the_largest_element_and_zeros_must_be_zeros():
 
 
 def test_build_rows(monkeypatch):
-    """With a build that is made of PyTorch's operations, if there is none yet."""
-
-    def project_memory(media, kv_weights, norm_weights, cos, sin, ids, heads, eps):
-        wide = published.widen((cos, sin), media.dtype)
-        pairs = [
-            published.build(media, norm, weight, *wide, ids.long())
-            for weight, norm in zip(kv_weights, norm_weights, strict=True)
-        ]
-        return tuple(zip(*pairs, strict=True))
-
-    if not hasattr(ops, "project_memory"):
-        monkeypatch.setattr(ops, "project_memory", project_memory, raising=False)
-    rows, failed = rows_of(train, *TINY, "--cases", "96_8_one", "--passes", "build")
+    words = (*TINY, "--cases", "96_8_one", "--passes", "build")
+    rows, failed = rows_of(train, *words)
     assert not failed
-    assert [(row["pass"], row["way"]) for row in rows] == [
-        ("build", "ours"),
-        ("build", "published"),
-    ]
+    assert [row["way"] for row in rows] == ["ours", "published"]
+    assert {row["pass"] for row in rows} == {"build"}
     outputs = 2 * 2 * 2 * HEAD_DIM
     for row in rows:
         flops = 3 * 2 * 8 * 256 * 64 * outputs
         assert row["tflop_s"] == pytest.approx(flops / row["us"] / 1e6)
+    right = ops.project_memory
     monkeypatch.setattr(
-        ops,
-        "project_memory",
-        lambda *given, **named: project_memory(
-            given[0].detach() / 2 + given[0] / 2, *given[1:], **named
-        ),
+        ops, "project_memory", lambda media, *x, **y: right((media + media.detach()) / 2, *x, **y)
     )
-    assert rows_of(train, *TINY, "--cases", "96_8_one", "--passes", "build") == ([], True)
+    assert rows_of(train, *words) == ([], True)
 
 
 # --- tuning ---
@@ -237,20 +234,22 @@ def test_what_a_step_keeps_is_predicted(case, dtype, monkeypatch):
     monkeypatch.setitem(cases.MIXINS, "wider", WIDER)
     pack = SMALL_PACKS[case]
     inputs = BlockStep("wider", pack, Clock("cpu", dtype, Limits(GEMM, COPY), 1))
-    sizes = step_memory.Sizes.of(pack, WIDER, dtype.itemsize, joined=True)
+    sizes = step_memory.Sizes.of(pack, WIDER, dtype.itemsize, cpu=True)
     for name, step in inputs.steps(compiled=False).items():
-        way = step_memory.WAYS[name]
+        way = step_memory.ways(cpu=True)[name]
         kept = saved.saved_bytes(step.outputs, inputs.given)
         assert step_memory.kept_bytes(way, sizes) == kept, name
         most = saved.allocated(step.run)
-        if case in ("1k_8_one", "96_8_none") or name == "published":
+        # The attention's gradient on a CPU allocates blocks of constant size, which small cases
+        # do not fill.
+        if case == "1k_8_one" or name == "published":
             assert step_memory.peak_bytes(way, sizes) == pytest.approx(most, rel=0.1), name
 
 
 @pytest.mark.parametrize("size", ["2B", "9B"])
 def test_the_wanted_block_keeps_less_than_half(size):
     for case in ("16k_1_many", "16k_8_many", "16k_64_one", "4k_8_one"):
-        sizes = step_memory.Sizes.of(PACKS[case], cases.MIXINS[size], 2, joined=False)
+        sizes = step_memory.Sizes.of(PACKS[case], cases.MIXINS[size], 2, cpu=False)
         published, cheap, least = (
             step_memory.kept_bytes(way, sizes)
             for way in (step_memory.PUBLISHED, step_memory.CHEAP, step_memory.PROJECTIONS)

@@ -11,6 +11,7 @@ from bench.train_attention import AttentionStep
 from bench.train_block import BlockStep
 from bench.ways import Clock, Limits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CASES = ("96_1_many", "96_8_one", "96_8_many", "96_1_none")
 
 
