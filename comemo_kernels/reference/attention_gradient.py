@@ -128,8 +128,8 @@ class _Span:
         """Rotate [R, H, D] for the keys of a piece, or back."""
         if piece.distance is None or self.rotation is None:
             return x
-        cos, sin = self.rotation[:2]
-        return rotate_by_distance(x, piece.distance[part], cos, -sin if back else sin)
+        distance = piece.distance[part]
+        return rotate_by_distance(x, -distance if back else distance, *self.rotation[:2])
 
     def heads(self, x: Tensor) -> Tensor:
         """[R, H, ...] as [G, H/G * R, ...], at least in float32."""

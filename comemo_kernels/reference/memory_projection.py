@@ -183,7 +183,7 @@ def _normalise(media: Tensor, eps: float) -> Tensor:
 def _turn_back(
     cos: Tensor, sin: Tensor, ids: Tensor, dk: Tensor | None, dv: Tensor | None
 ) -> Tensor:
-    parts = [torch.zeros_like(dv) if dk is None else rotate_by_distance(dk, ids, cos, -sin)]
+    parts = [torch.zeros_like(dv) if dk is None else rotate_by_distance(dk, -ids, cos, sin)]
     parts.append(torch.zeros_like(dk) if dv is None else dv)
     return torch.stack(parts, 1).flatten(1)
 
