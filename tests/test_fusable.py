@@ -34,8 +34,8 @@ def test_a_layer_equals_llamas_bit_for_bit(llm):
     out, wanted = layer(x, **rest), LlamaDecoderLayer.forward(layer, x, **rest)
     assert torch.equal(out, wanted)
     ours, theirs = gradients(out, layer, x), gradients(wanted, layer, x)
-    for name, gradient in theirs.items():
-        assert torch.equal(ours[name], gradient), name
+    for name, gradient in theirs.items():  # fused norms and networks sum in another order
+        assert_relative(ours[name], gradient, name)
 
 
 @pytest.mark.parametrize(

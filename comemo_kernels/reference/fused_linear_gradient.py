@@ -43,8 +43,8 @@ class Functions(NamedTuple):
 
 
 def swiglu(g: Tensor, u: Tensor) -> Tensor:
-    """silu(g) * u."""
-    return F.silu(g) * u
+    """silu(g) * u, in place after silu: on a CPU new memory costs more than a pass."""
+    return F.silu(g).mul_(u)
 
 
 def swiglu_gradient(
@@ -67,17 +67,26 @@ def swiglu_gradient(
         dg, du [R, F] (to_inner), p [R, F] (to_product), sum(e p) [1] at least in float32 (to_gate);
         each of no elements if it is not computed.
     """
-    dg = du = p = e.new_empty(0)
+    dg = du = e.new_empty(0)
     total = e.new_empty(0, dtype=torch.promote_types(e.dtype, torch.float32))
-    silu = F.silu(g)
-    if to_product or to_gate:
-        p = silu * u
-    if to_gate:
-        total = (e * p).sum(dtype=total.dtype).view(1)
+    p = F.silu(g)
     if to_inner:
-        e = e if gate is None else (e * gate.tanh()).to(e.dtype)
-        dg, du = torch.ops.aten.silu_backward(e * u, g), e * silu
+        inner = e if gate is None else _scaled(e, gate)
+        du = inner * p
+        inner = inner * u if gate is None else inner.mul_(u)
+        dg = torch.ops.aten.silu_backward(inner, g)
+        del inner
+    if to_product or to_gate:
+        p.mul_(u)
+    if to_gate:
+        total = sum_of_products(e, p)
     return dg, du, p if to_product else p.new_empty(0), total
+
+
+def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """sum(a b) [1], in float32 or float64."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a * b).sum(dtype=wide).view(1)
 
 
 def add_gated(x: Tensor, added: Tensor, gate: Tensor | None) -> Tensor:
@@ -155,11 +164,13 @@ def make_functions(steps: Steps) -> Functions:
                 rows, dp = _flat(x), _gradient(dp, ctx.dtype)
                 y = steps.rms_norm(rows, norm_weight, ctx.eps).to(ctx.dtype)
                 inner = _inner(y, *inner_weights)
-                dg, du, *_ = steps.swiglu_gradient(dp, *inner, None, True, False, False)
+                found = steps.swiglu_gradient(dp, *inner, None, True, False, False)
                 del inner
+                dinner = [*found[:2]]
+                del found
                 needed = ctx.needs_input_grad[:4]
                 saved = (x, norm_weight, *inner_weights)
-                return *_through_inner(dg, du, y, saved, None, ctx.eps, needed), None
+                return *_through_inner(dinner, y, saved, None, ctx.eps, needed), None
 
     class GatedResidual(torch.autograd.Function):
         @staticmethod
@@ -184,8 +195,7 @@ def make_functions(steps: Steps) -> Functions:
                 if to_a or to_gate:
                     e = dz @ weight.to(ctx.dtype)
                     if to_gate:
-                        wide = torch.promote_types(e.dtype, torch.float32)
-                        dgate = _through_tanh((rows * e).sum(dtype=wide), gate)
+                        dgate = _through_tanh(sum_of_products(rows, e), gate)
                     if to_a:
                         da = _scaled(e, gate).to(ctx.dtypes[1]).view(ctx.shape)
             return dx, da, dweight, dgate
@@ -220,7 +230,7 @@ def make_functions(steps: Steps) -> Functions:
                 del inner
                 flags = (any(needed), to_down, to_gate)
                 e = dz @ down_weight.to(ctx.dtype) if flags[0] or to_gate else g
-                dg, du, p, total = steps.swiglu_gradient(e, g, u, gate, *flags)
+                *dinner, p, total = steps.swiglu_gradient(e, g, u, gate, *flags)
                 del e, g, u
                 if to_down:
                     ddown = (_scaled(dz, gate).t() @ p).to(down_weight.dtype)
@@ -229,7 +239,7 @@ def make_functions(steps: Steps) -> Functions:
                     dgate = _through_tanh(total, gate)
                 if any(needed):
                     saved = (x, norm_weight, *inner_weights)
-                    grads = _through_inner(dg, du, y, saved, residual, ctx.eps, needed)
+                    grads = _through_inner(dinner, y, saved, residual, ctx.eps, needed)
             return *grads, ddown, dgate, None, None
 
     def _inner(y: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -248,24 +258,31 @@ def make_functions(steps: Steps) -> Functions:
         return dx.view(x.shape) if needed[0] else None, dnorm if needed[1] else None
 
     def _through_inner(
-        dg: Tensor,
-        du: Tensor,
+        dinner: list[Tensor],
         y: Tensor | None,
         saved: Any,
         added: Tensor | None,
         eps: float,
         needed: Any,
     ) -> list[Tensor | None]:
-        """Gradients of `saved`, x and the three weights before p, as far as `needed`."""
+        """Gradients of `saved`, x and the three weights before p, as far as `needed`.
+
+        `dinner` is dg and du. It is emptied, so that each is freed after its last product.
+        """
         x, norm_weight, gate_weight, up_weight = saved
         to_x, to_norm, to_gate_weight, to_up_weight = needed
         grads: list[Tensor | None] = [None] * 4
-        if to_gate_weight and y is not None:
-            grads[2] = (dg.t() @ y).to(gate_weight.dtype)
-        if to_up_weight and y is not None:
-            grads[3] = (du.t() @ y).to(up_weight.dtype)
+        dy = None
+        du, dg = dinner.pop(), dinner.pop()
         if to_x or to_norm:
             dy = torch.addmm(dg @ gate_weight.to(dg.dtype), du, up_weight.to(du.dtype))
+        if to_gate_weight and y is not None:
+            grads[2] = (dg.t() @ y).to(gate_weight.dtype)
+        del dg
+        if to_up_weight and y is not None:
+            grads[3] = (du.t() @ y).to(up_weight.dtype)
+        del du
+        if dy is not None:
             grads[:2] = _through_norm(dy, x, norm_weight, added, eps, (to_x, to_norm))
         return grads
 
