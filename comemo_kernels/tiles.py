@@ -24,6 +24,7 @@ from torch import Tensor
 from comemo_kernels import reference
 from comemo_kernels._gelu_gradient import gelu_gradient_op
 from comemo_kernels._gemm import multiply
+from comemo_kernels._once import once
 from comemo_kernels._op import documented, on_triton, register
 from comemo_kernels._unshuffle_norm import WIDEST, fold_norm_gradient_op, launch_fold_norm
 from comemo_kernels.reference.tiles import check_project, check_project_kernel, place_rows
@@ -112,9 +113,9 @@ class _ProjectTiles(torch.autograd.Function):
         return media
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        tokens, norm_weight, weight1, weight2, normed, stats, before = ctx.saved_tensors
+    @once("project_tiles")
+    def backward(ctx, saved, dy):
+        tokens, norm_weight, weight1, weight2, normed, stats, before = saved
         needed = ctx.needs_input_grad[:7]
         to_tokens, to_norm = needed[0], needed[1] or needed[2]
         grads: list[Tensor | None] = [None] * 7

@@ -104,16 +104,20 @@ def spy_on(monkeypatch, *verbs):
     return calls
 
 
-def test_a_decode_step_takes_four_calls_a_layer(model, monkeypatch):
+def test_a_decode_step_takes_three_calls_a_layer(model, monkeypatch):
     prompts = make_prompts(model)
     with torch.no_grad(), model.fold_for_inference():
         out = model(**prompts, use_cache=True)
-        calls = spy_on(monkeypatch, "norm_linear", "norm_swiglu", "gated_residual")
+        # Where the norms and gates are among the arguments.
+        places = {"norm_linear": [1], "gated_residual": [3], "attend_gated": [6]}
+        places["gated_swiglu"] = [1, 5]
+        calls = spy_on(monkeypatch, *places)
         model(**one_more(prompts, out))
-        wanted = ["norm_linear", "gated_residual", "norm_swiglu", "gated_residual"]
-        assert [name for name, _ in calls] == wanted * 6
+        layer = ["norm_linear", "gated_residual", "gated_swiglu"]
+        mixin = ["norm_linear", "attend_gated", "gated_swiglu"]
+        assert [name for name, _ in calls] == (layer + mixin + layer) * 2
         for name, args in calls:
-            assert args[3 if name == "gated_residual" else 1] is None
+            assert all(args[place] is None for place in places[name])
         weights = [args[2] for name, args in calls if name == "norm_linear"]
         layers = layers_of(model)
         own = [(layer.self_attn.qkv, layer.mixin and layer.mixin.q_proj.weight) for layer in layers]

@@ -12,14 +12,19 @@ A backend gives the steps, and gets an autograd.Function for each layer.
 Letters: R rows, d elements of x, F of g and u.
 """
 
-import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from comemo_kernels._once import once
+
+# A network's gradient takes its rows in so many parts, unless they are few: it holds five matrices
+# [part, F] at a time. Gradients of weights are rounded once for each part.
+PARTS, FEW = 4, 512
 
 
 class Steps(NamedTuple):
@@ -99,26 +104,6 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a backward pass whose gradients raise when they are differentiated.
-
-    PyTorch's `once_differentiable` does so only where the gradient that comes in depends on a leaf.
-    Otherwise it takes the gradients for constants, though they depend on the inputs: no error.
-    """
-
-    @functools.wraps(backward)
-    def once(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            grads = backward(ctx, dz)
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return grads
-        message = b"trying to differentiate twice what is differentiable once"
-        raising = torch._C._functions.DelayedError(message, len(grads))
-        return raising(*(g if g is None else g.detach().requires_grad_() for g in grads))
-
-    return once
-
-
 def make_functions(steps: Steps) -> Functions:
     """An autograd.Function for each layer, from the steps of a backend."""
 
@@ -131,22 +116,20 @@ def make_functions(steps: Steps) -> Functions:
             return steps.product(y, weight.to(ctx.dtype))
 
         @staticmethod
-        @_differentiable_once
-        def backward(ctx, dz):
-            x, norm_weight, weight = ctx.saved_tensors
+        @once("norm_linear")
+        def backward(ctx, saved, dz):
+            x, norm_weight, weight = saved
             to_x, to_norm, to_weight, _ = ctx.needs_input_grad
             dx = dnorm = dweight = None
-            with torch.autocast(dz.device.type, enabled=False):
-                rows, dz = _flat(x), _gradient(dz, ctx.dtype)
-                if to_weight:
-                    y = steps.rms_norm(rows, norm_weight, ctx.eps).to(ctx.dtype)
-                    dweight = (dz.t() @ y).to(weight.dtype)
-                    del y
-                if to_x or to_norm:
-                    dy = dz @ weight.to(ctx.dtype)
-                    needed = to_x, to_norm
-                    dx, dnorm = _through_norm(dy, x, norm_weight, None, ctx.eps, needed)
-            return dx, dnorm, dweight, None
+            rows, dz = _flat(x), _gradient(dz, ctx.dtype)
+            if to_weight:
+                y = steps.rms_norm(rows, norm_weight, ctx.eps).to(ctx.dtype)
+                dweight = (dz.t() @ y).to(weight.dtype)
+                del y
+            if to_x or to_norm:
+                dy = dz @ weight.to(ctx.dtype)
+                dx, dnorm = _through_norm(dy, rows, norm_weight, None, ctx.eps, (to_x, to_norm))
+            return dx if dx is None else dx.view(x.shape), dnorm, dweight, None
 
     class NormSwiglu(torch.autograd.Function):
         @staticmethod
@@ -157,47 +140,46 @@ def make_functions(steps: Steps) -> Functions:
             return steps.swiglu(*_inner(y, gate_weight, up_weight))
 
         @staticmethod
-        @_differentiable_once
-        def backward(ctx, dp):
-            x, norm_weight, *inner_weights = ctx.saved_tensors
-            with torch.autocast(dp.device.type, enabled=False):
-                rows, dp = _flat(x), _gradient(dp, ctx.dtype)
-                y = steps.rms_norm(rows, norm_weight, ctx.eps).to(ctx.dtype)
-                inner = _inner(y, *inner_weights)
-                found = steps.swiglu_gradient(dp, *inner, None, True, False, False)
-                del inner
-                dinner = [*found[:2]]
-                del found
-                needed = ctx.needs_input_grad[:4]
-                saved = (x, norm_weight, *inner_weights)
-                return *_through_inner(dinner, y, saved, None, ctx.eps, needed), None
+        @once("norm_swiglu")
+        def backward(ctx, saved, dp):
+            x, norm_weight, *inner_weights = saved
+            rows, dp = _flat(x), _gradient(dp, ctx.dtype)
+            y = steps.rms_norm(rows, norm_weight, ctx.eps).to(ctx.dtype)
+            inner = _inner(y, *inner_weights)
+            found = steps.swiglu_gradient(dp, *inner, None, True, False, False)
+            del inner
+            dinner, needed, sums = [*found[:2]], ctx.needs_input_grad[:4], Sums()
+            del found
+            weights = (norm_weight, *inner_weights)
+            dx = _through_inner(dinner, y, rows, weights, None, ctx.eps, needed, sums)
+            grads = (dx if dx is None else dx.view(x.shape), *sums.of(weights))
+            return *grads, None
 
     class GatedResidual(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, a, weight, gate):
             kept = a if ctx.needs_input_grad[2] or ctx.needs_input_grad[3] else None
-            ctx.save_for_backward(kept, weight, gate)
+            ctx.save_for_backward(weight, kept, gate)
             ctx.dtype, ctx.dtypes, ctx.shape = _product_dtype(x), (x.dtype, a.dtype), a.shape
             return steps.add_gated(x, steps.product(a.to(ctx.dtype), weight.to(ctx.dtype)), gate)
 
         @staticmethod
-        @_differentiable_once
-        def backward(ctx, dz):
-            a, weight, gate = ctx.saved_tensors
+        @once("gated_residual")
+        def backward(ctx, saved, dz):
+            weight, a, gate = saved
             to_x, to_a, to_weight, to_gate = ctx.needs_input_grad
             dx = da = dweight = dgate = None
-            with torch.autocast(dz.device.type, enabled=False):
-                if to_x:
-                    dx = dz.to(ctx.dtypes[0])
-                rows, dz = None if a is None else _flat(a).to(ctx.dtype), _gradient(dz, ctx.dtype)
-                if to_weight:
-                    dweight = (_scaled(dz, gate).t() @ rows).to(weight.dtype)
-                if to_a or to_gate:
-                    e = dz @ weight.to(ctx.dtype)
-                    if to_gate:
-                        dgate = _through_tanh(sum_of_products(rows, e), gate)
-                    if to_a:
-                        da = _scaled(e, gate).to(ctx.dtypes[1]).view(ctx.shape)
+            if to_x:
+                dx = dz.to(ctx.dtypes[0])
+            rows, dz = None if a is None else _flat(a).to(ctx.dtype), _gradient(dz, ctx.dtype)
+            if to_weight:
+                dweight = (_scaled(dz, gate).t() @ rows).to(weight.dtype)
+            if to_a or to_gate:
+                e = dz @ weight.to(ctx.dtype)
+                if to_gate:
+                    dgate = _through_tanh(sum_of_products(rows, e), gate)
+                if to_a:
+                    da = _scaled(e, gate).to(ctx.dtypes[1]).view(ctx.shape)
             return dx, da, dweight, dgate
 
     class GatedSwiglu(torch.autograd.Function):
@@ -214,79 +196,128 @@ def make_functions(steps: Steps) -> Functions:
             return steps.add_gated(x, steps.product(p, down_weight.to(ctx.dtype)), gate)
 
         @staticmethod
-        @_differentiable_once
-        def backward(ctx, dz):
-            x, norm_weight, *inner_weights, down_weight, gate = ctx.saved_tensors[:6]
-            inner = ctx.saved_tensors[6:]
-            *needed, to_down, to_gate = ctx.needs_input_grad[:6]
-            grads: list[Tensor | None] = [None] * 4
-            ddown = dgate = y = None
-            with torch.autocast(dz.device.type, enabled=False):
-                rows, residual = _flat(x), _gradient(dz, dz.dtype)
-                dz = residual.to(ctx.dtype)
-                if not inner or needed[2] or needed[3]:
-                    y = steps.rms_norm(rows, norm_weight, ctx.eps).to(ctx.dtype)
-                g, u = map(_flat, inner or _inner(y, *inner_weights))
-                del inner
-                flags = (any(needed), to_down, to_gate)
-                e = dz @ down_weight.to(ctx.dtype) if flags[0] or to_gate else g
-                *dinner, p, total = steps.swiglu_gradient(e, g, u, gate, *flags)
-                del e, g, u
-                if to_down:
-                    ddown = (_scaled(dz, gate).t() @ p).to(down_weight.dtype)
-                del p
-                if to_gate:
-                    dgate = _through_tanh(total, gate)
-                if any(needed):
-                    saved = (x, norm_weight, *inner_weights)
-                    grads = _through_inner(dinner, y, saved, residual, ctx.eps, needed)
-            return *grads, ddown, dgate, None, None
+        @once("gated_swiglu")
+        def backward(ctx, saved, dz):
+            x, *weights, gate = saved[:6]
+            inner, needed, sums = saved[6:], ctx.needs_input_grad[:6], Sums()
+            rows, dz = _flat(x), _gradient(dz, dz.dtype)
+            parts = []
+            for part in _parts(len(rows)):
+                own = [_flat(t)[part] for t in inner]
+                given = (rows[part], dz[part], own, weights, gate)
+                parts.append(_through_network(ctx, *given, needed, sums))
+            found = [part for part in parts if part is not None]
+            dx = torch.cat(found).view(x.shape) if len(found) > 1 else None
+            if len(found) == 1:
+                dx = found[0].view(x.shape)
+            dgate = _through_tanh(sums.gate, gate) if needed[5] else None
+            return dx, *sums.of(weights), dgate, None, None
 
     def _inner(y: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         return tuple(steps.product(y, weight.to(y.dtype)) for weight in weights)
 
+    def _through_network(
+        ctx: Any,
+        rows: Tensor,
+        residual: Tensor,
+        inner: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        gate: Tensor | None,
+        needed: Sequence[bool],
+        sums: "Sums",
+    ) -> Tensor | None:
+        """Gradient of some rows; those of the weights are added to `sums`."""
+        dz, y, (*before, down_weight) = residual.to(ctx.dtype), None, weights
+        *to_inner, to_down, to_gate = needed
+        if not inner or needed[2] or needed[3]:
+            y = steps.rms_norm(rows, weights[0], ctx.eps).to(ctx.dtype)
+        g, u = inner or _inner(y, *before[1:])
+        flags = (any(to_inner), to_down, to_gate)
+        e = dz @ down_weight.to(ctx.dtype) if flags[0] or to_gate else g
+        *dinner, p, total = steps.swiglu_gradient(e, g, u, gate, *flags)
+        del e, g, u
+        if to_down:
+            sums.add(3, _scaled(dz, gate).t(), p)
+        del p
+        if to_gate:
+            sums.gate = total if sums.gate is None else sums.gate + total
+        if not flags[0]:
+            return None
+        return _through_inner(dinner, y, rows, before, residual, ctx.eps, to_inner, sums)
+
     def _through_norm(
         dy: Tensor,
-        x: Tensor,
+        rows: Tensor,
         norm_weight: Tensor | None,
         added: Tensor | None,
         eps: float,
         needed: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of x and of the norm's weight from dy [R, d] of the normed rows."""
-        dx, dnorm = steps.rms_norm_gradient(dy, _flat(x), norm_weight, added, eps, *needed)
-        return dx.view(x.shape) if needed[0] else None, dnorm if needed[1] else None
+        """Gradients of rows [R, d] and of the norm's weight from dy [R, d] of the normed rows."""
+        dx, dnorm = steps.rms_norm_gradient(dy, rows, norm_weight, added, eps, *needed)
+        return dx if needed[0] else None, dnorm if needed[1] else None
 
     def _through_inner(
         dinner: list[Tensor],
         y: Tensor | None,
-        saved: Any,
+        rows: Tensor,
+        weights: Sequence[Tensor],
         added: Tensor | None,
         eps: float,
-        needed: Any,
-    ) -> list[Tensor | None]:
-        """Gradients of `saved`, x and the three weights before p, as far as `needed`.
+        needed: Sequence[bool],
+        sums: "Sums",
+    ) -> Tensor | None:
+        """Gradient of rows [R, d]; those of the norm and of both weights are added to `sums`.
 
         `dinner` is dg and du. It is emptied, so that each is freed after its last product.
         """
-        x, norm_weight, gate_weight, up_weight = saved
+        norm_weight, gate_weight, up_weight = weights
         to_x, to_norm, to_gate_weight, to_up_weight = needed
-        grads: list[Tensor | None] = [None] * 4
-        dy = None
+        dx = dy = None
         du, dg = dinner.pop(), dinner.pop()
         if to_x or to_norm:
             dy = torch.addmm(dg @ gate_weight.to(dg.dtype), du, up_weight.to(du.dtype))
         if to_gate_weight and y is not None:
-            grads[2] = (dg.t() @ y).to(gate_weight.dtype)
+            sums.add(1, dg.t(), y)
         del dg
         if to_up_weight and y is not None:
-            grads[3] = (du.t() @ y).to(up_weight.dtype)
+            sums.add(2, du.t(), y)
         del du
         if dy is not None:
-            grads[:2] = _through_norm(dy, x, norm_weight, added, eps, (to_x, to_norm))
-        return grads
+            dx, dnorm = _through_norm(dy, rows, norm_weight, added, eps, (to_x, to_norm))
+            if dnorm is not None:
+                sums.found[0] = dnorm if sums.found[0] is None else sums.found[0] + dnorm
+        return dx
 
     return Functions(NormLinear, NormSwiglu, GatedResidual, GatedSwiglu)
+
+
+class Sums:
+    """Gradients of a network's norm, gate, up and down weights, and of its gate, so far."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor | None] = [None] * 4
+        self.gate: Tensor | None = None
+
+    def add(self, index: int, a: Tensor, b: Tensor) -> None:
+        """Add the product of two matrices to one of them."""
+        total = self.found[index]
+        self.found[index] = a @ b if total is None else total.addmm_(a, b)
+
+    def of(self, weights: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients in the dtypes of these weights."""
+        return [
+            total if total is None or weight is None else total.to(weight.dtype)
+            for total, weight in zip(self.found, weights, strict=False)
+        ]
+
+
+def _parts(count: int) -> list[slice]:
+    """Rows that a network's gradient takes at a time. A graph is one part."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
+    step = max(FEW, -(-count // PARTS))
+    return [slice(first, first + step) for first in range(0, max(count, 1), step)]
 
 
 def _flat(t: Tensor) -> Tensor:
