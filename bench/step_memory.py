@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from bench.cases import HEAD_DIM, MixinSize
 from bench.readings import Reading
+from comemo_kernels.reference.fused_linear_gradient import FEW, PARTS
 
 
 class Sizes(NamedTuple):
@@ -85,8 +86,11 @@ class Way(NamedTuple):
     memory: Kept  # of each image token
     numbers: int = 0  # such as tanh of a gate
     joined: bool = False  # on a CPU, outputs of samples that are attended one by one
-    # Backward of the feed-forward network, for each token; and one gradient of a wide weight.
+    # Backward of the feed-forward network, for each token, and for each of the tokens that it takes
+    # at a time; and gradients of wide weights.
     network_work: Kept = Kept()
+    part_work: Kept = Kept()
+    wide_gradients: int = 1
     # Backward of the attention, for each token and image token; and gradients of five weights.
     attention_work: Kept = Kept()
     memory_work: Kept = Kept()
@@ -108,13 +112,21 @@ def _read_bytes(way: Way, of: Sizes) -> int:
     return read + way.memory.nbytes(of.memory, of)
 
 
-def peak_bytes(way: Way, of: Sizes) -> int:
-    """Most bytes of a forward and backward beside inputs and weights, gradients included."""
-    gradient = of.wide * of.width * of.itemsize
-    network = kept_bytes(way, of) + way.network_work.nbytes(of.tokens, of) + gradient
+def peak_bytes(way: Way, of: Sizes, learning: bool = True) -> int:
+    """Most bytes of a forward and backward beside inputs and weights.
+
+    Args:
+        way: what it keeps and allocates.
+        of: sizes of the case.
+        learning: count the gradients of the weights, too; without them it is activations alone.
+    """
+    gradient = of.wide * of.width * of.itemsize if learning else 0
+    network = kept_bytes(way, of) + way.network_work.nbytes(of.tokens, of)
+    part = min(of.tokens, max(FEW, -(-of.tokens // PARTS)))
+    network += way.part_work.nbytes(part, of) + way.wide_gradients * gradient
     attention = _read_bytes(way, of) + way.attention_work.nbytes(of.tokens, of)
     attention += way.memory_work.nbytes(of.memory, of)
-    attention += 3 * gradient + of.inner * of.width * of.itemsize
+    attention += 3 * gradient + (of.inner * of.width * of.itemsize if learning else 0)
     build = way.memory.nbytes(of.memory, of) + way.build_work.nbytes(of.memory, of)
     return max(network, attention, build)
 
@@ -137,32 +149,33 @@ PUBLISHED = Way(
 )
 # `attend_gated` keeps q, out and the log-sum-exp, `gated_swiglu` its input and both projections,
 # `project_memory` keys and values; norms and the activation are computed again. The network's
-# backward holds the gradients of both projections, the product and its gradient.
+# backward takes some of the rows at a time, and holds for them the gradients of both projections,
+# the product and its gradient.
 CHEAP = Way(
     attention=Kept(inner=2, per_head=1),
     queries=Kept(),
     readers=Kept(),
     network=Kept(narrow=1, wide=2),
     memory=Kept(inner=2),
-    network_work=Kept(narrow=2, wide=4),
-    attention_work=Kept(narrow=2, inner=2),
-    memory_work=Kept(inner=2),
+    network_work=Kept(narrow=2),
+    part_work=Kept(narrow=2, wide=4),
+    wide_gradients=3,
+    attention_work=Kept(narrow=2, inner=3),
+    memory_work=Kept(inner=3),
     build_work=Kept(inner=2),
 )
 # With `recompute="projections"` both projections are computed again.
-PROJECTIONS = CHEAP._replace(
-    network=Kept(narrow=1), network_work=CHEAP.network_work._replace(wide=6)
-)
+PROJECTIONS = CHEAP._replace(network=Kept(narrow=1), part_work=CHEAP.part_work._replace(wide=6))
 
 
 def ways(cpu: bool) -> dict[str, Way]:
     """The formulas by the names of `bench train`."""
     found = {"ours": CHEAP, "ours projections": PROJECTIONS, "published": PUBLISHED}
     if cpu:
-        # PyTorch's operations need the activation and another product of the gradient, and the
-        # reference of the attention computes the log-sum-exp again.
+        # PyTorch's operations need another product of the gradient, and the reference of the
+        # attention computes the log-sum-exp again.
         for name in ("ours", "ours projections"):
             way = found[name]
-            work = way.network_work._replace(wide=way.network_work.wide + 2)
-            found[name] = way._replace(attention=Kept(inner=2), network_work=work)
+            work = way.part_work._replace(wide=way.part_work.wide + 1)
+            found[name] = way._replace(attention=Kept(inner=2), part_work=work)
     return found

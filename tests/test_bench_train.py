@@ -241,8 +241,8 @@ def test_what_a_step_keeps_is_predicted(case, dtype, monkeypatch):
         assert step_memory.kept_bytes(way, sizes) == kept, name
         most = saved.allocated(step.run)
         # The attention's gradient on a CPU allocates blocks of constant size, which small cases
-        # do not fill.
-        if case == "1k_8_one" or name == "published":
+        # do not fill, in float32.
+        if (case, dtype) == ("1k_8_one", torch.float32) or name == "published":
             assert step_memory.peak_bytes(way, sizes) == pytest.approx(most, rel=0.1), name
 
 
@@ -255,6 +255,18 @@ def test_the_wanted_block_keeps_less_than_half(size):
             for way in (step_memory.PUBLISHED, step_memory.CHEAP, step_memory.PROJECTIONS)
         )
         assert least < 0.5 * cheap < 0.25 * published
+
+
+@pytest.mark.parametrize("size", ["2B", "9B"])
+def test_the_peak_of_a_block_is_less_than_half(size):
+    """Of activations; the gradients of the weights are the same."""
+    for case in ("16k_1_many", "16k_8_many", "16k_64_one", "4k_8_one"):
+        sizes = step_memory.Sizes.of(PACKS[case], cases.MIXINS[size], 2, cpu=False)
+        published, cheap, least = (
+            step_memory.peak_bytes(way, sizes, learning=False)
+            for way in (step_memory.PUBLISHED, step_memory.CHEAP, step_memory.PROJECTIONS)
+        )
+        assert least < cheap < 0.5 * published
 
 
 def test_attention_on_a_whole_row_is_each_sample_on_its_own():
