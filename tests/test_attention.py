@@ -265,7 +265,7 @@ def test_gradients():
     inputs |= {name: inputs[name].double() for name in ("cos", "sin")}
 
     def attend(q, k, v):
-        return ways(rest)[0](q=q, k=k, v=v, **inputs)
+        return ways(rest)[1](q=q, k=k, v=v, **inputs)
 
     assert gradcheck(attend, leaves)
     (gradient,) = torch.autograd.grad(attend(*leaves).sum(), leaves[:1])
