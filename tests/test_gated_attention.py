@@ -6,6 +6,7 @@ from attention_inputs import make_inputs
 from conftest import DEVICE, DTYPES, TRACED, every_two
 from harness import assert_matches
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
@@ -125,6 +126,25 @@ def test_saves_neither_scores_nor_products():
         saved.pop(t.untyped_storage().data_ptr(), None)
     rows = 50 * 2
     assert sum(saved.values()) in (4 * rows * 16, 4 * rows * 17)  # out; and its log-sum-exp
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant):
+    inputs, rest = layer(0.5, 1, 5, 2, 1, 16, 40, "token", (0, 20))
+    names = ("x", "q", "k", "v", "weight", "gate")
+    leaves = [inputs[name] for name in names]
+    fixed = {name: t for name, t in inputs.items() if name not in names}
+
+    def attend(*leaves):
+        return ways(rest)[0](**fixed, **dict(zip(names, leaves, strict=True)))
+
+    attend(*leaves).square().sum().backward()
+    wanted = [leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    checkpoint(attend, *leaves, use_reentrant=reentrant).square().sum().backward()
+    for leaf, grad in zip(leaves, wanted, strict=True):
+        assert torch.equal(leaf.grad, grad)
 
 
 def test_autocast():

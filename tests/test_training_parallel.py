@@ -47,6 +47,41 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant, images):
     assert out.past_key_values is None
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_is_computed_again_changes_no_gradient(checkpointing):
+    """It is fewer bytes that are kept; with checkpointing a layer keeps its inputs in any case."""
+    model, batches = trainable().train(), []
+    batch = make_prompts(model)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    for recompute in ("cheap", "projections"):
+        model.config.recompute = recompute
+        model.zero_grad()
+        kept = {}
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(x, kept=kept, weights=weights):
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model(**batch, labels=batch["input_ids"].clone()).loss
+        loss.backward()
+        batches.append((gradients(model), sum(kept.values())))
+    (wanted, most), (found, least) = batches
+    assert_same_gradients(found, wanted)
+    assert least == most if checkpointing else least < most
+
+
+def test_an_unknown_recompute_is_refused():
+    model = trainable()
+    model.config.recompute = "everything"
+    with pytest.raises(ValueError, match="recompute must be 'cheap' or 'projections'"):
+        model(input_ids=place(torch.randint(10, 200, (2, 9))))
+
+
 # --- several processes ---
 
 
