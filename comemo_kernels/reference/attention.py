@@ -40,8 +40,11 @@ def attend_spans(
     shared keys once (beams, draft tokens, a batch on one image), and with few queries the keys are
     split over the multiprocessors (split-K); the result is deterministic.
 
-    If gradients are required it is a PyTorch composition on a GPU too.
-    Source: CoMemo (arXiv:2506.06279).
+    Under autograd it saves its inputs, and on a GPU its results, but no scores: these are computed
+    again. Gradients are deterministic, too; a float8 memory is converted for them first. Keys that
+    nobody reads get zeros. On a GPU with several images, ids and biases must be less than P from
+    the bias of the first image, else gradients are NaN.
+    Source: CoMemo (arXiv:2506.06279); FlashAttention-2 (arXiv:2307.08691) for the gradients.
 
     Args:
         q: [B, N, H, D]; float16, bfloat16 or float32, on a CPU also float64.
@@ -60,7 +63,7 @@ def attend_spans(
     Returns:
         [B, N, H, D] in the dtype of q; zeros, with zero gradients, where a span is empty. With
         `return_lse` also float32 [B, N, H] (float64 of float64), natural logarithm, -inf where a
-        span is empty.
+        span is empty. Both differentiable in q, k and v, once.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a span outside the memory or images
