@@ -53,6 +53,10 @@ def test_what_the_kernels_cannot_do_raises():
     inputs["q"].requires_grad_()
     with pytest.raises(ValueError, match="attend_spans: on a GPU float64 has no kernel"):
         ways(rest)[0](**inputs)
+    inputs, rest = make_inputs()
+    inputs["cos"].requires_grad_()
+    with pytest.raises(ValueError, match="cos, sin and scales get no gradients"):
+        ways(rest)[0](**inputs)
     q = torch.zeros(1, 2, 1, 260, device=DEVICE, requires_grad=True)
     k, spans = q.detach()[0], torch.zeros(1, 1, 2, dtype=torch.int64, device=DEVICE)
     with pytest.raises(ValueError, match="D must be at most 256, got 260"):

@@ -172,6 +172,10 @@ def check_attention_kernel(
     reasons = []
     if differentiable and workspace is not None:
         reasons.append("a workspace excludes gradients")
+    fixed = () if rotation is None else rotation[:2]
+    fixed = fixed if scales is None else (*fixed, *scales[:2])
+    if torch.is_grad_enabled() and any(t.requires_grad for t in fixed):
+        reasons.append("cos, sin and scales get no gradients")
     if q.dtype == torch.float64:
         reasons.append("float64 has no kernel")
     if any(t.stride(-1) != 1 and t.shape[-1] > 1 for t in (q, k, v)):
