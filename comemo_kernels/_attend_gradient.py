@@ -76,10 +76,9 @@ class _Inputs(NamedTuple):
     def prompt(self, b: int) -> "_Inputs":
         """The inputs of one prompt."""
         shared = {"k", "v", "cos", "sin", "starts", "gate"}
-        named = self._asdict().items()
-        return _Inputs(
-            *(t if n in shared or t is None or len(t) == 1 else t[b : b + 1] for n, t in named)
-        )
+        named = self._asdict()
+        rows = {n: t for n, t in named.items() if n not in shared and t is not None and len(t) > 1}
+        return self._replace(**{name: t[b : b + 1] for name, t in rows.items()})
 
 
 class _Gradients(NamedTuple):
@@ -121,75 +120,127 @@ def _launch_each(found: _Gradients, inputs: _Inputs, to_q: bool, to_kv: bool) ->
     dv.copy_(sums[1])
 
 
+class _Plan(NamedTuple):
+    """Launch arguments that several kernels share, for prompts in one frame."""
+
+    rows: int  # R
+    images: int
+    rotate: bool
+    table: tuple[Tensor, Tensor]
+    places: tuple[Tensor, Tensor, Tensor]  # ids, starts, biases
+    table_stride: int
+    positions: int  # P
+    place_strides: tuple[int, ...]  # of ids, biases and the table
+    spans_strides: tuple[int, int]
+    block_d: int
+
+    @classmethod
+    def of(cls, inputs: _Inputs) -> "_Plan":
+        q, spans, images = inputs.q, inputs.spans, inputs.images
+        (B, N, H, D), G = q.shape, inputs.k.shape[1]
+        table, table_stride, positions = (q, q), 0, 0
+        if inputs.cos is not None and inputs.sin is not None:
+            table = (inputs.cos, inputs.sin)
+            table_stride, positions = table[0].stride(0), table[0].shape[0]
+        ids, starts, biases = (
+            q if t is None else t for t in (inputs.ids, inputs.starts, inputs.biases)
+        )
+        ids_stride = ids.stride(0) if ids.shape[0] > 1 else 0
+        biases_stride = biases.stride(0) if images and biases.shape[0] > 1 else 0
+        return cls(
+            rows=B * N * H // G,
+            images=images,
+            rotate=inputs.cos is not None,
+            table=table,
+            places=(ids, starts, biases),
+            table_stride=table_stride,
+            positions=positions,
+            place_strides=(ids_stride, ids.stride(1), biases_stride, table_stride),
+            spans_strides=(spans.stride(0), spans.stride(1) if spans.shape[1] > 1 else 0),
+            block_d=max(16, 2 * padded(-(-D // 2))),
+        )
+
+
 def _launch_frame(found: _Gradients, inputs: _Inputs, to_q: bool, to_kv: bool) -> None:
     """Write the gradients of prompts in which each image has one id."""
-    dout, q, k, v, out, lse, dlse, spans, cos, sin, ids, starts, biases, gate = inputs
-    (B, N, H, D), (M, G, _) = q.shape, k.shape
-    rows, group, half, images = B * N * H // G, H // G, -(-D // 2), inputs.images
-    rotate, block_d = cos is not None, max(16, 2 * padded(half))
-    table = (q, q) if cos is None or sin is None else (cos, sin)
-    ids, starts, biases = (q if t is None else t for t in (ids, starts, biases))
-    table_stride, positions = (table[0].stride(0), table[0].shape[0]) if rotate else (0, 0)
-    place_strides = (
-        ids.stride(0) if ids.shape[0] > 1 else 0,
-        ids.stride(1),
-        biases.stride(0) if images and biases.shape[0] > 1 else 0,
-        table_stride,
-    )
-    spans_strides = (spans.stride(0), spans.stride(1) if spans.shape[1] > 1 else 0)
+    plan = _Plan.of(inputs)
+    turned, lse2 = _prepare_rows(found.delta, inputs, plan)
+    k, v = inputs.k, inputs.v
+    if plan.images > 1:
+        k = _rebase_keys(k, plan)
+    (N, H, D), (M, G, _) = inputs.q.shape[1:], k.shape
+    for_q, for_kv = _kernels_for(inputs.q)
+    strides = (*k.stride()[:2], *v.stride()[:2])
+    operands = (turned, inputs.dout, k, v, lse2, found.delta)
+    sizes = (plan.rows, M, G, H // G, plan.positions)
+    scales = (LOG2E / D**0.5, D**-0.5)
+    shape = (H > G, D, -(-D // 2), _are_whole(*strides, plan.table_stride))
+    gate, gated = (inputs.q, False) if inputs.gate is None else (inputs.gate, True)
+    ids, starts, biases = plan.places
+    tensors: tuple[Tensor, ...]
+    constants: tuple[Any, ...]
+    if to_q:
+        tensors = (found.dq, *operands, inputs.spans, gate, *plan.table, ids, biases)
+        all_strides = (*strides, *plan.spans_strides, *plan.place_strides)
+        constants = (plan.rotate, plan.images > 0, gated, *shape, plan.block_d)
+        programs = G * -(-plan.rows // for_q.config["BLOCK_M"])
+        for_q.launch(programs, *tensors, *all_strides, N, *sizes, *scales, *constants)
+    if to_kv:
+        block_n = for_kv.config["BLOCK_N"]
+        meeting = _find_blocks(inputs, plan, for_kv.config["BLOCK_M"], block_n)
+        tensors = (found.dk, found.dv, *operands, *meeting, gate, *plan.table, starts, biases)
+        numbers = (*strides, plan.table_stride, *sizes, plan.images, *scales)
+        constants = (plan.images > 1, gated, *shape, RUNS, plan.block_d)
+        for_kv.launch(G * -(-M // block_n), *tensors, *numbers, *constants)
 
-    if rotate:
+
+def _prepare_rows(delta: Tensor, inputs: _Inputs, plan: _Plan) -> tuple[Tensor, Tensor]:
+    """Rotated queries, contiguous, and their log-sum-exp in base 2; writes delta."""
+    q, dlse = inputs.q, inputs.dlse
+    (_, N, H, D), G = q.shape, inputs.k.shape[1]
+    lse2 = torch.empty_like(delta)
+    if plan.rotate:
         turned = torch.empty_like(q, memory_format=torch.contiguous_format)
     else:
-        q = turned = q.contiguous()
-    lse2 = torch.empty_like(found.delta)
-    gradient_rows.launch(
-        G * -(-rows // gradient_rows.config["BLOCK_M"]),
-        *(turned, lse2, found.delta, q, out, dout, lse, lse if dlse is None else dlse),
-        *(*table, ids, biases, *q.stride()[:3], *place_strides, N, rows, G, group, positions),
-        *(rotate, images > 0, dlse is not None, D, half),
-        _are_whole(*q.stride()[:3], table_stride),
-        block_d,
-    )
-    if images > 1:
-        rebased = torch.empty_like(k, memory_format=torch.contiguous_format)
-        gradient_rebase.launch(
-            G * -(-M // gradient_rebase.config["BLOCK_M"]),
-            *(rebased, k, *table, starts, biases, *k.stride()[:2], table_stride),
-            *(M, G, positions, images, D, half, _are_whole(*k.stride()[:2], table_stride)),
-            block_d,
-        )
-        k = rebased
+        turned = q = q.contiguous()
+    lses = (inputs.lse, inputs.lse if dlse is None else dlse)
+    ids, _, biases = plan.places
+    tensors = (turned, lse2, delta, q, inputs.out, inputs.dout, *lses, *plan.table, ids, biases)
+    numbers = (*q.stride()[:3], *plan.place_strides, N, plan.rows, G, H // G, plan.positions)
+    aligned = _are_whole(*q.stride()[:3], plan.table_stride)
+    flags = (plan.rotate, plan.images > 0, dlse is not None)
+    programs = G * -(-plan.rows // gradient_rows.config["BLOCK_M"])
+    constants = (*flags, D, -(-D // 2), aligned, plan.block_d)
+    gradient_rows.launch(programs, *tensors, *numbers, *constants)
+    return turned, lse2
 
-    for_q, for_kv = _kernels_for(q)
-    strides = (*k.stride()[:2], *v.stride()[:2])
-    common = (turned, dout, k, v, lse2, found.delta)
-    sizes, scales = (rows, M, G, group, positions), (LOG2E / D**0.5, D**-0.5)
-    shape = (group > 1, D, half, _are_whole(*strides, table_stride))
-    gates = (q if gate is None else gate, *table)
-    if to_q:
-        for_q.launch(
-            G * -(-rows // for_q.config["BLOCK_M"]),
-            *(found.dq, *common, spans, *gates, ids, biases, *strides, *spans_strides),
-            *(*place_strides, N, *sizes, *scales, rotate, images > 0, gate is not None, *shape),
-            block_d,
-        )
-    if to_kv:
-        block_m, block_n = for_kv.config["BLOCK_M"], for_kv.config["BLOCK_N"]
-        blocks_m, blocks_n = -(-rows // block_m), -(-M // block_n)
-        bounds, limits, runs = (
-            torch.empty(*size, dtype=torch.int32, device=q.device)
-            for size in ((blocks_m, 4), (2, rows), (blocks_n, 1 + 2 * RUNS))
-        )
-        numbers = (*spans_strides, N, rows, M, group, block_m)
-        gradient_bounds.launch(blocks_m, bounds, limits, spans, *numbers)
-        gradient_runs.launch(blocks_n, runs, bounds, blocks_m, RUNS, block_n)
-        for_kv.launch(
-            G * blocks_n,
-            *(found.dk, found.dv, *common, limits, bounds, runs, *gates, starts, biases),
-            *(*strides, table_stride, *sizes, images, *scales, images > 1, gate is not None),
-            *(*shape, RUNS, block_d),
-        )
+
+def _rebase_keys(k: Tensor, plan: _Plan) -> Tensor:
+    """Keys in the frame of the prompt's first image, contiguous."""
+    (M, G, D), strides = k.shape, (*k.stride()[:2], plan.table_stride)
+    rebased = torch.empty_like(k, memory_format=torch.contiguous_format)
+    tensors = (rebased, k, *plan.table, *plan.places[1:])
+    constants = (D, -(-D // 2), _are_whole(*strides), plan.block_d)
+    programs = G * -(-M // gradient_rebase.config["BLOCK_M"])
+    numbers = (*strides, M, G, plan.positions, plan.images)
+    gradient_rebase.launch(programs, *tensors, *numbers, *constants)
+    return rebased
+
+
+def _find_blocks(
+    inputs: _Inputs, plan: _Plan, block_m: int, block_n: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Limits of each row, bounds of row blocks, ranges of row blocks for each block of keys."""
+    (_, N, H, _), (M, G, _) = inputs.q.shape, inputs.k.shape
+    blocks_m, blocks_n = -(-plan.rows // block_m), -(-M // block_n)
+    limits, bounds, runs = (
+        torch.empty(*size, dtype=torch.int32, device=inputs.q.device)
+        for size in ((2, plan.rows), (blocks_m, 4), (blocks_n, 1 + 2 * RUNS))
+    )
+    numbers = (*plan.spans_strides, N, plan.rows, M, H // G, block_m)
+    gradient_bounds.launch(blocks_m, bounds, limits, inputs.spans, *numbers)
+    gradient_runs.launch(blocks_n, runs, bounds, blocks_m, RUNS, block_n)
+    return limits, bounds, runs
 
 
 def _are_whole(*strides: int) -> bool:
