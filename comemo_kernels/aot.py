@@ -98,13 +98,19 @@ class OfflineDriver:
 
 
 @contextlib.contextmanager
-def offline(target: GPUTarget) -> Iterator[list[Any]]:
-    """Within this block launches only compile for `target`; the kernels are in the list."""
+def offline(target: GPUTarget, only: Any = None) -> Iterator[list[Any]]:
+    """Within this block launches only compile for `target`; the kernels are in the list.
+
+    Args:
+        target: a GPU.
+        only: the one jitted function to compile; None compiles all.
+    """
     compiled: list[Any] = []
     run, previous = JITFunction.run, dict(vars(driver))
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
+        if only is None or self is only:
+            compiled.append(run(self, *args, grid=grid, warmup=True, **kwargs))
 
     JITFunction.run = compile_only
     driver.set_active(OfflineDriver(target))
@@ -117,10 +123,11 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
 
 def compile_kernel(case: Case, config: Config, chip: str) -> Any:
     """The kernel of one launch for one chip, as Triton returns it."""
-    with case.kernel.using(config), offline(CHIPS[chip].target) as compiled:
+    # A launcher may launch others too.
+    only = offline(CHIPS[chip].target, case.kernel.function)
+    with case.kernel.using(config), only as compiled:
         case.launch()
-    name = case.kernel.function.__name__  # a launcher may launch others too
-    return next(found for found in compiled if found.metadata.name == name)
+    return compiled[0]
 
 
 def name_config(config: Config) -> str:

@@ -178,8 +178,6 @@ def test_a_wrong_memory_is_not_timed(monkeypatch):
 
 def test_a_wrong_layer_is_not_timed(monkeypatch):
     """Attention is a large enough part of the layer's output for the comparison."""
-    right = ops.attend_spans
-    monkeypatch.setattr(
-        ops, "attend_spans", lambda q, k, v, *given, **named: right(-q, k, v, *given, **named)
-    )
+    right = ops.attend_gated
+    monkeypatch.setattr(ops, "attend_gated", lambda x, q, *given: right(x, -q, *given))
     assert rows_of(mixin, "--sizes", "tiny", "--cases", "decode_1", "--no-compile") == ([], True)

@@ -72,10 +72,15 @@ def test_keys_and_values_own_no_larger_storage(model):
     """A view into the projection's output would keep twice the bytes that `nbytes` reports."""
     layer = model.model.language_model.layers[1].mixin
     mixin = model.config.mixin_config
-    table = rotary_table(torch.arange(6, device=DEVICE)[None], mixin.head_dim, mixin.rope_theta)
+    ids = torch.arange(6, device=DEVICE)
+    cos, sin = rotary_table(ids[None], mixin.head_dim, mixin.rope_theta)
+    angles = cos[0], sin[0], ids.int()
+    layer.kv_proj.register_forward_hook(lambda *_: None)  # then the module is called
     with torch.no_grad():
-        for tensor in layer.build(torch.randn(6, 128).to(DEVICE), table):
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        for _ in ("called", "fused"):
+            for tensor in layer.build(torch.randn(6, 128).to(DEVICE), angles):
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes
+            layer.kv_proj._forward_hooks.clear()
 
 
 def test_spans_of_images_that_later_tokens_see():
