@@ -32,24 +32,27 @@ def span_groups(
 ) -> Iterator[Group]:
     """The groups whose span is not empty, of queries [B, N, H, D] on a memory of so many rows."""
     (B, N), each = q.shape[:2], spans.shape[1]  # 1: spans of prompts, N: of tokens
-    biases, starts = None, [0]
+    biases, starts, size = None, [0], memory + 1
     kind = spans.reshape(-1, 2).long()
+    # One number for each, because PyTorch finds distinct rows of a matrix slowly.
+    kind = kind[:, 0] * size + kind[:, 1]
     if rotation is not None and rotation.starts is not None and rotation.biases is not None:
         starts = rotation.starts.tolist() or [0]
         biases = rotation.biases.expand(B, -1)
         if len(rotation.biases) > 1:  # each prompt may have the images at other ids
             row = torch.arange(B, device=q.device).repeat_interleave(each)
-            kind = torch.cat([kind, row[:, None]], 1)
+            kind = kind + row * size**2
     distinct, owner = kind, None
     if B * each > 1:
-        distinct, owner = torch.unique(kind, dim=0, return_inverse=True)
+        distinct, owner = torch.unique(kind, return_inverse=True)
     ids = None
     if rotation is not None:
         ids = rotation.positions.expand(B, N).reshape(-1).long()
     prompts = torch.arange(B, device=q.device)
     if B > 1:  # the prompt of each query
         prompts = prompts.repeat_interleave(N)
-    for index, (start, end, *_) in enumerate(distinct.tolist()):
+    for index, number in enumerate(distinct.tolist()):
+        start, end = number // size % size, number % size
         if start >= end or not q.numel():
             continue
         rows = None  # all rows, without a gather
