@@ -55,7 +55,7 @@ def _rms_norm_gradient_kernel(
         x = tl.load(x_ptr + offset_of(row, x_stride_r, ALIGNED) + c, mask=mask, other=0.0)
         dy = tl.load(dy_ptr + out, mask=mask, other=0.0).to(tl.float32)
         added_ptrs = added_ptr + offset_of(row, added_stride_r, ALIGNED) + c
-        if TO_X and ADDED and EARLY:
+        if (TO_X and ADDED) and EARLY:
             added = tl.load(added_ptrs, mask=mask, other=0.0).to(tl.float32)
         exact = x.to(tl.float32)
         rstd = tl.rsqrt(tl.sum(exact * exact, 0) / width.to(tl.float32) + eps)

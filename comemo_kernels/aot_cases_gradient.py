@@ -25,10 +25,11 @@ def gradient_cases() -> Iterator[Case]:
         run = functools.partial(_launch, dtype, 4, D=D)
         for kernel in gradient._kernels_for(empty(1, D, dtype=dtype)):
             chips = NVIDIA[:2] if kernel is gradient.gradient_keys_wide else NVIDIA
-            yield Case(kernel, name, run, 1, dtype == HALF, chips)
+            spills = {"sm_90": 16} if dtype == torch.float32 else {}  # by triton 3.6
+            yield Case(kernel, name, run, 1, dtype == HALF, chips, spills)
     run = functools.partial(_launch, HALF, 4)
     for kernel in (gradient.gradient_bounds, gradient.gradient_runs, gradient.gradient_rebase):
-        yield Case(kernel, "bf16 several images", run)
+        yield Case(kernel, "bf16 several images", run, spills={"sm_80": 8})  # by triton 3.6
     for name, dtype in (("bf16", HALF), ("fp16", torch.float16), ("fp32", torch.float32)):
         yield Case(gradient.gradient_rows, name, functools.partial(_launch, dtype, 1))
 
@@ -44,8 +45,8 @@ def _cases(name: str, run: Any, every: bool = False) -> Iterator[Case]:
     ):
         configs = len(kernel.configs) if every else 1
         stage = functools.partial(_stage_of, tiles)
-        # Registers are full: a few bytes per iteration of 128 x 64 scores.
-        spills = {"sm_80": 72 if name == "bf16" else 24, "sm_100": 8}
+        # Registers are full. On sm_90 by triton 3.6 addresses of results wait outside the loop.
+        spills = {"sm_80": 72 if name == "bf16" else 24, "sm_90": 40, "sm_100": 8}
         yield Case(kernel, name, run, configs, True, chips, spills, stage=stage)
 
 
