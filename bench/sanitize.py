@@ -150,11 +150,13 @@ def attend_to_learn_by_all(draw: Callable[..., Tensor]) -> Any:
 
     found: list[Tensor] = []
     with mock.patch.object(gradient, "has_warp_groups", return_value=False):
-        found += attend_to_learn(draw, 64)
+        found += attend_to_learn(draw, 32)
     for kernel in (gradient.gradient_queries, gradient.gradient_keys):
         for config in kernel.configs:
+            if INTERPRET and config["num_stages"] == 2:  # stages are the compiler's
+                continue
             with kernel.using(config):
-                found += attend_to_learn(draw, 64)
+                found += attend_to_learn(draw, 32)
     return found
 
 

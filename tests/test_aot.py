@@ -60,12 +60,21 @@ def is_slow(case, chip):
         chip == "gfx942"
         or (not first and ("fp32" in case.name or "tma" in kernel))  # TMA is off by default
         or (kernel in TILES and chip != "sm_90")
-        or (kernel.startswith("_gradient") and (chip != "sm_90" or "own ids" in case.name))
+        or (kernel in LEARNING and (chip != "sm_90" or case.name not in LEARNING[kernel]))
         or (kernel == "_fold_norm_kernel" and case.name.endswith(("uneven", "gradients")))
         or (case.name.startswith("bf16 few queries") and "fp8" in case.name)  # as in prefill
     )
 
 
+# Of the kernels of training, the cases that compile here.
+LEARNING = {
+    "_gradient_queries_kernel": ("bf16 gated", "bf16"),
+    "_gradient_keys_kernel": ("bf16 several images", "bf16 gated"),
+    "_rms_norm_gradient_kernel": ("bf16 2048", "bf16 4096"),
+    "_swiglu_gradient_kernel": ("bf16 8192",),
+    "_swiglu_kernel": ("bf16 8192",),
+    "_turn_back_kernel": ("bf16",),
+}
 TILES = {"_fold_norm_kernel", "_fold_norm_gradient_kernel", "_gelu_gradient_kernel"}
 TILES |= {"_product_kernel", "_sum_kernel"}
 

@@ -30,9 +30,9 @@ def test_operator_contract(real_device):
 @pytest.mark.kernel
 @pytest.mark.parametrize(
     ("form", "dynamic"),
-    [(form, True) for form in FORMS]
-    + [("gated_swiglu", False)]
-    + [pytest.param(form, False, marks=SLOW) for form in FORMS if form != "gated_swiglu"],
+    [("gated_swiglu", True), ("norm_linear", True), ("gated_residual folded", True)]
+    + [pytest.param(form, False, marks=SLOW) for form in FORMS]
+    + [pytest.param("norm_swiglu", True, marks=SLOW)],
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 @TRACED
