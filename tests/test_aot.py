@@ -55,14 +55,17 @@ LAUNCHES = [
 
 def is_slow(case, chip):
     """Only with `--all` and in `make aot`: AMD, float32 of several dtypes, what takes seconds."""
-    kernel, first = case.kernel.function.__name__, case is FIRST[case.kernel]
+    kernel, name, first = case.kernel.function.__name__, case.name, case is FIRST[case.kernel]
+    learning = LEARNING.get(kernel, (name,) if kernel.startswith("_gradient") else None)
     return (
         chip == "gfx942"
-        or (not first and ("fp32" in case.name or "tma" in kernel))  # TMA is off by default
+        or (not first and ("fp32" in name or "fp64" in name or "tma" in kernel))  # TMA is off
         or (kernel in TILES and chip != "sm_90")
-        or (kernel in LEARNING and (chip != "sm_90" or case.name not in LEARNING[kernel]))
-        or (kernel == "_fold_norm_kernel" and case.name.endswith(("uneven", "gradients")))
-        or (case.name.startswith("bf16 few queries") and "fp8" in case.name)  # as in prefill
+        or (learning is not None and (chip != "sm_90" or name not in learning))
+        or (kernel == "_fold_norm_kernel" and name.endswith(("uneven", "gradients")))
+        or (kernel == "_attend_kernel" and "fp8" in name and "several" not in name)
+        or (kernel == "_rows_kernel" and "uneven" in name and "folded" in name)
+        or name.startswith("bf16 few queries")  # as in prefill
     )
 
 

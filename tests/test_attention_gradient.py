@@ -256,6 +256,7 @@ def test_operator_contract(real_device):
             torch.library.opcheck(attend_gradient_op, arguments)
 
 
+@pytest.mark.slow  # test_gated_attention compiles the same operator
 @TRACED
 def test_compiles_whole_for_any_length(real_device):
     def attend(q, k, v, spans, cos, sin, positions, starts, biases):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from attention_inputs import assert_repeats, make_inputs, ways
-from conftest import DEVICE, GPU, INTERPRET, TRACED
+from conftest import DEVICE, GPU, INTERPRET, SLOW, TRACED
 
 pytest.importorskip("triton")
 
@@ -23,7 +23,7 @@ if INTERPRET or GPU:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("rows", [1, 9, 70])
+@pytest.mark.parametrize("rows", [1, 9, pytest.param(70, marks=SLOW)])
 def test_every_configuration_and_split(rows):
     inputs, rest = make_inputs(rows, 1, 2, 1, 32, 400, "prompt", (0, 256, 300))
     inputs = {n: t if n == "spans" or t is None else t.half() for n, t in inputs.items()}

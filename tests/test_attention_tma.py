@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from attention_inputs import assert_repeats, check, make_inputs, ways
-from conftest import DEVICE, GPU, INTERPRET
+from conftest import DEVICE, GPU, INTERPRET, SLOW
 
 pytest.importorskip("triton")
 
@@ -26,7 +26,11 @@ TMA = {"plain": 0, "small": 1, "specialised": 2}  # index of the configuration
 @pytest.mark.kernel
 @pytest.mark.parametrize(
     ("config", "starts", "dtype"),
-    [(config, starts, torch.bfloat16) for config in TMA for starts in ((0,), (0, 90, 170))]
+    [
+        pytest.param(config, starts, torch.bfloat16, marks=SLOW if config == "small" else ())
+        for config in TMA
+        for starts in ((0,), (0, 90, 170))
+    ]
     + [("plain", None, torch.float16), ("plain", (), torch.bfloat16)],
     ids=str,
 )

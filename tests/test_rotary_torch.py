@@ -74,7 +74,11 @@ def test_autograd_follows_writes_in_place(device):
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(
-    ("layout", "kind"), [*zip(LAYOUTS, ("int64", "grids", "table", "int32"), strict=True)]
+    ("layout", "kind"),
+    [
+        pytest.param(layout, kind, marks=() if kind in ("int64", "grids") else SLOW)
+        for layout, kind in zip(LAYOUTS, ("int64", "grids", "table", "int32"), strict=True)
+    ],
 )
 @TRACED
 def test_operator_contract(real_device, layout, kind):
@@ -97,7 +101,7 @@ def test_operator_contract(real_device, layout, kind):
         ("int64", False, "inductor"),
         pytest.param("int64", True, "aot_eager", marks=SLOW),
         pytest.param("grids", True, "aot_eager", marks=SLOW),
-        ("table", True, "inductor" if GPU else "aot_eager"),
+        pytest.param("table", True, "inductor" if GPU else "aot_eager", marks=SLOW),
     ],
 )
 @TRACED

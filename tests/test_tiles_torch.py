@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, GPU, INTERPRET, TRACED
+from conftest import DEVICE, DTYPES, GPU, TRACED
 from harness import assert_matches, evaluate
 from test_tiles import EVERY, make_inputs
 from torch.library import opcheck
@@ -138,7 +138,7 @@ def test_operator_contract(real_device):
 
 
 # The reference's checks of a raster's size take the compiler long where sizes are symbolic.
-DYNAMIC = pytest.param(True, marks=() if INTERPRET or GPU else pytest.mark.slow)
+DYNAMIC = pytest.param(True, marks=() if GPU else pytest.mark.slow)
 
 
 @pytest.mark.parametrize("dynamic", [False, DYNAMIC])
