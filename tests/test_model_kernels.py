@@ -95,6 +95,7 @@ def test_generated_tokens_are_the_references(model, on_reference):
     assert torch.equal(ours, model.generate(**batch, **options))
 
 
+@pytest.mark.slow
 def test_folded_tokens_are_the_references(model, on_reference):
     batch = prompts(model, [(2, 1), (1, 1)])
     options = {"max_new_tokens": 4, "do_sample": False}
