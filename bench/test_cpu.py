@@ -82,7 +82,11 @@ def attending(request):
 @pytest.mark.parametrize("way", ["ours", "ours no rotation"])
 @pytest.mark.parametrize(
     "attending",
-    [(case, dtype) for case in ("decode_1", "small_prompt", "small_pack") for dtype in DTYPES],
+    [
+        pytest.param((case, dtype), marks=pytest.mark.slow if dtype == torch.bfloat16 else ())
+        for case in ("decode_1", "small_prompt", "small_pack")
+        for dtype in DTYPES
+    ],
     ids=str,
     indirect=True,
 )

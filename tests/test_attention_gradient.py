@@ -147,7 +147,7 @@ def test_more_ranges_of_rows_than_are_kept():
 
 
 def test_strided_inputs_and_gradients():
-    inputs, rest = make_inputs(2, 3, 4, 2, 16, 70, "token", (0, 32))
+    inputs, rest = make_inputs(2, 3, 4, 2, 16, 30, "token", (0, 16))
     kv = torch.stack([inputs["k"], inputs["v"]], 1)  # [M, 2, G, D]
     strided = inputs | {
         "q": inputs["q"].transpose(1, 2).contiguous().transpose(1, 2),

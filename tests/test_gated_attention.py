@@ -195,6 +195,7 @@ def test_bad_input(name, wrong, message, learning):
         ways(rest)[0](**inputs)
 
 
+@pytest.mark.kernel
 @TRACED
 def test_compiles_whole(real_device):
     def attend(x, q, k, v, spans, weight, gate, cos, sin, positions, starts, biases):

@@ -202,7 +202,8 @@ def gated_gradients():
     tensors, _ = attention("")
     tensors |= {name: tensors[name][:16].clone() for name in ("k", "v")}
     tensors["spans"] = tensors["spans"] // 4
-    tensors |= {"x": draw(2, 3, 8), "weight": draw(8, 64), "gate": draw(1)}
+    tensors["q"] = draw(2, 3, 2, 16)
+    tensors |= {"x": draw(2, 3, 8), "weight": draw(8, 32), "gate": draw(1)}
     learning = ("x", "q", "k", "v", "weight", "gate")
 
     def gradients(cos, sin, positions, starts, biases, **tensors):

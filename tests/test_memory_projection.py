@@ -304,6 +304,7 @@ def test_operator_contract(real_device):
 
 
 @TRACED
+@pytest.mark.kernel
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "folded"])
 def test_compiles_whole(real_device, exact):
     inputs = make_inputs(16, exact=exact, device=real_device)

@@ -85,6 +85,7 @@ def test_split_waves_give_what_whole_ones_do(monkeypatch, slots, dtype):
         assert_matches(*both(), inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.kernel
 def test_rows_for_more_warps(monkeypatch):
     """Kernels for wide towers: the gradient takes a pass for the tokens and one for the norm."""
