@@ -132,8 +132,9 @@ def _gradient_queries_kernel(
         table = (cos_ptr, sin_ptr, table_stride, num_positions)
         cos, sin = table_rows(table, ids, mask, offs_h, ALIGNED)
         dq_ptrs = dq_ptr + base * D + (offs * D)[:, None] + offs_h[None, :]
-        tl.store(dq_ptrs, dq1 * cos + dq2 * sin, mask=mask)
-        tl.store(dq_ptrs + HALF, dq2 * cos - dq1 * sin, mask=mask)
+        reads = some[:, None]  # others may be beyond the table, where angles are NaN
+        tl.store(dq_ptrs, tl.where(reads, dq1 * cos + dq2 * sin, 0.0), mask=mask)
+        tl.store(dq_ptrs + HALF, tl.where(reads, dq2 * cos - dq1 * sin, 0.0), mask=mask)
     else:
         tl.store(dq_ptr + tile, dq, mask=mask_md)
 

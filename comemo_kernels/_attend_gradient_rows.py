@@ -100,6 +100,8 @@ def _gradient_rows_kernel(
         q_rows += offset_of(head * group + row % group, q_stride_h, ALIGNED)
         table = (cos_ptr, sin_ptr, table_stride, num_positions)
         q = load_rotated(q_rows, mask, ids, table, HALF, ALIGNED, BLOCK_D)
+        # A row that reads nothing may be beyond the table, and 0 * NaN is NaN.
+        q = tl.where(empty[:, None], 0.0, q)
         tl.store(turned_ptr + tile, q, mask=mask_md)
 
 

@@ -118,6 +118,18 @@ def test_keys_that_nobody_reads_have_zero_gradients(starts):
         assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("starts", [(0,), (0, 32)])
+def test_a_token_that_reads_nothing_may_be_anywhere(starts):
+    """Also beyond the table of angles, in a block with tokens that read."""
+    inputs, rest = make_inputs(1, 9, 2, 1, 16, 70, "token", starts)
+    inputs["spans"][0, 4] = 20
+    clean = gradients(inputs, rest)
+    rest["positions"][0, 4] = 10**6
+    for found, wanted in zip(gradients(inputs, rest), clean, strict=True):
+        assert torch.equal(found, wanted)
+    assert not clean[0][0, 4].any()
+
+
 def test_nobody_reads_anything():
     inputs, rest = make_inputs(2, 3, 2, 1, 16, 300, "prompt", (0,))
     inputs["spans"][:] = 7

@@ -185,7 +185,7 @@ def make_prompt(question, tokenizer):
     return expand_images(build_prompt([(IMAGE_MARK + escape(question, tokenizer), None)]), [3])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(
     question=st.lists(st.sampled_from([ATTACK, "<", *SPECIAL]) | st.text(max_size=5)).map("".join)
 )

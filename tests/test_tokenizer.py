@@ -136,7 +136,7 @@ CODES = [MARKER, "<0xEF>", "<0xB7>", "<0x90>", "▁", " ", "\n", "猫", "😀"]
 texts = st.lists(st.sampled_from(LITERALS + FRAGMENTS + CODES) | st.text(max_size=5)).map("".join)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(text=texts)
 def test_escaped_text_stays_text(tokenizer, text):
     escaped = escape(text, tokenizer)
@@ -146,7 +146,7 @@ def test_escaped_text_stays_text(tokenizer, text):
     assert tokenizer.decode(ids) == as_decoded(tokenizer, text.replace(MARKER, ""))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(text=st.text() | texts)
 def test_ordinary_text_is_unchanged(tokenizer, text):
     for literal in [MARKER, *tokenizer.control_literals]:
