@@ -4,7 +4,8 @@ Five launches, deterministic: rows and the blocks that meet (`_attend_gradient_r
 (`_attend_gradient_queries`), keys and values (`_attend_gradient_keys`). Each of the two GEMM
 kernels computes the scores again from the saved log-sum-exp: 14 * rows * keys * D FLOPs for each
 head, 7/5 of a single pass, which would need atomics. Several images take one more launch, which
-rotates the keys into the frame of the prompt's first image.
+rotates the keys into the frame of the first image; or, in float32 and for prompts with ids of their
+own, all launches for each image.
 Scratch: q' like q, two numbers per row, k' like k for several images, a few numbers per block.
 
 Letters: B batch, N tokens, H query heads, M memory, G key heads, D head dimension, R rows of one
@@ -73,13 +74,6 @@ class _Inputs(NamedTuple):
         """Images with ids of their own."""
         return 0 if self.starts is None else self.starts.shape[0]
 
-    def prompt(self, b: int) -> "_Inputs":
-        """The inputs of one prompt."""
-        shared = {"k", "v", "cos", "sin", "starts", "gate"}
-        named = self._asdict()
-        rows = {n: t for n, t in named.items() if n not in shared and t is not None and len(t) > 1}
-        return self._replace(**{name: t[b : b + 1] for name, t in rows.items()})
-
 
 class _Gradients(NamedTuple):
     dq: Tensor  # [B, N, H, D], or of no prompt
@@ -94,30 +88,46 @@ def _launch(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not inputs.q.numel() or not inputs.k.numel():
         for grad in found:
             grad.zero_()
-    elif inputs.images > 1 and inputs.biases is not None and len(inputs.biases) > 1:
+    elif inputs.images > 1 and not _share_frame(inputs):
         _launch_each(found, inputs, to_q, to_kv)
     else:
         _launch_frame(found, inputs, to_q, to_kv)
     return found
 
 
+def _share_frame(inputs: _Inputs) -> bool:
+    """Whether all images are read in the frame of the first.
+
+    Not in float32, where a rotation by two rows of the table costs digits, and not if prompts have
+    the images at ids of their own.
+    """
+    assert inputs.biases is not None
+    return len(inputs.biases) == 1 and inputs.q.dtype != torch.float32
+
+
 def _launch_each(found: _Gradients, inputs: _Inputs, to_q: bool, to_kv: bool) -> None:
-    """Each prompt has a frame of its own: one after the other, with sums in float32."""
-    dq, dk, dv, delta = found
-    sums = [torch.zeros_like(x, dtype=torch.float32) for x in (dk, dv)]
-    own = [torch.empty_like(x) for x in sums]
-    deltas = []
-    for b in range(len(inputs.q)):
-        rows = torch.empty_like(delta.view(len(delta), len(inputs.q), -1)[:, b])
-        rows = rows.contiguous()
-        part = _Gradients(dq[b : b + 1], own[0], own[1], rows)
-        _launch_frame(part, inputs.prompt(b), to_q, to_kv)
-        deltas.append(rows)
-        if to_kv:
-            torch._foreach_add_(sums, own)
-    torch.cat(deltas, 1, out=delta)
-    dk.copy_(sums[0])
-    dv.copy_(sums[1])
+    """Each image in a frame of its own: one after the other, with sums in float32."""
+    starts, biases = inputs.starts, inputs.biases
+    assert starts is not None
+    assert biases is not None
+    sums = [torch.zeros_like(x, dtype=torch.float32) for x in found[:3]]
+    own = _Gradients(*map(torch.empty_like, (*sums, found.delta)))
+    ends = torch.cat([starts[1:], starts.new_full((1,), len(inputs.k))])
+    for i in range(inputs.images):
+        spans = torch.minimum(torch.maximum(inputs.spans, starts[i]), ends[i])
+        unread = spans[..., :1] >= spans[..., 1:]
+        image = inputs._replace(
+            spans=spans,
+            lse=inputs.lse.masked_fill(unread, float("-inf")),
+            starts=starts[i : i + 1],
+            biases=biases[:, i : i + 1].contiguous(),
+        )
+        _launch_frame(own, image, to_q, to_kv)
+        torch._foreach_add_(sums, list(own[:3]))
+    for grad, total in zip(found[:3], sums, strict=True):
+        grad.copy_(total)
+    whole = inputs._replace(cos=None, sin=None, ids=None, starts=None, biases=None)
+    _prepare_rows(found.delta, whole, _Plan.of(whole))
 
 
 class _Plan(NamedTuple):

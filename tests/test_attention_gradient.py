@@ -38,7 +38,7 @@ def gradients(inputs, rest, attend=0):
     N=st.integers(1, 5),
     heads=st.sampled_from([(1, 1), (4, 2), (6, 1), (3, 3)]),
     D=st.sampled_from([24, 64] if GPU else [2, 16, 24, 64]),  # each compiles
-    M=st.integers(2, 150),
+    M=st.integers(8, 150),
     spans=st.sampled_from(["token", "prompt"]),
     starts=st.sampled_from([None, (), (0,), (0, 1), (0, 16, 40, 41)]),
     own=st.booleans(),
@@ -48,8 +48,13 @@ def test_matches_reference(B, N, heads, D, M, spans, starts, own, learning, dtyp
     if starts:
         starts = tuple(start for start in starts if start < M)
     (H, G), biases = heads, B if own else 1
+    if dtype == torch.float32:
+        # The log-sum-exp is rounded at its own magnitude, a few times the error of PyTorch's
+        # softmax of one row; over several rows that error varies as much.
+        N += 8
     inputs, rest = make_inputs(B, N, H, G, D, M, spans, starts, biases, dtype=dtype)
-    # With one key in each span the gradient of q is 0, and so is PyTorch's error.
+    # If all read one or two keys, gradients of q and k are small differences of large numbers. By
+    # the row sum of FlashAttention their error is that of the large ones, in PyTorch's softmax not.
     inputs["spans"][0, 0] = torch.tensor([0, M])
     check(inputs, rest, learning)
 

@@ -64,7 +64,7 @@ def test_what_the_kernels_cannot_do_raises():
 
 
 def test_a_frozen_memory_and_frozen_queries_cost_nothing(monkeypatch):
-    inputs, rest = make_inputs(2, 5, 2, 1, 16, 70, "token", (0, 32))
+    inputs, rest = make_inputs(2, 5, 2, 1, 16, 70, "token", (0,))
     launched = []
     for name in ("gradient_queries_exact", "gradient_keys_exact"):
         kernel = getattr(gradient, name)

@@ -42,8 +42,8 @@ def attend_spans(
 
     Under autograd it saves its inputs, and on a GPU its results, but no scores: these are computed
     again. Gradients are deterministic, too; a float8 memory is converted for them first. Keys that
-    nobody reads get zeros. On a GPU with several images, ids and biases must be less than P from
-    the bias of the first image, else gradients are NaN.
+    nobody reads get zeros. On a GPU with several images, in half precision, ids and biases must be
+    less than P from the bias of the first image, else gradients are NaN.
     Source: CoMemo (arXiv:2506.06279); FlashAttention-2 (arXiv:2307.08691) for the gradients.
 
     Args:
