@@ -3,7 +3,7 @@
     q' = rotate(q, id - r);  k' = rotate(k, b - r)          b: bias of the key's image
     delta = rowsum(dout * out) - dlse
 
-r is the bias of the first image in the row's prompt. In this one frame a score is q' k' whichever
+r is the bias of the first image of a launch. In this one frame a score is q' k' whichever
 image the key belongs to, so that the two GEMM kernels rotate nothing but their results.
 
 Spans decide which blocks of rows and keys meet. `bounds` has the first and the last key of each
