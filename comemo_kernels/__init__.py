@@ -11,6 +11,9 @@ from comemo_kernels.grids import TEXT, ImageGrids
 from comemo_kernels.memory import ImageMemory
 from comemo_kernels.memory_split import join_images, split_images
 from comemo_kernels.memory_tensors import distance_table, memory_buffers
+from comemo_kernels.patching.patch import patch, patched, unpatch
+from comemo_kernels.patching.plan import Report
+from comemo_kernels.patching.replacement import PatchWarning
 from comemo_kernels.reference import (
     fold_tiles,
     image_position_ids,
@@ -58,7 +61,9 @@ __all__ = [
     "ImageGrids",
     "ImageMemory",
     "MemoryScales",
+    "PatchWarning",
     "QueryRotation",
+    "Report",
     "append_images",
     "apply_rotary",
     "attend_gated",
@@ -77,6 +82,8 @@ __all__ = [
     "memory_buffers",
     "norm_linear",
     "norm_swiglu",
+    "patch",
+    "patched",
     "project_memory",
     "project_tiles",
     "reference",
@@ -86,4 +93,5 @@ __all__ = [
     "spans_from_cu_seqlens",
     "spans_from_images",
     "split_images",
+    "unpatch",
 ]

@@ -1,0 +1,16 @@
+"""InternVL of transformers (InternVLForConditionalGeneration)."""
+
+from torch import nn
+
+from comemo_kernels.patching.plan import Plan
+
+NAME = "InternVL of transformers (InternVLForConditionalGeneration)"
+
+
+def recognise(model: nn.Module) -> bool:
+    """Whether a model has this structure."""
+    return False
+
+
+def make_plan(plan: Plan) -> None:
+    """Plan all replacements in `plan.model`."""
