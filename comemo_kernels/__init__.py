@@ -1,7 +1,5 @@
 """Operations of CoMemo, a model with an image memory. `reference` defines what each computes."""
 
-from importlib.util import find_spec
-
 import comemo_kernels.trees  # noqa: F401, registers the memory for torch.export
 from comemo_kernels import reference
 from comemo_kernels.append import append_images
@@ -11,6 +9,20 @@ from comemo_kernels.grids import TEXT, ImageGrids
 from comemo_kernels.memory import ImageMemory
 from comemo_kernels.memory_split import join_images, split_images
 from comemo_kernels.memory_tensors import distance_table, memory_buffers
+from comemo_kernels.operations import (
+    apply_rotary,
+    attend_gated,
+    attend_spans,
+    attention_workspace,
+    build_memory,
+    gated_residual,
+    gated_swiglu,
+    norm_linear,
+    norm_swiglu,
+    project_memory,
+    project_tiles,
+    rope_dhr_positions,
+)
 from comemo_kernels.patching.patch import patch, patched, unpatch
 from comemo_kernels.patching.plan import Report
 from comemo_kernels.patching.replacement import PatchWarning
@@ -22,36 +34,6 @@ from comemo_kernels.reference import (
     rotary_table,
 )
 from comemo_kernels.spans import spans_from_cu_seqlens, spans_from_images
-
-if find_spec("triton"):
-    from comemo_kernels.attention import attend_spans, attention_workspace
-    from comemo_kernels.fused_linear import (
-        gated_residual,
-        gated_swiglu,
-        norm_linear,
-        norm_swiglu,
-    )
-    from comemo_kernels.gated_attention import attend_gated
-    from comemo_kernels.memory_build import build_memory
-    from comemo_kernels.memory_projection import project_memory
-    from comemo_kernels.positions import rope_dhr_positions
-    from comemo_kernels.rotary import apply_rotary
-    from comemo_kernels.tiles import project_tiles
-else:  # macOS, Windows: the same functions in PyTorch
-    from comemo_kernels.reference import (
-        apply_rotary,
-        attend_gated,
-        attend_spans,
-        attention_workspace,
-        build_memory,
-        gated_residual,
-        gated_swiglu,
-        norm_linear,
-        norm_swiglu,
-        project_memory,
-        project_tiles,
-        rope_dhr_positions,
-    )
 
 __version__ = "0.1.0"
 __all__ = [
