@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from bench.published_model.internlm2 import InternLM2Config, InternLM2ForCausalLM
 from bench.published_model.mixin import LMMixin, extend_instance
 from bench.published_model.vision import InternVisionModel
+from comemo_kernels.patching.published_generate import view_of
 
 MIXIN = {
     "language_dim": 2048,
@@ -46,6 +47,17 @@ class CoMemoChatConfig(PretrainedConfig):
         self.select_layer = settings.get("select_layer", -1)
         self.ps_version = settings.get("ps_version", "v2")
         self.downsample_ratio = settings.get("downsample_ratio", 0.5)
+
+
+def repair_generate(model: "CoMemoChatModel") -> "CoMemoChatModel":
+    """Give the language model a `generate` on releases whose models do not inherit it.
+
+    The layers stay as published; without this nothing could be compared there.
+    """
+    language_model = model.language_model
+    vars(language_model).update(vars(view_of(language_model)))
+    language_model.__class__ = type(view_of(language_model))
+    return model
 
 
 class CoMemoChatModel(PreTrainedModel):

@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Result = TypeVar("Result")
 
-_kept: Any = WeakTensorKeyDictionary()  # media -> module -> (state, result)
+_kept: Any = WeakTensorKeyDictionary()  # media -> owner -> (state, result)
 _lock = threading.Lock()
 
 
@@ -21,7 +21,7 @@ def _state(tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
 
 
 def keep_while_alive(
-    media: Tensor, owner: nn.Module, weights: Sequence[Tensor], compute: Callable[[], Result]
+    media: Tensor, owner: object, weights: Sequence[Tensor], compute: Callable[[], Result]
 ) -> Result:
     """The result of `compute()`, computed again only if media or weights changed.
 
@@ -30,7 +30,7 @@ def keep_while_alive(
 
     Args:
         media: the tensor that identifies the images.
-        owner: the module that the result belongs to.
+        owner: what the result belongs to, a module or a function.
         weights: what the result depends on beside media.
         compute: without arguments.
     """

@@ -19,17 +19,22 @@ _lock = threading.RLock()
 
 def _find_plan(model: nn.Module) -> Plan | None:
     """The plan that is installed in a model or in one that it wraps."""
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else ():
         plan = vars(module).get(_PLAN)
         if plan is not None:
             return plan
     return None
 
 
+def _hands_on(module: nn.Module) -> bool:
+    """Whether a module is a wrapper that has all attributes of the model in it."""
+    return type(module).__getattr__ is not nn.Module.__getattr__
+
+
 def _make_plan(model: nn.Module) -> Plan:
     if isinstance(model, nn.Module):
         for module in model.modules():  # adapters and compilers wrap models
-            for known in KNOWN:
+            for known in () if _hands_on(module) else KNOWN:
                 if known.recognise(module):
                     plan = Plan(module, known.NAME)
                     known.make_plan(plan)

@@ -5,11 +5,11 @@ Letters: B batch, N tokens, H query heads, G key heads, g = H / G, D head dimens
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comemo_kernels.operations import apply_rotary
+from comemo_kernels.patching.growing import append
 from comemo_kernels.patching.plain import is_untouched
 from comemo_kernels.patching.replacement import Replacement
 
@@ -61,8 +61,7 @@ def run(
     q, k = rotate(module, qkv, position_ids, past_key_value)
     k, v = k.transpose(1, 2), qkv[..., -1, :].transpose(1, 2)  # [B, G, N, D]
     if past_key_value is not None:
-        k = torch.cat([past_key_value[0], k], dim=2)
-        v = torch.cat([past_key_value[1], v], dim=2)
+        k, v = append(past_key_value[0], k), append(past_key_value[1], v)
     past_key_value = (k, v) if use_cache else None
     if flash:
         rows = (q.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2))

@@ -51,6 +51,7 @@ class Reading:
         self.vision_x, self.media_ids, self.text_ids = vision_x, media_ids, text_ids
         self.blocks = blocks
         self.built: dict[nn.Module, Pair] = {}
+        self._spans: dict[torch.device, Tensor] = {}
         self.ids = text_ids  # of the tokens of this forward
         self._length = 0
 
@@ -61,6 +62,19 @@ class Reading:
         elif self._length != length or self.ids is None or self.ids.shape[1] != tokens:
             self.ids = torch.arange(length, length + tokens, device=device)[None]
         self._length = length
+
+    def spans(self, x: Tensor) -> Tensor:
+        """Spans [B, 1, 2] of tokens x [B, N, d]: all read the whole memory."""
+        assert self.vision_x is not None
+        if x.device not in self._spans:
+            self._spans[x.device] = whole(1, self.vision_x.shape[1], x.device)
+        return self._spans[x.device].expand(len(x), 1, 2)
+
+
+def whole(B: int, M: int, device: torch.device) -> Tensor:
+    """Spans [B, 1, 2] of prompts that each read M tokens of their own, made on the device."""
+    start = torch.arange(0, B * M, max(M, 1), device=device)[:B]
+    return torch.stack([start, start + M], -1)[:, None]
 
 
 _reading: ContextVar[Reading | None] = ContextVar("reading", default=None)
@@ -205,9 +219,8 @@ def project_keys(attention: nn.Module, kv: Tensor, ids: Tensor | None) -> Pair:
 
 
 def table_of(attention: nn.Module, like: Tensor) -> Pair:
-    """cos, sin [P, D/2] of all ids, rounded to the dtype of the activations, as published."""
-    cos, sin = angles(attention.rotary_emb, like, attention.rotary_emb.max_seq_len_cached)
-    return cos.to(like.dtype), sin.to(like.dtype)
+    """cos, sin [P, D/2] of all ids, in the dtype that the module keeps."""
+    return angles(attention.rotary_emb, like, attention.rotary_emb.max_seq_len_cached)
 
 
 def rotation_of(attention: nn.Module, ids: Tensor | None, x: Tensor) -> QueryRotation:
@@ -298,18 +311,18 @@ def places_of(
 def spans_of(attention: nn.Module, x: Tensor, keys: Tensor, reading: Reading | None) -> Tensor:
     """Spans [B, N or 1, 2] of tokens x [B, N, d] in keys [B * M, H, D] or [M, H, D]."""
     B, N, _ = x.shape
-    if reading is not None:  # every token reads the whole memory
-        return torch.tensor([[[0, len(keys)]]], device=x.device).expand(B, 1, 2)
+    if reading is not None:
+        return reading.spans(x)
     bounds = attention.cu_seqlens_q, attention.cu_seqlens_k
-    if None not in bounds:
+    if all(t is not None for t in bounds):
         queries, memory = (t.flatten().to(x.device).int() for t in bounds)
         return spans_from_cu_seqlens(queries, memory, N)
     mask = attention.media_attn_mask
     M = len(keys) // B
-    first = torch.arange(0, B * M, M, device=x.device).view(B, 1, 1)
+    rows = whole(B, M, x.device)
     if mask is None:
-        return first + torch.tensor([0, M], device=x.device)
-    return keep_while_alive(mask, spans_of_mask, (), lambda: spans_of_mask(mask)) + first
+        return rows
+    return keep_while_alive(mask, spans_of_mask, (), lambda: spans_of_mask(mask)) + rows[..., :1]
 
 
 def spans_of_mask(mask: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ the language model: an object of a class with what is missing, which shares all 
 """
 
 import importlib
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,9 +43,11 @@ class _Generates:
         return model_kwargs
 
 
-@cache  # classes are made once
-def _viewing_class(kind: Any) -> type:
+@lru_cache(maxsize=16)
+def generating_class(kind: Any) -> type:
     """A class with `generate` for every release, in front of that of a language model."""
+    if issubclass(kind, _Generates):
+        return kind
     bases: tuple[type, ...] = (_Generates, kind)
     if not hasattr(kind, "generate"):
         package = _package_of(kind)
@@ -61,7 +63,8 @@ def _package_of(kind: type) -> str:
 
 def view_of(language_model: nn.Module) -> Any:
     """An object that generates with the modules of a language model."""
-    kind: Any = _viewing_class(type(language_model))
+    given: Any = type(language_model)
+    kind: Any = generating_class(given)
     view = object.__new__(kind)
     vars(view).update(vars(language_model))
     if vars(view).get("generation_config") is None:
