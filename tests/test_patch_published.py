@@ -41,7 +41,7 @@ def generate(model, *grids, dhr=True, factor=1.0, **options):
     inputs = prompt_of(*grids, dhr=dhr)
     for name, value in inputs.items():
         value = (value * factor).to(model.dtype) if value.is_floating_point() else value
-        inputs[name] = value.to(model.device)
+        inputs[name] = value if model.device.type == "meta" else value.to(model.device)
     return model.generate(**inputs, **(GREEDY | options))
 
 

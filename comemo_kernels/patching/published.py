@@ -8,7 +8,7 @@ from torch import nn
 from comemo_kernels.patching import published_attention as attention
 from comemo_kernels.patching import published_block as block
 from comemo_kernels.patching import published_generate as generation
-from comemo_kernels.patching.plain import acts_as_rms_norm
+from comemo_kernels.patching.plain import is_rms_norm
 from comemo_kernels.patching.plan import Plan
 from comemo_kernels.patching.published_rotary import check_rotary
 
@@ -51,7 +51,7 @@ def make_plan(plan: Plan) -> None:
             plan.replace(found, block.run_block, by)
             plan.replace(found.cross_attn, block.run_attention, "attend_spans on a built memory")
             for norm in (found.cross_attention_norm, found.ffn_norm_2):
-                if not acts_as_rms_norm(norm):
+                if not is_rms_norm(norm):  # also tries its class, before anything is captured
                     plan.leave(norm, "not a plain RMSNorm: it is called")
         elif found is not None:
             plan.leave(found, "not the published structure")
