@@ -41,7 +41,7 @@ def prompt_of(*grids: tuple[int, int], text: int = 5, dhr: bool = True) -> dict[
     mask, attention = ids == IMAGE_TOKEN, torch.ones_like(ids)
     positions = torch.arange(len(row))[None]
     if dhr:
-        positions = ops.rope_dhr_positions(mask, attention, list(grids), SIDE, "column")
+        positions = ops.reference.rope_dhr_positions(mask, attention, list(grids), SIDE, "column")
     inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": positions}
     if grids:
         inputs["pixel_values"] = torch.randn(sum(tiles), 3, 56, 56, generator=draw)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.published_model.internlm2 import (
+from bench.published_model.parts import (
     InternLM2MLP,
     InternLM2RMSNorm,
     InternLM2RotaryEmbedding,
