@@ -28,6 +28,7 @@ TUNED = ("decode_1", "prefill_8k_3k", "prefill_8k_13k", "decode_8", "few_500_13k
 # The largest products, samples of uneven lengths, samples of one block of keys, a short row.
 TRAINED = ("16k_1_many", "16k_8_many", "16k_64_one", "4k_8_one")
 CHAT = ("chat", "--dtype", "bfloat16", "--tokens", "32")
+DROPIN = ("internvl", "mllama")
 STAGES: dict[str, tuple[float, list[str]]] = {  # name -> seconds, arguments of `python -m bench`
     "compile": (34, []),
     "attend": (38, ["attend", "--few-compiled"]),
@@ -44,6 +45,8 @@ STAGES: dict[str, tuple[float, list[str]]] = {  # name -> seconds, arguments of 
     "tune rotary": (5, ["rotary", "--tune", "--cases", "pack_16k"]),
     "decode": (13, ["decode", "--dtype", "bfloat16"]),
     "chat": (22, [*CHAT, "--ways", "ours", "eager, memory kept", "published"]),
+    "dropin": (14, ["dropin", "--models", "published"]),
+    "dropin others": (10, ["dropin", "--models", *DROPIN, "--layers", "10", "--tokens", "16"]),
     "vision": (6, ["vision"]),
     "positions": (4, ["positions"]),
     # Last, with the remaining time: most of it is compilation.

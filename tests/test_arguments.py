@@ -16,8 +16,9 @@ from comemo_kernels import ImageGrids, ImageMemory, QueryRotation, reference
 kernel = pytest.mark.kernel(reference=True)
 
 EXPORTED = [getattr(ops, name) for name in ops.__all__]
+OTHERS = {ops.capture, ops.patch, ops.unpatch}  # of functions and models, not of tensors
 PUBLIC = [
-    *(f for f in EXPORTED if inspect.isfunction(f) and f is not ops.capture),
+    *(f for f in EXPORTED if inspect.isfunction(f) and f not in OTHERS),
     *(getattr(reference, name) for name in reference.__all__),
     ImageGrids.pack.__func__,
     ImageGrids.position_ids,

@@ -1,0 +1,98 @@
+"""Models that people already run, as shipped and with `comemo_kernels.patched`.
+
+Random weights, one image, greedy tokens. `first_s` is the time to the first token, `token_s` of
+each later one (median), `same_tokens` whether the tokens are those of the model as shipped,
+`patch_s` what patching took. `peak_gib` is the peak memory of the process so far, so the way that
+should need least runs first; on a GPU it is that of the row. The published model also runs with a
+simple cache of the image's keys and values added, because its worst cost is that it has none.
+"""
+
+import argparse
+import gc
+import statistics
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import comemo_kernels as ops
+from bench import measure, peak
+from bench.dropin_models import SUBJECTS, Subject
+from comemo.chat.streamers import TokenClock
+
+OURS, AS_SHIPPED = "ours, patched", "as shipped"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--models", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
+    parser.add_argument("--layers", type=int, default=None if gpu else 4, help="0: all")
+    parser.add_argument("--vision-layers", type=int, help="of the tower, which is in all ways")
+    parser.add_argument("--tokens", type=int, default=32 if gpu else 5, help="to generate")
+    dtype = "bfloat16" if gpu else "float32"
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype)
+
+
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for name in options.models:
+        torch.manual_seed(0)
+        print(f"drawing random weights of {name}")
+        subject = SUBJECTS[name](
+            getattr(torch, options.dtype), options.layers or None, options.vision_layers
+        )
+        yield from _rows(subject, options)
+        del subject
+        gc.collect()
+
+
+@torch.no_grad()
+def _rows(subject: Subject, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The patched model first: the peak memory of a process only grows."""
+    rows: list[dict[str, Any]] = []
+    answers: dict[str, Tensor] = {}
+    for way in (OURS, *subject.ways, AS_SHIPPED):
+        gc.collect()
+        peak.reset()
+        with ExitStack() as stack:
+            start = measure.now()
+            if way == OURS:
+                stack.enter_context(ops.patched(subject.model))
+            elif way in subject.ways:
+                put, back = subject.ways[way]
+                put(subject.model)
+                stack.callback(back, subject.model)
+            patch_s = measure.now() - start
+            if torch.cuda.is_available():  # the first calls compile kernels
+                _answer(subject, 3)
+            clock, answers[way] = _answer(subject, options.tokens)
+        times = [b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False)]
+        token_s = statistics.median(times or [clock.per_token])
+        rows.append(
+            {
+                "case": f"{subject.case}, {options.dtype}",
+                "pass": "generate",
+                "way": way,
+                "first_s": clock.first,
+                "token_s": token_s,
+                "tokens_per_s": 1 / token_s,
+                "peak_gib": measure.peak_gib(),
+            }
+            | ({"patch_s": patch_s} if way == OURS else {})
+        )
+    for row in rows:
+        row["same_tokens"] = torch.equal(answers[row["way"]], answers[AS_SHIPPED])
+        yield row
+
+
+def _answer(subject: Subject, tokens: int) -> tuple[TokenClock, Tensor]:
+    clock = TokenClock()
+    answer = subject.generate(
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        streamer=clock,
+    )
+    return clock, answer
