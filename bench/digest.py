@@ -14,8 +14,8 @@ TIMES = {"us": (1.0, "us"), "token_s": (1e3, "ms a token"), "host_us": (1.0, "us
 def compare(rows: Sequence[Row]) -> list[str]:
     """A line for each case and pass: the first of our ways, and others relative to its time.
 
-    After our other ways come the fastest foreign one and the published or shipped one; "x0.5" is twice as fast
-    as ours.
+    After our other ways come the fastest foreign one and the published or shipped one; "x0.5" is
+    twice as fast as ours.
     """
     lines = []
     for (bench, case, kind), group in _grouped(rows, "bench", "case", "pass"):
