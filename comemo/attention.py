@@ -4,7 +4,7 @@ Letters: B prompts, N tokens of a prompt, M tokens of the image memory, H heads,
 """
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,9 +60,7 @@ def attend_memory(
     if key.shape[0] != 1:
         raise ValueError(f"{OWN_ATTENTION}: key must be [1, G, M, D], got {tuple(key.shape)}")
     k, v = (t[0].transpose(0, 1) for t in (key, value))
-    read = ops.attend_spans(query.transpose(1, 2), k, v, spans)
-    assert isinstance(read, Tensor)
-    return read, None
+    return cast(Tensor, ops.attend_spans(query.transpose(1, 2), k, v, spans)), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(OWN_ATTENTION, attend_memory)
@@ -158,8 +156,8 @@ def attend_otherwise(
         )
     B, N, _, D = q.shape
     M = key.shape[0]
-    if not (q.numel() and M):
-        return torch.zeros_like(q)
+    if not (q.numel() and M):  # zeros, with gradients; others refuse empty tensors
+        return cast(Tensor, ops.attend_spans(q, key, value, spans, rotation))
     start, end = spans[..., :1], spans[..., 1:]
     q, key = rotate_for_prompts(q, key, rotation)
     q, keys = q.transpose(1, 2), key.transpose(1, 2).expand(B, -1, -1, -1)  # [B, H, N or M, D]
