@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from transformers.utils.generic import is_flash_attention_requested
 
 import comemo_kernels as ops
+from comemo.config import MixinConfig
 from comemo.config_parts import OWN_ATTENTION, attention_by_part
 from comemo_kernels import MemoryScales, QueryRotation
 
@@ -64,6 +65,17 @@ def attend_memory(
 
 
 ALL_ATTENTION_FUNCTIONS.register(OWN_ATTENTION, attend_memory)
+
+
+def attention_of(config: MixinConfig) -> str:
+    """Name of the attention of mixin layers with this config.
+
+    The attribute `_attn_implementation` says the same, but a config looks it up in 10 us, which
+    would count in each layer of each token.
+    """
+    if torch.compiler.is_compiling():
+        return config._attn_implementation or OWN_ATTENTION
+    return object.__getattribute__(config, "_attn_implementation_internal") or OWN_ATTENTION
 
 
 class ChoosesAttention:
@@ -147,8 +159,8 @@ def attend_otherwise(
         ValueError: a float8 memory; for flash attention spans of tokens, or a dtype other than
             float16 and bfloat16.
     """
-    config: Any = layer.config
-    name = config._attn_implementation
+    config = cast(MixinConfig, layer.config)
+    name = attention_of(config)
     if scales is not None:
         raise ValueError(
             f"CoMemo: a float8 memory is read by {OWN_ATTENTION!r} only, got {name!r} as the"

@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import comemo_kernels as ops
-from comemo.attention import attend_otherwise
+from comemo.attention import attend_otherwise, attention_of
 from comemo.config import MixinConfig
 from comemo.config_parts import OWN_ATTENTION
 from comemo.weights.fusable import is_fusable
@@ -143,7 +143,7 @@ class MixinLayer(nn.Module):
         else:
             q = self.q_proj(self.attn_norm(x))
         q = q.unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, H, D]
-        own = self.config._attn_implementation in (None, OWN_ATTENTION)
+        own = attention_of(self.config) == OWN_ATTENTION
         if own and fusable:
             y = ops.attend_gated(
                 x, q, key, value, spans, self.o_proj.weight, gates[0], rotation, scales

@@ -9,11 +9,12 @@ from conftest import TRACED, every_two
 from flash import Layer, flash  # noqa: F401
 from harness import LOGITS, assert_matches, assert_relative
 from small import logits_of, make_model, make_prompts, place
+from torch.nn.attention.flex_attention import create_mask
 from transformers import AttentionInterface
 
 import comemo_kernels as ops
 from comemo import DecodeLoop, MixinConfig
-from comemo.attention import attend_memory, attend_otherwise
+from comemo.attention import attend_memory, attend_otherwise, mask_of_spans
 from comemo_kernels import MemoryScales, QueryRotation, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,6 +176,19 @@ def test_ours_has_the_signature_of_the_interface():
             attend(*given, **options)
     with pytest.raises(ValueError, match=r"key must be \[1, G, M, D\], got \(2, "):
         attend(*given[:2], given[1], given[1], spans=spans)
+
+
+@TRACED
+@pytest.mark.slow
+def test_flex_attention_gets_the_same_mask():
+    inputs, _ = make_inputs(2, 7, 2, 2, spans="token", starts=None, device="cpu")
+    masks = []
+    for name in ("sdpa", "flex_attention"):
+        config = MixinConfig()
+        config._attn_implementation = name
+        masks.append(mask_of_spans(config, inputs["spans"], 7, 70, inputs["q"]))
+    assert masks[0].shape == (2, 1, 7, 70)
+    assert torch.equal(create_mask(masks[1].mask_mod, 2, 1, 7, 70, "cpu"), masks[0])
 
 
 # --- the model ---
