@@ -35,7 +35,8 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "flash-attn": ["flash-attn"],  # for attn_implementation="flash_attention_2"
+        "flash": ["flash-attn"],  # for attn_implementation="flash_attention_2"
+        "flash-attn": ["flash-attn"],  # the old name of "flash"
         "dev": [
             "accelerate",  # used by Trainer and `device_map`
             "hypothesis",

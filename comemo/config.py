@@ -15,6 +15,7 @@ from transformers.models.internvl.configuration_internvl import InternVLVisionCo
 from comemo.config_parts import (
     LLM_KEYS,
     VISION_RENAMED,
+    attention_by_part,
     bias_key,
     check_agreement,
     check_parts,
@@ -227,6 +228,15 @@ class CoMemoConfig(PreTrainedConfig):
         check_settings("vision_config", checks.VISION, vars(self.vision_config))
         check_settings("mixin_config", checks.MIXIN, vars(self.mixin_config))
         checks.check_shapes(self)
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict[str, Any] | None) -> None:
+        """Mixin layers change only by their own key: the names of users are for self-attention."""
+        PreTrainedConfig._attn_implementation.fset(self, attention_by_part(value))
 
     @property
     def side(self) -> int:

@@ -20,6 +20,8 @@ from comemo.safety.settings import (
     shorten,
 )
 
+OWN_ATTENTION = "comemo_kernels"  # the attention of mixin layers, if no other one is chosen
+ATTENTION_PARTS = ("", "text_config", "vision_config", "mixin_config")
 LLM_KEYS = (
     "vocab_size",
     "hidden_size",
@@ -64,6 +66,29 @@ FLOATS = (  # transformers refuses the integers 0 and 1 for them
     "initializer_factor",
     "layer_scale_init_value",
 )
+
+
+def attention_by_part(chosen: str | dict[str, Any] | None) -> dict[str, Any]:
+    """A choice of `attn_implementation`, as transformers' dictionary of the parts that it is for.
+
+    Args:
+        chosen: names by part; a name alone is for everything but the mixin layers.
+
+    Raises:
+        ValueError: an unknown part, or our attention for a part without an image memory.
+    """
+    parts = chosen if isinstance(chosen, dict) else dict.fromkeys(ATTENTION_PARTS[:3], chosen)
+    if unknown := [part for part in parts if part not in ATTENTION_PARTS]:
+        raise ValueError(
+            f"CoMemoConfig: attn_implementation must have keys of {ATTENTION_PARTS}, got"
+            f" {shorten(unknown)}"
+        )
+    if wrong := [p for p in ATTENTION_PARTS[:3] if parts.get(p) == OWN_ATTENTION]:
+        raise ValueError(
+            f"CoMemoConfig: attn_implementation {OWN_ATTENTION!r} must be for 'mixin_config', got"
+            f" {wrong}: it reads an image memory by spans, not a KV cache by a causal mask"
+        )
+    return parts
 
 
 def check_parts(parts: dict[str, Any]) -> None:

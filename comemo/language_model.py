@@ -26,6 +26,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 import comemo_kernels as ops
+from comemo.attention import check_flash, known_attention
 from comemo.config import CoMemoConfig
 from comemo.memory.building import BuildsMemory
 from comemo.mixin import KeyAngles, MixinLayer
@@ -180,7 +181,10 @@ class CoMemoTextModel(BuildsMemory, LlamaPreTrainedModel):
     def __init__(self, config: CoMemoConfig) -> None:
         text = config.text_config
         super().__init__(text)  # so that its attention implementation can be set
-        self.comemo_config = config
+        self.comemo_config, mixin = config, config.mixin_config
+        mixin._attn_implementation_internal = known_attention(
+            self, mixin._attn_implementation, is_init_check=True
+        )
         self.embed_tokens = nn.Embedding(text.vocab_size, text.hidden_size, text.pad_token_id)
         self.layers = nn.ModuleList(
             CoMemoDecoderLayer(config, i) for i in range(text.num_hidden_layers)
@@ -219,6 +223,7 @@ class CoMemoTextModel(BuildsMemory, LlamaPreTrainedModel):
         if use_cache and cache is None:
             cache = DynamicCache(config=text)
         places = sample_places
+        check_flash(text._attn_implementation, x, places, cache, attention_mask)
         if cu_seqlens is not None:
             token_counts = self._longest_sample(cu_seqlens, position_ids)
             places = places_in_samples(cu_seqlens, x.shape[0], x.shape[1], x.device)

@@ -14,7 +14,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import comemo_kernels as ops
+from comemo.attention import attend_otherwise, attention_of
 from comemo.config import MixinConfig
+from comemo.config_parts import OWN_ATTENTION
 from comemo.weights.fusable import is_fusable
 from comemo_kernels import ImageMemory, MemoryScales, QueryRotation
 
@@ -33,12 +35,18 @@ def on_device(
 
 
 class MixinLayer(nn.Module):
-    """Gated image cross-attention and a gated feed-forward network; identity if the gates are 0."""
+    """Gated image cross-attention and a gated feed-forward network; identity if the gates are 0.
+
+    The attention is the one that `config._attn_implementation` names, see `comemo.attention`.
+    """
 
     folded = False  # whether norm weights and gates are folded into the projections
+    # What functions of transformers' attention interface read.
+    is_causal, num_key_value_groups = False, 1
 
     def __init__(self, config: MixinConfig, layer_idx: int) -> None:
         super().__init__()
+        self.config = config
         self.layer_idx = layer_idx  # of the decoder layer after it
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         width, inner = config.language_dim, config.num_heads * config.head_dim
@@ -135,15 +143,26 @@ class MixinLayer(nn.Module):
         else:
             q = self.q_proj(self.attn_norm(x))
         q = q.unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, H, D]
-        if fusable:
+        own = attention_of(self.config) == OWN_ATTENTION
+        if own and fusable:
             y = ops.attend_gated(
                 x, q, key, value, spans, self.o_proj.weight, gates[0], rotation, scales
             )
+        else:
+            if own:
+                read = ops.attend_spans(q, key, value, spans, rotation, scales)
+            else:
+                M = len(memory) or len(key)  # spare rows may hold anything, NaN too
+                read = attend_otherwise(self, q, key[:M], value[:M], spans, rotation, scales)
+            read = read.flatten(2)
+            if fusable:
+                y = ops.gated_residual(x, read, self.o_proj.weight, gates[0])
+            else:
+                y = x + self.attn_gate.tanh() * self.o_proj(read)
+        if fusable:
             mlp, eps = self.mlp, self.mlp_norm.variance_epsilon
             weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
             y = ops.gated_swiglu(y, norms[1], *weights, gates[1], eps, recompute)
         else:
-            read = ops.attend_spans(q, key, value, spans, rotation, scales).flatten(2)
-            y = x + self.attn_gate.tanh() * self.o_proj(read)
             y = y + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(y))
         return y if memory.active is None else torch.where(memory.active.to(x.device), y, x)

@@ -14,6 +14,7 @@ from transformers.models.internvl.modeling_internvl import InternVLVisionModel
 from transformers.utils.generic import can_return_tuple
 
 import comemo_kernels as ops
+from comemo.attention import ChoosesAttention
 from comemo.checkpoint import PublishedCheckpoint
 from comemo.config import CoMemoConfig
 from comemo.language_model import CoMemoTextModel
@@ -36,7 +37,7 @@ from comemo_kernels import ImageMemory
 KEYWORDS = {"output_attentions", "output_hidden_states", *VARLEN}
 
 
-class CoMemoPreTrainedModel(PublishedCheckpoint, PreTrainedModel):
+class CoMemoPreTrainedModel(ChoosesAttention, PublishedCheckpoint, PreTrainedModel):
     config: CoMemoConfig
     config_class = CoMemoConfig
     base_model_prefix = "model"

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import comemo_kernels as ops
+from comemo.attention import attention_of
+from comemo.config_parts import OWN_ATTENTION
 from comemo.decode.answer import Answer
 from comemo.decode.arena import MemoryKind, capacity_for
 from comemo.decode.cache import ROOM_FOR_ANSWER, RoomyLayer
@@ -54,6 +56,9 @@ def why_not(model: GeneratingModel, option: Callable[[str], Any]) -> list[str]:
         reasons.append("use_cache=False")
     if option("cache_implementation") not in (None, "dynamic", "static"):
         reasons.append(f"cache_implementation={option('cache_implementation')!r}")
+    mixin = attention_of(model.config.mixin_config)
+    if mixin != OWN_ATTENTION:  # a mask does not keep NaN in spare rows out
+        reasons.append(f"attention of mixin_config {mixin!r}")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         reasons.append("layers on several devices")
     if any(weight.is_meta for weight in model.parameters()):
