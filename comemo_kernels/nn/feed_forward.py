@@ -1,0 +1,25 @@
+"""The feed-forward network of a gated layer."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class FeedForward(nn.Module):
+    """SwiGLU network: (silu(x gate^T) * (x up^T)) down^T, without biases.
+
+    State dict: `gate_proj.weight`, `up_proj.weight` [F, d], `down_proj.weight` [d, F]; initialised
+    like `nn.Linear`.
+    """
+
+    def __init__(self, dim: int, intermediate_size: int, device: Any = None, dtype: Any = None):
+        super().__init__()
+        made = {"bias": False, "device": device, "dtype": dtype}
+        self.gate_proj = nn.Linear(dim, intermediate_size, **made)
+        self.up_proj = nn.Linear(dim, intermediate_size, **made)
+        self.down_proj = nn.Linear(intermediate_size, dim, **made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] to [..., d]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

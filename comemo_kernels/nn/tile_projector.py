@@ -1,0 +1,122 @@
+"""The projector of a vision tower's tokens, as a module."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+import comemo_kernels as ops
+from comemo_kernels._op import check, check_count
+from comemo_kernels.nn._plain import is_plain
+
+LAYERS = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear)
+
+
+class TileProjector(nn.Sequential):
+    """Vision tokens of tiles to image tokens: fold, LayerNorm, Linear, GELU, Linear.
+
+    Computed by `project_tiles`. If a submodule has hooks, adapters, quantised, sharded or offloaded
+    weights, all four are called. Initialised like `nn.LayerNorm` and `nn.Linear`.
+    Source: CoMemo (arXiv:2506.06279), the projector of InternVL.
+
+    State dict, that of InternVL's and CoMemo's `mlp1` without this prefix; n = 1/ratio:
+        0.weight, 0.bias: [vision_dim * n * n].
+        1.weight: [dim, vision_dim * n * n].
+        1.bias: [dim].
+        3.weight: [dim, dim].
+        3.bias: [dim].
+
+    Args:
+        vision_dim: C, channels of a vision token.
+        dim: d, width of the image tokens.
+        ratio: side of the folded raster over that of the tokens, 1/n.
+        version: "v2" keeps the raster order, "v1" transposes it, see `fold_tiles`.
+        eps: of the LayerNorm.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: sizes below 1, a ratio that is not 1 over an integer, an unknown version.
+    """
+
+    def __init__(
+        self,
+        vision_dim: int,
+        dim: int,
+        ratio: float = 0.5,
+        version: str = "v2",
+        eps: float = 1e-5,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        check_count("TileProjector", "vision_dim", vision_dim, 1)
+        check_count("TileProjector", "dim", dim, 1)
+        check(
+            version in ("v1", "v2"),
+            f"TileProjector: version must be 'v1' or 'v2', got {version!r}",
+        )
+        n = round(1 / ratio) if 0 < ratio <= 1 else 0
+        check(
+            n > 0 and abs(n * ratio - 1) < 1e-6,
+            f"TileProjector: ratio must be 1 over an integer, got {ratio}",
+        )
+        width, place = vision_dim * n * n, {"device": device, "dtype": dtype}
+        super().__init__(
+            nn.LayerNorm(width, eps, **place),
+            nn.Linear(width, dim, **place),
+            nn.GELU(),
+            nn.Linear(dim, dim, **place),
+        )
+        self.ratio, self.version = ratio, version
+
+    def forward(
+        self, tokens: Tensor, embeds: Tensor | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Project the output of a vision tower.
+
+        Args:
+            tokens: [T, 1 + h*h, C], class token first; it is dropped.
+            embeds: [..., d] contiguous, embeddings of a sequence: the image tokens are also
+                written there, at `rows`.
+            rows: int64 [T * (h/n)**2] of `embeds` flattened to [.., d], see `image_rows`.
+
+        Returns:
+            [T, (h/n)**2, d]. Differentiable, also through `embeds`.
+
+        Raises:
+            ValueError: tokens that are not a class token and a square, or of another width; errors
+                of `project_tiles`.
+        """
+        return project(self, tokens, embeds, rows)
+
+
+def project(projector: Any, tokens: Tensor, embeds: Tensor | None, rows: Tensor | None) -> Tensor:
+    """The forward of `TileProjector`, of any sequence of its layers with its settings."""
+    layers = tuple(projector.children())
+    if tuple(map(type, layers)) == LAYERS and layers[2].approximate == "none":
+        norm, first, _, second = layers
+        weights = (norm.weight, norm.bias, first.weight, first.bias, second.weight, second.bias)
+        if is_plain(*layers, biased=True) and all(weight is not None for weight in weights):
+            options = {"ratio": projector.ratio, "version": projector.version, "eps": norm.eps}
+            return ops.project_tiles(tokens, *weights, **options, embeds=embeds, rows=rows)
+    side = round(max(tokens.shape[1] - 1, 0) ** 0.5) if tokens.ndim == 3 else 0
+    if not side or tokens.shape[1] != 1 + side * side:
+        raise ValueError(
+            "TileProjector: tokens must be [T, 1 + h*h, C], a class token and a square, got"
+            f" {tuple(tokens.shape)}"
+        )
+    if (embeds is None) != (rows is None):
+        raise ValueError(
+            "TileProjector: embeds and rows must be given together, got one without the other"
+        )
+    raster = tokens[:, 1:].unflatten(1, (side, side))
+    x = ops.fold_tiles(raster, projector.ratio, projector.version).flatten(1, 2)
+    for layer in layers:
+        x = layer(x)
+    if embeds is not None and rows is not None:
+        found = x.flatten(0, 1)
+        check(
+            rows.shape == found.shape[:1] and embeds.shape[-1] == found.shape[1],
+            f"TileProjector: rows must be [{len(found)}] of embeds [.., {found.shape[1]}], got"
+            f" {tuple(rows.shape)} and {tuple(embeds.shape)}",
+        )
+        embeds.view(-1, embeds.shape[-1]).index_copy_(0, rows, found.to(embeds.dtype))
+    return x
