@@ -99,6 +99,7 @@ class GatedCrossAttention(nn.Module):
             recompute in ("cheap", "projections"),
             f"{VERB}: recompute must be 'cheap' or 'projections', got {recompute!r}",
         )
+        self.dim, self.media_dim = dim, media_dim
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, heads, head_dim
         self.layer_idx, self.recompute = layer_idx, recompute
         place = {"device": device, "dtype": dtype}
@@ -245,8 +246,8 @@ def _prepare(
     active: Tensor | None,
 ) -> _Reading:
     """Check the arguments of a call."""
-    if not isinstance(x, Tensor) or x.ndim != 3:
-        raise ValueError(f"{VERB}: x must be [B, N, d], got {_told(x)}")
+    if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != layer.dim:
+        raise ValueError(f"{VERB}: x must be [B, N, {layer.dim}], got {_told(x)}")
     B, N, _ = x.shape
     if isinstance(media, ImageMemory):
         memory = media
@@ -255,6 +256,10 @@ def _prepare(
     else:
         memory, own = _memory_of(x, media)
         spans = own if spans is None else spans
+    if memory.media is not None and memory.media.shape[-1] != layer.media_dim:
+        raise ValueError(
+            f"{VERB}: media must be {layer.media_dim} wide, got {tuple(memory.media.shape)}"
+        )
     if spans is None:
         raise ValueError(f"{VERB}: spans must be given, because the memory has none, got None")
     if (memory.table is None) != (positions is None):
