@@ -1,6 +1,8 @@
 """Our layers under the models of transformers, by the `kernels` package, without a network."""
 
 import logging
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -297,3 +299,25 @@ def test_a_module_that_declares_our_layer(kernels):
     kernelize(kernels, model, hub.mapping())
     x, media = randoms(B, N, 64, device="cpu"), randoms(B, 7, 48, device="cpu")
     assert torch.equal(model(x, media), ours(x, media))
+
+
+def test_the_page_shows_what_works(kernels):
+    page = (Path(__file__).parents[1] / "docs" / "nn.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    scope = {}
+    exec(block, scope)
+    model = scope["model"]
+    try:
+        assert isinstance(modeling_llama.apply_rotary_pos_emb, nn.Module)
+        forward = modeling_llama.apply_rotary_pos_emb.forward
+        assert forward.__func__ is layers.ApplyRotary.forward
+        assert model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
+    finally:
+        kernelize(kernels, model, {})
+
+
+@pytest.mark.parametrize("module", [hub, comemo_kernels.nn], ids=lambda module: module.__name__)
+def test_every_name_is_documented(module):
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    section = page.split(f"## `{module.__name__}`\n")[1].split("\n## ")[0]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == sorted(module.__all__)
