@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import pickle
+import random
 
+import odd
 import pytest
 import torch
 from conftest import DEVICE, DTYPES, SLOW, TRACED
@@ -350,7 +352,7 @@ def test_invalid_settings_are_refused(change, told):
         ({"x": None}, r"x must be \[B, N, 64\], got NoneType"),
         ({"x": torch.ones(2, 20, 60)}, r"x must be \[B, N, 64\], got \(2, 20, 60\)"),
         ({"media": torch.ones(3, 4, 48)}, r"media must be .* \[2, M, media_dim\] .* \(3, 4, 48\)"),
-        ({"media": torch.ones(2, 4, 40)}, r"media must be 48 wide, got \(8, 40\)"),
+        ({"media": torch.ones(2, 4, 40)}, r"media must be \[M, 48\], got \(8, 40\)"),
         ({"media": [1]}, "media must be an ImageMemory, .* got list"),
         ({"positions": None}, "positions must be given for a memory with a table"),
         ({"media": torch.ones(2, 4, 48)}, "positions must .* got .* without a table"),
@@ -394,6 +396,42 @@ def test_invalid_layers_are_refused(layers, told):
 def test_an_interrupted_filling_leaves_the_memory_as_it_was():
     memory = make_memory(randoms(16, 48, device="cpu"))
     wide = make_layer("cpu", layer_idx=1, media_dim=40)
-    with pytest.raises(ValueError, match="kv_weights"):
+    with pytest.raises(ValueError, match=r"fill_memory: media must be \[M, 40\], got \(16, 48\)"):
         fill_memory([make_layer("cpu"), wide], memory)
     assert memory.keys == memory.values == {}
+
+
+CALLS = {
+    "forward": lambda layer, x, media, memory: (
+        layer.forward,
+        {"x": x, "media": media, "spans": memory.spans, "active": None},
+    ),
+    "forward with a memory": lambda layer, x, media, memory: (
+        layer.forward,
+        {"x": x, "media": memory, "positions": prompts("cpu")[0]},
+    ),
+    "filling": lambda layer, x, media, memory: (
+        fill_memory,
+        {"layers": [layer], "memory": memory},
+    ),
+}
+
+
+@pytest.mark.no_virtual_gpu("the same checks")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("draws", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_odd_arguments_give_a_result_or_a_value_error(name, draws):
+    layer, draw = make_layer("cpu").requires_grad_(False), random.Random(name)
+    x, media = randoms(B, N, 64, device="cpu"), randoms(16, 48, device="cpu")
+    for _ in range(draws):
+        function, arguments = CALLS[name](layer, x, media, make_memory(media))
+        arg = draw.choice(list(arguments))
+        thing = arguments[arg] = odd.odd_value(draw, arguments[arg])
+        before = odd.state(*arguments.values())
+        error = odd.raised(function, arguments)
+        told = f"{arg}={thing!r:.80}: {error!r}"
+        if error is not None:
+            assert isinstance(error, ValueError), told
+            assert str(error).startswith(f"{function.__qualname__}: "), told
+            assert odd.same(before, odd.state(*arguments.values())), f"changed by {told}"

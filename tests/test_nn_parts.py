@@ -120,7 +120,7 @@ def test_invalid_settings_are_refused(change, told):
 def test_invalid_arguments_are_refused():
     q, k = heads("cpu")
     ids = torch.arange(30)[None]
-    with pytest.raises(ValueError, match=r"RotaryDHR: q must have heads of 16 elements, got"):
+    with pytest.raises(ValueError, match=r"forward: q must have heads of 16 elements, got"):
         ROTARY(q[..., :8], k, ids)
     with pytest.raises(ValueError, match="positions must be int32 or int64"):
         ROTARY(q, k, ids.float())

@@ -165,7 +165,7 @@ def test_a_projector_calls_what_it_must(name, version):
     for found, told in zip(place(projector, tokens, embeds), wanted, strict=True):
         assert_relative(found, told)
     assert called
-    with pytest.raises(ValueError, match=r"TileProjector: tokens must be \[T, 1 \+ h\*h, C\]"):
+    with pytest.raises(ValueError, match=r"forward: tokens must be \[T, 1 \+ h\*h, C\]"):
         projector(tokens[:, 1:])
     with pytest.raises(ValueError, match="embeds and rows must be given together"):
         projector(tokens, embeds)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import comemo_kernels as ops
+from comemo_kernels._arguments import public
 from comemo_kernels._op import check, check_count
 from comemo_kernels.attention_types import MemoryScales, QueryRotation
 from comemo_kernels.memory import ImageMemory
@@ -23,7 +24,8 @@ from comemo_kernels.memory_tensors import Table
 from comemo_kernels.nn._plain import is_plain
 from comemo_kernels.nn.feed_forward import FeedForward
 
-VERB = "GatedCrossAttention"
+NAME = "GatedCrossAttention"
+VERB = f"{NAME}.forward"
 
 
 class GatedCrossAttention(nn.Module):
@@ -64,6 +66,7 @@ class GatedCrossAttention(nn.Module):
             media of another width, or an unknown `recompute`.
     """
 
+    @public
     def __init__(
         self,
         dim: int,
@@ -84,20 +87,20 @@ class GatedCrossAttention(nn.Module):
         sizes = {"dim": dim, "media_dim": media_dim, "num_heads": num_heads, "head_dim": head_dim}
         sizes |= {"intermediate_size": intermediate_size, "num_key_value_heads": heads}
         for name, size in sizes.items():
-            check_count(VERB, name, size, 1)
-        check_count(VERB, "layer_idx", layer_idx)
-        check(head_dim % 2 == 0, f"{VERB}: head_dim must be even, got {head_dim}")
+            check_count(NAME, name, size, 1)
+        check_count(NAME, "layer_idx", layer_idx)
+        check(head_dim % 2 == 0, f"{NAME}: head_dim must be even, got {head_dim}")
         check(
             num_heads % heads == 0,
-            f"{VERB}: num_key_value_heads must divide num_heads {num_heads}, got {heads}",
+            f"{NAME}: num_key_value_heads must divide num_heads {num_heads}, got {heads}",
         )
         check(
             not shared_norm or media_dim == dim,
-            f"{VERB}: media_dim must be dim {dim} with shared_norm, got {media_dim}",
+            f"{NAME}: media_dim must be dim {dim} with shared_norm, got {media_dim}",
         )
         check(
             recompute in ("cheap", "projections"),
-            f"{VERB}: recompute must be 'cheap' or 'projections', got {recompute!r}",
+            f"{NAME}: recompute must be 'cheap' or 'projections', got {recompute!r}",
         )
         self.dim, self.media_dim = dim, media_dim
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, heads, head_dim
@@ -119,6 +122,7 @@ class GatedCrossAttention(nn.Module):
         nn.init.zeros_(self.attn_gate)
         nn.init.zeros_(self.mlp_gate)
 
+    @public
     def forward(
         self,
         x: Tensor,
@@ -256,10 +260,7 @@ def _prepare(
     else:
         memory, own = _memory_of(x, media)
         spans = own if spans is None else spans
-    if memory.media is not None and memory.media.shape[-1] != layer.media_dim:
-        raise ValueError(
-            f"{VERB}: media must be {layer.media_dim} wide, got {tuple(memory.media.shape)}"
-        )
+    check_media(VERB, layer, memory)
     if spans is None:
         raise ValueError(f"{VERB}: spans must be given, because the memory has none, got None")
     if (memory.table is None) != (positions is None):
@@ -267,11 +268,6 @@ def _prepare(
         raise ValueError(
             f"{VERB}: positions must be given for a memory with a table of angles, and only then,"
             f" got {_told(positions)} for media {told}"
-        )
-    if memory.table is not None and memory.table[0].shape[-1] != layer.head_dim // 2:
-        raise ValueError(
-            f"{VERB}: the table of the memory must be [P, {layer.head_dim}/2], got"
-            f" {tuple(memory.table[0].shape)}"
         )
     if active is not None and (
         active.dtype != torch.bool or active.shape not in ((B, 1, 1), (B, N, 1))
@@ -287,6 +283,18 @@ def _prepare(
         rotation = QueryRotation(*moved)
     active = None if active is None else active.to(x.device)
     return _Reading(memory, spans.to(x.device), active, rotation)
+
+
+def check_media(verb: str, layer: Any, memory: ImageMemory) -> None:
+    """Raise unless the media and the table of a memory, if it has them, fit a layer."""
+    media, table = memory.media, memory.table
+    if media is not None and (media.ndim != 2 or media.shape[1] != layer.media_dim):
+        raise ValueError(f"{verb}: media must be [M, {layer.media_dim}], got {tuple(media.shape)}")
+    if table is not None and (table[0].ndim != 2 or 2 * table[0].shape[1] != layer.head_dim):
+        raise ValueError(
+            f"{verb}: the table of the memory must be [P, {layer.head_dim}/2], got"
+            f" {tuple(table[0].shape)}"
+        )
 
 
 def _memory_of(x: Tensor, media: Tensor) -> tuple[ImageMemory, Tensor]:

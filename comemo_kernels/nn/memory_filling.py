@@ -10,7 +10,12 @@ import comemo_kernels as ops
 from comemo_kernels._arguments import public
 from comemo_kernels.memory import ImageMemory
 from comemo_kernels.nn._plain import is_plain, is_untouched
-from comemo_kernels.nn.gated_cross_attention import angles_of, build_keys, norm_of_media
+from comemo_kernels.nn.gated_cross_attention import (
+    angles_of,
+    build_keys,
+    check_media,
+    norm_of_media,
+)
 
 Built = list[tuple[Tensor, Tensor]]
 
@@ -27,8 +32,9 @@ def fill_memory(layers: Sequence[nn.Module], memory: ImageMemory) -> None:
 
     Args:
         layers: of one or several shapes, each with another `layer_idx`.
-        memory: with media [M, media_dim] on the device of the layers; written, as a whole, after
-            everything is computed.
+        memory: with media [M, media_dim] on the device of the layers; it gets new dictionaries of
+            keys and values after everything is computed. What `reading` returned before does not
+            see them.
 
     Returns:
         None.
@@ -49,6 +55,7 @@ def fill_memory(layers: Sequence[nn.Module], memory: ImageMemory) -> None:
     built: dict[int, tuple[Tensor, Tensor]] = {}
     alike: dict[Any, list[Any]] = {}
     for layer in layers:
+        check_media("fill_memory", layer, memory)
         norm, linear = norm_of_media(layer), layer.kv_proj
         if is_plain(norm, linear):
             weight = linear.weight
@@ -59,9 +66,11 @@ def fill_memory(layers: Sequence[nn.Module], memory: ImageMemory) -> None:
     for group in alike.values():
         pairs = _build_together(group, memory)
         built |= {_index(layer): pair for layer, pair in zip(group, pairs, strict=True)}
-    for index, (key, value) in built.items():
-        memory.update(index, key, value)
-        memory.scales.pop(index, None)
+    keys = {**memory.keys, **{index: pair[0] for index, pair in built.items()}}
+    values = {**memory.values, **{index: pair[1] for index, pair in built.items()}}
+    scales = {index: scale for index, scale in memory.scales.items() if index not in built}
+    # In one statement, so that no interrupt leaves it half done.
+    memory.keys, memory.values, memory.scales = keys, values, scales
 
 
 def _index(layer: Any) -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import comemo_kernels as ops
+from comemo_kernels._arguments import public
 from comemo_kernels._op import check, check_count
 from comemo_kernels.grids import Grid, ImageGrids, check_tile_order
 from comemo_kernels.memory_tensors import Table
@@ -34,6 +35,7 @@ class RotaryDHR(nn.Module):
             `image_position_ids` refuses.
     """
 
+    @public
     def __init__(
         self,
         head_dim: int,
@@ -59,10 +61,12 @@ class RotaryDHR(nn.Module):
             f" side={self.side}, tile_order={self.tile_order!r}, thumbnail={self.thumbnail}"
         )
 
+    @public
     def table(self, device: torch.device | str) -> Table:
         """cos, sin float32 [P, D/2] on a device, for an `ImageMemory`; do not write to them."""
         return ops.distance_table(self.head_dim, self.theta, self.max_positions, device)
 
+    @public
     def position_ids(
         self, image_mask: Tensor, attention_mask: Tensor, grids: Sequence[Grid] | Tensor
     ) -> Tensor:
@@ -78,6 +82,7 @@ class RotaryDHR(nn.Module):
             validate,
         )
 
+    @public
     def forward(
         self, q: Tensor, k: Tensor | None, positions: Tensor | ImageGrids
     ) -> tuple[Tensor, Tensor | None]:
@@ -98,7 +103,8 @@ class RotaryDHR(nn.Module):
         """
         if q.shape[-1] != self.head_dim:
             raise ValueError(
-                f"RotaryDHR: q must have heads of {self.head_dim} elements, got {tuple(q.shape)}"
+                f"RotaryDHR.forward: q must have heads of {self.head_dim} elements, got"
+                f" {tuple(q.shape)}"
             )
         if torch.compiler.is_compiling() and isinstance(positions, Tensor):
             return self._rotate_compiled(q, k, positions)
@@ -107,7 +113,9 @@ class RotaryDHR(nn.Module):
     def _rotate_compiled(self, q: Tensor, k: Any, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same with angles of the tokens alone: a graph would compute the whole table."""
         if ids.dtype not in INTEGERS:
-            raise ValueError(f"RotaryDHR: positions must be int32 or int64, got {ids.dtype}")
+            raise ValueError(
+                f"RotaryDHR.forward: positions must be int32 or int64, got {ids.dtype}"
+            )
         unknown = (ids < 0) | (ids >= self.max_positions)
         places = ids.float().masked_fill(unknown, float("nan"))
         cos, sin = ops.rotary_table(places.view(-1, places.shape[-1]), self.head_dim, self.theta)

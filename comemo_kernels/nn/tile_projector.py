@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import comemo_kernels as ops
+from comemo_kernels._arguments import public
 from comemo_kernels._op import check, check_count
 from comemo_kernels.nn._plain import is_plain
 
@@ -37,6 +38,7 @@ class TileProjector(nn.Sequential):
         ValueError: sizes below 1, a ratio that is not 1 over an integer, an unknown version.
     """
 
+    @public
     def __init__(
         self,
         vision_dim: int,
@@ -67,6 +69,7 @@ class TileProjector(nn.Sequential):
         )
         self.ratio, self.version = ratio, version
 
+    @public
     def forward(
         self, tokens: Tensor, embeds: Tensor | None = None, rows: Tensor | None = None
     ) -> Tensor:
@@ -100,12 +103,13 @@ def project(projector: Any, tokens: Tensor, embeds: Tensor | None, rows: Tensor 
     side = round(max(tokens.shape[1] - 1, 0) ** 0.5) if tokens.ndim == 3 else 0
     if not side or tokens.shape[1] != 1 + side * side:
         raise ValueError(
-            "TileProjector: tokens must be [T, 1 + h*h, C], a class token and a square, got"
+            "TileProjector.forward: tokens must be [T, 1 + h*h, C], a class token and a square, got"
             f" {tuple(tokens.shape)}"
         )
     if (embeds is None) != (rows is None):
         raise ValueError(
-            "TileProjector: embeds and rows must be given together, got one without the other"
+            "TileProjector.forward: embeds and rows must be given together, got one without the"
+            " other"
         )
     raster = tokens[:, 1:].unflatten(1, (side, side))
     x = ops.fold_tiles(raster, projector.ratio, projector.version).flatten(1, 2)
@@ -115,8 +119,8 @@ def project(projector: Any, tokens: Tensor, embeds: Tensor | None, rows: Tensor 
         found = x.flatten(0, 1)
         check(
             rows.shape == found.shape[:1] and embeds.shape[-1] == found.shape[1],
-            f"TileProjector: rows must be [{len(found)}] of embeds [.., {found.shape[1]}], got"
-            f" {tuple(rows.shape)} and {tuple(embeds.shape)}",
+            f"TileProjector.forward: rows must be [{len(found)}] of embeds [.., {found.shape[1]}],"
+            f" got {tuple(rows.shape)} and {tuple(embeds.shape)}",
         )
         embeds.view(-1, embeds.shape[-1]).index_copy_(0, rows, found.to(embeds.dtype))
     return x
