@@ -169,7 +169,7 @@ def test_a_projector_calls_what_it_must(name, version):
         projector(tokens[:, 1:])
     with pytest.raises(ValueError, match="embeds and rows must be given together"):
         projector(tokens, embeds)
-    with pytest.raises(ValueError, match=r"rows must be \[12\] of embeds \[.., 24\], got \(2,\)"):
+    with pytest.raises(ValueError, match=r"rows must be int64 \[12\] .* 20 rows of embeds, got"):
         projector(tokens, embeds, torch.tensor([0, 1], device=DEVICE))
 
 

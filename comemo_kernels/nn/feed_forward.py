@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,12 +27,16 @@ class FeedForward(nn.Module):
 
     @public
     def __init__(
-        self, dim: int, intermediate_size: int, device: Any = None, dtype: Any = None
+        self,
+        dim: int,
+        intermediate_size: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_count("FeedForward", "dim", dim, 1)
         check_count("FeedForward", "intermediate_size", intermediate_size, 1)
         super().__init__()
-        made = {"bias": False, "device": device, "dtype": dtype}
+        made: dict[str, Any] = {"bias": False, "device": device, "dtype": dtype}
         self.gate_proj = nn.Linear(dim, intermediate_size, **made)
         self.up_proj = nn.Linear(dim, intermediate_size, **made)
         self.down_proj = nn.Linear(intermediate_size, dim, **made)

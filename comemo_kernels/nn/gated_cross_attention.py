@@ -23,6 +23,7 @@ from comemo_kernels.memory import ImageMemory
 from comemo_kernels.memory_tensors import Table
 from comemo_kernels.nn._plain import is_plain
 from comemo_kernels.nn.feed_forward import FeedForward
+from comemo_kernels.reference.dtypes import DTYPES
 
 NAME = "GatedCrossAttention"
 VERB = f"{NAME}.forward"
@@ -79,8 +80,8 @@ class GatedCrossAttention(nn.Module):
         shared_norm: bool = False,
         layer_idx: int = 0,
         recompute: str = "cheap",
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         heads = num_heads if num_key_value_heads is None else num_key_value_heads
@@ -105,7 +106,7 @@ class GatedCrossAttention(nn.Module):
         self.dim, self.media_dim = dim, media_dim
         self.num_heads, self.num_key_value_heads, self.head_dim = num_heads, heads, head_dim
         self.layer_idx, self.recompute = layer_idx, recompute
-        place = {"device": device, "dtype": dtype}
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.attn_norm = nn.RMSNorm(dim, eps, **place)
         self.media_norm = None if shared_norm else nn.RMSNorm(media_dim, eps, **place)
         self.q_proj = nn.Linear(dim, num_heads * head_dim, bias=False, **place)
@@ -250,8 +251,9 @@ def _prepare(
     active: Tensor | None,
 ) -> _Reading:
     """Check the arguments of a call."""
-    if not isinstance(x, Tensor) or x.ndim != 3 or x.shape[2] != layer.dim:
-        raise ValueError(f"{VERB}: x must be [B, N, {layer.dim}], got {_told(x)}")
+    fits = isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] == layer.dim
+    if not fits or x.dtype not in DTYPES:
+        raise ValueError(f"{VERB}: x must be floats [B, N, {layer.dim}], got {_told(x)}")
     B, N, _ = x.shape
     if isinstance(media, ImageMemory):
         memory = media
@@ -288,8 +290,10 @@ def _prepare(
 def check_media(verb: str, layer: Any, memory: ImageMemory) -> None:
     """Raise unless the media and the table of a memory, if it has them, fit a layer."""
     media, table = memory.media, memory.table
-    if media is not None and (media.ndim != 2 or media.shape[1] != layer.media_dim):
-        raise ValueError(f"{verb}: media must be [M, {layer.media_dim}], got {tuple(media.shape)}")
+    if media is not None and (
+        media.ndim != 2 or media.shape[1] != layer.media_dim or media.dtype not in DTYPES
+    ):
+        raise ValueError(f"{verb}: media must be floats [M, {layer.media_dim}], got {_told(media)}")
     if table is not None and (table[0].ndim != 2 or 2 * table[0].shape[1] != layer.head_dim):
         raise ValueError(
             f"{verb}: the table of the memory must be [P, {layer.head_dim}/2], got"
@@ -312,4 +316,6 @@ def _memory_of(x: Tensor, media: Tensor) -> tuple[ImageMemory, Tensor]:
 
 
 def _told(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{value.dtype} {tuple(value.shape)}"

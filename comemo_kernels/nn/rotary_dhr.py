@@ -101,7 +101,7 @@ class RotaryDHR(nn.Module):
             ValueError: heads of another dimension, ids that are not integers; errors of
                 `apply_rotary`.
         """
-        if q.shape[-1] != self.head_dim:
+        if q.shape[-1:] != (self.head_dim,):
             raise ValueError(
                 f"RotaryDHR.forward: q must have heads of {self.head_dim} elements, got"
                 f" {tuple(q.shape)}"

@@ -2,12 +2,17 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import comemo_kernels as ops
 from comemo_kernels._arguments import public
 from comemo_kernels._op import check, check_count
+from comemo_kernels._writes import check_writable
 from comemo_kernels.nn._plain import is_plain
+from comemo_kernels.reference.dtypes import DTYPES
+from comemo_kernels.reference.memory_checks import known_values
+from comemo_kernels.reference.tiles import place_rows
 
 LAYERS = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear)
 
@@ -46,8 +51,8 @@ class TileProjector(nn.Sequential):
         ratio: float = 0.5,
         version: str = "v2",
         eps: float = 1e-5,
-        device: Any = None,
-        dtype: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         check_count("TileProjector", "vision_dim", vision_dim, 1)
         check_count("TileProjector", "dim", dim, 1)
@@ -55,12 +60,13 @@ class TileProjector(nn.Sequential):
             version in ("v1", "v2"),
             f"TileProjector: version must be 'v1' or 'v2', got {version!r}",
         )
-        n = round(1 / ratio) if 0 < ratio <= 1 else 0
+        n = round(1 / ratio) if 1e-6 < ratio <= 1 else 0
         check(
             n > 0 and abs(n * ratio - 1) < 1e-6,
             f"TileProjector: ratio must be 1 over an integer, got {ratio}",
         )
-        width, place = vision_dim * n * n, {"device": device, "dtype": dtype}
+        width = vision_dim * n * n
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(
             nn.LayerNorm(width, eps, **place),
             nn.Linear(width, dim, **place),
@@ -116,11 +122,36 @@ def project(projector: Any, tokens: Tensor, embeds: Tensor | None, rows: Tensor 
     for layer in layers:
         x = layer(x)
     if embeds is not None and rows is not None:
-        found = x.flatten(0, 1)
-        check(
-            rows.shape == found.shape[:1] and embeds.shape[-1] == found.shape[1],
-            f"TileProjector.forward: rows must be [{len(found)}] of embeds [.., {found.shape[1]}],"
-            f" got {tuple(rows.shape)} and {tuple(embeds.shape)}",
-        )
-        embeds.view(-1, embeds.shape[-1]).index_copy_(0, rows, found.to(embeds.dtype))
+        _write(x.flatten(0, 1), embeds, rows)
     return x
+
+
+def _write(found: Tensor, embeds: Tensor, rows: Tensor) -> None:
+    """Write image tokens [R, d] at rows of embeddings, differentiably."""
+    R, d = found.shape
+    if not (
+        embeds.ndim > 1
+        and embeds.shape[-1] == d
+        and embeds.dtype in DTYPES
+        and embeds.device == found.device
+        and embeds.is_contiguous()
+    ):
+        raise ValueError(
+            f"TileProjector.forward: embeds must be contiguous floats [.., {d}] on {found.device},"
+            f" got {embeds.dtype} {tuple(embeds.shape)} of strides {embeds.stride()} on"
+            f" {embeds.device}"
+        )
+    flat = embeds.view(-1, d)
+    known = known_values(rows) if rows.dtype == torch.int64 and rows.ndim == 1 else []
+    if (
+        rows.dtype != torch.int64
+        or rows.shape != (R,)
+        or rows.device != found.device
+        or (known and not 0 <= min(known) <= max(known) < len(flat))
+    ):
+        raise ValueError(
+            f"TileProjector.forward: rows must be int64 [{R}] on {found.device}, in the"
+            f" {len(flat)} rows of embeds, got {rows.dtype} {tuple(rows.shape)} on {rows.device}"
+        )
+    check_writable("TileProjector.forward", {"embeds": embeds}, found.requires_grad)
+    place_rows(found, embeds, rows)
