@@ -2,6 +2,7 @@
 
 import logging
 import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,7 +215,9 @@ def kernels():
     if not hasattr(modeling_llama.LlamaRMSNorm, "kernel_layer_name"):
         pytest.skip(f"this release of transformers does not accept kernels {package.__version__}")
     logging.getLogger("kernels.layer.layer").setLevel(logging.ERROR)  # layers that nobody maps
-    return package
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield package
 
 
 def kernelize(kernels, model, mapping, mode="TRAINING"):
@@ -283,6 +286,15 @@ def test_a_kernelized_llama_generates_and_compiles(kernels, llama):
     assert torch.equal(llama.generate(ids, **options), wanted)
     compiled = torch.compile(llama, fullgraph=True, backend="eager")
     assert_relative(compiled(input_ids=ids).logits, logits)
+
+
+def test_transformers_own_switch_takes_our_mapping(kernels, llama):
+    from transformers.integrations import hub_kernels
+
+    with kernels.use_kernel_mapping(hub.mapping(["rotary_pos_emb"]), inherit_mapping=False):
+        hub_kernels.kernelize(llama)
+    forward = modeling_llama.apply_rotary_pos_emb.forward
+    assert forward.__func__ is layers.ApplyRotary.forward
 
 
 def test_a_module_that_declares_our_layer(kernels):

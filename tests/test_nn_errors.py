@@ -1,4 +1,4 @@
-"""What `comemo_kernels.nn` refuses: a ValueError that names the argument, and nothing is changed."""
+"""What `comemo_kernels.nn` refuses: a ValueError names the argument, and nothing is changed."""
 
 import dataclasses
 import random
