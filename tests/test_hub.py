@@ -233,6 +233,8 @@ def llama(kernels):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": 90}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    if not hasattr(model.model.layers[0].self_attn, "_kernel_funcs"):
+        pytest.skip("in this release of transformers `kernels` does not see functions")
     yield model
     kernelize(kernels, model, {})
 
@@ -313,19 +315,14 @@ def test_a_module_that_declares_our_layer(kernels):
     assert torch.equal(model(x, media), ours(x, media))
 
 
-def test_the_page_shows_what_works(kernels):
+def test_the_page_shows_what_works(llama):
     page = (Path(__file__).parents[1] / "docs" / "nn.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     scope = {}
     exec(block, scope)
-    model = scope["model"]
-    try:
-        assert isinstance(modeling_llama.apply_rotary_pos_emb, nn.Module)
-        forward = modeling_llama.apply_rotary_pos_emb.forward
-        assert forward.__func__ is layers.ApplyRotary.forward
-        assert model(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
-    finally:
-        kernelize(kernels, model, {})
+    forward = modeling_llama.apply_rotary_pos_emb.forward
+    assert forward.__func__ is layers.ApplyRotary.forward
+    assert scope["model"](input_ids=torch.ones(1, 3, dtype=torch.long)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("module", [hub, comemo_kernels.nn], ids=lambda module: module.__name__)
