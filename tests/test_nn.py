@@ -172,6 +172,13 @@ def test_what_is_not_active_passes_unchanged(device):
     assert torch.equal(y[:, 5:], layer(x, media)[:, 5:])
 
 
+def test_without_media_only_the_network_is_left():
+    layer, x = make_layer("cpu"), randoms(B, N, 64, device="cpu")
+    wanted = layer(x, randoms(B, 7, 48, device="cpu"), spans=torch.zeros(B, 1, 2).long())
+    for media in (torch.ones(B, 0, 48), torch.ones(0, 48)):
+        assert torch.equal(layer(x, media), wanted)
+
+
 # --- a memory that layers share ---
 
 

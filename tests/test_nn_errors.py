@@ -11,6 +11,8 @@ from nn_layers import B, N, make_layer, make_memory, prompts, randoms
 from comemo_kernels import ImageMemory
 from comemo_kernels.nn import fill_memory
 
+OTHER = {0: torch.ones(16, 2, 16)}  # of a layer with other heads
+
 
 @pytest.mark.parametrize(
     ("change", "told"),
@@ -40,6 +42,8 @@ def test_invalid_settings_are_refused(change, told):
         ({"positions": None}, "positions must be given for a memory with a table"),
         ({"media": torch.ones(2, 4, 48)}, "positions must .* got .* without a table"),
         ({"media": {"spans": None}}, "spans must be given"),
+        ({"media": {"ids": None}}, "with media and a table must have the ids"),
+        ({"media": {"keys": OTHER, "values": OTHER}}, r"keys of layer 0 must be \[M, 4, 16\], got"),
         ({"media": {"media": None}}, "must hold keys of layer 0, or media to build them from"),
         ({"media": {"table": (torch.ones(9, 4),) * 2}}, r"table .* must be \[P, 16/2\]"),
         ({"active": torch.ones(2, 20, dtype=torch.bool)}, r"active must be bool \(2, 1, 1\) or"),

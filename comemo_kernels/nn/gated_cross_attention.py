@@ -143,7 +143,8 @@ class GatedCrossAttention(nn.Module):
             positions: integers [B or 1, N], ids of the tokens; for a memory with a table, and only
                 then.
             spans: integers [B, N, 2] or [B, 1, 2], half-open rows of all media that each token
-                reads. None: those of the memory; for a tensor all media of the sample.
+                reads. None: those of the memory; for [B, M, media_dim] the media of the sample, for
+                [M, media_dim] all.
             active: bool [B, 1, 1] or [B, N, 1], False for what passes unchanged. None: that of the
                 memory.
 
@@ -181,6 +182,12 @@ def read_images(
     scales: MemoryScales | None = None
     if index in memory.keys:
         key, value, scales = memory.keys[index], memory.values[index], memory.scales.get(index)
+        wanted = (layer.num_key_value_heads, layer.head_dim)
+        if key.shape[1:] != wanted:
+            raise ValueError(
+                f"{VERB}: keys of layer {index} must be [M, {wanted[0]}, {wanted[1]}], got"
+                f" {tuple(key.shape)}: layers that share a memory need different layer_idx"
+            )
     else:
         key, value = build_keys(layer, memory)
     norm, rotation = layer.attn_norm, reading.rotation
@@ -298,6 +305,10 @@ def check_media(verb: str, layer: Any, memory: ImageMemory) -> None:
         raise ValueError(
             f"{verb}: the table of the memory must be [P, {layer.head_dim}/2], got"
             f" {tuple(table[0].shape)}"
+        )
+    if table is not None and media is not None and memory.ids is None:
+        raise ValueError(
+            f"{verb}: a memory with media and a table must have the ids of its tokens, got None"
         )
 
 
