@@ -4,7 +4,7 @@ import logging
 import re
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -227,12 +227,16 @@ def kernelize(kernels, model, mapping, mode="TRAINING"):
         kernels.kernelize(model, mode=modes[mode], device="cpu")
 
 
+def make_llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": 90}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+
+
 @pytest.fixture
 def llama(kernels):
     """A tiny model. Its rotation is a function of the whole process: it is put back afterwards."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "vocab_size": 90}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2))
+    model = make_llama()
     if not hasattr(model.model.layers[0].self_attn, "_kernel_funcs"):
         pytest.skip("in this release of transformers `kernels` does not see functions")
     yield model
@@ -246,6 +250,20 @@ def losses(model, dtype):
     names, leaves = zip(*model.named_parameters(), strict=True)
     grads = torch.autograd.grad(found.loss, leaves)
     return {"logits": found.logits.detach()} | dict(zip(names, grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@TRACED
+def test_llama_with_our_rotation_put_there_by_hand(dtype, monkeypatch):
+    """What `kernels` does, where it is not installed: a bound forward in place of a function's."""
+    llama, original = make_llama().to(dtype), modeling_llama.apply_rotary_pos_emb
+    truth, theirs = losses(llama, torch.float64), losses(llama, dtype)
+    function = type("Llamas", (Function,), {"rotation": staticmethod(original)})()
+    function.forward = MethodType(layers.ApplyRotary.forward, function)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", function)
+    for name, found in losses(llama, dtype).items():
+        slack = SLACK if name == "logits" else SLACK_GRADIENT
+        assert_errs_no_more(found, theirs[name], truth[name], name, slack)
 
 
 @pytest.mark.parametrize(
