@@ -141,6 +141,56 @@ def test_a_layer_whose_leaves_are_offloaded_is_filled(layer):
     assert_relative(memory.values[0], wanted.values[0])
 
 
+def replace_norm(layer):
+    layer.attn_norm = nn.RMSNorm(64, None, device=DEVICE)  # its eps depends on the dtype
+
+
+def add_bias(layer):
+    layer.q_proj = nn.Linear(64, 64, device=DEVICE)
+
+
+def derive(layer):
+    layer.q_proj.__class__ = type("Doubled", (nn.Linear,), {"forward": double})
+
+
+def double(self, x):
+    return 2 * nn.functional.linear(x, self.weight)
+
+
+CHANGES = {
+    "another norm": replace_norm,
+    "a bias": add_bias,
+    "another class": derive,
+    "another forward": lambda layer: setattr(layer.q_proj, "forward", double.__get__(layer.q_proj)),
+    "an input hook": lambda layer: layer.q_proj.register_forward_pre_hook(lambda m, x: 2 * x[0]),
+    "a hook of the gradient": lambda layer: layer.q_proj.register_full_backward_hook(
+        lambda m, dx, dy: (2 * dx[0],)
+    ),
+    "a parametrisation": lambda layer: nn.utils.parametrizations.weight_norm(layer.q_proj),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_submodule_is_called(layer, change):
+    CHANGES[change](layer)
+    called = copy.deepcopy(layer)
+    for name in NAMES:
+        called.get_submodule(name).register_forward_hook(lambda *_: None)
+    wanted = evaluate(called, False)
+    for key, found in evaluate(layer, False).items():
+        assert_relative(found, wanted[key], key)
+
+
+def test_a_hook_on_every_module_runs(layer):
+    called = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda m, *_: called.add(m))
+    try:
+        evaluate(layer, False)
+    finally:
+        handle.remove()
+    assert {layer.get_submodule(name) for name in NAMES} <= called
+
+
 # --- the projector ---
 
 
@@ -171,6 +221,17 @@ def test_a_projector_calls_what_it_must(name, version):
         projector(tokens, embeds)
     with pytest.raises(ValueError, match=r"rows must be int64 \[12\] .* 20 rows of embeds, got"):
         projector(tokens, embeds, torch.tensor([0, 1], device=DEVICE))
+
+
+def test_another_activation_is_called():
+    projector = TileProjector(8, 24).to(DEVICE)
+    tokens = 3 * randoms(3, 17, 8, device=DEVICE)
+    before = projector(tokens)
+    projector[2] = nn.GELU("tanh")
+    found = projector(tokens)
+    projector[3].register_forward_hook(lambda *_: None)
+    assert torch.equal(found, projector(tokens))
+    assert not torch.equal(found, before)
 
 
 def test_a_projector_with_int8_layers_and_adapters():
