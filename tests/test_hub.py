@@ -335,7 +335,7 @@ def test_a_module_that_declares_our_layer(kernels):
 
 def test_the_page_shows_what_works(llama):
     page = (Path(__file__).parents[1] / "docs" / "nn.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (block,) = re.findall(r"^```text\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
     scope = {}
     exec(block, scope)
     forward = modeling_llama.apply_rotary_pos_emb.forward
