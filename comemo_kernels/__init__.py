@@ -1,5 +1,8 @@
 """Operations of CoMemo, a model with an image memory. `reference` defines what each computes."""
 
+from importlib import import_module
+from typing import Any
+
 import comemo_kernels.trees  # noqa: F401, registers the memory for torch.export
 from comemo_kernels import reference
 from comemo_kernels.append import append_images
@@ -57,11 +60,13 @@ __all__ = [
     "fold_tiles",
     "gated_residual",
     "gated_swiglu",
+    "hub",
     "image_position_ids",
     "image_rows",
     "image_tokens",
     "join_images",
     "memory_buffers",
+    "nn",
     "norm_linear",
     "norm_swiglu",
     "patch",
@@ -77,3 +82,9 @@ __all__ = [
     "split_images",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("hub", "nn"):  # imported when used, because they import this package
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
