@@ -110,6 +110,16 @@ def test_an_error_that_no_type_explains_is_unchanged(monkeypatch):
 # --- values ---
 
 
+@pytest.mark.parametrize("name", valid.CALLS)
+def test_tensors_without_dimensions_give_a_result_or_a_value_error(name, device):
+    _, right = valid.CALLS[name](device)
+    for argument, value in right.items():
+        if isinstance(value, torch.Tensor):
+            function, arguments = valid.CALLS[name](device)
+            error = raised(function, arguments | {argument: value.new_zeros(())})
+            assert error is None or isinstance(error, ValueError), f"{argument}: {error!r}"
+
+
 @kernel
 @pytest.mark.parametrize("way", ["one", "several", "published"])
 @pytest.mark.parametrize("far", [-(2**31), 2**31 - 1, -(2**63), 2**63 - 1, 2**32 + 4, 2**32 + 260])

@@ -122,7 +122,7 @@ def check_projection(
             f" {counts}"
         )
     check_count(verb, "heads", heads, 1)
-    d, D = media.shape[1], 2 * cos.shape[-1]
+    d, D = media.shape[1], 2 * cos.shape[-1] if cos.ndim else 0
     _check_table(verb, media, cos, sin, ids, D)
     if cos.requires_grad or sin.requires_grad:
         raise ValueError(

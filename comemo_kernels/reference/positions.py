@@ -220,6 +220,11 @@ def pack_prompt_grids(
             f" {image_mask.device} and {tuple(attention_mask.shape)} on {attention_mask.device}"
         )
     check_tile_order("rope_dhr_positions", tile_order)
+    if isinstance(grids, Tensor) and grids.ndim != 2:
+        raise ValueError(
+            "rope_dhr_positions: grids must be a list of (cols, rows) or [I, 2], got"
+            f" {tuple(grids.shape)}"
+        )
     listed = grids.tolist() if isinstance(grids, Tensor) else grids
     for grid in listed:
         check_grid("rope_dhr_positions", grid, side)
