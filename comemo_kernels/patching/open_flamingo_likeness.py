@@ -65,9 +65,7 @@ class Likeness:
     ) -> bool:
         if kinds not in self._known:
             try:
-                self._known[kinds] = _names(kinds[0]) == _ARGUMENTS and _are_alike(
-                    make(), kinds[-1], ours
-                )
+                self._known[kinds] = _names(kinds[0]) == _ARGUMENTS and _are_alike(make(), ours)
             except Exception:  # the forward of a foreign class may raise anything
                 self._known[kinds] = False
         return self._known[kinds]
@@ -77,11 +75,11 @@ def _names(kind: type) -> list[str]:
     return list(inspect.signature(kind.forward).parameters)  # type: ignore[attr-defined]
 
 
-def _are_alike(module: nn.Module, attention: type, ours: Forward) -> bool:
+def _are_alike(module: nn.Module, ours: Forward) -> bool:
     x, media = _numbers(2, 5, _WIDTH), _numbers(2, 2, 3, _WIDTH + 1)
     # Tokens before any image, after the first, after both, and after one image too many.
     locations = torch.tensor([[0, 1, 0, 1, 1], [1, 0, 0, 0, 1]], device="cpu").bool()
-    attentions = [part for part in module.modules() if type(part) is attention]
+    attentions = [part for part in module.modules() if has_attention(part)]
     for latest in (True, False):
         for part in attentions:
             part.only_attend_immediate_media = latest
