@@ -11,25 +11,18 @@ H heads, D head dimension.
 """
 
 import math
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from comemo_kernels.operations import attend_gated, attend_spans, gated_residual
 from comemo_kernels.patching.media import keep_while_alive
 from comemo_kernels.patching.open_flamingo_likeness import Likeness, has_attention, has_block
 from comemo_kernels.patching.open_flamingo_spans import find_spans
 from comemo_kernels.patching.plain import is_plain, is_untouched
 from comemo_kernels.patching.plan import Plan
 from comemo_kernels.patching.replacement import Replacement
-
-if find_spec("triton"):
-    from comemo_kernels.attention import attend_spans
-    from comemo_kernels.fused_linear import gated_residual
-    from comemo_kernels.gated_attention import attend_gated
-else:
-    from comemo_kernels.reference import attend_gated, attend_spans, gated_residual
 
 NAME = "open_flamingo (Flamingo, or a model with its GatedCrossAttentionBlock)"
 
@@ -38,7 +31,7 @@ def recognise(model: nn.Module) -> bool:
     """Whether a model is a Flamingo, its language model, or holds blocks and no such model."""
     if _is_flamingo(model):
         return True
-    likeness = Likeness(attend, run_block)
+    likeness = Likeness(_prepare)
     held = [likeness.is_attention(module) for module in model.modules()]
     return any(held) and not any(_is_flamingo(module) for module in model.modules())
 
@@ -53,7 +46,7 @@ def _is_flamingo(model: nn.Module) -> bool:
 
 def make_plan(plan: Plan) -> None:
     """Plan all replacements in `plan.model`."""
-    likeness = Likeness(attend, run_block)
+    likeness = Likeness(_prepare)
     for module in plan.model.modules():
         if likeness.is_block(module):
             plan.replace(module, _run_block, "attend_gated, gated_residual")
@@ -83,18 +76,6 @@ class _Read(NamedTuple):
         return found.flatten(2)
 
 
-def attend(
-    own: nn.Module,
-    x: Tensor,
-    media: Tensor,
-    media_locations: Tensor | None = None,
-    use_cached_media: bool = False,
-) -> Tensor | None:
-    """The forward of MaskedCrossAttention; None if it does not support these arguments."""
-    read = _prepare(own, x, media, media_locations, use_cached_media)
-    return None if read is None else own.to_out(read.attend())
-
-
 def _attend(
     call: Replacement,
     x: Tensor,
@@ -105,8 +86,8 @@ def _attend(
     given = (x, media, media_locations, use_cached_media)
     if x.is_cuda and x.dtype == torch.float64:
         return call.refuse("float64 has no kernel", *given)
-    found = attend(call.module, *given)
-    return call.original(*given) if found is None else found
+    read = _prepare(call.module, *given)
+    return call.original(*given) if read is None else call.module.to_out(read.attend())
 
 
 def _prepare(
@@ -148,33 +129,11 @@ def _find_keys(own: nn.Module, media: Tensor) -> tuple[Tensor, Tensor]:
         return k, v
 
     weight = vars(to_kv)["_parameters"].get("weight")
-    if weight is None or not is_plain(to_kv):
-        return compute()
-    return keep_while_alive(media, own, (weight,), compute)
+    known = weight is not None and is_plain(to_kv)
+    return keep_while_alive(media, own, (weight,) if known else None, compute)
 
 
 # --- block ---
-
-
-def run_block(
-    own: nn.Module,
-    x: Tensor,
-    media: Tensor,
-    media_locations: Tensor | None = None,
-    use_cached_media: bool = False,
-) -> Tensor:
-    """The forward of GatedCrossAttentionBlock."""
-    given = (x, media, media_locations, use_cached_media)
-    attn = own.attn
-    read = _prepare(attn, *given) if _is_ours(attn) else None
-    if read is None:
-        added = attn(x, media, media_locations=media_locations, use_cached_media=use_cached_media)
-        x = added * own.attn_gate.tanh() + x
-    elif _can_fuse(x, read.q, attn.to_out, own.attn_gate):
-        x = attend_gated(x, *read, attn.to_out.weight, own.attn_gate)
-    else:
-        x = attn.to_out(read.attend()) * own.attn_gate.tanh() + x
-    return _feed_forward(own.ff, x, own.ff_gate)
 
 
 def _run_block(
@@ -184,7 +143,17 @@ def _run_block(
     media_locations: Tensor | None = None,
     use_cached_media: bool = False,
 ) -> Tensor:
-    return run_block(call.module, x, media, media_locations, use_cached_media)
+    own, attn = call.module, call.module.attn
+    seen = (media_locations, use_cached_media)
+    read = _prepare(attn, x, media, *seen) if _is_ours(attn) else None
+    if read is None:
+        added = attn(x, media, media_locations=seen[0], use_cached_media=seen[1])
+        x = added * own.attn_gate.tanh() + x
+    elif _can_fuse(x, read.q, attn.to_out, own.attn_gate):
+        x = attend_gated(x, *read, attn.to_out.weight, own.attn_gate)
+    else:
+        x = attn.to_out(read.attend()) * own.attn_gate.tanh() + x
+    return _feed_forward(own.ff, x, own.ff_gate)
 
 
 def _is_ours(attn: nn.Module) -> bool:

@@ -90,7 +90,9 @@ class Replacement:
         self.active = False
         attributes = vars(self.module)
         for place in [name for name, value in attributes.items() if value is self]:
-            if isinstance(self.previous, str):
+            if place == "_old_forward":  # accelerate's hooks, added since, call it
+                attributes[place] = self.original
+            elif isinstance(self.previous, str):
                 del attributes[place]
             else:
                 attributes[place] = self.previous
