@@ -108,7 +108,7 @@ def test_it_errs_no_more(model, prompts, dtype, counted):
         {"ratio": 0.25},
         {"ratio": 1.0},
         {"vision_feature_layer": -2},
-        {"vision_feature_layer": 0},
+        {"vision_feature_layer": 1},
         {"projector_hidden_act": "gelu_pytorch_tanh"},
     ],
     ids=str,
@@ -149,7 +149,7 @@ def test_arguments_of_get_image_features(model, prompts):
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine.keys() == theirs.keys()
         torch.testing.assert_close(dict(mine), dict(theirs), rtol=1e-4, atol=1e-4)
-    close(tuples[1], wanted[0].pooler_output)
+    close(tuples[-1], wanted[0].pooler_output)
 
 
 def test_errors_are_those_of_the_model(model, prompts):
@@ -191,16 +191,13 @@ def test_the_model_without_its_head(model, prompts, counted):
     assert counted.calls == 1
 
 
-def test_the_fold_alone_is_the_models_own(model):
-    raster = torch.randn(2, 4, 4, 16)
-    wanted = model.model.pixel_shuffle(raster)
+def test_parts_that_are_called_alone_are_the_models_own(model):
+    raster, folded = torch.randn(2, 4, 4, 16), torch.randn(2, 4, 64)
+    core = model.model
+    wanted = core.pixel_shuffle(raster), core.multi_modal_projector(folded)
     with comemo_kernels.patched(model):
-        assert torch.equal(model.model.pixel_shuffle(raster), wanted)
-        folded = torch.randn(2, 4, 64)
-        close(
-            model.model.multi_modal_projector(folded),
-            model.model.multi_modal_projector.forward(folded),
-        )
+        assert torch.equal(core.pixel_shuffle(raster), wanted[0])
+        assert torch.equal(core.multi_modal_projector(folded), wanted[1])
 
 
 def test_modified_features_are_used(model, prompts):
@@ -326,7 +323,8 @@ def test_hooks_of_accelerate(model, prompts, placed):
 
 
 def test_copies_pickles_and_what_is_left(model, prompts):
-    wanted, layers = logits_of(model, prompts), dict(vars(nn))
+    layers = dict(vars(nn))
+    wanted = logits_of(copy.deepcopy(model), prompts)  # transformers 5.24 cannot pickle it after
     before = {module: (type(module), dict(vars(module))) for module in model.modules()}
     names = list(model.state_dict())
     with comemo_kernels.patched(model):
