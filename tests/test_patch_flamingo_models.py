@@ -59,8 +59,18 @@ def generate(model, vision, ids, mask=None, **options):
     return found.sequences, torch.stack(found.scores)
 
 
+def generate_unpatched(model, *given, **options):
+    """Skips where the release of transformers cannot, because it leaves out a mask of ones."""
+    try:
+        return generate(model, *given, **options)
+    except TypeError as error:
+        if "attention_mask" not in str(error):
+            raise
+        pytest.skip(f"unpatched, too: {error}")
+
+
 def assert_generates_as_unpatched(model, *given, **options):
-    wanted, scores = generate(model, *given, **options)
+    wanted, scores = generate_unpatched(model, *given, **options)
     with comemo_kernels.patched(model) as patch:
         found, close = generate(model, *given, **options)
     assert torch.equal(found, wanted)
@@ -76,12 +86,19 @@ def test_it_generates_as_unpatched(make, latest):
         if block is not None:
             block.attn.only_attend_immediate_media = latest
     vision, ids = make_prompt()
-    assert_generates_as_unpatched(model, vision, ids)
-    assert_generates_as_unpatched(model, vision, ids, num_beams=3)
     padded = ids.clone()
     padded[1, :2] = 0
     assert_generates_as_unpatched(model, vision, padded)
+    assert_generates_as_unpatched(model, vision, padded, num_beams=3)
+    assert_generates_as_unpatched(model, vision, ids)
     assert_generates_as_unpatched(model, vision[:1], ids[:1], num_beams=2, num_return_sequences=2)
+
+
+def test_a_static_cache(model):
+    vision, ids = make_prompt()
+    ids[1, :2] = 0
+    options = {"cache_implementation": "static", "disable_compile": True}
+    assert_generates_as_unpatched(model, vision, ids, **options)
 
 
 def test_prompts_share_an_image(model):
@@ -105,14 +122,16 @@ class Products(TorchFunctionMode):
 def test_keys_and_values_are_computed_once(model):
     blocks = [block for block in model.lang_encoder.gated_cross_attn_layers if block is not None]
     weights = [block.attn.to_kv.weight for block in blocks]
+    vision, ids = make_prompt()
+    ids[1, :2] = 0
     with Products(weights) as products:
-        generate(model, *make_prompt())
+        generate_unpatched(model, vision, ids)
         assert products.count == 6 * len(blocks)
         with comemo_kernels.patched(model):
             products.count = 0
-            generate(model, *make_prompt())
+            generate(model, vision, ids)
             assert products.count == len(blocks)
-            generate(model, *make_prompt())
+            generate(model, vision, ids)
             assert products.count == 2 * len(blocks)
 
 
@@ -187,8 +206,9 @@ def test_nothing_is_left(model):
     handle = model.lang_encoder.model.layers[3].register_forward_pre_hook(fail)
     with comemo_kernels.patched(model):
         assert list(model.state_dict()) == list(weights)
+        vision, ids = make_prompt()
         with pytest.raises(RuntimeError, match="stop"):
-            generate(model, *make_prompt())
+            model(vision, ids, torch.ones_like(ids))
     handle.remove()
     model.uncache_media()
     for module, attributes, kind in before:
