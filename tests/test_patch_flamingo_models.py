@@ -78,8 +78,15 @@ def assert_generates_as_unpatched(model, *given, **options):
     assert not patch.report().refused
 
 
-@pytest.mark.parametrize("make", [make_llama, pytest.param(make_mpt, marks=SLOW)])
-@pytest.mark.parametrize("latest", [True, False], ids=["latest", "all"])
+@pytest.mark.parametrize(
+    ("make", "latest"),
+    [
+        (make_llama, True),
+        pytest.param(make_llama, False, marks=SLOW),
+        pytest.param(make_mpt, True, marks=SLOW),
+        pytest.param(make_mpt, False, marks=SLOW),
+    ],
+)
 def test_it_generates_as_unpatched(make, latest):
     model = make()
     for block in model.lang_encoder.gated_cross_attn_layers:

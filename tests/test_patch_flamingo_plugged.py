@@ -118,6 +118,34 @@ def test_adapters(model, name):
         close(merged(), wanted)
 
 
+@pytest.mark.parametrize("name", ["block", "attn", "to_kv", "ff"])
+def test_modules_that_are_trained_as_a_whole(model, name):
+    """peft copies them, and wraps both."""
+    model.other = nn.Linear(2, 2)
+    first = model()
+    config = peft.LoraConfig(r=2, target_modules=["other"], modules_to_save=[name])
+    with comemo_kernels.patched(model):
+        model()
+        adapted = peft.get_peft_model(model, config).eval()
+        with torch.no_grad():
+            for part, parameter in adapted.named_parameters():
+                if "modules_to_save" in part:
+                    parameter.mul_(1.5)
+        after = adapted()
+    assert not any(
+        type(value).__name__ == "Replacement"
+        for m in adapted.modules()
+        for value in vars(m).values()
+    )
+    wanted = adapted()
+    close(after, wanted)
+    assert (wanted - first).abs().max() > 1e-2
+    with comemo_kernels.patched(adapted):
+        close(adapted(), wanted)
+        with adapted.disable_adapter():
+            close(adapted(), first)
+
+
 class Rounded(nn.Linear):
     """A linear layer that keeps its weight as integers, as int8 layers do."""
 

@@ -274,6 +274,28 @@ def test_adapters(model, prompts, name):
         close(logits_of(adapted.merge_and_unload(), prompts), wanted)
 
 
+def test_a_projector_that_is_trained_as_a_whole(model, prompts):
+    """peft copies it, and wraps both."""
+    first = logits_of(model, prompts)
+    config = peft.LoraConfig(
+        r=2,
+        target_modules=["language_model.layers.0.self_attn.q_proj"],
+        modules_to_save=["multi_modal_projector"],
+    )
+    with comemo_kernels.patched(model):
+        adapted = peft.get_peft_model(model, config).eval()
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "modules_to_save" in name:
+                    parameter.mul_(1.5)
+        after = logits_of(adapted, prompts)
+    wanted = logits_of(adapted, prompts)
+    close(after, wanted)
+    assert (wanted - first).abs().max() > 1e-2
+    with comemo_kernels.patched(adapted):
+        close(logits_of(adapted, prompts), wanted)
+
+
 class Rounded(nn.Linear):
     """A linear layer that keeps its weight as integers, as int8 layers do."""
 
@@ -345,7 +367,7 @@ def test_copies_pickles_and_what_is_left(model, prompts):
 
 
 @TRACED
-@pytest.mark.parametrize("call", ["features", pytest.param("forward", marks=SLOW)])
+@pytest.mark.parametrize("call", [pytest.param(c, marks=SLOW) for c in ("features", "forward")])
 def test_it_compiles_whole(model, prompts, call):
     def run():
         if call == "features":

@@ -22,9 +22,7 @@ def _is_core(model: nn.Module | None) -> bool:
     return (
         model is not None
         and vars(model)["_modules"].keys() >= _CORE
-        and type(model.multi_modal_projector).__name__ == "InternVLMultiModalProjector"
-        and hasattr(type(model), "pixel_shuffle")
-        and hasattr(type(model), "get_image_features")
+        and any(kind.__name__ == "InternVLModel" for kind in type(model).__mro__)
     )
 
 
@@ -53,7 +51,7 @@ def _find_reason(core: nn.Module) -> str | None:
     if any(name in vars(core) for name in ("get_image_features", "pixel_shuffle")):
         return "get_image_features or pixel_shuffle was replaced before"
     if vars(projector)["_modules"].keys() != set(PARTS) or not _runs_in_order(type(projector)):
-        return "the projector is not LayerNorm, Linear, GELU, Linear"
+        return "its parts are not LayerNorm, Linear, GELU, Linear"
     if not is_gelu(projector.act):
         return f"its activation must be the exact GELU, got {type(projector.act).__name__}"
     if not _folds(core):

@@ -43,7 +43,10 @@ def get_image_features(call: Replacement, pixel_values: Tensor, *args: Any, **kw
 def _is_plain(own: nn.Module) -> bool:
     """Whether the projector may be computed from its weights."""
     projector = own.multi_modal_projector
-    norm, first, act, second = (getattr(projector, part) for part in PARTS)
+    parts = vars(projector)["_modules"]
+    if parts.keys() != set(PARTS):  # in a wrapper, for example
+        return False
+    norm, first, act, second = (parts[part] for part in PARTS)
     return (
         is_untouched(projector)
         and is_plain(norm, first, second, biased=True)

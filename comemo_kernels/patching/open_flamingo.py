@@ -29,11 +29,10 @@ NAME = "open_flamingo (Flamingo, or a model with its GatedCrossAttentionBlock)"
 
 def recognise(model: nn.Module) -> bool:
     """Whether a model is a Flamingo, its language model, or holds blocks and no such model."""
-    if _is_flamingo(model):
-        return True
+    if any(_is_flamingo(module) for module in model.modules()):
+        return _is_flamingo(model)  # not a model around it
     likeness = Likeness(_prepare)
-    held = [likeness.is_attention(module) for module in model.modules()]
-    return any(held) and not any(_is_flamingo(module) for module in model.modules())
+    return any(likeness.is_attention(module) for module in model.modules())
 
 
 def _is_flamingo(model: nn.Module) -> bool:
@@ -84,10 +83,21 @@ def _attend(
     use_cached_media: bool = False,
 ) -> Tensor:
     given = (x, media, media_locations, use_cached_media)
-    if x.is_cuda and x.dtype == torch.float64:
-        return call.refuse("float64 has no kernel", *given)
+    reason = _find_reason(call.module, x)
+    if reason is not None:
+        return call.refuse(reason, *given)
     read = _prepare(call.module, *given)
     return call.original(*given) if read is None else call.module.to_out(read.attend())
+
+
+def _find_reason(own: nn.Module, x: Tensor) -> str | None:
+    """Why the kernels cannot be used; None if they can."""
+    if not x.is_cuda:
+        return None
+    if x.dtype == torch.float64:
+        return "float64 has no kernel"
+    wide = getattr(own.to_q, "out_features", 0) // own.heads
+    return f"heads of {wide} have no kernel, at most 256" if wide > 256 else None
 
 
 def _prepare(
@@ -97,7 +107,7 @@ def _prepare(
     if x.ndim != 3 or media.ndim != 4 or not x.numel() or not media.numel():
         return None
     (B, N), samples = x.shape[:2], media.shape[0]
-    if samples not in (1, B) or (x.is_cuda and x.dtype == torch.float64):
+    if samples not in (1, B) or _find_reason(own, x) is not None:
         return None
     if locations is None:
         if not cached:
@@ -106,9 +116,8 @@ def _prepare(
         return None
     elif not cached and locations.shape[1] != N:
         return None  # an error
-    spans, blind = find_spans(
-        own, x, media, locations, bool(own.only_attend_immediate_media), bool(cached)
-    )
+    latest = bool(own.only_attend_immediate_media)
+    spans, blind = find_spans(x, media, locations, latest, bool(cached))
     q = own.to_q(own.norm(x)).unflatten(-1, (own.heads, -1))
     scale = own.scale * math.sqrt(q.shape[-1])  # beside that of `attend_spans`
     if not math.isclose(scale, 1):

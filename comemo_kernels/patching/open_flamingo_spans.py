@@ -6,7 +6,7 @@ Letters: B batch, N tokens, T images of a sample, n features of an image.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from comemo_kernels.patching.media import keep_while_alive
 
@@ -20,17 +20,15 @@ class Seen(NamedTuple):
 
 
 def find_spans(
-    owner: nn.Module,
     x: Tensor,
     media: Tensor,
     locations: Tensor | None,
     latest: bool,
     cached: bool,
 ) -> Seen:
-    """Spans of the tokens of x; kept for as long as `locations` lives.
+    """Spans of the tokens of x; kept for as long as `locations` lives, for all layers.
 
     Args:
-        owner: the attention.
         x: [B, N, d].
         media: [B or 1, T, n, d].
         locations: [B or 1, any or N], True at the places of images; None: all tokens read all.
@@ -46,7 +44,7 @@ def find_spans(
     def compute() -> tuple[tuple[object, ...], Seen]:
         return asked, _compute(locations, *asked)
 
-    found, seen = keep_while_alive(locations, owner, (), compute)
+    found, seen = keep_while_alive(locations, find_spans, (), compute)
     return seen if found == asked else compute()[1]
 
 
