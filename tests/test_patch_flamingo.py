@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import TRACED
 from flamingo_models import VISUAL, WIDTH, assert_as_unpatched, helpers, make_block
+from test_decode_graph import NothingRead
 from torch import nn
 
 import comemo_kernels
@@ -148,6 +149,9 @@ def test_on_kernels(device, latest):
     block, (x, media) = make_block(latest, dim=16), features()
     block, x, media, locations = (t.to(device) for t in (block, x, media, LOCATIONS))
     assert_as_unpatched(block, x, media, locations)
+    with torch.no_grad(), comemo_kernels.patched(block), NothingRead():
+        block(x, media, locations)
+        block(x[:, :1], media, locations, True)
 
 
 def test_results_of_the_inference_mode_and_of_autocast_are_kept_apart():

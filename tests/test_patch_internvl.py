@@ -7,8 +7,9 @@ import io
 import pytest
 import torch
 from conftest import SLOW, TRACED
-from harness import FEW, SLACK, SLACK_GRADIENT, assert_errs_no_more
+from harness import assert_errs_no_more
 from internvl_models import make_internvl, make_prompts
+from patching import assert_patched_matches, unchanged
 from torch import nn
 
 import comemo_kernels
@@ -85,21 +86,11 @@ def learn(model, prompts):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_it_errs_no_more(model, prompts, dtype, counted):
-    model = model.to(dtype).train()
+    def run(model, factor):
+        return learn(model, prompts | {"pixel_values": factor * prompts["pixel_values"]})
 
-    def learn_rounded(factor):
-        given = prompts | {"pixel_values": factor * prompts["pixel_values"]}
-        return learn(model, given), learn(copy.deepcopy(model).double(), given)
-
-    rounded, exact = learn_rounded(1)
-    near = [learn_rounded(1 + i / 32) for i in (-4, 4)]
-    with comemo_kernels.patched(model):
-        ours = learn(model, prompts)
+    assert_patched_matches(model.to(dtype).train(), run)
     assert counted.calls == 1
-    for name, found in ours.items():
-        slack = SLACK_GRADIENT if name.startswith("gradient") else SLACK
-        others = [(of[name], true[name]) for of, true in near] if found.numel() < FEW else []
-        assert_errs_no_more(found, rounded[name], exact[name], name, slack, "", others)
 
 
 @pytest.mark.parametrize(
@@ -345,19 +336,11 @@ def test_hooks_of_accelerate(model, prompts, placed):
 
 
 def test_copies_pickles_and_what_is_left(model, prompts):
-    layers = dict(vars(nn))
     wanted = logits_of(copy.deepcopy(model), prompts)  # transformers 5.24 cannot pickle it after
-    before = {module: (type(module), dict(vars(module))) for module in model.modules()}
-    names = list(model.state_dict())
-    with comemo_kernels.patched(model):
-        assert list(model.state_dict()) == names
+    with unchanged(model), comemo_kernels.patched(model):
         copied = copy.deepcopy(model)
         file = io.BytesIO()
         torch.save(model, file)
-    assert dict(vars(nn)) == layers
-    for module, (kind, attributes) in before.items():
-        assert type(module) is kind
-        assert vars(module) == attributes
     for other in (copied, torch.load(io.BytesIO(file.getvalue()), weights_only=False)):
         close(logits_of(other, prompts), wanted)
         assert vars(other)["forward"].module is other
