@@ -1,8 +1,13 @@
 """Tiny InternVLs of transformers, and prompts with images of several tiles."""
 
+import copy
+
+import pytest
 import torch
 from torch import nn
 from transformers import InternVLConfig, InternVLForConditionalGeneration
+
+from comemo_kernels.patching import internvl_features
 
 IMAGE = 63  # the token of an image
 
@@ -63,3 +68,42 @@ def make_prompts(grids=(((2, 1),), ((1, 1), (1, 2))), side=2, ratio=0.5, padding
         "attention_mask": mask,
         "pixel_values": torch.randn(tiles, 3, pixels, pixels),
     }
+
+
+@pytest.fixture(scope="module")
+def shared():
+    torch.manual_seed(0)
+    return make_internvl()
+
+
+@pytest.fixture
+def model(shared):
+    """A model that a test may change."""
+    return copy.deepcopy(shared)
+
+
+@pytest.fixture
+def prompts():
+    return make_prompts(padding="left")
+
+
+@torch.no_grad()
+def logits_of(model, prompts):
+    return model(**prompts).logits
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+class Counted:
+    """Counts the calls of `project_tiles`."""
+
+    def __init__(self, monkeypatch):
+        self.calls, run = 0, internvl_features.project_tiles
+
+        def counted(*args, **kwargs):
+            self.calls += 1
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(internvl_features, "project_tiles", counted)
