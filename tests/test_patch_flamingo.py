@@ -133,6 +133,7 @@ def test_recognising_runs_no_code_of_the_instance_and_draws_no_numbers():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 @TRACED
 def test_it_compiles_whole():
     block, (x, media) = make_block(), features()
@@ -144,9 +145,11 @@ def test_it_compiles_whole():
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("latest", [True, False], ids=["latest", "all"])
-def test_on_kernels(device, latest):
-    block, (x, media) = make_block(latest, dim=16), features()
+@pytest.mark.parametrize(
+    ("latest", "dtype"), [(True, torch.float32), (False, torch.float16)], ids=str
+)
+def test_on_kernels(device, latest, dtype):
+    block, (x, media) = make_block(latest, dim=16).to(dtype), features(dtype)
     block, x, media, locations = (t.to(device) for t in (block, x, media, LOCATIONS))
     assert_as_unpatched(block, x, media, locations)
     with torch.no_grad(), comemo_kernels.patched(block), NothingRead():

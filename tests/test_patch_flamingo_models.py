@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import SLOW
 from flamingo_models import VISUAL, WIDTH, helpers, make_block, make_flamingo, make_prompt
 from patching import unchanged
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
@@ -111,6 +112,17 @@ def test_a_static_cache(model):
 def test_prompts_share_an_image(model):
     vision, ids = make_prompt(((1,), (4,)), images=1)
     assert_generates_as_unpatched(model, vision[:1], ids)
+
+
+def test_the_language_model_alone_and_a_model_around_it(model):
+    vision, ids = make_prompt()
+    with torch.no_grad():
+        wanted = model(vision, ids, torch.ones_like(ids)).logits
+        for part in (model.lang_encoder, nn.ModuleDict({"inner": model})):
+            with comemo_kernels.patched(part) as patch:
+                assert len(patch.report().replaced) == 4
+                found = model(vision, ids, torch.ones_like(ids)).logits
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 class Products(TorchFunctionMode):
