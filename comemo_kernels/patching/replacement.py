@@ -94,7 +94,7 @@ class Replacement:
         self.active = False
         attributes = vars(self.module)
         for place in [name for name, value in attributes.items() if value is self]:
-            if place == "_old_forward":  # accelerate's hooks, added since, call it
+            if place == "_old_forward":  # accelerate's hooks call it
                 attributes[place] = self.original
             elif isinstance(self.previous, str):
                 del attributes[place]
