@@ -73,10 +73,14 @@ class Plan:
             raise
 
     def remove(self) -> None:
-        """Put everything back."""
+        """Put everything back, also in copies of modules that were put into the model since."""
         for replacement in reversed(self.replacements):
             if replacement.active:
                 replacement.remove()
+        for module in self.model.modules():  # adapters copy modules
+            for value in list(vars(module).values()):
+                if type(value) is Replacement and value.active:
+                    value.remove()
 
 
 class Report(NamedTuple):

@@ -63,14 +63,18 @@ class Replacement:
 
     def refuse(self, reason: str, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own code for this call, and say why: once as a warning, then counted."""
+        self.note(reason)
+        return self.original(*args, **kwargs)
+
+    def note(self, reason: str) -> None:
+        """Say that this call runs the model's own code, and why."""
         if not self.refused[reason]:
             warnings.warn(
                 f"{self.path or 'the model'}: ran the model's own {self.attribute}: {reason}",
                 PatchWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
         self.refused[reason] += 1
-        return self.original(*args, **kwargs)
 
     def install(self) -> None:
         """Put it in the module. Under hooks of accelerate, which then run around it as before."""
@@ -90,7 +94,9 @@ class Replacement:
         self.active = False
         attributes = vars(self.module)
         for place in [name for name, value in attributes.items() if value is self]:
-            if isinstance(self.previous, str):
+            if place == "_old_forward":  # accelerate's hooks call it
+                attributes[place] = self.original
+            elif isinstance(self.previous, str):
                 del attributes[place]
             else:
                 attributes[place] = self.previous
