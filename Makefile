@@ -8,6 +8,9 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
+# Under test as a model of others; its requirements pin an old torch, and the tests need none.
+WITHOUT_DEPS := $(shell grep -E '^(open_flamingo|einops-exts)==' constraints.txt)
+
 # On a machine with a GPU that has its own packages, nothing is installed.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 OUT ?= bench/results/gpu
@@ -78,6 +81,7 @@ $(VENV)/ready: setup.py constraints.txt
 	$(INSTALL) '$(TORCH)'
 	grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
 	$(INSTALL) --constraint $(VENV)/constraints.txt --editable '.[dev]'
+	$(INSTALL) --no-deps $(WITHOUT_DEPS)
 	touch $@
 
 clean:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import comemo_kernels as ops
-from bench import measure
+from bench import flamingo_sources, measure
 from bench.models import made_on
 from bench.published_model.cached import add_cache, remove_cache
 from bench.published_model.chat_model import CoMemoChatConfig, CoMemoChatModel, repair_generate
@@ -151,8 +151,62 @@ def internvl(dtype: torch.dtype, layers: int | None, vision_layers: int | None) 
     return Subject(model, generate, f"transformers InternVL3-2B, {count} layers")
 
 
+class Features(nn.Module):
+    """In place of a vision tower, which is the same in all ways: its output, random."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.visual = self.forward
+        self.register_buffer("tokens", torch.randn(tokens, width))
+
+    def forward(self, images: Tensor) -> tuple[None, Tensor]:
+        return None, self.tokens.expand(len(images), -1, -1)
+
+
+def open_flamingo(dtype: torch.dtype, layers: int | None, vision_layers: int | None) -> Subject:
+    """open_flamingo 2.0.1 with the widths of OpenFlamingo-9B and nine images, a few-shot prompt.
+
+    Its language model is a Llama: current transformers decode MPT without a KV cache there. The
+    vision tower's output is random and given.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sources = flamingo_sources.load()
+    assert sources is not None
+    count, pictures, image = layers or 32, 9, 50277
+    with made_on(measure.default_device(), dtype):
+        config = LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=count,
+            num_attention_heads=32,
+            vocab_size=50280,
+        )
+        language = LlamaForCausalLM(config)
+        sources.utils.extend_instance(language, sources.flamingo_lm.FlamingoLMMixin)
+        language.set_decoder_layers_attr_name("model.layers")
+        model = sources.flamingo.Flamingo(
+            Features(256, 1024), language, 50278, image, 1024, cross_attn_every_n_layers=4
+        ).eval()
+    open_gates(model)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(1000, 50000, (1, 24 * pictures), generator=draw)
+    ids[0, ::24] = image
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0  # transformers leaves out a mask of ones, and open_flamingo needs one
+    images = torch.zeros(1, pictures, 1, 3, 8, 8, dtype=dtype)
+    inputs = [t.to(measure.default_device()) for t in (images, ids, mask)]
+
+    def generate(**options: Any) -> Tensor:
+        return model.generate(*inputs, **options)[0, ids.shape[1] :]
+
+    return Subject(model, generate, f"open_flamingo 9B, {pictures} images, {count} layers")
+
+
 SUBJECTS: dict[str, Callable[[torch.dtype, int | None, int | None], Subject]] = {
     "published": published,
     "internvl": internvl,
     "mllama": mllama,
 }
+if flamingo_sources.load() is not None:
+    SUBJECTS["open_flamingo"] = open_flamingo

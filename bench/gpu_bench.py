@@ -28,7 +28,7 @@ TUNED = ("decode_1", "prefill_8k_3k", "prefill_8k_13k", "decode_8", "few_500_13k
 # The largest products, samples of uneven lengths, samples of one block of keys, a short row.
 TRAINED = ("16k_1_many", "16k_8_many", "16k_64_one", "4k_8_one")
 CHAT = ("chat", "--dtype", "bfloat16", "--tokens", "32")
-DROPIN = ("internvl", "mllama")
+DROPIN = ("internvl", "mllama")  # open_flamingo only where it is installed
 STAGES: dict[str, tuple[float, list[str]]] = {  # name -> seconds, arguments of `python -m bench`
     "compile": (34, []),
     "attend": (38, ["attend", "--few-compiled"]),

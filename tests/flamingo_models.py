@@ -1,31 +1,18 @@
 """Tiny Flamingos of open_flamingo 2.0.1, whose sources are loaded without its old dependencies."""
 
-import importlib
-import sys
-import types
-from importlib.util import find_spec
-
 import pytest
 import torch
 from patching import assert_patched_matches
 from torch import nn
 
 import comemo_kernels
+from bench import flamingo_sources
 
-_spec = find_spec("open_flamingo")
-if _spec is None or find_spec("einops_exts") is None:
-    pytest.skip(
-        "no open_flamingo: pip install --no-deps open_flamingo==2.0.1 einops-exts",
-        allow_module_level=True,
-    )
-# Importing open_flamingo itself needs open_clip; only the files beside this package are run.
-_sources = types.ModuleType("open_flamingo_sources")
-_sources.__path__ = [f"{_spec.submodule_search_locations[0]}/src"]
-sys.modules["open_flamingo_sources"] = _sources
-helpers = importlib.import_module("open_flamingo_sources.helpers")
-flamingo = importlib.import_module("open_flamingo_sources.flamingo")
-flamingo_lm = importlib.import_module("open_flamingo_sources.flamingo_lm")
-utils = importlib.import_module("open_flamingo_sources.utils")
+_sources = flamingo_sources.load()
+if _sources is None:
+    pytest.skip(flamingo_sources.MISSING, allow_module_level=True)
+helpers, flamingo = _sources.helpers, _sources.flamingo
+flamingo_lm, utils = _sources.flamingo_lm, _sources.utils
 
 WIDTH, VISUAL, IMAGE = 32, 16, 63  # IMAGE is the token of an image
 
