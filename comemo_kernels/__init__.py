@@ -29,6 +29,7 @@ from comemo_kernels.operations import (
 from comemo_kernels.patching.patch import patch, patched, unpatch
 from comemo_kernels.patching.plan import Report
 from comemo_kernels.patching.replacement import PatchWarning
+from comemo_kernels.plain import is_plain, is_untouched
 from comemo_kernels.reference import (
     fold_tiles,
     image_position_ids,
@@ -64,6 +65,8 @@ __all__ = [
     "image_position_ids",
     "image_rows",
     "image_tokens",
+    "is_plain",
+    "is_untouched",
     "join_images",
     "memory_buffers",
     "nn",

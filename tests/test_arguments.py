@@ -16,7 +16,8 @@ from comemo_kernels import ImageGrids, ImageMemory, QueryRotation, reference
 kernel = pytest.mark.kernel(reference=True)
 
 EXPORTED = [getattr(ops, name) for name in ops.__all__]
-OTHERS = {ops.capture, ops.patch, ops.unpatch}  # of functions and models, not of tensors
+# Of functions and modules, not of tensors.
+OTHERS = {ops.capture, ops.is_plain, ops.is_untouched, ops.patch, ops.unpatch}
 PUBLIC = [
     *(f for f in EXPORTED if inspect.isfunction(f) and f not in OTHERS),
     *(getattr(reference, name) for name in reference.__all__),

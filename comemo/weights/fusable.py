@@ -9,30 +9,11 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from comemo_kernels import is_plain, is_untouched
+
 _OF_DECODER = (nn.Linear, LlamaRMSNorm, LlamaMLP, SiLUActivation, nn.SiLU)
 _OF_PROJECTOR = (nn.Sequential, nn.LayerNorm, nn.Linear, nn.GELU)
 FUSABLE = frozenset(_OF_DECODER + _OF_PROJECTOR)
-_any_global_hook = nn.modules.module._has_any_global_hook
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Whether calling a module runs its own forward and nothing else.
-
-    Args:
-        module: its submodules are not checked.
-
-    Returns:
-        False if it has hooks of any kind, or if its forward was replaced.
-    """
-    attributes = vars(module)
-    return not (
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-        or "forward" in attributes
-        or "_hf_hook" in attributes
-    )
 
 
 def is_original(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -45,7 +26,7 @@ def is_original(module: nn.Module, kind: type[nn.Module]) -> bool:
         module: its submodules are not checked.
         kind: the class that the model was made with.
     """
-    return type(module) is kind and is_untouched(module) and not _any_global_hook()
+    return type(module) is kind and is_untouched(module)
 
 
 def is_fusable(*modules: nn.Module, biased: bool = False) -> bool:
@@ -63,23 +44,7 @@ def is_fusable(*modules: nn.Module, biased: bool = False) -> bool:
         True if all of them are of classes in `FUSABLE`, untouched, with ordinary parameters that
         are not on the meta device.
     """
-    if _any_global_hook():
-        return False
-    for module in modules:
-        if type(module) not in FUSABLE or not is_untouched(module):
-            return False
-        attributes = vars(module)
-        for name, parameter in attributes["_parameters"].items():
-            if parameter is not None and (
-                type(parameter) is not nn.Parameter
-                or parameter.is_meta
-                or (name == "bias" and not biased)
-            ):
-                return False
-        children = attributes["_modules"]
-        if children and not is_fusable(*children.values(), biased=biased):
-            return False
-    return True
+    return is_plain(*modules, kinds=FUSABLE, biased=biased)
 
 
 def offloaded_to(model: nn.Module) -> torch.device | None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from comemo_kernels._arguments import public
 from comemo_kernels._op import check_count
+from comemo_kernels.plain import KINDS
 
 
 class FeedForward(nn.Module):
@@ -44,3 +45,6 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., d] to [..., d]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+OWN = KINDS | {FeedForward}  # classes that layers here compute from their weights

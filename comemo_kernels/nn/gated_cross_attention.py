@@ -21,8 +21,8 @@ from comemo_kernels._op import check, check_count
 from comemo_kernels.attention_types import MemoryScales, QueryRotation
 from comemo_kernels.memory import ImageMemory
 from comemo_kernels.memory_tensors import Table
-from comemo_kernels.nn._plain import is_plain
-from comemo_kernels.nn.feed_forward import FeedForward
+from comemo_kernels.nn.feed_forward import OWN, FeedForward
+from comemo_kernels.plain import is_plain
 from comemo_kernels.reference.dtypes import DTYPES
 
 NAME = "GatedCrossAttention"
@@ -203,7 +203,7 @@ def read_images(
         read = ops.attend_spans(q, key, value, reading.spans, rotation, scales)
         y = x + layer.attn_gate.tanh() * layer.o_proj(read.flatten(2))
     norm, mlp = layer.mlp_norm, layer.mlp
-    if is_plain(norm, mlp):
+    if is_plain(norm, mlp, kinds=OWN):
         weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
         y = ops.gated_swiglu(y, norm.weight, *weights, layer.mlp_gate, norm.eps, layer.recompute)
     else:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 import comemo_kernels as ops
 from comemo_kernels._arguments import public
 from comemo_kernels.memory import ImageMemory
-from comemo_kernels.nn._plain import is_plain, is_untouched
 from comemo_kernels.nn.gated_cross_attention import (
     angles_of,
     build_keys,
     check_media,
     norm_of_media,
 )
+from comemo_kernels.plain import is_plain, is_untouched
 
 Built = list[tuple[Tensor, Tensor]]
 

@@ -9,7 +9,7 @@ import comemo_kernels as ops
 from comemo_kernels._arguments import public
 from comemo_kernels._op import check, check_count
 from comemo_kernels._writes import check_writable
-from comemo_kernels.nn._plain import is_plain
+from comemo_kernels.plain import is_plain
 from comemo_kernels.reference.dtypes import DTYPES
 from comemo_kernels.reference.memory_checks import known_values
 from comemo_kernels.reference.tiles import place_rows

@@ -1,9 +1,4 @@
-"""Which modules of somebody else's model may be computed from their weights, not called.
-
-Fused operations read a module's weights and skip its `forward`. That is only right for modules as
-the model was made: hooks, adapters, quantisation and offloading need the call. These questions are
-asked in every layer of every decode step: no generators.
-"""
+"""Norms and activations of somebody else's model that may be computed from their weights."""
 
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,66 +6,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from comemo_kernels.patching.replacement import Replacement
+from comemo_kernels.plain import has_plain_weights, is_plain, is_untouched
 
-_TORCH = frozenset((nn.Linear, nn.LayerNorm, nn.GELU, nn.SiLU, nn.Sequential))
+__all__ = ["has_plain_weights", "is_plain", "is_rms_norm", "is_silu", "is_untouched"]
+
 _norms: WeakKeyDictionary[type, bool] = WeakKeyDictionary()  # classes that were tried
-_any_global_hook = nn.modules.module._has_any_global_hook
-
-
-def is_untouched(module: nn.Module) -> bool:
-    """Whether calling a module runs the forward of its class, or ours, and nothing else.
-
-    Args:
-        module: its submodules are not checked.
-
-    Returns:
-        False if it has hooks of any kind, or if its forward was replaced, but by a patch.
-    """
-    attributes = vars(module)
-    return not (
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-        or "_hf_hook" in attributes
-        or ("forward" in attributes and type(attributes["forward"]) is not Replacement)
-        or _any_global_hook()
-    )
-
-
-def has_plain_weights(module: nn.Module, biased: bool = False) -> bool:
-    """Whether a module's own parameters are ordinary and on a device; no bias unless `biased`."""
-    for name, parameter in vars(module)["_parameters"].items():
-        if parameter is not None and (
-            type(parameter) is not nn.Parameter
-            or parameter.is_meta
-            or (name == "bias" and not biased)
-        ):
-            return False
-    return True
-
-
-def is_plain(*modules: nn.Module, biased: bool = False) -> bool:
-    """Whether modules of torch may be computed from their weights; submodules are checked, too.
-
-    Args:
-        modules: linear layers, LayerNorms, activations and sequences of them.
-        biased: whether linear layers may have a bias.
-
-    Returns:
-        True if all of them are exactly of such a class, untouched, with ordinary parameters.
-    """
-    for module in modules:
-        if type(module) not in _TORCH or not is_untouched(module):
-            return False
-        norm = type(module) is nn.LayerNorm
-        if not has_plain_weights(module, biased or norm):
-            return False
-        children = vars(module)["_modules"]
-        if children and not is_plain(*children.values(), biased=biased):
-            return False
-    return True
 
 
 def is_rms_norm(module: nn.Module) -> bool:

@@ -31,6 +31,8 @@ class Replacement:
         by: what it runs, for the report.
     """
 
+    is_a_patch = True  # what `is_untouched` looks for
+
     def __init__(
         self,
         module: nn.Module,
