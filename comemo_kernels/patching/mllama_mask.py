@@ -133,17 +133,18 @@ def _rows(mask: Tensor, tokens: int, cache: Any, by_index: bool) -> Tensor:
 
 def _why_dense(text: nn.Module) -> str | None:
     """Why the layers cannot get spans, or None."""
-    modules = vars(text)["_modules"]
     if _sees_arguments(text):
         return "a hook reads the arguments of the text model"
-    for index in text.cross_attention_layers:
-        layer = modules["layers"][index]
+    for layer in vars(text)["_modules"]["layers"]:
         attributes = vars(layer)
-        forward = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
-        if type(forward) is not Replacement or not forward.active:
-            return "a cross-attention layer is not replaced"
-        if _sees_arguments(layer):
-            return "a hook reads the arguments of a cross-attention layer"
+        attention = attributes["_modules"].get("cross_attn")
+        if attention is not None:
+            place = "_old_forward" if "_hf_hook" in attributes else "forward"
+            forward = attributes.get(place)
+            if type(forward) is not Replacement or not forward.active:
+                return "a cross-attention layer is not replaced"
+        if _sees_arguments(layer) or (attention is not None and _sees_arguments(attention)):
+            return "a hook reads the arguments of a layer"
     return None
 
 
