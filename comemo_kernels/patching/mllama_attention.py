@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-import comemo_kernels as ops
+from comemo_kernels import operations as ops
 from comemo_kernels._op import on_triton
 
 

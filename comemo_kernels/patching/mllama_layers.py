@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import comemo_kernels as ops
+from comemo_kernels import operations as ops
 from comemo_kernels._op import on_triton
 from comemo_kernels.patching.mllama_attention import attend, attend_and_add
 from comemo_kernels.patching.mllama_mask import SEEN, Seen, cache_of
