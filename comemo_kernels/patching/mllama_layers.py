@@ -68,8 +68,8 @@ def cross_attention(call: Replacement, *args: Any, **kwargs: Any) -> Any:
     if args or x is None:
         return call.original(*args, **_with_mask(kwargs, "attention_mask"))
     reason = _why_not(attn, x, kwargs)
-    if reason is None and attn.config._attn_implementation != "sdpa":
-        reason = f"{attn.config._attn_implementation} returns weights, and a hook may read them"
+    if reason is None and _weights_are_read(attn, kwargs):
+        reason = f"{attn.config._attn_implementation} attention returns weights, which are read"
     if reason is not None:
         return call.refuse(reason, **_with_mask(kwargs, "attention_mask"))
     q, k, v, spans = _read(attn, attn.q_proj(x), kwargs)
@@ -142,6 +142,19 @@ def _read(
             f" one for {seen.keys}"
         )
     return q, k, v, seen.spans
+
+
+def _weights_are_read(attn: nn.Module, given: dict[str, Any]) -> bool:
+    """Whether the second result of the attention may be used, which SDPA does not have.
+
+    Once weights were asked for, transformers has a hook in the module, which does nothing else.
+    """
+    if attn.config._attn_implementation == "sdpa":
+        return False
+    if given.get("output_attentions", getattr(attn.config, "output_attentions", False)):
+        return True
+    hooks = vars(attn)["_forward_hooks"].values()
+    return any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks)
 
 
 # --- parts ---
