@@ -2,7 +2,12 @@
 
 from torch import nn
 
-from comemo_kernels.patching.mllama_layers import cross_attention, cross_layer, self_layer
+from comemo_kernels.patching.mllama_layers import (
+    cross_attention,
+    cross_layer,
+    self_attention,
+    self_layer,
+)
 from comemo_kernels.patching.mllama_mask import (
     model_forward,
     model_forward_by_index,
@@ -34,6 +39,7 @@ def make_plan(plan: Plan) -> None:
             function = model_forward_by_index if by_index else model_forward
             plan.replace(whole, function, "spans instead of a dense mask, once for all layers")
             plan.leave(whole.vision_model, _VISION)
+    rotates = type(text.rotary_emb).__name__ == "MllamaRotaryEmbedding"  # halves repeat
     for layer in text.layers:
         is_rms_norm(layer.input_layernorm)  # tries the class, which torch.compile cannot
         if _is_cross_layer(layer):
@@ -43,7 +49,10 @@ def make_plan(plan: Plan) -> None:
             plan.replace(layer.cross_attn, cross_attention, "attend_spans, if it is hooked")
         elif _has(layer, *_SELF):
             plan.replace(layer, self_layer, "gated_swiglu")
-            plan.leave(layer.self_attn, "causal attention of transformers and its cache")
+            if rotates:
+                plan.replace(layer.self_attn, self_attention, "apply_rotary")
+            else:
+                plan.leave(layer.self_attn, "the rotary embedding is not that of Mllama")
 
 
 def _find_text(model: nn.Module) -> nn.Module | None:

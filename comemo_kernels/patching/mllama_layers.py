@@ -1,5 +1,6 @@
 """The layers of Mllama's text model, in our operations."""
 
+import sys
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ _OF_LAYERS = frozenset(
         *("attention_mask", "position_ids", "past_key_values", "cache", "use_cache"),
         "position_embeddings",
     )
+)
+_OF_SELF_ATTENTION = frozenset(
+    ("hidden_states", "attention_mask", "position_embeddings", "past_key_values", "cache")
 )
 
 # --- replaced functions ---
@@ -86,6 +90,36 @@ def self_layer(call: Replacement, hidden_states: Tensor, *args: Any, **kwargs: A
     given = {"attention_mask": None, "position_embeddings": None, **given}
     read, _ = layer.self_attn(hidden_states=_norm(layer.input_layernorm, x), **given)
     return _feed_forward(layer.post_attention_layernorm, layer.mlp, x + read, None)
+
+
+def self_attention(call: Replacement, *args: Any, **kwargs: Any) -> Any:
+    """MllamaTextSelfAttention.forward, around the attention that transformers has chosen."""
+    attn, x, table = call.module, kwargs.get("hidden_states"), kwargs.get("position_embeddings")
+    if args or x is None or table is None or table[0].shape[-1] != attn.head_dim:
+        return call.original(*args, **kwargs)
+    heads = (-1, attn.head_dim)
+    q, k = attn.q_proj(x).unflatten(2, heads), attn.k_proj(x).unflatten(2, heads)
+    v = attn.v_proj(x).unflatten(2, heads).transpose(1, 2)
+    q, k = ops.apply_rotary(q, k, *(half[..., : attn.head_dim // 2] for half in table))
+    q, k, cache = q.transpose(1, 2), k.transpose(1, 2), cache_of(kwargs)
+    rest = {name: value for name, value in kwargs.items() if name not in _OF_SELF_ATTENTION}
+    if cache is not None:
+        more = {"kwargs": rest} if "cache" in kwargs else {}
+        k, v = cache.update(k, v, attn.layer_idx, **more)
+    transformers = sys.modules[type(attn).__module__]
+    read, weights = transformers.ALL_ATTENTION_FUNCTIONS.get_interface(
+        attn.config._attn_implementation, transformers.eager_attention_forward
+    )(
+        attn,
+        q,
+        k,
+        v,
+        kwargs.get("attention_mask"),
+        dropout=attn.dropout if attn.training else 0.0,
+        scaling=attn.scaling,
+        **rest,
+    )
+    return attn.o_proj(read.reshape(*x.shape[:2], -1)), weights
 
 
 # --- attention ---
