@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 import torch
+from conftest import here
 from torch import Tensor, nn
 from transformers import DynamicCache, MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig, MllamaVisionConfig
@@ -56,7 +57,7 @@ def tiny_mllama(implementation: str = "sdpa", seed: int = 0, **text: Any) -> nn.
             else:
                 parameter.normal_(0, 0.15, generator=draw)
     model.generation_config.eos_token_id = None
-    return model.eval()
+    return model.eval().to(here())
 
 
 def mask_of(kind: str, batch: int, tokens: int, images: int) -> Tensor:
@@ -87,7 +88,7 @@ def prompt_of(
     if batch > 1:
         attention[0, :2] = 0
     size = (batch, images, TILES, 3, 28, 28)
-    return {
+    prompt = {
         "input_ids": torch.randint(3, 150, (batch, tokens), generator=draw),
         "attention_mask": attention,
         "pixel_values": factor * torch.randn(size, generator=draw),
@@ -95,6 +96,7 @@ def prompt_of(
         "aspect_ratio_mask": torch.ones(batch, images, TILES, dtype=torch.long),
         "cross_attention_mask": mask_of(kind, batch, tokens, images),
     }
+    return {name: value.to(here()) for name, value in prompt.items()}
 
 
 def two_steps(model: nn.Module, kind: str, batch: int, factor: float = 1.0) -> dict[str, Tensor]:

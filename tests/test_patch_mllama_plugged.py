@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from conftest import SLOW
 from harness import assert_relative
 from mllama import prompt_of, tiny_mllama
 from patching import unchanged
@@ -112,8 +113,22 @@ def replace_forward(model, name):
     module.forward = lambda *args: 3 * forward(*args)
 
 
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("change", [quantise, parametrise, replace_forward])
+@pytest.mark.parametrize(
+    ("change", "before"),
+    [
+        (quantise, False),
+        (replace_forward, True),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in (
+                (quantise, True),
+                (parametrise, True),
+                (parametrise, False),
+                (replace_forward, False),
+            )
+        ),
+    ],
+)
 def test_changed_modules_are_called(model, names, change, before):
     kinds = (nn.Linear, nn.SiLU) if change is replace_forward else nn.Linear
     for name in names:
