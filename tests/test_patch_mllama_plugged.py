@@ -144,6 +144,33 @@ def test_changed_modules_are_called(model, names, change, before):
             assert_relative(logits(ours), logits(plain), name)
 
 
+@pytest.mark.filterwarnings("ignore::comemo_kernels.PatchWarning")
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_replaced_functions_of_whole_parts(model, before):
+    """Somebody else's function gets the mask that transformers makes."""
+    for part in ("", ".cross_attn", ".mlp"):
+        plain, ours = copy.deepcopy(model), copy.deepcopy(model)
+
+        def change(model, part=part):
+            module = model.get_submodule(f"{LAYERS}.1{part}")
+            forward = module.forward
+
+            def changed(*args, **kwargs):
+                found = forward(*args, **kwargs)
+                return (2 * found[0], None) if isinstance(found, tuple) else 2 * found
+
+            module.forward = changed
+
+        change(plain)
+        if before:
+            change(ours)
+        with ops.patched(ours):
+            if not before:
+                change(ours)
+            assert_relative(logits(ours), logits(plain), part)
+        assert_relative(logits(ours), logits(plain), part)
+
+
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_lora(model, before):
     config = peft.LoraConfig(

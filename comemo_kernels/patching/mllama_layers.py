@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from comemo_kernels import operations as ops
 from comemo_kernels._op import on_triton
 from comemo_kernels.patching.mllama_attention import attend, attend_and_add
-from comemo_kernels.patching.mllama_mask import SEEN, Seen, cache_of
+from comemo_kernels.patching.mllama_mask import SEEN, Seen, cache_of, is_replaced
 from comemo_kernels.patching.plain import is_plain, is_rms_norm, is_silu, is_untouched
 from comemo_kernels.patching.replacement import Replacement
 
@@ -48,7 +48,7 @@ def cross_layer(call: Replacement, hidden_states: Tensor, *args: Any, **kwargs: 
     }
     if seen is not None:
         given[SEEN] = seen
-    if _runs_ours(attn) and _why_not(attn, x, given) is None:
+    if is_replaced(attn) and is_untouched(attn) and _why_not(attn, x, given) is None:
         q = _project(layer.input_layernorm, attn.q_proj, x)
         q, k, v, spans = _read(attn, q, given)
         if is_plain(attn.o_proj) and _fits(x, attn.o_proj.weight, gate):
@@ -56,6 +56,8 @@ def cross_layer(call: Replacement, hidden_states: Tensor, *args: Any, **kwargs: 
         else:
             x = x + gate.tanh() * attn.o_proj(attend(q, k, v, spans).flatten(2))
     else:
+        if not is_replaced(attn):
+            given = _with_mask(given, "attention_mask")
         read, _ = attn(hidden_states=layer.input_layernorm(x), **given)
         x = x + gate.tanh() * read
     rows = kwargs.get("full_text_row_masked_out_mask") if seen is None else seen.rows
@@ -192,11 +194,6 @@ def _weights_are_read(attn: nn.Module, given: dict[str, Any]) -> bool:
 
 
 # --- parts ---
-
-
-def _runs_ours(attn: nn.Module) -> bool:
-    """Whether calling the attention would run `cross_attention` and nothing else."""
-    return type(vars(attn).get("forward")) is Replacement and is_untouched(attn)
 
 
 def _fits(x: Tensor, *weights: Tensor) -> bool:

@@ -136,16 +136,19 @@ def _why_dense(text: nn.Module) -> str | None:
     if _sees_arguments(text):
         return "a hook reads the arguments of the text model"
     for layer in vars(text)["_modules"]["layers"]:
-        attributes = vars(layer)
-        attention = attributes["_modules"].get("cross_attn")
-        if attention is not None:
-            place = "_old_forward" if "_hf_hook" in attributes else "forward"
-            forward = attributes.get(place)
-            if type(forward) is not Replacement or not forward.active:
-                return "a cross-attention layer is not replaced"
+        attention = vars(layer)["_modules"].get("cross_attn")
+        if attention is not None and not is_replaced(layer):
+            return "a cross-attention layer is not replaced"
         if _sees_arguments(layer) or (attention is not None and _sees_arguments(attention)):
             return "a hook reads the arguments of a layer"
     return None
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Whether a module's forward is ours, perhaps under hooks of accelerate: it knows `Seen`."""
+    attributes = vars(module)
+    forward = attributes.get("_old_forward" if "_hf_hook" in attributes else "forward")
+    return type(forward) is Replacement and forward.active
 
 
 def _sees_arguments(module: nn.Module) -> bool:
