@@ -5,7 +5,8 @@ import copy
 
 import pytest
 import torch
-from conftest import SLOW, TRACED, every_two, here
+import virtual_gpu
+from conftest import GPU, SLOW, TRACED, every_two, here
 from harness import assert_relative
 from mllama import CACHE, STATIC, TILES, prompt_of, tiny_mllama, two_steps
 from patching import assert_patched_matches, gradients, unchanged
@@ -158,6 +159,32 @@ def test_prompts_without_images(model):
     plain, ours, patch = both(model, lambda m: generate(m, prompt))
     assert torch.equal(plain, ours)
     assert not refusals(patch)
+
+
+@pytest.mark.skipif(GPU, reason="counts on a virtual one")
+def test_one_sync_for_all_layers(monkeypatch, virtual):
+    reads = []
+    with contextlib.nullcontext() if virtual else virtual_gpu.present():
+        model = tiny_mllama()
+        prompt = prompt_of()
+        given = {name: prompt[name] for name in ("input_ids", "cross_attention_mask")}
+        given["cross_attention_states"] = torch.randn(16, 5, 64, device="cuda")
+        with torch.no_grad(), ops.patched(model):
+            for name in ("tolist", "item", "__bool__", "__int__", "__index__", "nonzero"):
+                read = getattr(torch.Tensor, name)
+
+                def count(tensor, read=read, name=name):
+                    outer = not reads or reads[-1] != "inside"  # the virtual GPU calls it again
+                    reads.extend([name, "inside"] if outer else [])
+                    found = read(tensor)
+                    if outer:
+                        reads.pop()
+                    return found
+
+                monkeypatch.setattr(torch.Tensor, name, count)
+            model(**given)
+            monkeypatch.undo()
+    assert reads == ["tolist"]
 
 
 def test_autocast(model):
