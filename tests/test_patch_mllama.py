@@ -8,7 +8,7 @@ import torch
 import virtual_gpu
 from conftest import GPU, SLOW, TRACED, every_two, here
 from harness import assert_relative
-from mllama import CACHE, STATIC, TILES, prompt_of, tiny_mllama, two_steps
+from mllama_models import CACHE, STATIC, TILES, prompt_of, tiny_mllama, two_steps
 from patching import assert_patched_matches, gradients, unchanged
 from transformers import DynamicCache
 

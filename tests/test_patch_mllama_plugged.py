@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import SLOW
 from harness import assert_relative
-from mllama import prompt_of, tiny_mllama
+from mllama_models import prompt_of, tiny_mllama
 from patching import unchanged
 from torch import nn
 from torch.nn.utils import parametrize
