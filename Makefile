@@ -22,7 +22,8 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 # every week. NEWEST selects another: make newest NEWEST=transformers==5.10.4
 NEWEST ?= transformers
 NEWEST_TESTS := $(addprefix tests/test_, \
-	$(addsuffix .py, answer_options api chat packing processor training training_parallel))
+	$(addsuffix .py, answer_options api chat packing patch_internvl patch_mllama processor \
+	training training_parallel))
 WEEK := $(shell date +%G-%V)
 READY_NEWEST := $(VENV)/newest/$(subst =,,$(NEWEST))-$(WEEK)
 
