@@ -177,6 +177,7 @@ def test_warps_are_specialised():
 @pytest.mark.skipif(
     not _blocks.NEW, reason="triton below 3.6 has no prefetch and no dependent launch"
 )
+@pytest.mark.slow
 def test_keys_are_prefetched_before_queries_are_rotated():
     """128 threads prefetch AHEAD keys and values of 256 bytes, a line of 128 bytes at a time."""
     case = case_of(attention.attend_one, "bf16 decode one image")
@@ -226,7 +227,8 @@ def loops_around(code, operation):
 
 
 @pytest.mark.skipif(not _blocks.NEW, reason="triton below 3.6 has no prefetch")
-@pytest.mark.parametrize("verb", ["norm", pytest.param("swiglu", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", ["norm", "swiglu"])
 def test_weights_are_prefetched_before_a_norm(verb):
     """By all threads, before anything is loaded; it costs almost no registers."""
     kernel = _rows_kernel.two_weights_kernel if verb == "swiglu" else _rows_kernel.one_weight_kernel

@@ -308,7 +308,8 @@ def exported():
 @TRACED
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "what", ["images", "memory", "step", pytest.param("text", marks=pytest.mark.slow)]
+    "what",
+    ["step", *(pytest.param(w, marks=pytest.mark.slow) for w in ("images", "memory", "text"))],
 )
 def test_prefills_and_decode_steps_are_exported(exported, real_device, what):
     model = make_model().to(real_device)

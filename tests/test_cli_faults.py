@@ -229,6 +229,7 @@ for change, argv in (
 """
 
 
+@pytest.mark.slow
 def test_streams_that_are_closed_full_or_unread(light, tmp_path):
     named = tmp_path / "Modell-\u732b"
     light.rename(named)

@@ -22,6 +22,8 @@ import comemo_kernels as ops
 from bench.published_model.chat_model import repair_generate
 from comemo_kernels.patching import published_block
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GREEDY = {
     "max_new_tokens": 5,
     "do_sample": False,
@@ -79,7 +81,7 @@ def test_generates_the_same_for_other_settings(config):
 @pytest.mark.parametrize(
     "options",
     [
-        {"num_beams": 3},
+        pytest.param({"num_beams": 3}, marks=pytest.mark.slow),
         {"num_beams": 2, "num_return_sequences": 2},
         {"do_sample": True, "num_return_sequences": 3},
     ],
@@ -123,8 +125,16 @@ def train(model, factor=1.0):
     ).logits
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "checkpointing"),
+    [
+        (torch.float32, True),
+        (torch.bfloat16, False),
+        pytest.param(torch.float32, False, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, True, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_trains_the_same(model, dtype, checkpointing):
     model.train().to(dtype)
 
@@ -223,7 +233,7 @@ def parts(model):
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 def test_hooks_run(model, before):
-    wanted = generate(repair_generate(copy.deepcopy(model)), (2, 1)).sequences
+    wanted = generate(repair_generate(copy.deepcopy(model)), (2, 1), max_new_tokens=2).sequences
     names = [name for name in parts(model) if "rotary" not in name]
     for name in names:
         if name == "gated_cross_attn_layer.cross_attn.rotary_emb":
@@ -236,7 +246,7 @@ def test_hooks_run(model, before):
             stack.callback(hook.remove)
             if before:
                 stack.enter_context(ops.patched(model))
-            assert torch.equal(generate(model, (2, 1)).sequences, wanted), name
+            assert torch.equal(generate(model, (2, 1), max_new_tokens=2).sequences, wanted), name
         assert ran, name
 
 
@@ -251,7 +261,13 @@ class Int8Like(nn.Module):
         return x @ self.stored.t()
 
 
-@pytest.mark.parametrize("name", ["to_q", "to_kv", "to_out", "w1", "w2", "wqkv", "wo"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("to_q", "to_kv", "wqkv", "w2"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("to_out", "w1", "wo")),
+    ],
+)
 def test_replaced_linear_layers_are_called(model, name):
     wanted = generate(repair_generate(copy.deepcopy(model)), (2, 1)).sequences
     for path, module in list(model.language_model.named_modules()):

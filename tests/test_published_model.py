@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 import comemo_kernels as ops
 from bench.published_model.chat_model import CoMemoChatConfig, CoMemoChatModel, repair_generate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHATS = ["a/dhr_2x1", "a/rope_1x1", "a/text_only"]
 
 

@@ -141,6 +141,7 @@ store_files.write_memory(path, image, {n: header.facts[n] for n in ("key", "mode
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_the_old_file(core, stored):
     batch, wanted, path = stored
     good = path.read_bytes()
