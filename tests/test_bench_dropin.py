@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import virtual_gpu
+from conftest import GPU
 from patching import prompt_of, tiny_published
 from timed import options_of
 
@@ -53,9 +55,16 @@ def test_the_simple_cache_computes_what_is_published():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(GPU, reason="make gpu-bench runs them")
 @pytest.mark.parametrize("name", dropin_models.SUBJECTS)
-def test_real_widths(name):
-    subject = dropin_models.SUBJECTS[name](torch.bfloat16, 4, None)
-    assert any(parameter.numel() > 1e7 for parameter in subject.model.parameters())
-    gates = [p for n, p in subject.model.named_parameters() if n.endswith("gate")]
-    assert all((gate != 0).all() for gate in gates)
+def test_real_widths_on_a_virtual_gpu(monkeypatch, name):
+    """One tile and few layers: that models, inputs and ways fit together where there is a GPU."""
+    monkeypatch.setattr(dropin_models, "GRID", (1, 1))
+    options = options_of(
+        dropin, "--models", name, "--layers", "4", "--tokens", "3", "--dtype", "float32"
+    )
+    virtual_gpu.faults.clear()
+    with virtual_gpu.present():
+        rows = list(dropin.run(options))
+    assert not virtual_gpu.faults
+    assert all(row["same_tokens"] for row in rows)
