@@ -5,8 +5,8 @@ inherited, makes caches of its own and lacks functions that are called. So a cal
 the language model: an object of a class with what is missing, which shares all modules.
 """
 
+import functools
 import importlib
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from comemo_kernels import operations as ops
 from comemo_kernels.patching.plain import is_plain
 from comemo_kernels.patching.published_block import Reading, _reading
+from comemo_kernels.patching.published_decode import Decoding, room_of
 from comemo_kernels.patching.replacement import Replacement
 
 
@@ -43,7 +44,7 @@ class _Generates:
         return model_kwargs
 
 
-@lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16)
 def generating_class(kind: Any) -> type:
     """A class with `generate` for every release, in front of that of a language model."""
     if issubclass(kind, _Generates):
@@ -52,7 +53,15 @@ def generating_class(kind: Any) -> type:
     if not hasattr(kind, "generate"):
         package = _package_of(kind)
         bases += (importlib.import_module(f"{package}.generation.utils").GenerationMixin,)
-    return type(kind.__name__, bases, {"__module__": kind.__module__})
+
+    @functools.wraps(kind.forward)  # generate looks at its signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own, reading = functools.partial(kind.forward, self), _reading.get()
+        if reading is None or reading.decoding is None:
+            return own(*args, **kwargs)
+        return reading.decoding.forward(own, self, reading, *args, **kwargs)
+
+    return type(kind.__name__, bases, {"__module__": kind.__module__, "forward": forward})
 
 
 def _package_of(kind: type) -> str:
@@ -145,9 +154,12 @@ def generate(
     options = {"output_hidden_states": output_hidden_states}
     if position_ids is not None:
         options["position_ids"] = position_ids.to(embeds.device)
-    reading = _reading.set(Reading(vision_x, media_ids, position_ids, blocks))
+    view = view_of(model.language_model)
+    room = room_of(generation_config, generate_kwargs, view.generation_config, input_ids.shape[1])
+    decoding = Decoding(room)
+    reading = _reading.set(Reading(vision_x, media_ids, position_ids, blocks, decoding))
     try:
-        return view_of(model.language_model).generate(
+        return view.generate(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             generation_config=generation_config,
@@ -157,6 +169,7 @@ def generate(
         )
     finally:
         _reading.reset(reading)
+        decoding.close()
 
 
 def find_image_tokens(model: Any, input_ids: Tensor) -> Tensor:
