@@ -99,38 +99,54 @@ class Decoding:
         """A forward of the view, whose own is `own`."""
         last, self._last = self._last, None
         past = given.get("past_key_values")
-        if past is not None and past is last and not args and not self._ended and _is_step(given):
-            self._ended = not self._prepare(view, reading, last, given)
-            if not self._ended:
-                return self._take(given)
-        elif past is not None:
-            self._drop()
+        if past is not None:
+            if past is last and not args and not self._ended and _is_step(given):
+                out = self._take(view, reading, last, given)
+                if out is not None:
+                    return out
+            self._drop(past is last)
         out = own(*args, **given)
         if not self._ended and getattr(out, "past_key_values", None) is not None:
             self._last, self._output = out.past_key_values, type(out)
         return out
 
-    def _prepare(self, view: Any, reading: Reading, past: Any, given: dict[str, Any]) -> bool:
-        """Whether this step can be fused; then buffers with room for it hold the tokens before."""
-        if self._watch is None:
-            step = self._begin(view, reading, past, given)
-            if step is None:
-                return False
-            self._watch, self._step = Watch(view), step
-        elif self._watch.sees_change():
-            self._drop()
-            return False
-        assert self._step is not None
-        step, rows = self._step, len(given["input_ids"])
-        if step.held >= step.weights.longest or rows != len(step.token):
-            self._drop()
-            return False
+    def _take(self, view: Any, reading: Reading, past: Any, given: dict[str, Any]) -> Any:
+        """The result of a fused step, in the class of the model's own; None if that has to run."""
+        if self._step is None:
+            self._step = self._begin(view, reading, past, given)
+            if self._step is None:
+                return None
+            self._watch = Watch(view)
+        assert self._watch is not None
+        step, ids = self._step, given["input_ids"]
+        if step.held >= step.weights.longest or len(ids) != len(step.token):
+            return None
         if step.held == step.capacity:
-            larger = DecodeStep(step.weights, step.memory_spans, rows, 2 * step.capacity)
-            larger.adopt(step)
-            self._wait()
-            self._step, self._replay = larger, None
-        return True
+            step = self._grow(step)
+        if self._replay is None:
+            if self._watch.sees_change():
+                return None
+            step.set(ids, given.get("position_ids"))
+            self._replay = self._recorded(step)
+        else:
+            step.set(ids, given.get("position_ids"))
+        self._replay()
+        logits = step.logits.to(torch.float32, copy=True)
+        # Asked while the GPU works. If so, nobody has seen the result, and it is computed again.
+        if self._watch.sees_change():
+            return None
+        step.advance()
+        self.fused += 1
+        self._last = step.past()
+        return self._output(logits=logits, past_key_values=self._last)
+
+    def _grow(self, step: DecodeStep) -> DecodeStep:
+        """The same with twice the room, to be captured anew."""
+        larger = DecodeStep(step.weights, step.memory_spans, len(step.token), 2 * step.capacity)
+        larger.adopt(step)
+        self._wait()
+        self._step, self._replay = larger, None
+        return larger
 
     def _begin(
         self, view: Any, reading: Reading, past: Any, given: dict[str, Any]
@@ -152,20 +168,6 @@ class Decoding:
         step.begin(past, start)
         return step
 
-    def _take(self, given: dict[str, Any]) -> Any:
-        """The result of a step, in the class that the model's own forward returns."""
-        step = self._step
-        assert step is not None
-        step.set(given["input_ids"], given.get("position_ids"))
-        if self._replay is None:
-            self._replay = self._recorded(step)
-        self._replay()
-        logits = step.logits.to(torch.float32, copy=True)
-        step.advance()
-        self.fused += 1
-        self._last = step.past()
-        return self._output(logits=logits, past_key_values=self._last)
-
     def _recorded(self, step: DecodeStep) -> Callable[[], object]:
         """The step itself, or its graph where that is worth a capture."""
         device = step.token.device
@@ -183,9 +185,11 @@ class Decoding:
             flag.post(self._step.token)
             flag.read()
 
-    def _drop(self) -> None:
+    def _drop(self, ends: bool) -> None:
+        """No step: the model's own forward goes on, `ends`: for the rest of the call."""
         self._wait()
-        self._ended, self._step, self._replay = self._step is not None, None, None
+        self._ended |= ends or self._step is not None
+        self._step = self._replay = self._watch = None
 
     def close(self) -> None:
         """At the end of the call, also after an error."""

@@ -103,8 +103,7 @@ def weights_of(language_model: Any, reading: Reading) -> Weights | None:
     tables = [layer.table for layer in layers]
     tables += [layer.block.table for layer in layers if layer.block is not None]
     longest = min(len(cos) for cos, _ in tables)
-    head = Scaled(norm.weight, norm.variance_epsilon, (output.weight,))
-    weights = Weights(embedding.weight, layers, head, longest)
+    weights = Weights(_alias_of(embedding), layers, _scaled(norm, output), longest)
     kinds = {(t.device, t.dtype) for t in _tensors(weights)}
     devices = {t.device for pair in tables for t in pair} | {embedding.weight.device}
     return weights if len(kinds) == 1 and len(devices) == 1 else None
@@ -149,9 +148,9 @@ def _layer_of(layer: Any, reading: Reading) -> Layer | None:
         attention.num_key_value_groups,
         attention.head_dim,
         _table_of(attention.rotary_emb),
-        attention.wo.weight,
+        _alias_of(attention.wo),
         _scaled(norms[1], network.w1, network.w3),
-        network.w2.weight,
+        _alias_of(network.w2),
     )
 
 
@@ -173,17 +172,26 @@ def _block_of(block: Any, reading: Reading) -> Block | None:
     return Block(
         _scaled(block.cross_attention_norm, attention.to_q),
         attention.heads,
-        attention.to_out.weight,
-        (block.attn_gate, block.ff_gate),
+        _alias_of(attention.to_out),
+        (_alias(block.attn_gate), _alias(block.ff_gate)),
         _scaled(block.ffn_norm_2, network.w1, network.w3),
-        network.w2.weight,
+        _alias_of(network.w2),
         reading.built[block],
         _table_of(attention.rotary_emb),
     )
 
 
 def _scaled(norm: Any, *linear: Any) -> Scaled:
-    return Scaled(norm.weight, norm.variance_epsilon, tuple(one.weight for one in linear))
+    return Scaled(_alias_of(norm), norm.variance_epsilon, tuple(map(_alias_of, linear)))
+
+
+def _alias_of(module: Any) -> Tensor:
+    return _alias(module.weight)
+
+
+def _alias(parameter: Tensor) -> Tensor:
+    """What a graph reads stays in memory, even if the module gets another weight."""
+    return parameter.detach()
 
 
 def _table_of(rotary: Any) -> Pair:

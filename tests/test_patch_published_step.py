@@ -1,0 +1,434 @@
+"""Fused decode steps of the patched published model, and their graphs: the same as without."""
+
+import contextlib
+import copy
+import functools
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+import virtual_gpu
+from conftest import GPU, SLOW
+from patching import assert_patched_matches, prompt_of, tiny_published, unchanged
+from torch import nn
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+import comemo_kernels as ops
+from bench.published_model.chat_model import repair_generate
+from bench.published_model.internlm2 import InternLM2ForCausalLM
+from comemo_kernels.patching import published_decode
+from comemo_kernels.patching.published_decode import Decoding, Watch
+from comemo_kernels.patching.published_generate import generating_class
+from comemo_kernels.patching.published_step import DecodeStep
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENS = 11
+GREEDY = {
+    "max_new_tokens": TOKENS,
+    "do_sample": False,
+    "eos_token_id": None,
+    "pad_token_id": 2,
+    "return_dict_in_generate": True,
+    "output_scores": True,
+}
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The `Decoding` of each call of the patched `generate`; steps are fused on a CPU, too."""
+    found: list[Decoding] = []
+
+    def spy(self, room, init=Decoding.__init__):
+        init(self, room)
+        found.append(self)
+
+    monkeypatch.setattr(Decoding, "__init__", spy)
+    monkeypatch.setattr(published_decode, "DEVICES", {"cpu", "cuda"})
+    return found
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def place(request, virtual):
+    """A device: the CPU, or a virtual GPU, where steps are captured and replayed."""
+    if request.param == "gpu" and GPU:
+        pytest.skip("there is a real one")
+    with contextlib.ExitStack() as stack:
+        if request.param == "gpu" and not virtual:
+            stack.enter_context(virtual_gpu.present())
+        yield "cuda" if request.param == "gpu" else "cpu"
+
+
+@pytest.fixture
+def model():
+    return tiny_published()
+
+
+def generate(model, *grids, **options):
+    inputs = {name: t.to(model.device) for name, t in prompt_of(*grids).items()}
+    if "processor" in options:
+        options["logits_processor"] = LogitsProcessorList([options.pop("processor")()])
+    torch.manual_seed(4)
+    return model.generate(**inputs, **(GREEDY | options))
+
+
+def assert_same(ours, wanted):
+    assert torch.equal(ours.sequences, wanted.sequences)
+    for one, other in zip(ours.scores, wanted.scores, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-4)
+
+
+def compare(model, *grids, **options):
+    """Generate fused, and compare with the model as it was and with the patch without steps."""
+    published = generate(repair_generate(copy.deepcopy(model)), *grids, **options)
+    with pytest.MonkeyPatch.context() as patch, ops.patched(model):
+        patch.setattr(published_decode, "DEVICES", set())
+        eager = generate(model, *grids, **options)
+    with unchanged(model), ops.patched(model):
+        ours = generate(model, *grids, **options)
+    assert_same(ours, published)
+    assert_same(ours, eager)
+    return ours
+
+
+class Heard(BaseStreamer):
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens += value.flatten().tolist()
+
+    def end(self):
+        self.tokens.append("end")
+
+
+class Ends(LogitsProcessor):
+    """Nothing but the end after some tokens."""
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] == 7:
+            scores = torch.full_like(scores, -1e4)
+            scores[:, 5] = 0.0
+        return scores
+
+
+@pytest.mark.parametrize(
+    ("grids", "options", "steps"),
+    [
+        ([(2, 1)], {}, TOKENS - 1),
+        ([(1, 1), (2, 3)], {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}, TOKENS - 1),
+        ([], {"do_sample": True, "top_k": 20, "temperature": 1.3}, TOKENS - 1),
+        ([(2, 1)], {"do_sample": True, "num_return_sequences": 3}, TOKENS - 1),
+        ([(2, 1)], {"max_new_tokens": None, "max_length": 29}, 8),
+        ([(2, 1)], {"eos_token_id": 5, "processor": Ends}, 7),
+        pytest.param([], {"min_new_tokens": 4, "eos_token_id": list(range(40))}, 4, marks=SLOW),
+        pytest.param([(1, 2)], {"max_new_tokens": 1}, 0, marks=SLOW),
+    ],
+    ids=str,
+)
+def test_generates_the_same(model, made, place, grids, options, steps):
+    ours = compare(model.to(place), *grids, **options)
+    assert made[-2].fused == 0
+    assert made[-1].fused == steps
+    assert made[-1].captures == (place == "cuda" and steps >= 7)
+    assert ours.past_key_values[0][0].shape[2] == ours.past_key_values[-1][1].shape[2]
+
+
+def test_a_streamer_hears_each_token(model, made, place):
+    heard = Heard()
+    with ops.patched(model.to(place)):
+        answer = generate(model, (2, 1), streamer=heard).sequences
+    assert heard.tokens[-TOKENS - 1 :] == [*answer[0, -TOKENS:].tolist(), "end"]
+    assert made[-1].fused == TOKENS - 1
+
+
+def test_the_cache_is_as_published(model, made, place):
+    """Also each earlier one, which later steps do not change."""
+    model.to(place)
+    wanted = generate(repair_generate(copy.deepcopy(model)), (2, 1)).past_key_values
+    kept = []
+    with pytest.MonkeyPatch.context() as patch, ops.patched(model):
+        patch.setattr(
+            DecodeStep,
+            "past",
+            lambda self, past=DecodeStep.past: kept.append(past(self)) or kept[-1],
+        )
+        generate(model, (2, 1))
+    assert len(kept) == TOKENS - 1
+    for past in kept:
+        length = past[0][0].shape[2]
+        for pair, other in zip(past, wanted, strict=True):
+            for one, two in zip(pair, other, strict=True):
+                torch.testing.assert_close(one, two[:, :, :length], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("hole", [False, True], ids=["left", "middle"])
+def test_padding(model, made, place, hole):
+    model.to(place)
+    ids = torch.randint(10, 40, (2, 6), device=place)
+    mask = torch.ones_like(ids)
+    mask[1, 1 if hole else 0 : 3] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask, **GREEDY}
+    published = repair_generate(copy.deepcopy(model)).generate(**inputs)
+    with ops.patched(model):
+        assert_same(model.generate(**inputs), published)
+    assert made[-1].fused == (0 if hole else TOKENS - 1)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_beams": 3}, {"num_beams": 2, "do_sample": True}], ids=str
+)
+def test_beams_are_not_fused(model, made, options):
+    published = generate(repair_generate(copy.deepcopy(model)), (2, 1), **options)
+    with ops.patched(model):
+        assert torch.equal(generate(model, (2, 1), **options).sequences, published.sequences)
+    assert made[-1].fused == 0
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions", "something_else"])
+def test_what_a_step_does_not_give_is_not_fused(model, made, monkeypatch, asked):
+    kind, forward = InternLM2ForCausalLM, InternLM2ForCausalLM.forward
+    prepare = kind.prepare_inputs_for_generation
+    wanted = generate(repair_generate(copy.deepcopy(model)), (2, 1))
+
+    @functools.wraps(prepare)
+    def ask(self, *args, **kwargs):
+        return prepare(self, *args, **kwargs) | {asked: True}
+
+    @functools.wraps(forward)
+    def take(self, something_else=None, **kwargs):
+        return forward(self, **kwargs)
+
+    monkeypatch.setattr(kind, "prepare_inputs_for_generation", ask)
+    monkeypatch.setattr(kind, "forward", take)
+    generating_class.cache_clear()
+    with ops.patched(model):
+        assert_same(generate(model, (2, 1)), wanted)
+    generating_class.cache_clear()
+    assert made[-1].fused == 0
+
+
+def test_buffers_grow(model, made, place, monkeypatch):
+    monkeypatch.setattr(published_decode, "MOST", 2)
+    compare(model.to(place), (2, 1))
+    assert made[-1].fused == TOKENS - 1
+    assert made[-1].captures == 2 * (place == "cuda")  # twice 22 tokens are enough
+
+
+def test_few_tokens_are_not_captured(model, made, place):
+    compare(model.to(place), (2, 1), max_new_tokens=5)
+    assert (made[-1].fused, made[-1].captures) == (4, 0)
+
+
+def test_a_table_that_has_to_grow_is_not_read(made):
+    """The dynamic rotary embedding of the layers grows after 24 tokens, for good."""
+    model = tiny_published(llm={"max_position_embeddings": 24})
+    published = generate(repair_generate(copy.deepcopy(model)), (2, 1))
+    with ops.patched(model):
+        assert_same(generate(model, (2, 1)), published)
+    assert 0 < made[-1].fused < TOKENS - 1
+
+
+class Forces(LogitsProcessor):
+    """The same tokens, whatever the dtype."""
+
+    def __call__(self, input_ids, scores):
+        return torch.zeros_like(scores).index_fill(
+            1, torch.tensor([11 + input_ids.shape[1]], device=scores.device), 9.0
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_logits_err_no_more(model, made, dtype):
+    options = {"logits_processor": LogitsProcessorList([Forces()]), "output_logits": True}
+
+    def run(model, factor):
+        inputs = prompt_of((2, 1))
+        inputs["pixel_values"] = (inputs["pixel_values"] * factor).to(model.dtype)
+        out = repair_generate(model).generate(
+            **inputs, **(GREEDY | options | {"max_new_tokens": 5})
+        )
+        return {f"logits {i}": logits for i, logits in enumerate(out.logits[1:])}
+
+    assert_patched_matches(model.to(dtype), run)
+    assert made[-1].fused == 4
+
+
+class Acts(LogitsProcessor):
+    """Does something once, between two steps."""
+
+    def __init__(self, act):
+        self.act, self.calls = act, 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        if self.calls == 5:
+            self.act()
+        return scores
+
+
+@pytest.mark.parametrize("path", ["attention.wo", "feed_forward.act_fn", "ffn_norm", ""])
+def test_a_hook_between_two_steps_fires(model, made, place, path):
+    layer = model.to(place).language_model.model.layers[1].decoder_layer
+    calls, wanted = [], generate(repair_generate(copy.deepcopy(model)), (2, 1))
+    module = layer.get_submodule(path)
+    acts = Acts(lambda: module.register_forward_hook(lambda *_: calls.append(1)))
+    with ops.patched(model):
+        ours = generate(model, (2, 1), processor=lambda: acts)
+    assert_same(ours, wanted)
+    assert len(calls) == TOKENS - 5
+    assert made[-1].fused == 4
+
+
+def modules_of(model):
+    """Modules that a step reads or replaces, by name."""
+    found = {
+        f"layers.1.{name}": module
+        for name, module in model.language_model.model.layers[1].named_modules()
+        if "to_kv" not in name
+    }
+    found |= {"norm": model.language_model.model.norm, "output": model.language_model.output}
+    return found | {"model": model.language_model.model, "embedding": model.get_input_embeddings()}
+
+
+@pytest.mark.slow
+def test_modules_with_hooks_are_called(model, made):
+    wanted = generate(repair_generate(copy.deepcopy(model)), (2, 1), max_new_tokens=3)
+    with ops.patched(model):
+        for name, module in modules_of(model).items():
+            if "rotary_emb" in name or name == "embedding":
+                continue
+            calls = []
+            hook = module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            assert_same(generate(model, (2, 1), max_new_tokens=3), wanted)
+            hook.remove()
+            assert len(calls) >= 3, name
+            assert made[-1].fused == 0, name
+
+
+def test_a_watch_sees_every_change(model):
+    """Of every module: hooks, another forward, other children, weights and tables."""
+    with ops.patched(model):
+        watch = Watch(model.language_model)
+
+        @contextlib.contextmanager
+        def seen(what):
+            assert not watch.sees_change(), what
+            yield
+            assert watch.sees_change(), what
+
+        for name, module in modules_of(model).items():
+            for register in ("register_forward_hook", "register_forward_pre_hook"):
+                with seen((name, register)):
+                    hook = getattr(module, register)(lambda *_: None)
+                hook.remove()
+            own = vars(module).get("forward")
+            with seen((name, "forward")):
+                module.forward = lambda *args: None
+            del module.forward
+            if own is not None:
+                module.forward = own
+            for kind in ("_modules", "_parameters", "_buffers"):
+                for key, value in list(vars(module)[kind].items()):
+                    if value is None:
+                        continue
+                    with seen((name, key)):
+                        vars(module)[kind][key] = copy.copy(value)
+                    vars(module)[kind][key] = value
+            for parameter in module.parameters(recurse=False):
+                data = parameter.data
+                with seen((name, "data")):
+                    parameter.data = data.clone()
+                parameter.data = data
+        with seen("class"):
+            model.language_model.output.__class__ = type("Other", (nn.Linear,), {})
+        model.language_model.output.__class__ = nn.Linear
+        with seen("global"):
+            hook = nn.modules.module.register_module_forward_hook(lambda *_: None)
+        hook.remove()
+        assert not watch.sees_change()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("when", [0, 1, "replay"], ids=["warm-up", "capture", "replay"])
+def test_an_interrupted_step_leaves_nothing(model, made, monkeypatch, virtual, when, error):
+    if GPU:
+        pytest.skip("there is a real one")
+    with contextlib.ExitStack() as stack:
+        if not virtual:
+            stack.enter_context(virtual_gpu.present())
+        model.to("cuda")
+        steps, runs = [], []
+
+        def run(self, own=DecodeStep.run):
+            steps.append(weakref.ref(self))
+            runs.append(1)
+            if len(runs) - 1 == when:
+                raise error("stop")
+            own(self)
+
+        def replay(self, own=virtual_gpu.Graph.replay):
+            own(self)
+            if when == "replay":
+                raise error("stop")
+
+        stack.enter_context(ops.patched(model))
+        wanted = generate(model, (2, 1))
+        with monkeypatch.context() as patch, unchanged(model):
+            patch.setattr(DecodeStep, "run", run)
+            patch.setattr(virtual_gpu.Graph, "replay", replay)
+            with pytest.raises((error, ValueError), match="stop"):
+                generate(model, (2, 1))
+        gc.collect()
+        assert steps
+        assert all(step() is None for step in steps)
+        assert_same(generate(model, (2, 1)), wanted)
+
+
+def test_nothing_outlives_a_call(model, made, place):
+    with ops.patched(model.to(place)):
+        found = []
+        with pytest.MonkeyPatch.context() as patch:
+            begin = DecodeStep.begin
+            patch.setattr(
+                DecodeStep,
+                "begin",
+                lambda self, *args: found.append(weakref.ref(self)) or begin(self, *args),
+            )
+            generate(model, (2, 1))
+        gc.collect()
+        assert [step() for step in found] == [None]
+
+
+def test_threads_do_not_disturb_each_other(model, made, monkeypatch):
+    grids = [[(2, 1)], [], [(1, 1), (1, 2)], [(2, 1)]]
+    with ops.patched(model):
+        wanted = [generate(model, *each) for each in grids]
+        found = {}
+
+        def run(i):
+            found[i] = generate(model, *grids[i])
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(len(grids))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for i, other in enumerate(wanted):
+        assert_same(found[i], other)
+    assert all(each.fused == TOKENS - 1 for each in made)
+
+
+@pytest.mark.kernel
+def test_steps_on_kernels(device, made, monkeypatch):
+    monkeypatch.setattr(published_decode, "FEWEST", 1)
+    model = tiny_published().to(device)
+    inputs = {name: t.to(device) for name, t in prompt_of((2, 1)).items()}
+    options = GREEDY | {"max_new_tokens": 3}
+    published = repair_generate(copy.deepcopy(model)).generate(**inputs, **options)
+    with ops.patched(model):
+        assert_same(model.generate(**inputs, **options), published)
+    assert (made[-1].fused, made[-1].captures) == (2, 1)
