@@ -21,7 +21,7 @@ from bench.published_model.chat_model import repair_generate
 from bench.published_model.internlm2 import InternLM2ForCausalLM
 from comemo_kernels.patching import published_decode
 from comemo_kernels.patching.published_decode import Decoding, Watch
-from comemo_kernels.patching.published_generate import generating_class
+from comemo_kernels.patching.published_generate import generating_class, view_of
 from comemo_kernels.patching.published_step import DecodeStep
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,6 +81,11 @@ def assert_same(ours, wanted):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=2e-4)
 
 
+def cache_of(output):
+    """Also of releases that call it by another name."""
+    return output.cache if "cache" in output else output.past_key_values
+
+
 def compare(model, *grids, **options):
     """Generate fused, and compare with the model as it was and with the patch without steps."""
     published = generate(repair_generate(copy.deepcopy(model)), *grids, **options)
@@ -134,7 +139,7 @@ def test_generates_the_same(model, made, place, grids, options, steps):
     assert made[-2].fused == 0
     assert made[-1].fused == steps
     assert made[-1].captures == (place == "cuda" and steps >= 7)
-    assert ours.past_key_values[0][0].shape[2] == ours.past_key_values[-1][1].shape[2]
+    assert cache_of(ours)[0][0].shape[2] == cache_of(ours)[-1][1].shape[2]
 
 
 def test_a_streamer_hears_each_token(model, made, place):
@@ -148,7 +153,7 @@ def test_a_streamer_hears_each_token(model, made, place):
 def test_the_cache_is_as_published(model, made, place):
     """Also each earlier one, which later steps do not change."""
     model.to(place)
-    wanted = generate(repair_generate(copy.deepcopy(model)), (2, 1)).past_key_values
+    wanted = generate(repair_generate(copy.deepcopy(model)), (2, 1))
     kept = []
     with pytest.MonkeyPatch.context() as patch, ops.patched(model):
         patch.setattr(
@@ -160,7 +165,7 @@ def test_the_cache_is_as_published(model, made, place):
     assert len(kept) == TOKENS - 1
     for past in kept:
         length = past[0][0].shape[2]
-        for pair, other in zip(past, wanted, strict=True):
+        for pair, other in zip(past, cache_of(wanted), strict=True):
             for one, two in zip(pair, other, strict=True):
                 torch.testing.assert_close(one, two[:, :, :length], rtol=1e-4, atol=1e-4)
 
@@ -186,6 +191,17 @@ def test_beams_are_not_fused(model, made, options):
     with ops.patched(model):
         assert torch.equal(generate(model, (2, 1), **options).sequences, published.sequences)
     assert made[-1].fused == 0
+
+
+def test_beams_keep_their_own_cache(model):
+    """Whatever a release calls the cache, it is reordered: scores are those of whole sequences."""
+    language_model = view_of(repair_generate(model).language_model)
+    ids = torch.randint(10, 40, (1, 6))
+    found = language_model.generate(input_ids=ids, **GREEDY, num_beams=4)
+    with torch.no_grad():
+        logits = language_model(input_ids=found.sequences[:, :-1]).logits[:, 5:]
+    chosen = logits.log_softmax(-1).gather(2, found.sequences[:, 6:, None])
+    torch.testing.assert_close(found.sequences_scores, chosen.mean((1, 2)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions", "something_else"])

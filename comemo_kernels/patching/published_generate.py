@@ -22,6 +22,8 @@ from comemo_kernels.patching.replacement import Replacement
 class _Generates:
     """What all releases of `generate` ask of a model whose KV cache is a tuple of pairs."""
 
+    _cache_name = "past_key_values"  # what `generate` calls it, also to reorder beams
+
     def can_generate(self) -> bool:
         return True
 
@@ -34,7 +36,7 @@ class _Generates:
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        model_kwargs["past_key_values"] = outputs.past_key_values
+        model_kwargs[self._cache_name] = outputs.past_key_values
         mask = model_kwargs.get("attention_mask")
         if mask is not None:
             model_kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
@@ -50,18 +52,28 @@ def generating_class(kind: Any) -> type:
     if issubclass(kind, _Generates):
         return kind
     bases: tuple[type, ...] = (_Generates, kind)
+    release = importlib.import_module(f"{_package_of(kind)}.generation.utils")
     if not hasattr(kind, "generate"):
-        package = _package_of(kind)
-        bases += (importlib.import_module(f"{package}.generation.utils").GenerationMixin,)
+        bases += (release.GenerationMixin,)
+    names = getattr(release, "ALL_CACHE_NAMES", [_Generates._cache_name])
+    name = names[0] if _Generates._cache_name not in names else _Generates._cache_name
 
-    @functools.wraps(kind.forward)  # generate looks at its signature
+    # `generate` looks at the signatures of both.
+    @functools.wraps(kind.prepare_inputs_for_generation)
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if name in kwargs:
+            kwargs["past_key_values"] = kwargs.pop(name)
+        return kind.prepare_inputs_for_generation(self, *args, **kwargs)
+
+    @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         own, reading = functools.partial(kind.forward, self), _reading.get()
         if reading is None or reading.decoding is None:
             return own(*args, **kwargs)
         return reading.decoding.forward(own, self, reading, *args, **kwargs)
 
-    return type(kind.__name__, bases, {"__module__": kind.__module__, "forward": forward})
+    members = {"_cache_name": name, "prepare_inputs_for_generation": prepare, "forward": forward}
+    return type(kind.__name__, bases, members | {"__module__": kind.__module__})
 
 
 def _package_of(kind: type) -> str:
