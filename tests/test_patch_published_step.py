@@ -51,7 +51,7 @@ def made(monkeypatch):
     return found
 
 
-@pytest.fixture(params=["cpu", "gpu"])
+@pytest.fixture(params=["gpu", pytest.param("cpu", marks=SLOW)])
 def place(request, virtual):
     """A device: the CPU, or a virtual GPU, where steps are captured and replayed."""
     if request.param == "gpu" and GPU:
@@ -87,15 +87,11 @@ def cache_of(output):
 
 
 def compare(model, *grids, **options):
-    """Generate fused, and compare with the model as it was and with the patch without steps."""
+    """Generate with steps, and compare with the model as it was."""
     published = generate(repair_generate(copy.deepcopy(model)), *grids, **options)
-    with pytest.MonkeyPatch.context() as patch, ops.patched(model):
-        patch.setattr(published_decode, "DEVICES", set())
-        eager = generate(model, *grids, **options)
     with unchanged(model), ops.patched(model):
         ours = generate(model, *grids, **options)
     assert_same(ours, published)
-    assert_same(ours, eager)
     return ours
 
 
@@ -136,7 +132,6 @@ class Ends(LogitsProcessor):
 )
 def test_generates_the_same(model, made, place, grids, options, steps):
     ours = compare(model.to(place), *grids, **options)
-    assert made[-2].fused == 0
     assert made[-1].fused == steps
     assert made[-1].captures == (place == "cuda" and steps >= 7)
     assert cache_of(ours)[0][0].shape[2] == cache_of(ours)[-1][1].shape[2]
@@ -273,6 +268,14 @@ def test_logits_err_no_more(model, made, dtype):
     assert made[-1].fused == 4
 
 
+class Poisons(LogitsProcessor):
+    """The second row gets a token whose embedding is infinite."""
+
+    def __call__(self, input_ids, scores):
+        scores[1] = torch.arange(len(scores[1]), device=scores.device) == 9
+        return scores
+
+
 class Acts(LogitsProcessor):
     """Does something once, between two steps."""
 
@@ -286,7 +289,15 @@ class Acts(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("path", ["attention.wo", "feed_forward.act_fn", "ffn_norm", ""])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "attention.wo",
+        "",
+        pytest.param("feed_forward.act_fn", marks=SLOW),
+        pytest.param("ffn_norm", marks=SLOW),
+    ],
+)
 def test_a_hook_between_two_steps_fires(model, made, place, path):
     layer = model.to(place).language_model.model.layers[1].decoder_layer
     calls, wanted = [], generate(repair_generate(copy.deepcopy(model)), (2, 1))
@@ -368,8 +379,18 @@ def test_a_watch_sees_every_change(model):
         assert not watch.sees_change()
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("when", [0, 1, "replay"], ids=["warm-up", "capture", "replay"])
+@pytest.mark.parametrize(
+    ("when", "error"),
+    [
+        (0, KeyboardInterrupt),
+        (1, RuntimeError),
+        ("replay", KeyboardInterrupt),
+        pytest.param(0, RuntimeError, marks=SLOW),
+        pytest.param(1, KeyboardInterrupt, marks=SLOW),
+        pytest.param("replay", RuntimeError, marks=SLOW),
+    ],
+    ids=str,
+)
 def test_an_interrupted_step_leaves_nothing(model, made, monkeypatch, virtual, when, error):
     if GPU:
         pytest.skip("there is a real one")
@@ -436,6 +457,26 @@ def test_threads_do_not_disturb_each_other(model, made, monkeypatch):
     for i, other in enumerate(wanted):
         assert_same(found[i], other)
     assert all(each.fused == TOKENS - 1 for each in made)
+
+
+@pytest.mark.kernel(reference=True)
+def test_rows_do_not_reach_each_other(device, made):
+    """Not even what is infinite in one of them, in the prompt or later."""
+    model = tiny_published().to(device)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[9] = torch.inf
+    ids = torch.randint(10, 40, (3, 4), device=device)
+    ids[0, 2] = 9
+    options = GREEDY | {"max_new_tokens": 3, "attention_mask": torch.ones_like(ids)}
+    poison = LogitsProcessorList([Poisons()])
+    with ops.patched(model):
+        ours = model.generate(input_ids=ids, logits_processor=poison, **options)
+        alone = {"input_ids": ids[2:], "attention_mask": options["attention_mask"][2:]}
+        wanted = model.generate(**(options | alone))
+    assert made[0].fused == 2
+    assert not ours.scores[1][0].isfinite().any()
+    for one, other in zip(ours.scores, wanted.scores, strict=True):
+        torch.testing.assert_close(one[2:], other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.kernel

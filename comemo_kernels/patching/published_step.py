@@ -247,9 +247,19 @@ class DecodeStep:
         """Copy the published cache in: pairs [B, G, M, D], `start` [B] tokens of padding."""
         self.held = past[0][0].shape[2]
         for i, pair in enumerate(past):
-            for kind, old in enumerate(pair):
+            for kind, old in enumerate(self._apart(*pair)):
                 self.buffers[kind, i, :, : self.held] = old.transpose(1, 2)
         self.place(self._first if start is None else self._first + start)
+
+    def _apart(self, k: Tensor, v: Tensor) -> Pair:
+        """k and v to write, so that no row of the batch reaches another one.
+
+        Rows share a block of attend_spans, which multiplies the values of all by weights that may
+        be zero. So what is not finite is moved to the key, which only its own row reads.
+        """
+        if len(self.token) == 1:
+            return k, v
+        return torch.add(k, v, alpha=0), v.nan_to_num(0.0, 0.0, 0.0)
 
     def place(self, start: Tensor) -> None:
         """The counters of the token after those held; `start` [B] is each row's first."""
@@ -303,11 +313,10 @@ class DecodeStep:
         q, k = qkv[:, :, :-2], qkv[:, :, -2:-1]  # each key head is a token of its own
         q, k = ops.apply_rotary(q, k, *layer.table, self._ids, published=True)
         assert k is not None
-        keys, values = rows
-        keys.index_copy_(0, self._slot, k[:, :, 0])
-        values.index_copy_(0, self._slot, qkv[:, :, -1])
+        for buffer, new in zip(rows, self._apart(k[:, :, 0], qkv[:, :, -1]), strict=True):
+            buffer.index_copy_(0, self._slot, new)
         q = q.view(len(x), 1, -1, layer.head_dim)  # [B, 1, H, D]
-        read = ops.attend_spans(q, keys, values, self._spans)
+        read = ops.attend_spans(q, *rows, self._spans)
         assert isinstance(read, Tensor)
         x = ops.gated_residual(x, read.flatten(2), layer.out, None)
         return _feed_forward(x, layer.wide, layer.narrow, None)
