@@ -25,11 +25,11 @@ FEWEST = 8  # tokens to come for which a graph is captured
 LEAST, MOST = 64, 1024  # tokens that the first buffers have room for, behind the prompt
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "past_key_values"}
 _FLAGS = {"use_cache": (True,), "return_dict": (True, None)}
-_capturing = threading.Lock()  # a capture frees cached memory, which must not meet another one
+_capturing = threading.Lock()  # each capture waits for the GPU and frees cached memory
 
 
 class Watch:
-    """Whether the modules below one are as they were: their hooks, forwards, children, weights.
+    """Whether the modules below one are as they were: hooks, forwards, children and weights.
 
     It is asked for every token, so it is loops in C over lists that are made once.
     """
@@ -56,11 +56,12 @@ class Watch:
             )
         ]
         self._alive = [list(part.values()) for part in self._held]  # so that no id is used again
+        self._below = self._attributes[1:]  # generate may set attributes of the root
         self._before = self._state()
 
     def _state(self) -> list[int]:
         return [
-            *map(len, self._attributes),
+            *map(len, self._below),
             *map(len, self._hooks),
             *map(id, map(type, self._modules)),
             *map(id, map(methodcaller("get", "forward"), self._attributes)),
@@ -151,7 +152,8 @@ class Decoding:
     def _begin(
         self, view: Any, reading: Reading, past: Any, given: dict[str, Any]
     ) -> DecodeStep | None:
-        weights, ids = weights_of(view, reading), given["input_ids"]
+        ids = given["input_ids"]
+        weights = weights_of(view, reading) if ids.device.type in DEVICES else None
         if weights is None or not _is_supported(weights, past):
             return None
         rows, held = len(ids), past[0][0].shape[2]
@@ -227,8 +229,7 @@ def _is_supported(weights: Weights, past: Any) -> bool:
     key = past[0][0]
     sizes = {(layer.out.shape[1], layer.head_dim, layer.groups) for layer in layers}
     return (
-        like.device.type in DEVICES
-        and len(sizes) == 1
+        len(sizes) == 1
         and len(past) == len(layers)
         and (key.device, key.dtype) == (like.device, like.dtype)
         and (not runs_ahead(like.device) or like.dtype in DTYPES)
@@ -243,7 +244,7 @@ def _padding_of(mask: Tensor, rows: int, length: int) -> Tensor | None:
     """
     if mask.shape != (rows, length):
         return None
-    start = length - mask.sum(1)
+    start = length - mask.bool().sum(1)
     seen = torch.arange(length, device=mask.device) >= start[:, None]
     return start if bool((mask.bool() == seen).all()) else None
 

@@ -104,9 +104,10 @@ def weights_of(language_model: Any, reading: Reading) -> Weights | None:
     tables += [layer.block.table for layer in layers if layer.block is not None]
     longest = min(len(cos) for cos, _ in tables)
     weights = Weights(_alias_of(embedding), layers, _scaled(norm, output), longest)
-    kinds = {(t.device, t.dtype) for t in _tensors(weights)}
+    kinds = {(t.device, t.dtype, t.stride(-1)) for t in _tensors(weights)}
     devices = {t.device for pair in tables for t in pair} | {embedding.weight.device}
-    return weights if len(kinds) == 1 and len(devices) == 1 else None
+    alike = len(kinds) == 1 and len(devices) == 1 and embedding.weight.stride(-1) == 1
+    return weights if alike else None
 
 
 def _tensors(weights: Weights) -> list[Tensor]:
@@ -137,9 +138,11 @@ def _layer_of(layer: Any, reading: Reading) -> Layer | None:
         and is_untouched(attention.rotary_emb)
     ):
         return None
-    block = None
-    if layer.gated_cross_attn_layer is not None and reading.vision_x is not None:
-        block = _block_of(layer.gated_cross_attn_layer, reading)
+    block, given = None, layer.gated_cross_attn_layer
+    if given is not None and not published_block.is_known(given):
+        return None
+    if given is not None and reading.vision_x is not None:
+        block = _block_of(given, reading)
         if block is None:
             return None
     return Layer(
@@ -155,11 +158,10 @@ def _layer_of(layer: Any, reading: Reading) -> Layer | None:
 
 
 def _block_of(block: Any, reading: Reading) -> Block | None:
-    if not (published_block.is_known(block) and block in reading.built):
-        return None
     attention, network = block.cross_attn, block.ffn_2
     if not (
-        is_untouched(block)
+        block in reading.built
+        and is_untouched(block)
         and has_plain_weights(block)
         and is_untouched(attention)
         and is_untouched(attention.rotary_emb)
