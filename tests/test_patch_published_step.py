@@ -59,7 +59,9 @@ class Ends(LogitsProcessor):
         ([(2, 1)], {}, TOKENS - 1),
         ([(1, 1), (2, 3)], {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2}, TOKENS - 1),
         ([], {"do_sample": True, "top_k": 20, "temperature": 1.3}, TOKENS - 1),
-        ([(2, 1)], {"do_sample": True, "num_return_sequences": 3}, TOKENS - 1),
+        pytest.param(
+            [(2, 1)], {"do_sample": True, "num_return_sequences": 3}, TOKENS - 1, marks=SLOW
+        ),
         ([(2, 1)], {"max_new_tokens": None, "max_length": 29}, 8),
         ([(2, 1)], {"eos_token_id": 5, "processor": Ends}, 7),
         pytest.param([(1, 2)], {"max_new_tokens": 1}, 0, marks=SLOW),
@@ -174,7 +176,7 @@ def test_buffers_grow(model, made, place, monkeypatch):
     assert made[-1].captures == 2 * (place == "cuda")  # twice 22 tokens are enough
 
 
-@pytest.mark.parametrize("kind", ["biases", "transposed", "frozen"])
+@pytest.mark.parametrize("kind", ["biases", "transposed", pytest.param("frozen", marks=SLOW)])
 def test_what_kernels_do_not_read_is_called(made, kind):
     model = tiny_published(llm={"bias": kind == "biases"})
     layer = model.language_model.model.layers[0].decoder_layer
@@ -209,7 +211,11 @@ class Forces(LogitsProcessor):
         )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=SLOW)],
+    ids=str,
+)
 def test_logits_err_no_more(model, made, dtype):
     options = {"logits_processor": LogitsProcessorList([Forces()]), "output_logits": True}
 
