@@ -39,6 +39,7 @@ class Reading:
         media_ids: [1, M] ids of the image tokens.
         text_ids: [1, N] ids of the prompt's tokens.
         blocks: all gated blocks of the model.
+        decoding: the decode steps of the call.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class Reading:
         media_ids: Tensor | None,
         text_ids: Tensor | None,
         blocks: Sequence[nn.Module],
+        decoding: Any = None,
     ) -> None:
         self.vision_x, self.media_ids, self.text_ids = vision_x, media_ids, text_ids
-        self.blocks = blocks
+        self.blocks, self.decoding = blocks, decoding
         self.built: dict[nn.Module, Pair] = {}
         self._spans: dict[torch.device, Tensor] = {}
         self.ids = text_ids  # of the tokens of this forward

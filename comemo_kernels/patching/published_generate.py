@@ -5,8 +5,8 @@ inherited, makes caches of its own and lacks functions that are called. So a cal
 the language model: an object of a class with what is missing, which shares all modules.
 """
 
+import functools
 import importlib
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from comemo_kernels import operations as ops
 from comemo_kernels.patching.plain import is_plain
 from comemo_kernels.patching.published_block import Reading, _reading
+from comemo_kernels.patching.published_decode import Decoding, room_of
 from comemo_kernels.patching.replacement import Replacement
 
 
 class _Generates:
     """What all releases of `generate` ask of a model whose KV cache is a tuple of pairs."""
+
+    _cache_name = "past_key_values"  # what `generate` calls it, also to reorder beams
 
     def can_generate(self) -> bool:
         return True
@@ -33,7 +36,7 @@ class _Generates:
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        model_kwargs["past_key_values"] = outputs.past_key_values
+        model_kwargs[self._cache_name] = outputs.past_key_values
         mask = model_kwargs.get("attention_mask")
         if mask is not None:
             model_kwargs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
@@ -43,16 +46,34 @@ class _Generates:
         return model_kwargs
 
 
-@lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16)
 def generating_class(kind: Any) -> type:
     """A class with `generate` for every release, in front of that of a language model."""
     if issubclass(kind, _Generates):
         return kind
     bases: tuple[type, ...] = (_Generates, kind)
+    release = importlib.import_module(f"{_package_of(kind)}.generation.utils")
     if not hasattr(kind, "generate"):
-        package = _package_of(kind)
-        bases += (importlib.import_module(f"{package}.generation.utils").GenerationMixin,)
-    return type(kind.__name__, bases, {"__module__": kind.__module__})
+        bases += (release.GenerationMixin,)
+    names = getattr(release, "ALL_CACHE_NAMES", [_Generates._cache_name])
+    name = names[0] if _Generates._cache_name not in names else _Generates._cache_name
+
+    # `generate` looks at the signatures of both.
+    @functools.wraps(kind.prepare_inputs_for_generation)
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if name in kwargs:
+            kwargs["past_key_values"] = kwargs.pop(name)
+        return kind.prepare_inputs_for_generation(self, *args, **kwargs)
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        own, reading = functools.partial(kind.forward, self), _reading.get()
+        if reading is None or reading.decoding is None:
+            return own(*args, **kwargs)
+        return reading.decoding.forward(own, self, reading, *args, **kwargs)
+
+    members = {"_cache_name": name, "prepare_inputs_for_generation": prepare, "forward": forward}
+    return type(kind.__name__, bases, members | {"__module__": kind.__module__})
 
 
 def _package_of(kind: type) -> str:
@@ -145,9 +166,12 @@ def generate(
     options = {"output_hidden_states": output_hidden_states}
     if position_ids is not None:
         options["position_ids"] = position_ids.to(embeds.device)
-    reading = _reading.set(Reading(vision_x, media_ids, position_ids, blocks))
+    view = view_of(model.language_model)
+    room = room_of(generation_config, generate_kwargs, view.generation_config, input_ids.shape[1])
+    decoding = Decoding(room)
+    reading = _reading.set(Reading(vision_x, media_ids, position_ids, blocks, decoding))
     try:
-        return view_of(model.language_model).generate(
+        return view.generate(
             inputs_embeds=embeds,
             attention_mask=attention_mask,
             generation_config=generation_config,
@@ -157,6 +181,7 @@ def generate(
         )
     finally:
         _reading.reset(reading)
+        decoding.close()
 
 
 def find_image_tokens(model: Any, input_ids: Tensor) -> Tensor:
