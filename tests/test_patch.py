@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from conftest import TRACED
 from patching import unchanged
 from torch import nn
 
@@ -217,6 +218,7 @@ def test_a_forward_that_was_replaced_before_is_left(model):
         assert list(handle.report().replaced) == ["layers.1.forward"]
 
 
+@TRACED
 def test_compiles(model):
     with ops.patched(model):
         wanted = model(X)

@@ -41,7 +41,12 @@ def make_plan(plan: Plan) -> None:
     for module in model.modules():
         if hasattr(module, "cos_cached") and hasattr(module, "inv_freq"):
             check_rotary(plan.path_of(module), module)
-    plan.replace(model, generation.generate, "image memory built once per call", "generate")
+    plan.replace(
+        model,
+        generation.generate,
+        "image memory built once per call; decode steps fused",
+        "generate",
+    )
     plan.replace(model, generation.extract_feature, "project_tiles", "extract_feature")
     for layer in model.language_model.model.layers:
         found = layer.gated_cross_attn_layer
