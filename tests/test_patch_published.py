@@ -176,8 +176,8 @@ def test_a_decode_step_of_a_layer_syncs_nowhere(model, virtual):
         media, ids = torch.randn(1, 8, 32, device="cuda"), torch.arange(8, device="cuda")[None]
         blocks = [layer.gated_cross_attn_layer]
         reading = published_block.Reading(media, ids, ids[:, :3], blocks)
-        token = published_block._reading.set(reading)
-        stack.callback(published_block._reading.reset, token)
+        token = published_block.READING.set(reading)
+        stack.callback(published_block.READING.reset, token)
         stack.enter_context(ops.patched(model))
         stack.enter_context(torch.no_grad())
         x, more = (torch.randn(1, n, 32, device="cuda") for n in (3, 1))
@@ -187,6 +187,23 @@ def test_a_decode_step_of_a_layer_syncs_nowhere(model, virtual):
             layer(more, position_ids=ids[:, :1], past_key_value=past, use_cache=True)
 
         virtual_gpu.capture(step, 1)
+
+
+def test_a_model_inside_the_call_of_another_reads_its_own_images(model):
+    other = tiny_published(seed=1)
+    block = other.language_model.model.layers[1].gated_cross_attn_layer
+    block.cross_attn_media_position_ids = torch.arange(4)[None]
+    block.cross_attn_text_position_ids = torch.arange(3)[None]
+    x, features, found = torch.randn(1, 3, 32), torch.randn(1, 4, 32), []
+    with torch.no_grad(), ops.patched(model), ops.patched(other):
+        wanted = block(x, features)
+        hook = model.language_model.output.register_forward_hook(
+            lambda *_: found.append(block(x, features))
+        )
+        generate(model, (2, 1), max_new_tokens=2)
+        hook.remove()
+    assert len(found) == 2
+    assert all(torch.equal(each, wanted) for each in found)
 
 
 def test_an_interrupted_call_leaves_nothing(model):

@@ -52,7 +52,7 @@ class Reading:
     ) -> None:
         self.vision_x, self.media_ids, self.text_ids = vision_x, media_ids, text_ids
         self.blocks, self.decoding = blocks, decoding
-        self.built: dict[nn.Module, Pair] = {}
+        self.built: dict[nn.Module | None, Pair] = {}
         self._spans: dict[torch.device, Tensor] = {}
         self.ids = text_ids  # of the tokens of this forward
         self._length = 0
@@ -79,7 +79,15 @@ def whole(B: int, M: int, device: torch.device) -> Tensor:
     return torch.stack([start, start + M], -1)[:, None]
 
 
-_reading: ContextVar[Reading | None] = ContextVar("reading", default=None)
+READING: ContextVar[Reading | None] = ContextVar("READING", default=None)
+
+
+def reading_of(block: nn.Module | None) -> Reading | None:
+    """What the call of `generate` that runs in this thread reads, if the block is of its model."""
+    reading = READING.get()
+    if reading is None or not any(own is block for own in reading.blocks):
+        return None
+    return reading
 
 
 def is_known(block: nn.Module) -> bool:
@@ -93,7 +101,7 @@ def is_known(block: nn.Module) -> bool:
 
 def run_layer(call: Replacement, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The wrapper of a decoder layer: its block first, on the memory of the call."""
-    reading = _reading.get()
+    reading = reading_of(call.module.gated_cross_attn_layer)
     if reading is None:
         return call.original(hidden_states, *args, **kwargs)
     layer = call.module
@@ -111,7 +119,7 @@ def run_block(
     call: Replacement, x: Tensor, media: Tensor, use_cached_media: bool = False
 ) -> Tensor:
     """x [B, N, d] + gated attention, then + gated network; arguments as published."""
-    block, reading = call.module, _reading.get()
+    block, reading = call.module, reading_of(call.module)
     if reading is None and use_cached_media:
         return call.refuse("cached media without generate", x, media, use_cached_media)
     attention, norm = block.cross_attn, block.cross_attention_norm
@@ -163,20 +171,19 @@ def run_attention(
 
     The block computes it itself where it can; hooks and adapters of this module need the call.
     """
-    attention, reading = call.module, _reading.get()
+    attention, reading = call.module, READING.get()
     block = None if reading is None else _block_of(attention, reading.blocks)
+    reading = None if block is None else reading
     if text_time is not None or (use_cached_media and block is None):
         return call.original(
             x, media, use_cached_media, media_position_ids, text_position_ids, text_time
         )
     q = attention.to_q(x).unflatten(-1, (attention.heads, attention.head_dim))
-    if block is not None and reading is not None and block in reading.built:
-        k, v = reading.built[block]
-    else:
+    built = {} if reading is None else reading.built
+    if block not in built:
         assert media is not None
-        k, v = project_keys(attention, attention.to_kv(media), media_position_ids)
-        if block is not None and reading is not None:
-            reading.built[block] = k, v
+        built[block] = project_keys(attention, attention.to_kv(media), media_position_ids)
+    k, v = built[block]
     ids = text_position_ids if reading is None else reading.ids
     spans = spans_of(attention, x, k, reading)
     read = ops.attend_spans(q, k, v, spans, rotation_of(attention, ids, x))
@@ -190,7 +197,7 @@ def _block_of(attention: nn.Module, blocks: Sequence[nn.Module]) -> nn.Module | 
 
 def _ids(block: nn.Module) -> dict[str, Any]:
     return {
-        "media_position_ids": media_ids_of(block, _reading.get()),
+        "media_position_ids": media_ids_of(block, reading_of(block)),
         "text_position_ids": getattr(block, "cross_attn_text_position_ids", None),
     }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from comemo_kernels import operations as ops
 from comemo_kernels.patching.plain import is_plain
-from comemo_kernels.patching.published_block import Reading, _reading
+from comemo_kernels.patching.published_block import READING, Reading
 from comemo_kernels.patching.published_decode import Decoding, room_of
 from comemo_kernels.patching.replacement import Replacement
 
@@ -67,7 +67,7 @@ def generating_class(kind: Any) -> type:
 
     @functools.wraps(kind.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own, reading = functools.partial(kind.forward, self), _reading.get()
+        own, reading = functools.partial(kind.forward, self), READING.get()
         if reading is None or reading.decoding is None:
             return own(*args, **kwargs)
         return reading.decoding.forward(own, self, reading, *args, **kwargs)
@@ -169,7 +169,7 @@ def generate(
     view = view_of(model.language_model)
     room = room_of(generation_config, generate_kwargs, view.generation_config, input_ids.shape[1])
     decoding = Decoding(room)
-    reading = _reading.set(Reading(vision_x, media_ids, position_ids, blocks, decoding))
+    reading = READING.set(Reading(vision_x, media_ids, position_ids, blocks, decoding))
     try:
         return view.generate(
             inputs_embeds=embeds,
@@ -180,7 +180,7 @@ def generate(
             **generate_kwargs,
         )
     finally:
-        _reading.reset(reading)
+        READING.reset(reading)
         decoding.close()
 
 
