@@ -171,6 +171,7 @@ def test_a_commit_with_changes(copied):
     assert measure.describe_machine()["commit"] == f"{head}+changes"
 
 
+@pytest.mark.slow
 def test_an_installed_package_does_not_shadow_the_harness(tmp_path):
     """Tests and benchmarks import the same module object."""
     for name in ("tests", "harness"):

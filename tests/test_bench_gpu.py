@@ -178,6 +178,7 @@ def test_a_waiting_stage_imports_while_another_runs(tmp_path):
     assert all(stage.outcome == "passed" for stage in found)
 
 
+@pytest.mark.slow
 def test_a_waiting_stage_that_is_not_needed_ends(tmp_path, monkeypatch):
     """A stage without time left when its turn comes, and one whose stdin is closed."""
     pid = tmp_path / "pid"

@@ -8,7 +8,7 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, TRACED
+from conftest import DEVICE, DTYPES, SLOW, TRACED
 from harness import SLACK, SLACK_GRADIENT, assert_errs_no_more, assert_matches, assert_relative
 from nn_layers import B, N, make_layer, randoms
 from torch import nn
@@ -59,12 +59,12 @@ def tables(*shape, device, dtype=torch.float32, repeated=True):
     ("q_shape", "k_shape", "rows", "dim"),
     [
         ((2, 4, 9, 16), (2, 1, 9, 16), (2, 9), 1),
-        ((2, 4, 9, 16), (2, 2, 9, 16), (1, 9), 1),
+        pytest.param((2, 4, 9, 16), (2, 2, 9, 16), (1, 9), 1, marks=SLOW),
         ((2, 9, 4, 16), (2, 9, 2, 16), (2, 9), 2),
         ((2, 9, 4, 16), (2, 9, 2, 16), (2, 9), -2),
         ((9, 4, 16), (9, 2, 16), (9,), 1),
         ((4, 9, 16), (2, 9, 16), (9,), 0),
-        ((1, 4, 9, 16), (1, 4, 9, 16), (9,), 0),
+        pytest.param((1, 4, 9, 16), (1, 4, 9, 16), (9,), 0, marks=SLOW),
     ],
     ids=str,
 )

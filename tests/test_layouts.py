@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import DEVICE, GPU, INTERPRET
+from conftest import DEVICE, GPU, INTERPRET, SLOW
 from harness import assert_relative
 
 import comemo_kernels as ops
@@ -261,8 +261,12 @@ CASES = {
 ON_KERNELS = pytest.mark.skipif(not (GPU or INTERPRET), reason="only for kernels")
 
 
+LONG = {"attend_gated gradients": SLOW}  # its parts are cases of their own
+
+
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=ON_KERNELS if "memory float8" in c else ()) for c in CASES]
+    "case",
+    [pytest.param(c, marks=ON_KERNELS if "memory float8" in c else LONG.get(c, ())) for c in CASES],
 )
 def test_a_layout_gives_a_correct_result_or_an_error(case):
     verb = case.split()[0]
