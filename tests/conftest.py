@@ -45,7 +45,7 @@ settings.register_profile("comemo", derandomize=True, deadline=None, max_example
 settings.register_profile(
     "kernels",
     settings.get_profile("comemo"),
-    max_examples=8,
+    max_examples=6,
     phases=(Phase.explicit, Phase.generate),
 )
 PROFILE = settings.get_profile("kernels" if INTERPRET or GPU else "comemo")

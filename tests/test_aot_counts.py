@@ -18,6 +18,9 @@ from comemo_kernels import _attend_tma, _descriptors, aot, aot_counts, aot_sass,
 from comemo_kernels._memory_build_gemm import project_media
 from comemo_kernels._op import Kernel
 
+# They compile, and `--counts` is a tool for arguments about kernels, no gate.
+pytestmark = pytest.mark.slow
+
 
 def count(function, *args, small="", cached="", **config):
     """The loops of a launch."""

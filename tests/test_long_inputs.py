@@ -154,6 +154,7 @@ def test_chunks_change_nothing(model, answer, chunk, positions):
         torch.testing.assert_close(these, logits, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_chunks_with_beams_and_embeddings(model, tokenizer, answer, prompts):
     wanted = answer(num_beams=2)[0]
     assert torch.equal(answer(num_beams=2, prefill_chunk_size=100)[0], wanted)
