@@ -330,6 +330,22 @@ def test_offloaded_weights(model, before):
         assert torch.equal(generate(model, (2, 1)).sequences, wanted)
 
 
+def test_what_runs_the_models_own_code_is_told(model):
+    attention = model.language_model.model.layers[0].decoder_layer.attention
+    ids = torch.arange(3)[None]
+    with ops.patched(model) as patch:
+        with pytest.warns(ops.PatchWarning, match="attention weights are asked for"):
+            _, weights, _ = attention(torch.randn(1, 3, 32), None, ids, output_attentions=True)
+        hook = model.mlp1[1].register_forward_hook(lambda *_: None)
+        with pytest.warns(ops.PatchWarning, match="a part of the projector has to be called"):
+            generate(model, (2, 1), max_new_tokens=2)
+        hook.remove()
+        refused = patch.report().refused
+    assert refused["extract_feature"] == {"a part of the projector has to be called": 1}
+    assert weights.shape == (1, 4, 3, 3)
+    assert len(refused) == 2
+
+
 def test_destroyed_rotary_buffers_are_refused(model):
     rotary = model.language_model.model.layers[1].gated_cross_attn_layer.cross_attn.rotary_emb
     for name in ("cos_cached", "inv_freq"):

@@ -34,8 +34,14 @@ def get_image_features(call: Replacement, pixel_values: Tensor, *args: Any, **kw
         given[name] if given.get(name) is not None else getattr(own.config, name, None)
         for name in names
     )
-    if strategy != "default" or not isinstance(layer, int) or not _is_plain(own):
-        return call.original(pixel_values, *args, **kwargs)
+    reason = None
+    if strategy != "default" or not isinstance(layer, int):
+        reason = f"features of layer {layer} by strategy {strategy!r}"
+    elif not _is_plain(own):
+        reason = "a part of the projector has to be called"
+    if reason is not None:
+        return call.refuse(reason, pixel_values, *args, **kwargs)
+    assert isinstance(layer, int)
     own_function = type(own).get_image_features
     return own_function(_Projecting(call, layer), pixel_values, *args, **kwargs)
 

@@ -46,7 +46,9 @@ def run(
     """The layer on hidden_states [B, N, d]; arguments and results as published."""
     module, flash = call.module, type(call.module).__name__ == _FLASH
     if position_ids is None or (output_attentions and not flash):
-        return call.original(
+        reason = "no position_ids" if position_ids is None else "attention weights are asked for"
+        return call.refuse(
+            reason,
             hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,

@@ -100,10 +100,10 @@ def extract_feature(call: Replacement, pixel_values: Tensor) -> Tensor:
     projector = model.mlp1
     names = [type(part).__name__ for part in projector]
     if names != ["LayerNorm", "Linear", "GELU", "Linear"] or not is_plain(projector, biased=True):
-        return call.original(pixel_values)
+        return call.refuse("a part of the projector has to be called", pixel_values)
     norm, first, activation, second = projector
     if activation.approximate != "none":
-        return call.original(pixel_values)
+        return call.refuse("the activation of the projector is approximate", pixel_values)
     last = model.select_layer == -1
     out = model.vision_model(
         pixel_values=pixel_values, output_hidden_states=not last, return_dict=True
