@@ -1,0 +1,1 @@
+"""Training: the recipe of three stages, from JSON lines to a checkpoint."""
