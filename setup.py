@@ -37,6 +37,8 @@ setup(
     extras_require={
         "flash": ["flash-attn"],  # for attn_implementation="flash_attention_2"
         "flash-attn": ["flash-attn"],  # the old name of "flash"
+        "train": ["accelerate", "peft", "pyyaml", "tensorboardx"],
+        "video": ["av"],  # video files as training data; folders of frames need nothing
         "dev": [
             "accelerate",  # used by Trainer and `device_map`
             "hypothesis",
@@ -46,9 +48,10 @@ setup(
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",
-            "pyyaml",  # reads CITATION.cff
+            "pyyaml",  # reads CITATION.cff and settings of training
             "ruff",
             "scikit-image",  # photographs for the tests
+            "tensorboardx",
             "setuptools",  # builds the wheel that is tested
         ],
     },

@@ -19,7 +19,9 @@ ROWS = [
     ("generation", "generation_inputs"),
     ("chat",),
     ("conditional_generation",),
-    ("auto", "cli", "__init__", "__main__"),
+    ("auto",),
+    ("train",),
+    ("cli", "__init__", "__main__"),
 ]
 
 
