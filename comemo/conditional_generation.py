@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from comemo.chat.published import CoMemoChat
 from comemo.config import CoMemoConfig
 from comemo.generation import CoMemoGeneration
-from comemo.loss import next_token_loss
+from comemo.loss import loss_of_states, next_token_loss
 from comemo.model import CoMemoModel, CoMemoPreTrainedModel
 from comemo.outputs import CACHE, CoMemoOutput, one_cache, warn_old_name
 from comemo.weights.folding import FoldsForInference
@@ -70,6 +70,7 @@ class CoMemoForConditionalGeneration(
         rope_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        skip_logits: bool = False,
         cache: Any = None,
         **kwargs: Any,
     ) -> CoMemoOutput:
@@ -88,6 +89,8 @@ class CoMemoForConditionalGeneration(
             labels: [B, N], -100 where there is no loss; shifted here.
             loss_weights: [B, N], weight of each label: loss = sum(w * l) / sum(w).
             num_items_in_batch, shift_labels: see `next_token_loss`.
+            skip_logits: compute the loss without the logits of all tokens, which are large, and
+                the losses of single labels; see `loss_of_states`.
             use_cache: whether to keep the KV cache and the memory's keys and values.
             logits_to_keep: last positions, or indices, to compute logits for; 0 for all.
             query_position_ids: [B, N], positions of the mixin queries; None for `position_ids`.
@@ -101,14 +104,16 @@ class CoMemoForConditionalGeneration(
                 the arguments of packing.
 
         Returns:
-            `CoMemoOutput` with loss, logits [B, N, vocabulary], the cache by both its names,
-            image_memory.
+            `CoMemoOutput` with loss, logits [B, N, vocabulary] or label_losses [B, N], the cache
+            by both its names, image_memory.
 
         Raises:
             ValueError: arguments that exclude each other or do not fit, or an unknown one.
         """
         # Not a named argument: Trainer requires every one whose name contains "label".
         shift_labels = kwargs.pop("shift_labels", None)
+        if skip_logits and labels is None and shift_labels is None:
+            raise ValueError("CoMemo: skip_logits needs labels or shift_labels")
         output = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -125,14 +130,21 @@ class CoMemoForConditionalGeneration(
             **{CACHE: one_cache("CoMemo", cache, past_key_values)},
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(output.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = next_token_loss(logits, labels, loss_weights, shift_labels, num_items_in_batch)
+        states = output.last_hidden_state
+        logits = loss = losses = None
+        divided = (loss_weights, shift_labels, num_items_in_batch)
+        if skip_logits:
+            loss, losses = loss_of_states(states, self.lm_head, labels, *divided)
+        else:
+            last = isinstance(logits_to_keep, int)
+            keep = slice(-logits_to_keep, None) if last else logits_to_keep
+            logits = self.lm_head(states[:, keep])
+            if labels is not None or shift_labels is not None:
+                loss = next_token_loss(logits, labels, *divided)
         return CoMemoOutput(
             loss=loss,
             logits=logits,
+            label_losses=losses,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             image_memory=output.image_memory,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -89,7 +90,14 @@ class CoMemoModelOutput(BothNames, BaseModelOutputWithPast):
 
 @dataclass
 class CoMemoOutput(BothNames, CausalLMOutputWithPast):
-    """Output of the model with its head; `image_memory`, `image_outputs`: `CoMemoModelOutput`."""
+    """Output of the model with its head.
+
+    Attributes:
+        image_memory, image_outputs: see `CoMemoModelOutput`.
+        label_losses: with `skip_logits`, the loss of each label [B, N], float32, unweighted,
+            without a gradient; 0 where there is no label.
+    """
 
     image_memory: ImageMemory | None = None
     image_outputs: BaseModelOutputWithPooling | None = None
+    label_losses: Tensor | None = None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from comemo.cli import device
+from comemo import device
 
 
 def test_dtype_of_a_cpu_is_measured(monkeypatch):

@@ -27,7 +27,7 @@ def load(golden, case):
     return batch, notes[case]["seq_imgs"][0], notes
 
 
-def forward(model, inputs, batch, seq_imgs, weighted, absolute=False):
+def forward(model, inputs, batch, seq_imgs, weighted, absolute=False, **options):
     """Forward of a published batch: each sample reads its own tiles, dummies included."""
     tokens = model.config.tokens_per_tile
     media = model.model.project_images(
@@ -53,6 +53,7 @@ def forward(model, inputs, batch, seq_imgs, weighted, absolute=False):
         labels=batch["labels"].long(),
         loss_weights=batch["loss_weight"] if weighted else None,
         use_cache=False,
+        **options,
     )
 
 
@@ -79,6 +80,23 @@ def test_recorded_pack(golden, inputs, model, case, loss, absolute):
         assert found or case == "single1"  # only its norms were recorded
         for name, grad in found.items():
             assert_relative(grads[name.removeprefix("a/grad/")], grad, name)
+
+
+def test_the_recorded_loss_without_logits(golden, inputs, model):
+    """Losses of single labels, and their weighted mean; the gradient of every weight."""
+    batch, seq_imgs, notes = load(golden, "packed3")
+    model.zero_grad()
+    out = forward(model, inputs, batch, seq_imgs, True, skip_logits=True)
+    assert out.logits is None
+    wanted = notes["packed3/a/weighted"]
+    assert out.loss.item() == pytest.approx(wanted["loss"], abs=1e-5)
+    weights = batch["loss_weight"] * (batch["labels"] != -100)
+    mean = (out.label_losses * weights).sum() / weights[:, 1:].sum()
+    assert mean.item() == pytest.approx(wanted["loss"], abs=1e-5)
+    out.loss.backward()
+    for name, grad in published_gradients(model).items():
+        norm = wanted["grad_norms"][name]
+        assert grad.norm().item() == pytest.approx(norm, rel=1e-4, abs=1e-7), name
 
 
 def published_gradients(model):

@@ -16,13 +16,13 @@ from comemo import images, prompts
 from comemo.chat.published import check_tokenizer
 from comemo.chat.session import ChatSession
 from comemo.cli.arguments import add_published_pixels, number
-from comemo.cli.device import DTYPES, parse_device, parse_dtype
 from comemo.cli.info import read_config
 from comemo.cli.progress import AnswerStreamer, reading_bar
 from comemo.cli.store import add_store_options, open_store, show_store_warnings
 from comemo.cli.terminal import is_watched, note, plain, report, tell
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CHOICES, CoMemoConfig
+from comemo.device import DTYPES, parse_device, parse_dtype
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
 from comemo.safety.regular import check_settings_files
 from comemo.safety.settings import TEXT, check_settings, shorten

@@ -13,13 +13,13 @@ import comemo_kernels as ops
 from comemo import images, prompts
 from comemo.chat.session import ChatSession
 from comemo.cli.arguments import number
-from comemo.cli.device import default_device
 from comemo.cli.info import memory_numbers
 from comemo.cli.progress import AnswerStreamer
 from comemo.cli.terminal import plain, tell
 from comemo.cli.tiny_checkpoint import ADDED_TOKENS, RENAMED_TOKENS, make_checkpoint
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig
+from comemo.device import default_device
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
 from comemo.safety.regular import check_path
 from comemo.tokenizer import InternLM2Tokenizer
