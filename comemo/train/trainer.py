@@ -1,0 +1,311 @@
+"""transformers' Trainer for packs: what differs from its loop, and nothing else.
+
+A step takes one pack of each stream. This rank handles the streams rank, rank + ranks, ...: one
+micro-batch each. Random numbers of a micro-batch (drop path, noise, dropout) come from the seed,
+the step and the stream. So neither the number of ranks nor a resumed run changes what is computed.
+"""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from comemo.images import IMAGENET_MEAN, IMAGENET_STD
+from comemo.train import ranks
+from comemo.train.checkpoints import NotWritten, write_checkpoint
+from comemo.train.sharding import shard, whole_state
+from comemo.train.steps import (
+    StepReport,
+    over_ranks,
+    read_of,
+    sample_sums,
+    sum_by_dataset,
+    weight_of,
+)
+
+DATA_STATE = "data.pt"
+_PRIVATE = ("samples", "stream")  # keys of a batch that the model does not take
+
+
+class Loader(Protocol):
+    """Packs of this rank's streams, one stream after the other; see `train.data.loader`."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Watcher(Protocol):
+    """Is asked about each step before the optimizer changes weights, on all ranks."""
+
+    def __call__(self, trainer: "RecipeTrainer", report: StepReport) -> None: ...
+
+
+class Saver(Protocol):
+    """Writes the weights and whatever belongs to them into a folder, on the first rank."""
+
+    def __call__(self, folder: Path) -> None: ...
+
+
+class RecipeTrainer(Trainer):
+    """Trains on packs.
+
+    Args:
+        model: on any device.
+        args: `max_steps` is set; the micro-batches of a step are the streams of this rank.
+        loader: gives this rank's packs.
+        streams: indices of this rank's streams, in the order of `loader`.
+        save: writes the weights of a checkpoint.
+        watch: may refuse a step.
+        held_out: a function that makes a loader of held-out packs, or None.
+        eval_every: steps between evaluations; 0 for one at the end.
+        shard_optimizer: whether ranks divide the optimizer's state.
+        tell: prints a line for the user.
+        callbacks: of transformers' kind.
+
+    Attributes:
+        step_report: of the last step.
+        batches: packs of the current step, on the CPU.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        loader: Loader,
+        streams: list[int],
+        save: Saver,
+        watch: Watcher,
+        held_out: Any = None,
+        eval_every: int = 0,
+        shard_optimizer: bool = False,
+        tell: Any = print,
+        callbacks: Any = (),
+    ) -> None:
+        self.loader, self.streams = loader, streams
+        self.save, self.watch, self.tell = save, watch, tell
+        self.held_out, self.eval_every = held_out, eval_every
+        self.shard_optimizer = shard_optimizer
+        self.step_report = StepReport()
+        self.batches: list[dict[str, Any]] = []
+        self.not_written: NotWritten | None = None
+        self._sums: list[tuple[Tensor, Tensor]] = []
+        self._norm: Any = None
+        self._clock = time.perf_counter()
+        super().__init__(model, args, callbacks=[_Hooks(self), *callbacks])
+        self.model_accepts_loss_kwargs = True  # the divisor below is that of the whole step
+
+    # --- what is read ---
+
+    def get_train_dataloader(self) -> Any:
+        return self.loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
+        """The packs of a step, and the sum of all weights of its labels over all ranks."""
+        start = time.perf_counter()
+        batches = []
+        for stream in self.streams:
+            batches.append({**next(epoch_iterator), "stream": stream})
+        report = read_of(batches)
+        report.data_seconds = time.perf_counter() - start
+        self.step_report, self.batches, self._sums = report, batches, []
+        weight = sum(ranks.gather(sum(map(weight_of, batches))))
+        # Without any label the loss is 0, not 0 / 0.
+        return batches, torch.tensor(weight or 1.0, dtype=torch.float32, device=device)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        tiles = inputs.get("pixel_values")
+        inputs = {name: value for name, value in inputs.items() if name not in _PRIVATE}
+        inputs["cu_seqlens"] = inputs["cu_seqlens"].tolist()  # read on the CPU, without a sync
+        inputs = super()._prepare_inputs(inputs)
+        if tiles is not None and tiles.dtype == torch.uint8:
+            inputs["pixel_values"] = normalise_on_device(inputs["pixel_values"])
+        return inputs
+
+    # --- what is computed ---
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        torch.manual_seed(seed_of(self.args.seed, self.state.global_step, inputs["stream"]))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """sum(w * l) of a pack divided by sum(w) of the whole step.
+
+        Ranks average gradients, therefore times their number.
+        """
+        out = model(**inputs, skip_logits=True, num_items_in_batch=num_items_in_batch)
+        bounds, weights = inputs["cu_seqlens"], inputs["loss_weights"]
+        losses = out.label_losses.detach()
+        self._sums.append((sample_sums(losses * weights, bounds), sample_sums(weights, bounds)))
+        loss = out.loss * ranks.world_size()
+        return (loss, out) if return_outputs else loss
+
+    def again(self, batch: dict[str, Any]) -> Tensor:
+        """The loss of one of `batches` with the same random numbers, not reduced over ranks."""
+        torch.manual_seed(seed_of(self.args.seed, self.state.global_step, batch["stream"]))
+        inputs = self._prepare_inputs(batch)
+        return self.model(**inputs, skip_logits=True).loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        self._norm = super()._clip_grad_norm(model)
+        return self._norm
+
+    def before_optimizer(self) -> None:
+        """Complete the step's report, and let the watcher refuse the step."""
+        report, kept = self.step_report, self._sums
+        with_samples = [pair for pair, b in zip(kept, self.batches, strict=True) if b["samples"]]
+        losses, weights = [a for a, _ in with_samples], [b for _, b in with_samples]
+        report.losses = sum_by_dataset(report, losses, weights)
+        norm = self._norm
+        if norm is None:  # no clipping
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+        report.grad_norm, report.step = float(norm), self.state.global_step + 1
+        over_ranks(report)
+        now = time.perf_counter()
+        report.seconds, self._clock, self._norm = now - self._clock, now, None
+        self.watch(self, report)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.shard_optimizer:
+            self.optimizer = optimizer = shard(optimizer)
+        return optimizer
+
+    # --- what is kept ---
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A whole checkpoint or none; a disk that is full does not end the run."""
+        optimizer = whole_state(self.optimizer)
+        parts = ranks.gather(self.loader.state_dict())
+        if ranks.is_first():
+            step, folder = self.state.global_step, Path(self.args.output_dir)
+
+            def fill(staging: Path) -> None:
+                self.save(staging)
+                torch.save(optimizer, staging / "optimizer.pt")
+                torch.save(self.lr_scheduler.state_dict(), staging / "scheduler.pt")
+                torch.save(parts, staging / DATA_STATE)
+                self.state.save_to_json(str(staging / "trainer_state.json"))
+
+            try:
+                write_checkpoint(folder, step, fill, keep=self.args.save_total_limit)
+                self.not_written = None
+            except NotWritten as error:
+                self.not_written = error
+                self.tell(f"{error}; training goes on, older checkpoints are as they were")
+        ranks.wait()
+
+    def load_data_state(self, checkpoint: Path) -> None:
+        """Continue reading where a checkpoint was written, with any number of ranks."""
+        parts = torch.load(checkpoint / DATA_STATE, weights_only=True)
+        merged = {**parts[min(ranks.rank(), len(parts) - 1)], "streams": {}}
+        for part in parts:
+            merged["streams"] |= part["streams"]
+        if len(parts) != ranks.world_size():
+            merged.pop("faults", None)  # counted by rank
+        self.loader.load_state_dict(merged)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Through the CPU; a sharded optimizer takes its own part of the state."""
+        if checkpoint is None:
+            return
+        for name, target in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
+            file = Path(checkpoint) / name
+            target.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the model was made from the checkpoint."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Nothing: random numbers come from the step."""
+
+    # --- held-out data ---
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Mean loss over the held-out samples, of all and by dataset, and log it."""
+        if self.held_out is None:
+            return {}
+        training, losses = self.model.training, []
+        self.model.eval()
+        report = StepReport()
+        try:
+            for batch in self.held_out():
+                report.samples += batch["samples"]
+                inputs = self._prepare_inputs(batch)
+                out = self.model(**inputs, skip_logits=True, num_items_in_batch=1)
+                bounds, weights = inputs["cu_seqlens"], inputs["loss_weights"]
+                weighted = sample_sums(out.label_losses * weights, bounds)
+                losses.append((weighted, sample_sums(weights, bounds)))
+        finally:
+            self.model.train(training)
+        report.losses = sum_by_dataset(report, [a for a, _ in losses], [b for _, b in losses])
+        over_ranks(report)
+        metrics = {"eval_loss": report.loss}
+        if len(report.losses) > 1:
+            for name, (loss, weight) in report.losses.items():
+                metrics[f"eval_loss/{name}"] = loss / weight if weight else 0.0
+        self.log(metrics)
+        self._clock = time.perf_counter()
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        # Trainer's epoch is the share of all steps, which is not what it says.
+        self.state.epoch = None
+        super().log(logs, *args, **kwargs)
+
+
+class _Hooks(TrainerCallback):
+    """Moments of Trainer's loop that have no method to override."""
+
+    def __init__(self, trainer: RecipeTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._clock = time.perf_counter()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.before_optimizer()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, step = self.trainer, state.global_step
+        if trainer.held_out is None:
+            return
+        due = trainer.eval_every and step % trainer.eval_every == 0
+        if due or step >= state.max_steps:
+            control.should_evaluate = True
+
+
+def seed_of(seed: int, step: int, stream: int) -> int:
+    """The seed of the random numbers of one micro-batch."""
+    digest = hashlib.blake2b(f"{seed} {step} {stream}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def normalise_on_device(tiles: Tensor) -> Tensor:
+    """Tiles uint8 [T, 3, side, side] as float32 pixels, equal to `comemo.images.normalise`."""
+    mean, std = (
+        torch.tensor(values, device=tiles.device).view(3, 1, 1)
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return tiles.float().div_(255).sub_(mean).div_(std)
