@@ -27,7 +27,7 @@ NOT_WRITTEN = (OSError, RuntimeError, SafetensorError)
 
 
 class NotWritten(OSError):
-    """A checkpoint could not be written; nothing of it is left."""
+    """A folder could not be written; nothing of it is left."""
 
 
 def write_checkpoint(
@@ -48,29 +48,47 @@ def write_checkpoint(
     Raises:
         NotWritten: the disk is full, or another fault of the file system.
     """
-    target = folder / f"checkpoint-{step}"
-    staging = folder / f"{WRITING}{target.name}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove(staging)
-        staging.mkdir()
+
+    def fill_and_seal(staging: Path) -> None:
         fill(staging)
         _seal(staging, step)
-        if target.exists():
-            _remove(target)
-        staging.rename(target)
-        _flush(folder)
-    except NOT_WRITTEN as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        reason = " ".join(str(error).split())
-        raise NotWritten(f"checkpoint {step} in {folder} cannot be written: {reason}") from error
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
+
+    target = folder / f"checkpoint-{step}"
+    write_folder(target, fill_and_seal)
     if keep is not None:
         for old in _checkpoints(folder)[:-keep]:
             _remove(folder / f"checkpoint-{old}")
     return target
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Write a folder whole or not at all.
+
+    Args:
+        target: replaced if it exists; the folder above it is created.
+        fill: writes the files into the folder that it is given.
+
+    Raises:
+        NotWritten: as `write_checkpoint`.
+    """
+    staging = target.with_name(f"{WRITING}{target.name}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(staging)
+        staging.mkdir()
+        fill(staging)
+        for path in (*staging.rglob("*"), staging):
+            _flush(path)
+        _remove(target)
+        staging.rename(target)
+        _flush(target.parent)
+    except NOT_WRITTEN as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        reason = " ".join(str(error).split())
+        raise NotWritten(f"{target} cannot be written: {reason}") from error
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -155,17 +173,12 @@ def _remove(path: Path) -> None:
 
 
 def _seal(folder: Path, step: int) -> None:
-    """Write the manifest and flush everything."""
+    """Write the manifest."""
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    for name in names:
-        _flush(folder / name)
     checks = _checksums(folder, sorted(names))
     files = {name: [(folder / name).stat().st_size, check] for name, check in checks.items()}
     text = json.dumps({"step": step, "files": files}, indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
-    _flush(folder / MANIFEST)
-    for path in (*filter(Path.is_dir, folder.rglob("*")), folder):
-        _flush(path)
 
 
 def _checksums(folder: Path, names: list[str]) -> dict[str, int]:
