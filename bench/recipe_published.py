@@ -79,9 +79,7 @@ class PublishedStep:
             "attention_mask": torch.tensor([bounds], device=device),
             "seq_imgs": torch.tensor([counts], device=device),
             "image_flags": torch.ones(sum(counts), dtype=torch.long, device=device),
-            "cross_attention_media_position_ids": position_ids[batch["input_ids"] == image_id][
-                None
-            ],
+            "cross_attention_media_position_ids": media_ids,
         }
         keys = [0, *itertools.accumulate(n * self.model.num_image_token for n in counts)]
         self.keys = torch.tensor([keys], device=device)
