@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from comemo.processing.image_files import Source, open_image
+from comemo.processing.image_files import Source, open_image, read_size
 
 __all__ = [
     "Source",
@@ -24,8 +24,11 @@ __all__ = [
     "choose_grid",
     "load_image",
     "normalise",
+    "normalise_pixels",
     "open_image",
+    "read_size",
     "split_tiles",
+    "stack_tiles",
 ]
 
 Grid: TypeAlias = tuple[int, int]
@@ -165,6 +168,40 @@ def normalise(
     if shift is not None and spread is not None:
         pixels.sub_(shift).div_(spread)
     return pixels
+
+
+def stack_tiles(tiles: Sequence[Image.Image]) -> np.ndarray:
+    """The pixels of tiles before `normalise_pixels`, a quarter of the size.
+
+    Args:
+        tiles: RGB images of one size.
+
+    Returns:
+        uint8 [tiles, 3, size, size].
+    """
+    return np.stack([np.asarray(tile).transpose(2, 0, 1) for tile in tiles])
+
+
+def normalise_pixels(pixels: Tensor) -> Tensor:
+    """What `normalise` makes of tiles by default, bit by bit, on any device.
+
+    Args:
+        pixels: uint8 [tiles, 3, size, size], see `stack_tiles`.
+
+    Returns:
+        float32 of the same shape, on the same device.
+
+    Raises:
+        ValueError: pixels of another type or shape.
+    """
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+        got = f"{pixels.dtype} {tuple(pixels.shape)}"
+        raise ValueError(f"normalise_pixels: pixels must be uint8 [T, 3, H, W], got {got}")
+    mean, std = (
+        torch.tensor(values, device=pixels.device).view(-1, 1, 1)
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
+    return pixels.float().div_(255).sub_(mean).div_(std)
 
 
 def load_image(

@@ -44,6 +44,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = (5, 6, 7, 8)
 # where Pillow finds an orientation: an image must not be turned twice
 _ORIENTATION_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
@@ -87,6 +88,37 @@ def open_image(source: Source, *, published: bool = False, convert_rgb: bool = T
         # leaving the block releases the stream; the pixels stay
         with image:
             return _decode(image, name, published, convert_rgb)
+
+
+def read_size(source: str | os.PathLike[str], *, published: bool = False) -> tuple[int, int]:
+    """Read the size that `open_image` gives an image, without decoding it.
+
+    A PNG without EXIF data before its pixels is decoded, because they may follow.
+
+    Args:
+        source: path of a file.
+        published: whether the EXIF orientation is ignored.
+
+    Returns:
+        (width, height) in pixels, upright.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: as `open_image`, but for damage after the header.
+    """
+    with _binary(source) as (stream, name):
+        with _one_error(name):
+            image = Image.open(stream)
+        with image:
+            _check_header(image, name)
+            width, height = image.size
+            if published:
+                return width, height
+            try:
+                orientation = image.getexif().get(ExifTags.Base.Orientation)
+            except _DAMAGE:
+                return width, height
+            return (height, width) if orientation in _SIDEWAYS else (width, height)
 
 
 @contextmanager
@@ -165,16 +197,7 @@ def _channels_axis(array: np.ndarray | Tensor) -> int | None:
 
 def _decode(image: Image.Image, name: str, published: bool, convert_rgb: bool) -> Image.Image:
     """Decode the pixels and turn them into upright RGB."""
-    if 0 in image.size:
-        raise ValueError(f"open_image: {name} has no pixels: {image.width} x {image.height}")
-    if isinstance(image, ImageFile.ImageFile):
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:
-            wanted = f"at most PIL.Image.MAX_IMAGE_PIXELS = {limit} (raise it for a trusted file)"
-            got = f"{image.width} x {image.height}"
-            raise ValueError(f"open_image: {name} is too large: wanted {wanted}, got {got}")
-        if image.format == "EPS":
-            raise ValueError(f"open_image: {name} is PostScript, a program and not an image")
+    _check_header(image, name)
     with _one_error(name):
         image.load()
     if image.mode != "RGB" and not convert_rgb:
@@ -191,6 +214,19 @@ def _decode(image: Image.Image, name: str, published: bool, convert_rgb: bool) -
         image = image.convert("RGBA")
     with _one_error(name):
         return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _check_header(image: Image.Image, name: str) -> None:
+    if 0 in image.size:
+        raise ValueError(f"open_image: {name} has no pixels: {image.width} x {image.height}")
+    if isinstance(image, ImageFile.ImageFile):
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and image.width * image.height > limit:
+            wanted = f"at most PIL.Image.MAX_IMAGE_PIXELS = {limit} (raise it for a trusted file)"
+            got = f"{image.width} x {image.height}"
+            raise ValueError(f"open_image: {name} is too large: wanted {wanted}, got {got}")
+        if image.format == "EPS":
+            raise ValueError(f"open_image: {name} is PostScript, a program and not an image")
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:

@@ -1,0 +1,1 @@
+"""Training data: from meta files and JSON lines to packs."""
