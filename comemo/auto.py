@@ -24,6 +24,7 @@ from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig
 from comemo.image_processor import CoMemoImageProcessor
+from comemo.processing.tokenizer_files import CheckpointTokenizer
 from comemo.processor import CoMemoProcessor
 from comemo.safety.files import hub_options, is_published
 from comemo.tokenizer import InternLM2Tokenizer
@@ -31,7 +32,7 @@ from comemo.tokenizer import InternLM2Tokenizer
 # The class that reads a checkpoint of this model instead; None if the model has no such part.
 OWN: dict[Any, Any] = {
     AutoConfig: CoMemoConfig,
-    AutoTokenizer: InternLM2Tokenizer,
+    AutoTokenizer: CheckpointTokenizer,
     AutoImageProcessor: CoMemoImageProcessor,
     AutoProcessor: CoMemoProcessor,
     AutoVideoProcessor: None,

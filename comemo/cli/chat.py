@@ -23,10 +23,10 @@ from comemo.cli.terminal import is_watched, note, plain, report, tell
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CHOICES, CoMemoConfig
 from comemo.device import DTYPES, parse_device, parse_dtype
+from comemo.processing.tokenizer_files import CheckpointTokenizer
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
 from comemo.safety.regular import check_settings_files
 from comemo.safety.settings import TEXT, check_settings, shorten
-from comemo.tokenizer import InternLM2Tokenizer
 
 SUMMARY = "ask a checkpoint about images, or without any"
 COMMANDS = {
@@ -120,10 +120,10 @@ class Talk:
         self.stop = prompts.stop_text(config.template)
         check_settings_files(args.model)
         # For a missing file transformers' message is about other kinds of tokenizers.
-        for name in ("tokenizer_config.json", "tokenizer.model"):
-            if not os.path.lexists(os.path.join(args.model, name)):
+        for *names, name in (("tokenizer_config.json",), ("tokenizer.json", "tokenizer.model")):
+            if not any(os.path.lexists(os.path.join(args.model, n)) for n in (*names, name)):
                 raise ValueError(f"{args.model!r} has no {name}")
-        tokenizer = InternLM2Tokenizer.from_pretrained(args.model)
+        tokenizer = CheckpointTokenizer.from_pretrained(args.model)
         check_tokenizer(tokenizer, self.stop)  # before minutes of loading weights
         if len(tokenizer) > config.text_config.vocab_size:
             raise ValueError(

@@ -8,8 +8,9 @@ from comemo import prompts
 from comemo.config import CoMemoConfig
 from comemo.image_processor import IMAGE_NAMES, CoMemoImageProcessor
 from comemo.processing.options import TEXT_NAMES
+from comemo.processing.tokenizer_files import CheckpointTokenizer
 from comemo.safety.files import check_class, find_file, hub_options, read_json
-from comemo.tokenizer import InternLM2Tokenizer, check_keywords
+from comemo.tokenizer import check_keywords
 
 PUBLISHED_TEMPLATES = {prompts.chat_template(name) for name in prompts.TEMPLATES}
 
@@ -72,7 +73,7 @@ class LoadsProcessor:
         if "_from_pipeline" not in kwargs:  # a pipeline also passes options of the model
             check_keywords(f"{cls.__name__}.from_pretrained", kwargs)
         if tokenizer is None:
-            tokenizer = InternLM2Tokenizer.from_pretrained(path, **kwargs)
+            tokenizer = CheckpointTokenizer.from_pretrained(path, **kwargs)
         return [images, tokenizer]
 
 

@@ -1,0 +1,99 @@
+"""Load a tokenizer from the files of a directory: as data, with no class of another package."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from comemo.safety.files import find_file, hub_options, read_json
+from comemo.tokenizer import InternLM2Tokenizer
+
+# A tokenizer.json is read by this class, which has its name in the files that it writes.
+GENERAL = ("PreTrainedTokenizerFast", "TokenizersBackend")
+OWN = ("InternLM2Tokenizer", "InternLM2TokenizerFast")
+
+
+class CheckpointTokenizer:
+    """`from_pretrained` of the tokenizer of a CoMemo checkpoint."""
+
+    @staticmethod
+    def from_pretrained(path: Any, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
+        """The published sentencepiece tokenizer, or the one in a `tokenizer.json`.
+
+        Args:
+            path: directory or repository. Its files must name no class, `InternLM2Tokenizer`, or,
+                beside a tokenizer.json, a class of `GENERAL`.
+            args, kwargs: see `InternLM2Tokenizer.from_pretrained`. Padding is on the left.
+
+        Raises:
+            ValueError: files of another tokenizer.
+        """
+        hub = hub_options(kwargs)
+        named = read_json(path, "tokenizer_config.json", **hub).get("tokenizer_class")
+        if named in GENERAL and find_file(path, "tokenizer.json", **hub):
+            side = kwargs.pop("padding_side", None) or "left"
+            for name in ("trust_remote_code", "code_revision", "config", "use_fast"):
+                kwargs.pop(name, None)
+            return PreTrainedTokenizerFast.from_pretrained(path, *args, padding_side=side, **kwargs)
+        return InternLM2Tokenizer.from_pretrained(path, *args, **kwargs)
+
+
+def read_tokenizer(section: str, directory: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a language model.
+
+    `InternLM2Tokenizer` reads a sentencepiece InternLM2. Otherwise a tokenizer.json is read as it
+    is, and without one the class of transformers that tokenizer_config.json names reads its files.
+
+    Args:
+        section: the name that an error begins with.
+        directory: of the tokenizer's files.
+
+    Raises:
+        ValueError: no such files, or a class that transformers does not have.
+    """
+    folder = Path(directory)
+    if not folder.is_dir():
+        raise ValueError(f"{section}: there is no directory {directory!r}")
+    config = read_json(directory, "config.json") if (folder / "config.json").is_file() else {}
+    settings = read_json(directory, "tokenizer_config.json")
+    named = settings.get("tokenizer_class")
+    has_json = (folder / "tokenizer.json").is_file()
+    has_pieces = (folder / "tokenizer.model").is_file()
+    kinds = ("internlm2", "comemo_chat")
+    own = named in OWN or (named is None and config.get("model_type") in kinds)
+    if own and has_pieces:
+        return InternLM2Tokenizer.from_pretrained(directory)
+    options: dict[str, Any] = {"padding_side": "left"}
+    if has_json:
+        return _load(section, directory, PreTrainedTokenizerFast, options)
+    kind = getattr(transformers, named, None) if isinstance(named, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase)):
+        raise ValueError(
+            f"{section}: {directory!r} must hold a tokenizer.json, or a tokenizer_config.json that"
+            f" names a tokenizer class of transformers, got {named!r}: code of a directory is not"
+            " run"
+        )
+    return _load(section, directory, kind, options)
+
+
+def _load(section: str, directory: str, kind: Any, options: dict[str, Any]) -> Any:
+    try:
+        return kind.from_pretrained(directory, **options)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{section}: {kind.__name__} cannot read the tokenizer in {directory!r}: {reason}"
+        ) from error
+
+
+def missing_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[str]:
+    """Those of `names` that are not added tokens of a tokenizer, in their order.
+
+    Args:
+        tokenizer: any.
+        names: of control tokens.
+    """
+    known = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    return [name for name in names if name not in known]
