@@ -1,4 +1,4 @@
-"""The command `comemo`: reads the command line and runs chat, info, store, demo or map."""
+"""The command `comemo`: reads the command line and runs one of `COMMANDS`."""
 
 import argparse
 import errno
@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from comemo import __version__
-from comemo.cli import chat, demo, info, map, starting, store, terminal
+from comemo.cli import chat, demo, info, map, starting, store, terminal, train
 from comemo.cli.progress import hushed, unhushed
 
 # Each module has a SUMMARY, `add_arguments(parser)` and `run(args)`, which returns the exit status.
@@ -19,6 +19,7 @@ COMMANDS: dict[str, ModuleType] = {
     "store": store,
     "demo": demo,
     "map": map,
+    "train": train,
 }
 
 
@@ -86,7 +87,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    args, rest = parser.parse_known_args(argv)
+    given, settings = list(sys.argv[1:] if argv is None else argv), list[str]()
+    if given[:1] == ["train"]:
+        options, settings = train.split_words(given[1:])
+        given = ["train", *options]
+    args, rest = parser.parse_known_args(given)
+    args.words = settings
     # argparse does not match an optional positional once an option follows MODEL.
     if args.command == "chat" and args.question is None and rest and rest[0][:1] != "-":
         args.question, *rest = rest

@@ -1,0 +1,137 @@
+"""`comemo train`: train a model by the settings of a YAML file and of the command line."""
+
+import argparse
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+
+from comemo.cli.terminal import note, plain, tell
+
+SUMMARY = "train a model in stages, from JSON lines to a checkpoint"
+OPTIONS = ("--check", "--print", "--debug", "--help", "-h")
+EXAMPLES = """\
+A setting has the name that it has in the file, or, if it belongs to a stage, its last part
+for all stages that run:
+
+  comemo train mine.yaml
+  comemo train mine.yaml learning_rate=1e-5 stages.finetune.steps=500 --data.workers 2
+  comemo train mine.yaml --check        read the data and tell what a run would do
+  comemo train mine.yaml --print        show all settings, with their defaults
+
+The same command resumes a run that was stopped. Flags of transformers' TrainingArguments and
+of the published script are translated or refused, each by name. On several GPUs:
+
+  torchrun --nproc-per-node 8 -m comemo train mine.yaml
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments of the command; `split_words` takes the settings out before."""
+    parser.usage = "%(prog)s [CONFIG.yaml] [name=value | --name value ...] [--check] [--print]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
+    parser.add_argument("--check", action="store_true", help="read the data, train nothing")
+    parser.add_argument("--print", action="store_true", help="show the settings, train nothing")
+    parser.set_defaults(words=[])
+
+
+def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the options of the command from file and settings, which argparse does not know.
+
+    Args:
+        argv: the words after `comemo train`.
+
+    Returns:
+        options: words for `argparse`.
+        words: all others.
+    """
+    return [w for w in argv if w in OPTIONS], [w for w in argv if w not in OPTIONS]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, check or print; returns the exit status.
+
+    Raises:
+        ValueError, OSError: settings, data or a checkpoint that is wrong.
+        KeyboardInterrupt: Ctrl-C, after a line that says how to go on.
+    """
+    from comemo.train import config
+
+    file, words = split_file(args.words)
+    if file is None and not words:
+        raise ValueError("wanted CONFIG.yaml or settings, got nothing (see comemo train --help)")
+    try:
+        with shown_notes():
+            settings = config.read_settings(file, words)
+    except config.SettingsError as error:
+        if not is_first():
+            return 2
+        if len(error.faults) == 1:
+            raise
+        note(f"comemo: error: {plain(error.source)} has {len(error.faults)} faults:")
+        for fault in error.faults:
+            note(f"  {plain(fault)}")
+        return 2
+    if args.print:
+        tell(config.as_yaml(settings), end="")
+        return 0
+    adapted = any(
+        (lora := settings.stages[name].lora).vision or lora.language or lora.mixin
+        for name in settings.run
+    )
+    config.require("accelerate", *(["peft"] if adapted else []))
+    from comemo.train.recipe import check, train
+
+    if args.check:
+        tell(str(check(settings)))
+        return 0
+    try:
+        result = train(settings)
+    except KeyboardInterrupt:
+        if is_first():
+            note(f"\nstopped: the same command resumes {plain(settings.output)}")
+        raise
+    if is_first():
+        tell(str(result))
+    return 0
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def split_file(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Find CONFIG.yaml: the word that is neither a setting nor the value of one.
+
+    Args:
+        words: of the command line, without the command's options.
+
+    Returns:
+        file: None if there is none.
+        words: all others, in their order.
+    """
+    file, rest = None, list(words)
+    for i, word in enumerate(rest):
+        before = rest[i - 1] if i else ""
+        is_value = before.startswith("--") and "=" not in before
+        if "=" not in word and not word.startswith("--") and not is_value:
+            file = rest.pop(i)
+            break
+    return file, rest
+
+
+@contextlib.contextmanager
+def shown_notes() -> Iterator[None]:
+    """Print what old names became, one line each, at the end of the `with` block."""
+    from comemo.train.layers import SettingsNote
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SettingsNote)
+        try:
+            yield
+        finally:
+            texts = [str(warning.message) for warning in caught] if is_first() else []
+            for text in dict.fromkeys(texts):
+                note(f"comemo: note: {plain(text.removeprefix('read_settings: '))}")
