@@ -22,12 +22,8 @@ class PackedAttention(InternLM2Attention):
 
     bounds: tuple[int, ...] = ()
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        **kwargs: Any,
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, position_ids: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, None, None]:
         groups = self.num_key_value_groups
         qkv = self.wqkv(hidden_states).unflatten(-1, (-1, groups + 2, self.head_dim))
@@ -37,7 +33,7 @@ class PackedAttention(InternLM2Attention):
         q, k = (rotate(t, cos, sin, position_ids) for t in (q, k))
         counts = [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
         parts = zip(*(t.to(v.dtype).split(counts, 2) for t in (q, k, v)), strict=True)
-        attend = F.scaled_dot_product_attention
+        attend: Any = F.scaled_dot_product_attention
         out = torch.cat([attend(*part, is_causal=True, enable_gqa=True) for part in parts], 2)
         return self.wo(out.transpose(1, 2).flatten(2)), None, None
 

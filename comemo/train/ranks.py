@@ -1,8 +1,11 @@
 """Ranks of a distributed run: who writes, and what they tell each other."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import distributed as dist
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -46,3 +49,28 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_first(call: Callable[[], T]) -> T:
+    """The result of a call on the first rank, on all ranks; its exception is raised on all, too.
+
+    Args:
+        call: its result can be pickled.
+    """
+    if world_size() == 1:
+        return call()
+    result = error = None
+    if is_first():
+        try:
+            result = call()
+        except Exception as raised:  # the others would wait for ever
+            error = raised
+    kinds = (ValueError, OSError)
+    said = error and (next((k for k in kinds if isinstance(error, k)), RuntimeError), str(error))
+    result, told = from_first((result, said))
+    if error is not None:
+        raise error
+    if told is not None:
+        kind, text = told
+        raise kind(text)
+    return result

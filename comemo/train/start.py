@@ -75,6 +75,30 @@ def start_model(
     return model.eval(), processor
 
 
+def start_config(settings: StartSettings) -> tuple[CoMemoConfig, PreTrainedTokenizerBase]:
+    """The config and the tokenizer of what `start_model` makes, without reading weights.
+
+    Args:
+        settings: as for `start_model`.
+
+    Raises:
+        ValueError: as `start_model`, except for faults of weights.
+    """
+    _check(settings)
+    tokenizer = read_tokenizer("start", _tokenizer_of(settings))
+    if settings.checkpoint is not None:
+        config, side = _checkpoint_config(settings)
+    else:
+        vision, language = read_vision(str(settings.vision)), read_language(str(settings.language))
+        config, side = _make_config(vision, language, settings.model)
+    with torch.device("meta"), init.no_init_weights():
+        model = CoMemoForConditionalGeneration(config)
+    if side is not None:
+        resize_tiles(model, side)
+    _fit_tokenizer(model, tokenizer)
+    return model.config, tokenizer
+
+
 def _check(settings: StartSettings) -> None:
     """Refuse settings that exclude each other, of a wrong type or unknown."""
     for name in ("checkpoint", "vision", "language", "tokenizer", "projector"):
@@ -107,6 +131,18 @@ def _tokenizer_of(settings: StartSettings) -> str:
 
 def _from_checkpoint(settings: StartSettings, dtype: torch.dtype) -> CoMemoForConditionalGeneration:
     directory = str(settings.checkpoint)
+    config, side = _checkpoint_config(settings)
+    projector = _projector_file(settings, config)
+    model = CoMemoForConditionalGeneration.from_pretrained(directory, config=config, dtype=dtype)
+    if side is not None:
+        resize_tiles(model, side)
+    _load_projector(model, projector)
+    return model
+
+
+def _checkpoint_config(settings: StartSettings) -> tuple[CoMemoConfig, int | None]:
+    """The config of a checkpoint at its own image size, and the size that is wanted."""
+    directory = str(settings.checkpoint)
     if not Path(directory).is_dir():
         raise ValueError(f"start.checkpoint: there is no directory {directory!r}")
     check_checkpoint(directory)
@@ -123,12 +159,7 @@ def _from_checkpoint(settings: StartSettings, dtype: torch.dtype) -> CoMemoForCo
         content[name] = content[name] | value if nested else value
     config = CoMemoConfig.from_dict(content)
     _check_side(side)
-    projector = _projector_file(settings, config)
-    model = CoMemoForConditionalGeneration.from_pretrained(directory, config=config, dtype=dtype)
-    if side is not None:
-        resize_tiles(model, side)
-    _load_projector(model, projector)
-    return model
+    return config, side
 
 
 def _from_parts(

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from comemo.images import IMAGENET_MEAN, IMAGENET_STD
 from comemo.train import ranks
@@ -101,6 +101,7 @@ class RecipeTrainer(Trainer):
         self._norm: Any = None
         self._clock = time.perf_counter()
         super().__init__(model, args, callbacks=[_Hooks(self), *callbacks])
+        self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the divisor below is that of the whole step
 
     # --- what is read ---

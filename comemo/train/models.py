@@ -1,0 +1,91 @@
+"""Models of a run: what a stage begins with, what it writes, what comes out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from comemo.conditional_generation import CoMemoForConditionalGeneration
+from comemo.processor import CoMemoProcessor
+from comemo.train.adapters import add_adapters, load_adapters, merge_adapters, save_adapters
+from comemo.train.drop_path import set_drop_path
+from comemo.train.freezing import choose_trainable
+from comemo.train.settings import StageSettings
+from comemo.train.start import start_model
+
+if TYPE_CHECKING:
+    from comemo.train.stage import Stage
+
+ADAPTER = "adapter"  # folder in a checkpoint of a stage with adapters
+
+
+def trainable_model(stage: Stage) -> tuple[CoMemoForConditionalGeneration, CoMemoProcessor]:
+    """The model that a stage trains, at its checkpoint or at its beginning, in float32.
+
+    Args:
+        stage: whose earlier stages are finished.
+
+    Raises:
+        ValueError, OSError: see `start_model`, `load_adapters`, `choose_trainable`.
+    """
+    own, checkpoint = stage.settings, stage.checkpoint
+    if checkpoint is not None and not has_lora(own):
+        model, processor = _read(checkpoint)
+    else:
+        model, processor = _base(stage)
+        if has_lora(own):
+            add_adapters(model, own.lora, stage.seed)
+        if checkpoint is not None:
+            load_adapters(model, checkpoint / ADAPTER)
+    choose_trainable(model, own)
+    set_drop_path(model, own.drop_path)
+    return model, processor
+
+
+def save_stage(
+    stage: Stage, model: CoMemoForConditionalGeneration, processor: CoMemoProcessor, folder: Path
+) -> None:
+    """Write a checkpoint's weights: all, or those of adapters and what is trained beside them."""
+    if has_lora(stage.settings):
+        save_adapters(model, folder / ADAPTER)
+    else:
+        save_model(model, processor, folder)
+
+
+def save_model(
+    model: CoMemoForConditionalGeneration, processor: CoMemoProcessor, folder: Path
+) -> None:
+    """Write a checkpoint in the published layout, with all that a chat needs."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def trained_by(stage: Stage) -> tuple[CoMemoForConditionalGeneration, CoMemoProcessor]:
+    """The model after a finished stage, in float32, its adapters added to the weights."""
+    assert stage.checkpoint is not None
+    if not has_lora(stage.settings):
+        return _read(stage.checkpoint)
+    model, processor = _base(stage)
+    add_adapters(model, stage.settings.lora, stage.seed)
+    load_adapters(model, stage.checkpoint / ADAPTER)
+    return merge_adapters(model), processor
+
+
+def has_lora(settings: StageSettings) -> bool:
+    """Whether a stage trains adapters."""
+    lora = settings.lora
+    return bool(lora.vision or lora.language or lora.mixin)
+
+
+def _base(stage: Stage) -> tuple[CoMemoForConditionalGeneration, CoMemoProcessor]:
+    """The model before a stage."""
+    if stage.before:
+        return trained_by(stage.before[-1])
+    return start_model(stage.run.start, seed=stage.run.seed)
+
+
+def _read(folder: Path) -> tuple[CoMemoForConditionalGeneration, CoMemoProcessor]:
+    model = CoMemoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    return model, CoMemoProcessor.from_pretrained(folder)

@@ -1,0 +1,193 @@
+"""The recipe: the stages of a run one after the other, from where an earlier call stopped."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+from comemo.device import parse_device
+from comemo.train import ranks
+from comemo.train.checkpoints import clean_up, discard, find_checkpoint, step_of, write_folder
+from comemo.train.config import difference, read_settings, write_settings
+from comemo.train.data.plan import Plan, plan
+from comemo.train.models import save_model, trained_by
+from comemo.train.settings import TrainSettings
+from comemo.train.stage import Stage, train_stage
+from comemo.train.start import start_config
+
+SETTINGS = "settings.yaml"  # of a run, in its folder
+MODEL = "model"  # the trained model, in its folder
+LOCK = ".lock"
+
+Tell = Callable[[str], None]
+
+
+def train(settings: TrainSettings, tell: Tell = print) -> Path:
+    """Train all stages of `settings.run`; a run that was interrupted goes on where it was.
+
+    On several ranks (torchrun, `accelerate launch`) all call it. The folder has the settings, for
+    each stage its checkpoints and logs, and after the last stage the model.
+
+    Args:
+        settings: what `read_settings` returns.
+        tell: takes a line for the user, on the first rank.
+
+    Returns:
+        The folder of the trained model, a checkpoint in the published layout.
+
+    Raises:
+        ValueError: wrong settings or data, settings that differ from those of the run that goes
+            on, a loss that is not finite.
+        OSError: a missing file, a full disk at the end, another process that trains in the folder.
+    """
+    device = _join(settings)
+    say = tell if ranks.is_first() else _quiet
+    output = Path(settings.output)
+    with _locked(output):
+        ranks.on_first(lambda: _keep_settings(settings, output))
+        finished: list[Stage] = []
+        for name in settings.run:
+            stage = Stage(settings, name, output / name, tuple(finished))
+            _run(stage, device, say)
+            finished.append(stage)
+        target = output / MODEL
+        if not ranks.on_first(target.exists):
+            ranks.on_first(lambda: _export(finished[-1], device, target))
+    return target
+
+
+def check(settings: TrainSettings, name: str | None = None) -> Plan:
+    """Read all texts and the sizes of all images, and count what a stage will read.
+
+    Args:
+        settings: what `read_settings` returns; `output` is not needed.
+        name: of a stage; None for the first.
+
+    Returns:
+        Numbers of samples, tokens, tiles, packs and steps, and bad samples by kind, of all epochs
+        of the stage; of one if it has `steps`.
+
+    Raises:
+        ValueError, OSError: as `train`.
+    """
+    stage = settings.stages[settings.run[0] if name is None else name]
+    config, tokenizer = start_config(settings.start)
+    return plan(
+        settings.data,
+        tokenizer,
+        config,
+        total=stage.packs_per_step,
+        seed=settings.seed,
+        epochs=stage.epochs or 1.0,
+    )
+
+
+def _run(stage: Stage, device: torch.device, say: Tell) -> None:
+    """Train one stage to its end, if it is not there yet."""
+    stage.steps = ranks.on_first(lambda: _count_steps(stage))
+    stage.checkpoint, faults = ranks.on_first(lambda: _find(stage.folder))
+    for fault in faults:
+        say(f"{fault}; it is removed")
+    if stage.checkpoint is not None:
+        done = step_of(stage.checkpoint)
+        if done >= stage.steps:
+            say(f"stage {stage.name}: finished, {done:,} steps")
+            return
+        say(f"stage {stage.name}: goes on after step {done:,} of {stage.steps:,}")
+    stage.checkpoint = train_stage(stage, device, say)
+
+
+def _find(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint; what is newer, and what a killed process left, is removed."""
+    clean_up(folder)
+    checkpoint, faults = find_checkpoint(folder)
+    for path in folder.glob("checkpoint-*"):
+        if checkpoint is None or step_of(path) > step_of(checkpoint):
+            discard(path)
+    return checkpoint, faults
+
+
+def _export(stage: Stage, device: torch.device, target: Path) -> None:
+    model, processor = trained_by(stage)
+    if stage.precision(device) == "bfloat16":
+        model = model.to(torch.bfloat16)
+    write_folder(target, lambda folder: save_model(model, processor, folder))
+
+
+def _count_steps(stage: Stage) -> int:
+    own = stage.settings
+    if own.steps is not None:
+        return own.steps
+    config, tokenizer = start_config(stage.run.start)
+    counted = plan(
+        stage.run.data,
+        tokenizer,
+        config,
+        total=own.packs_per_step,
+        seed=stage.seed,
+        epochs=own.epochs or 1.0,
+        cache=stage.index,
+    )
+    if not counted.steps:
+        raise ValueError(f"train: stage {stage.name}: there is no good sample in the data")
+    return counted.steps
+
+
+def _join(settings: TrainSettings) -> torch.device:
+    """Join the other ranks, if this process was launched as one of several."""
+    from accelerate import PartialState
+
+    if not settings.output:
+        raise ValueError("train: output must be the folder of the run, got ''")
+    device = parse_device(None if settings.device == "auto" else settings.device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        device = PartialState(cpu=device.type == "cpu").device
+    for name in settings.run:
+        packs = settings.stages[name].packs_per_step
+        if packs % ranks.world_size():
+            raise ValueError(
+                f"train: stages.{name}.packs_per_step must be a multiple of the number of ranks,"
+                f" {ranks.world_size()}, got {packs}"
+            )
+    return device
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Only one run writes into a folder."""
+    lock = FileLock(output / LOCK, timeout=0)
+
+    def acquire() -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise OSError(f"train: another process trains in {output}") from error
+
+    ranks.on_first(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _keep_settings(settings: TrainSettings, output: Path) -> None:
+    """Write the settings of a new run; refuse to go on with others."""
+    file = output / SETTINGS
+    if file.exists():
+        changed = difference(read_settings(file), settings)
+        if changed:
+            raise ValueError(
+                f"train: {output} has a run with other settings: {'; '.join(changed)}. Take them"
+                " back to go on with it, or choose another output"
+            )
+    partial = file.with_suffix(".partial")
+    write_settings(settings, partial)
+    partial.replace(file)
+
+
+def _quiet(line: str) -> None:
+    """What other ranks than the first tell."""
