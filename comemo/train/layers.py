@@ -175,10 +175,11 @@ def place(entries: Iterable[Entry], faults: list[str]) -> Layer:
         found = _find(name)
         if found is not None:
             known, inner = found
-            value = given.value
+            is_text = rules.kind_of(known) in (str, str | None)
+            value = given.text if is_text and given.text is not None else given.value
             for key in reversed(inner):
                 value = {key: value}
-            given = Given(value) if inner else given
+            given = Given(value, None if inner else given.text)
             layer[known] = merge(layer.get(known), given)
         elif flags.is_known(name[-1]) and (len(name) == 1 or _is_section(name[:-1])):
             old.setdefault(name[:-1], {})[name[-1]] = given

@@ -1,0 +1,74 @@
+"""Write the tables of settings in docs/training.md from the dataclasses: `python docs/write_settings.py`."""
+
+import dataclasses
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from comemo.train.settings import (
+    AnswerSettings,
+    DataSettings,
+    LoraSettings,
+    StageSettings,
+    StartSettings,
+    TrainSettings,
+)
+
+PAGE = Path(__file__).parent / "training.md"
+START, END = "## All settings\n", "\n## Names of other trainers\n"
+SECTIONS = {
+    "The run": ("", TrainSettings),
+    "`start`": ("start.", StartSettings),
+    "`data`": ("data.", DataSettings),
+    "A stage": ("stages.NAME.", StageSettings),
+    "`lora` of a stage": ("stages.NAME.lora.", LoraSettings),
+    "`answers`": ("answers.", AnswerSettings),
+}
+
+
+def described(settings: type) -> Iterator[tuple[list[str], str]]:
+    """Names that share an entry in the docstring of a dataclass, and its text."""
+    text = textwrap.dedent((settings.__doc__ or "").partition("Attributes:\n")[2])
+    for entry in re.split(r"\n(?=\S)", textwrap.dedent(text).strip()):
+        names, _, meaning = " ".join(entry.split()).partition(": ")
+        yield names.split(", "), meaning[:1].upper() + meaning[1:]
+
+
+def default_of(settings: type, name: str) -> str:
+    """The default of a field as it is written in YAML."""
+    value: Any = getattr(settings(), name)
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(map(str, value)) + "]"
+    return str(value) or "(needed)"
+
+
+def table(settings: type) -> Iterator[str]:
+    yield "| setting | default | meaning |\n|---|---|---|"
+    names = {field.name for field in dataclasses.fields(settings)}
+    for entry, meaning in described(settings):
+        keys = [name for name in entry if name in names]
+        shown = ", ".join(f"`{name}`" for name in keys)
+        defaults = list(dict.fromkeys(f"`{default_of(settings, name)}`" for name in keys))
+        yield f"| {shown} | {', '.join(defaults)} | {meaning.replace('|', chr(92) + '|')} |"
+
+
+def write_page(page: str) -> str:
+    """The page with its tables as the dataclasses are now."""
+    before, _, rest = page.partition(START)
+    after = rest[rest.index(END) :]
+    lines = [
+        before + START,
+        "From the dataclasses, by `python docs/write_settings.py`. `comemo train CONFIG.yaml --print`"
+        " shows the\nvalues of a run.",
+    ]
+    for title, (_, settings) in SECTIONS.items():
+        lines += [f"\n### {title}\n", *table(settings)]
+    return "\n".join(lines) + "\n" + after
+
+
+if __name__ == "__main__":
+    PAGE.write_text(write_page(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
