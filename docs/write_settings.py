@@ -1,4 +1,4 @@
-"""Write the tables of settings in docs/training.md from the dataclasses: `python docs/write_settings.py`."""
+"""Write the tables of docs/training.md from the dataclasses: `python docs/write_settings.py`."""
 
 import dataclasses
 import re
@@ -62,8 +62,8 @@ def write_page(page: str) -> str:
     after = rest[rest.index(END) :]
     lines = [
         before + START,
-        "From the dataclasses, by `python docs/write_settings.py`. `comemo train CONFIG.yaml --print`"
-        " shows the\nvalues of a run.",
+        "From the dataclasses, by `python docs/write_settings.py`. `comemo train CONFIG.yaml"
+        " --print` shows the\nvalues of a run.",
     ]
     for title, (_, settings) in SECTIONS.items():
         lines += [f"\n### {title}\n", *table(settings)]

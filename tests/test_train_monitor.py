@@ -1,6 +1,5 @@
 """What people see of a run: numbers, files that go on after a stop, answers, places of faults."""
 
-import copy
 import json
 import random
 import struct
@@ -22,7 +21,7 @@ from comemo.train.monitor.answers import Answers, answer_once, first_questions, 
 from comemo.train.monitor.faults import REMEMBERED, SpikeWatch, describe_samples
 from comemo.train.monitor.norms import gates, gradient_norms, largest_gradient, layer_of, part_of
 from comemo.train.monitor.progress import Progress, beside_bar
-from comemo.train.monitor.scalars import JsonLines, TensorBoard
+from comemo.train.monitor.scalars import JsonLines
 from comemo.train.monitor.window import Window
 from comemo.train.settings import AnswerSettings, DataSettings
 
@@ -32,6 +31,7 @@ pytestmark = [
 ]
 
 NEEDED = ["data.train=a.jsonl", "start.checkpoint=model", "steps=6"]
+ARGS = types.SimpleNamespace(bf16=False)
 PACK = {"samples": [("cars", "cars.jsonl", 7), ("dogs", "dogs.jsonl", 3)]}
 
 
@@ -71,7 +71,7 @@ class FakeTrainer:
 
         def call(moment):
             for callback in callbacks:
-                getattr(callback, moment)(None, state, control, optimizer=self.optimizer)
+                getattr(callback, moment)(ARGS, state, control, optimizer=self.optimizer)
 
         call("on_train_begin")
         for step in range(start + 1, stop + 1):
@@ -381,7 +381,7 @@ def test_answers_leave_training_as_it_was(tiny, picture_file, tmp_path, autocast
     state = TrainerState(global_step=0, max_steps=9)
     before = state_of(model)
     try:
-        answers.on_train_begin(None, state, TrainerControl())
+        answers.on_train_begin(types.SimpleNamespace(bf16=autocast), state, TrainerControl())
         for state.global_step in (1, 2):
             answers.on_step_end(None, state, TrainerControl())
         assert same(before, state_of(model))
@@ -410,6 +410,36 @@ def comemo_answer(model, processor, question, picture):
     return session.ask(question, str(picture))
 
 
+def test_without_questions_the_data_is_asked(tmp_path):
+    """The first lines of the evaluation data that can be asked; bad lines and videos cannot."""
+
+    def line(question, **item):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Yes."}]
+        return json.dumps({**item, "conversations": turns}) + "\n"
+
+    lines = [
+        "{broken\n",
+        line("<video>\nWhat?", video="a.mp4"),
+        line("<image>\nOne?", image="1.png"),
+    ]
+    lines += [line("Two?"), line("<image><image>Three?", image=["a", "b"]), line("Four?")]
+    (tmp_path / "eval.jsonl").write_text("".join(lines))
+    (tmp_path / "train.jsonl").write_text(line("Five?"))
+    data = DataSettings(train=str(tmp_path / "train.jsonl"), eval=str(tmp_path / "eval.jsonl"))
+    found = first_questions(data)
+    assert [item["question"] for item in found] == ["<image>\nOne?", "Two?", "<image><image>Three?"]
+    assert [item["image"] for item in found] == [
+        [str(tmp_path / "1.png")],
+        [],
+        [str(tmp_path / "a"), str(tmp_path / "b")],
+    ]
+    assert {item["expected"] for item in found} == {"Yes."}
+    data.eval = None
+    assert [item["question"] for item in first_questions(data)] == ["Five?"]
+    data.root = str(tmp_path.parent)
+    assert first_questions(data)
+
+
 def test_an_interrupt_in_an_answer_is_passed_on(tiny, monkeypatch):
     model, processor = tiny
     model.train()
@@ -421,7 +451,7 @@ def test_an_interrupt_in_an_answer_is_passed_on(tiny, monkeypatch):
 
     monkeypatch.setattr(asking.ChatSession, "ask", stop)
     with pytest.raises(KeyboardInterrupt):
-        answer_once(model, processor, {"question": "a"}, 3)
+        answer_once(model, processor, {"question": "a"}, 3, False)
     assert same(before, state_of(model))
 
 
@@ -513,5 +543,7 @@ def test_what_counts_as_a_jump():
 
 def test_long_lists_of_samples_are_cut():
     samples = [("a", "a.jsonl", n) for n in range(1, 8)]
-    assert describe_samples(samples) == "a a.jsonl:1, a a.jsonl:2, a a.jsonl:3, a a.jsonl:4 and 3 more"
+    assert (
+        describe_samples(samples) == "a a.jsonl:1, a a.jsonl:2, a a.jsonl:3, a a.jsonl:4 and 3 more"
+    )
     assert describe_samples([]) == "none"

@@ -49,6 +49,7 @@ class Answers(TrainerCallback):
         self.processor, self.trainer = processor, trainer
         self.folder, self.board_folder = folder, board
         self.questions: list[dict[str, Any]] = []
+        self.autocast = False
         self.log: JsonLines | None = None
         self.board: TensorBoard | None = None
 
@@ -56,6 +57,7 @@ class Answers(TrainerCallback):
         if not self.settings.every or not ranks.is_first():
             return
         self.questions = self.settings.ask or first_questions(self.data)
+        self.autocast = args.bf16
         step = state.global_step
         try:
             self.log = JsonLines(self.folder / "answers.jsonl", step)
@@ -89,7 +91,11 @@ class Answers(TrainerCallback):
             text: str | None = None
             try:
                 text = answer_once(
-                    self.trainer.model, self.processor, item, self.settings.max_new_tokens
+                    self.trainer.model,
+                    self.processor,
+                    item,
+                    self.settings.max_new_tokens,
+                    self.autocast,
                 )
                 say(f"{self.stage} {step:,}: {item['question']!r} -> {text!r}")
                 self._keep(step, number, item, text)
@@ -107,7 +113,9 @@ class Answers(TrainerCallback):
             self.board.write_text(step, f"answer/{number}", f"{item['question']}\n-> {text}")
 
 
-def answer_once(model: nn.Module, processor: Any, item: dict[str, Any], max_new_tokens: int) -> str:
+def answer_once(
+    model: Any, processor: Any, item: dict[str, Any], max_new_tokens: int, autocast: bool
+) -> str:
     """Answer a question with a model that is being trained, and leave it as it was.
 
     Args:
@@ -115,11 +123,14 @@ def answer_once(model: nn.Module, processor: Any, item: dict[str, Any], max_new_
         processor: of the model.
         item: `question`, and `image` with a path or several.
         max_new_tokens: of the answer.
+        autocast: whether the model is trained in bfloat16. The forward of such a model computes in
+            it anyway; what is computed outside of it, as the image memory, must fit.
     """
     shown = item.get("image") or []
-    with undisturbed(model):
+    computing = torch.autocast(model.device.type, torch.bfloat16, enabled=autocast)
+    with undisturbed(model), computing:
         session = ChatSession(
-            _without_adapter(model),
+            model,
             processor,
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -147,11 +158,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             module.training = training
         random.setstate(states[0])
         np.random.set_state(states[1])
-
-
-def _without_adapter(model: Any) -> Any:
-    """The model inside a wrapper of peft, whose adapters are in its layers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def first_questions(data: DataSettings) -> list[dict[str, Any]]:
