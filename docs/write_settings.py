@@ -17,21 +17,21 @@ from comemo.train.settings import (
 )
 
 PAGE = Path(__file__).parent / "training.md"
-START, END = "## All settings\n", "\n## Names of other trainers\n"
+START, END = "\n## All settings\n", "\n## Names of other trainers\n"
 SECTIONS = {
-    "The run": ("", TrainSettings),
-    "`start`": ("start.", StartSettings),
-    "`data`": ("data.", DataSettings),
-    "A stage": ("stages.NAME.", StageSettings),
-    "`lora` of a stage": ("stages.NAME.lora.", LoraSettings),
-    "`answers`": ("answers.", AnswerSettings),
+    "The run": TrainSettings,
+    "`start`": StartSettings,
+    "`data`": DataSettings,
+    "`stages.NAME`": StageSettings,
+    "`stages.NAME.lora`": LoraSettings,
+    "`answers`": AnswerSettings,
 }
 
 
 def described(settings: type) -> Iterator[tuple[list[str], str]]:
     """Names that share an entry in the docstring of a dataclass, and its text."""
     text = textwrap.dedent((settings.__doc__ or "").partition("Attributes:\n")[2])
-    for entry in re.split(r"\n(?=\S)", textwrap.dedent(text).strip()):
+    for entry in re.split(r"\n(?=\S)", text.strip()):
         names, _, meaning = " ".join(entry.split()).partition(": ")
         yield names.split(", "), meaning[:1].upper() + meaning[1:]
 
@@ -47,13 +47,16 @@ def default_of(settings: type, name: str) -> str:
 
 
 def table(settings: type) -> Iterator[str]:
+    """The rows of one dataclass."""
     yield "| setting | default | meaning |\n|---|---|---|"
     names = {field.name for field in dataclasses.fields(settings)}
     for entry, meaning in described(settings):
         keys = [name for name in entry if name in names]
         shown = ", ".join(f"`{name}`" for name in keys)
-        defaults = list(dict.fromkeys(f"`{default_of(settings, name)}`" for name in keys))
-        yield f"| {shown} | {', '.join(defaults)} | {meaning.replace('|', chr(92) + '|')} |"
+        defaults = [f"`{default_of(settings, name)}`" for name in keys]
+        if len(set(defaults)) == 1:
+            del defaults[1:]
+        yield f"| {shown} | {', '.join(defaults)} | {meaning.replace('None', 'null')} |"
 
 
 def write_page(page: str) -> str:
@@ -65,7 +68,7 @@ def write_page(page: str) -> str:
         "From the dataclasses, by `python docs/write_settings.py`. `comemo train CONFIG.yaml"
         " --print` shows the\nvalues of a run.",
     ]
-    for title, (_, settings) in SECTIONS.items():
+    for title, settings in SECTIONS.items():
         lines += [f"\n### {title}\n", *table(settings)]
     return "\n".join(lines) + "\n" + after
 

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import os
+import re
+import runpy
 import shlex
 import warnings
 from pathlib import Path
@@ -19,6 +21,7 @@ from comemo.train.config import SettingsError, difference, read_settings, write_
 from comemo.train.layers import SettingsNote, flatten
 from comemo.train.settings import LoraSettings, StageSettings, TrainSettings
 
+ROOT = Path(__file__).parents[1]
 NEEDED = ["output=runs/a", "data.train=a.jsonl", "start.checkpoint=model"]
 PARTS = ["output=runs/a", "data.train=a.jsonl", "start.vision=v", "start.language=l"]
 # The published finetuning script, all its flags.
@@ -527,7 +530,28 @@ def test_the_docstrings_name_every_setting():
             assert field.name in kind.__doc__.partition("Attributes:")[2], field.name
 
 
-def test_the_example_is_valid():
-    root = Path(__file__).parents[1] / "examples" / "train"
-    for file in sorted(root.glob("*.yaml")):
-        assert read_settings(file).run
+def test_the_page_has_the_settings_as_they_are():
+    page = ROOT / "docs" / "training.md"
+    written = runpy.run_path(str(ROOT / "docs" / "write_settings.py"))["write_page"]
+    text = page.read_text(encoding="utf-8")
+    assert text == written(text), "run python docs/write_settings.py"
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    sample = flatten(TrainSettings(stages={"a": StageSettings()}))
+    named = {name for row in rows for name in re.findall(r"`([\w.]+)`", row[1])}
+    assert {name[-1] for name in sample} <= named
+    (table,) = re.findall(r"^\| old names .*?\Z", text, re.DOTALL | re.MULTILINE)
+    old = [
+        name
+        for line in table.splitlines()[2:]
+        for name in re.findall(r"`(\w+)`", line.split("|")[1])
+    ]
+    assert all(flags.is_known(name) for name in old)
+    assert set(old) >= {*flags.JOINT, *(name for name in flags.PUBLISHED if "log" not in name)} - {
+        *("normalize_type", "use_packed_ds", "loss_reduction_all_gather"),
+    }
+
+
+@pytest.mark.parametrize("name", ["finetune", "lora", "script"])
+def test_the_examples_are_valid(name):
+    settings = read_settings(ROOT / "examples" / "train" / f"{name}.yaml")
+    assert settings.run == (("finetune",) if name != "script" else tuple(presets.STAGES))

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packs import make_trainer
 from small import make_model, make_prompts
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
+from comemo.train import rules
 from comemo.train.config import read_settings
 from comemo.train.monitor import LossFault, first_nonfinite, make_callbacks, make_watch
 from comemo.train.monitor import answers as asking
@@ -246,6 +248,40 @@ def test_a_resumed_run_goes_on_in_its_logs(model, tmp_path):
     assert lines[-1].startswith("finetune 6/6  loss 3.0000  lr 0.25  200 tokens/s  6.0 tiles/s")
     assert lines[-1].endswith("0:00:00 left")
     assert len(lines) == 2
+
+
+def test_a_real_trainer_is_logged_and_stopped(tmp_path):
+    """With transformers' loop: order of the callbacks, numbers, and a loss that is not finite."""
+    pytest.importorskip("accelerate")
+    settings, told = settings_of(tmp_path, "log_every=1"), []
+    watch = make_watch(settings.stages["finetune"])
+    trainer, reports = make_trainer(
+        tmp_path / "finetune", steps=3, watch=watch, tell=told.append, save_strategy="no"
+    )
+    trainer.loader.faults = types.SimpleNamespace(total=4)
+    callbacks = make_callbacks(settings, "finetune", None, trainer)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    layer = trainer.model.model.language_model.layers[2].mlp
+    layer.register_forward_hook(
+        lambda module, inputs, output: output / (trainer.state.global_step < 2)
+    )
+    with pytest.raises(
+        LossFault, match=r"step 3: .* the output of model.language_model.layers.2.mlp;"
+    ):
+        trainer.train()
+    for callback in callbacks:
+        callback.close()
+    lines = (tmp_path / "finetune" / "log.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    for entry, report, rate in zip(entries, reports[:2], (1e-2, 7.5e-3), strict=True):
+        assert (entry["step"], entry["bad_samples"]) == (report.step, 4)
+        assert entry["loss"] == pytest.approx(report.loss)
+        assert entry["grad_norm"] == report.grad_norm
+        assert entry["learning_rate"] == pytest.approx(rate)
+        parts = [entry[f"grad_norm/{part}"] for part in rules.PARTS]
+        assert sum(part**2 for part in parts) == pytest.approx(report.grad_norm**2, rel=1e-3)
+    assert [line.split("  ")[0] for line in told] == ["finetune 1/3", "finetune 2/3"]
 
 
 def test_evaluations_are_logged(model, tmp_path):
