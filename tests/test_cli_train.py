@@ -21,7 +21,21 @@ def recipe(monkeypatch):
     called = []
     module = types.ModuleType("comemo.train.recipe")
     module.train = lambda settings, **_: called.append(settings) or "runs/a/model"
-    module.check = lambda settings, *_: "12 samples"
+    part = types.SimpleNamespace(
+        lines=1300, samples=1240, tokens=90_000, labels=20_000, tiles=3000, bad={"image missing": 7}
+    )
+    faults = types.SimpleNamespace(
+        counts={"a\x1b": {"image missing": 7}},
+        examples={"a\x1b": {"image missing": ["a.jsonl:3: there is no 'b\x1b.png'"]}},
+    )
+    module.check = lambda settings: types.SimpleNamespace(
+        packs=[[5, 6], [5, 4]],
+        steps=11,
+        filled=0.93,
+        padding=0.0,
+        datasets={"a\x1b": part, "b": part},
+        faults=faults,
+    )
     module.called = called
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
@@ -66,8 +80,25 @@ def test_the_file_is_found_among_the_words(tmp_path, argv):
 def test_training_and_checking(capsys, recipe):
     assert run(capsys, "train", *NEEDED) == (0, "runs/a/model\n", "")
     assert recipe.called == [read_settings(None, NEEDED)]
-    assert run(capsys, "train", *NEEDED, "--check") == (0, "12 samples\n", "")
-    assert len(recipe.called) == 1
+    words = ["run=[pretrain, finetune, own]", "stages.pretrain.epochs=2", "stages.own.epochs=3"]
+    status, out, err = run(capsys, "train", *NEEDED, *words, "packs_per_step=2", "--check")
+    assert (status, err, len(recipe.called)) == (0, "", 1)
+    table, _, rest = out.partition("\n\n")
+    assert [line.split() for line in table.splitlines()] == [
+        ["dataset", "lines", "samples", "tokens", "labels", "tiles", "bad"],
+        [r"a\x1b", "1,300", "1,240", "90,000", "20,000", "3,000", "7"],
+        ["b", "1,300", "1,240", "90,000", "20,000", "3,000", "7"],
+        ["all", "2,600", "2,480", "180,000", "40,000", "6,000", "14"],
+    ]
+    assert len({len(line) for line in table.splitlines()}) == 1
+    assert rest.splitlines() == [
+        "2 epochs: 20 packs, 93% of 16,384 tokens, padding 0%",
+        "stage pretrain: 2 epochs are 11 steps of 2 packs",
+        "stage finetune: 5 steps of 2 packs read the data 1.00 times",
+        "stage own: 3 epochs are about 15 steps of 2 packs",
+        r"bad: a\x1b: 7 x image missing",
+        r"     a.jsonl:3: there is no 'b\x1b.png'",
+    ]
 
 
 def test_notes_of_old_names(capsys, recipe):

@@ -137,6 +137,8 @@ def test_the_command_line_overrides_the_file_and_the_file_the_preset(write):
     rates = {name: stage.learning_rate for name, stage in settings.stages.items()}
     assert rates == {"pretrain": 2e-5, "pretrain_fixed_gates": 1e-5, "finetune": 1e-5}
     assert read_settings(file, ["--steps", "7"]).stages["finetune"].epochs is None
+    last = read_settings(file, ["--steps", "7", "stages.finetune.epochs=3"]).stages["finetune"]
+    assert (last.steps, last.epochs) == (None, 3.0)
 
 
 @pytest.mark.parametrize(
@@ -249,13 +251,13 @@ def test_settings_are_read_back_as_they_were_written(tmp_path):
         ("start.model.mixin_config.num_head=4", "did you mean num_heads"),
         ("start.model.mixin_config.num_heads=0", "mixin_config.num_heads must be a whole number"),
         ("start.model=row", "start.model must be a mapping of names to values"),
+        ("data.seed=1", "data.seed is not a setting: did you mean seed?"),
+        ("data.learning_rate=1", "did you mean learning_rate"),
         ("foo", "wanted name=value or --name value, got 'foo'"),
     ],
 )
 def test_a_mistake_is_named(word, said):
     words = ["steps=5", *NEEDED, word]
-    if word.startswith("epochs"):
-        words += ["stages.finetune.steps=5"]
     if said is None:  # alone it is right: the model may allow more
         assert read_settings(None, words).data.min_dynamic_patch == 13
         said = "data.min_dynamic_patch must be at most data.max_dynamic_patch 12, got 13"

@@ -85,13 +85,14 @@ def run(args: argparse.Namespace) -> int:
         for name in settings.run
     )
     config.require("accelerate", *(["peft"] if adapted else []))
+    from comemo.cli.train_plan import describe_plan
     from comemo.train.recipe import check, train
 
     if args.check:
         with noted_logs():
             plan = check(settings)
         if is_first():
-            tell(str(plan))
+            tell(describe_plan(settings, plan))
         return 0
     try:
         with noted_logs():

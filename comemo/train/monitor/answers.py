@@ -1,6 +1,8 @@
 """Answers of the model while it is trained, so that people can see what it learns."""
 
+import codecs
 import contextlib
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -173,19 +175,20 @@ def first_questions(data: DataSettings) -> list[dict[str, Any]]:
         ValueError, OSError: no such data.
     """
     from comemo.train.data.faults import BadSample
-    from comemo.train.data.lines import Lines
     from comemo.train.data.meta import read_collections
     from comemo.train.data.turns import read_talk
 
     path = data.eval or data.train
     found: list[dict[str, Any]] = []
     for collection in read_collections(path, data.root if path.endswith(".jsonl") else None):
-        lines = Lines(collection.annotation)
-        for index in range(min(len(lines), 10 * FIRST)):
+        # Not by their index: a file may be long, and only its beginning is needed.
+        with open(collection.annotation, "rb") as file:
+            lines = list(itertools.islice(file, 10 * FIRST))
+        for line in lines:
             if len(found) == FIRST:
                 return found
             with contextlib.suppress(BadSample):
-                talk = read_talk(lines.read(index))
+                talk = read_talk(line.removeprefix(codecs.BOM_UTF8))
                 if not talk.video:
                     (question, expected), images = talk.turns[0], talk.images or []
                     paths = [os.path.join(collection.root, image) for image in images]
