@@ -60,9 +60,7 @@ def _describe_stage(name: str, stage: StageSettings, plan: Any, epochs: float, e
 
 
 def _describe_faults(plan: Any) -> Iterator[str]:
-    """Number and first examples of each kind of bad line."""
+    """Number of bad lines of each kind; which ones is told as they are found."""
     for name, kinds in plan.faults.counts.items():
         for kind, number in kinds.items():
             yield f"bad: {plain(name)}: {number:,} x {kind}"
-            for example in plan.faults.examples.get(name, {}).get(kind, []):
-                yield f"     {plain(example)}"

@@ -163,7 +163,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 def first_questions(data: DataSettings) -> list[dict[str, Any]]:
-    """The first questions of the evaluation data, or of the training data, videos left out.
+    """The first different questions of the evaluation or training data, videos left out.
 
     Args:
         data: of the run.
@@ -192,5 +192,6 @@ def first_questions(data: DataSettings) -> list[dict[str, Any]]:
                 if not talk.video:
                     (question, expected), images = talk.turns[0], talk.images or []
                     paths = [os.path.join(collection.root, image) for image in images]
-                    found.append({"question": question, "image": paths, "expected": expected})
+                    item = {"question": question, "image": paths, "expected": expected}
+                    found += [item] if item not in found else []
     return found
