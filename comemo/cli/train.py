@@ -86,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     )
     config.require("accelerate", *(["peft"] if adapted else []))
     from comemo.cli.train_plan import describe_plan
+    from comemo.train.monitor import LossFault
+    from comemo.train.monitor.scalars import summary_writer
     from comemo.train.recipe import check, train
 
     if args.check:
@@ -94,9 +96,15 @@ def run(args: argparse.Namespace) -> int:
         if is_first():
             tell(describe_plan(settings, plan))
         return 0
+    if settings.tensorboard:
+        summary_writer()  # or an error before minutes of loading
     try:
         with noted_logs():
             result = train(settings, tell=note)
+    except LossFault:  # the same on all ranks
+        if is_first():
+            raise
+        return 2
     except KeyboardInterrupt:
         if is_first():
             note(f"\nstopped: the same command resumes {plain(settings.output)}")
