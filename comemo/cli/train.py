@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
+from comemo.cli.progress import hushed
 from comemo.cli.terminal import note, plain, tell
 
 SUMMARY = "train a model in stages, from JSON lines to a checkpoint"
@@ -98,8 +99,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if settings.tensorboard:
         summary_writer()  # or an error before minutes of loading
+    # A bar of transformers for each checkpoint would run into that of the stage.
+    quiet = contextlib.nullcontext() if args.debug else hushed(progress=False)
     try:
-        with noted_logs():
+        with noted_logs(), quiet:
             result = train(settings, tell=note)
     except LossFault:  # the same on all ranks
         if is_first():
