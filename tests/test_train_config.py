@@ -156,6 +156,8 @@ def test_the_command_line_overrides_the_file_and_the_file_the_preset(write):
         (["lora={language: 8}"], "stages.finetune.lora.language", 8),
         (["betas=[0.9, 0.95]"], "stages.finetune.betas", (0.9, 0.95)),
         (["output=2024"], "output", "2024"),
+        (["output=a: b", "output=c: d"], "output", "c: d"),
+        (["keep=7", "run=finetune", "stages.pretrain.spike=0"], "stages.pretrain.keep", 2),
         (["data.root=null"], "data.root", None),
         (["neftune_alpha=None"], "stages.finetune.neftune_alpha", None),
         (["unfreeze_vit_layers=-2"], "stages.finetune.unfreeze_vit_layers", -2),

@@ -392,10 +392,10 @@ def same(before, after):
 @pytest.mark.parametrize(
     ("autocast", "adapted"),
     [
-        (False, False),
-        (True, True),
-        pytest.param(True, False, marks=pytest.mark.slow),
-        pytest.param(False, True, marks=pytest.mark.slow),
+        (True, False),
+        (False, True),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
     ],
 )
 def test_answers_leave_training_as_it_was(tiny, picture_file, tmp_path, autocast, adapted):
