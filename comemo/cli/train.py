@@ -2,9 +2,13 @@
 
 import argparse
 import contextlib
+import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
+
+from tqdm import tqdm
 
 from comemo.cli.terminal import note, plain, tell
 
@@ -81,13 +85,18 @@ def run(args: argparse.Namespace) -> int:
         for name in settings.run
     )
     config.require("accelerate", *(["peft"] if adapted else []))
+    from comemo.cli.train_plan import describe_plan
     from comemo.train.recipe import check, train
 
     if args.check:
-        tell(str(check(settings)))
+        with noted_logs():
+            plan = check(settings)
+        if is_first():
+            tell(describe_plan(settings, plan))
         return 0
     try:
-        result = train(settings)
+        with noted_logs():
+            result = train(settings, tell=note)
     except KeyboardInterrupt:
         if is_first():
             note(f"\nstopped: the same command resumes {plain(settings.output)}")
@@ -95,6 +104,25 @@ def run(args: argparse.Namespace) -> int:
     if is_first():
         tell(str(result))
     return 0
+
+
+@contextlib.contextmanager
+def noted_logs() -> Iterator[None]:
+    """Print warnings of the data, which name files of others, as lines on stderr."""
+    logger, handler = logging.getLogger("comemo"), _Notes(logging.WARNING)
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):  # beside a bar
+            note(f"comemo: {record.levelname.lower()}: {plain(self.format(record))}")
 
 
 def is_first() -> bool:

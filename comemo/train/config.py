@@ -1,6 +1,7 @@
 """The settings of a run, read from a YAML file and a command line, and written again."""
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -208,15 +209,15 @@ def _build(layers: list[Layer], faults: list[str]) -> TrainSettings:
 
 def _build_stage(stage: str, runs: bool, layers: list[Layer], faults: list[str]) -> StageSettings:
     settings = StageSettings(**STAGES.get(stage, {}))
-    for layer in layers:
-        own = {name[2:]: name for name in layer if runs and name[1:2] == ("*",)}
-        own |= {name[2:]: name for name in layer if name[:2] == ("stages", stage)}
+    places = [("stages", "*")] * runs + [("stages", stage)]
+    for layer, above in itertools.product(layers, places):
+        own = {name[2:]: given for name, given in layer.items() if name[:2] == above}
         for length, other in ((("steps",), "epochs"), (("epochs",), "steps")):
-            if length in own and layer[own[length]].value is not None and (other,) not in own:
-                setattr(settings, other, None)  # the later layer counts otherwise
-        for name, full_name in own.items():
+            if length in own and own[length].value is not None and (other,) not in own:
+                setattr(settings, other, None)  # the more specific one counts
+        for name, given in own.items():
             with collecting(faults):
-                _set(settings, name, rules.convert(full_name, *layer[full_name]))
+                _set(settings, name, rules.convert((*above, *name), *given))
     return settings
 
 

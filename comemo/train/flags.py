@@ -51,7 +51,11 @@ _PER_RANK = (
 )
 _BY_STEPS = "only steps are counted: use "
 _CHOSEN = "it is chosen by the trainer"
-_EVAL: dict[Any, dict[Path, Any]] = {"no": {("data", "eval"): None}, "steps": {}}
+_EVAL: dict[Any, dict[Path, Any]] = {
+    "no": {("data", "eval"): None},
+    False: {("data", "eval"): None},  # YAML's reading of no
+    "steps": {},
+}
 
 PUBLISHED: dict[str, Reader] = {
     "model_name_or_path": renamed("start", "checkpoint"),

@@ -60,6 +60,9 @@ def flatten(settings: TrainSettings) -> dict[Name, Any]:
     return dict(walk((), settings))
 
 
+OWN = {name[-1] for name in flatten(TrainSettings(stages={"NAME": StageSettings()}))}
+
+
 @contextlib.contextmanager
 def collecting(faults: list[str]) -> Iterator[None]:
     try:
@@ -175,18 +178,26 @@ def place(entries: Iterable[Entry], faults: list[str]) -> Layer:
         found = _find(name)
         if found is not None:
             known, inner = found
-            value = given.value
+            is_text = rules.kind_of(known) in (str, str | None)
+            value = given.text if is_text and given.text is not None else given.value
             for key in reversed(inner):
                 value = {key: value}
-            given = Given(value) if inner else given
+            given = Given(value, None if inner else given.text)
             layer[known] = merge(layer.get(known), given)
-        elif flags.is_known(name[-1]) and (len(name) == 1 or _is_section(name[:-1])):
+        elif _is_old(name):
             old.setdefault(name[:-1], {})[name[-1]] = given
         else:
             faults.append(f"{'.'.join(name)} is not a setting{_near(name)}")
     for scope, values in old.items():
         _translate(scope, values, layer, faults)
     return layer
+
+
+def _is_old(name: Name) -> bool:
+    """Whether a name is one of another trainer, and not ours in a wrong place."""
+    in_section = len(name) == 1 or _is_section(name[:-1])
+    own = name[-1] in OWN and name[-1] not in flags.READERS
+    return in_section and flags.is_known(name[-1]) and not own
 
 
 def _translate(scope: Name, old: dict[str, Given], layer: Layer, faults: list[str]) -> None:
@@ -235,6 +246,7 @@ def _near(name: Name) -> str:
     known = [".".join(path) for path in flatten(sample)]
     same = [path for path in known if path.rpartition(".")[2] == name[-1]]
     if same:
+        same = [path.removeprefix("stages.NAME.") for path in same]
         return f": did you mean {' or '.join(same)}?"
     place = ".".join(name)
     if name[0] == "stages" and len(name) > 2:

@@ -37,7 +37,7 @@ class DataSettings:
         root: folder of the images of a JSONL file; None for the folder of the file.
         max_tokens, max_tiles: the most of a pack.
         buffer: packs that are filled at the same time.
-        max_sample_tokens: the most of a sample; `too_long` says what happens to a longer one: "cut"
+        max_sample_tokens, too_long: the most of a sample, and what happens to a longer one: "cut"
             at the end, never through an image, or "refuse", which makes it a bad sample.
         bad_data: "skip" counts bad samples and goes on, "stop" raises at the first.
         mixing: how datasets are weighted: "length", "sqrt" (of the length) or name -> weight.

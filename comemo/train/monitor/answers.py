@@ -1,6 +1,8 @@
 """Answers of the model while it is trained, so that people can see what it learns."""
 
+import codecs
 import contextlib
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -49,6 +51,7 @@ class Answers(TrainerCallback):
         self.processor, self.trainer = processor, trainer
         self.folder, self.board_folder = folder, board
         self.questions: list[dict[str, Any]] = []
+        self.autocast = False
         self.log: JsonLines | None = None
         self.board: TensorBoard | None = None
 
@@ -56,6 +59,7 @@ class Answers(TrainerCallback):
         if not self.settings.every or not ranks.is_first():
             return
         self.questions = self.settings.ask or first_questions(self.data)
+        self.autocast = args.bf16
         step = state.global_step
         try:
             self.log = JsonLines(self.folder / "answers.jsonl", step)
@@ -89,7 +93,11 @@ class Answers(TrainerCallback):
             text: str | None = None
             try:
                 text = answer_once(
-                    self.trainer.model, self.processor, item, self.settings.max_new_tokens
+                    self.trainer.model,
+                    self.processor,
+                    item,
+                    self.settings.max_new_tokens,
+                    self.autocast,
                 )
                 say(f"{self.stage} {step:,}: {item['question']!r} -> {text!r}")
                 self._keep(step, number, item, text)
@@ -107,7 +115,9 @@ class Answers(TrainerCallback):
             self.board.write_text(step, f"answer/{number}", f"{item['question']}\n-> {text}")
 
 
-def answer_once(model: nn.Module, processor: Any, item: dict[str, Any], max_new_tokens: int) -> str:
+def answer_once(
+    model: Any, processor: Any, item: dict[str, Any], max_new_tokens: int, autocast: bool
+) -> str:
     """Answer a question with a model that is being trained, and leave it as it was.
 
     Args:
@@ -115,11 +125,14 @@ def answer_once(model: nn.Module, processor: Any, item: dict[str, Any], max_new_
         processor: of the model.
         item: `question`, and `image` with a path or several.
         max_new_tokens: of the answer.
+        autocast: whether the model is trained in bfloat16. The forward of such a model computes in
+            it anyway; what is computed outside of it, as the image memory, must fit.
     """
     shown = item.get("image") or []
-    with undisturbed(model):
+    computing = torch.autocast(model.device.type, torch.bfloat16, enabled=autocast)
+    with undisturbed(model), computing:
         session = ChatSession(
-            _without_adapter(model),
+            model,
             processor,
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -149,13 +162,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         np.random.set_state(states[1])
 
 
-def _without_adapter(model: Any) -> Any:
-    """The model inside a wrapper of peft, whose adapters are in its layers."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def first_questions(data: DataSettings) -> list[dict[str, Any]]:
-    """The first questions of the evaluation data, or of the training data, videos left out.
+    """The first different questions of the evaluation or training data, videos left out.
 
     Args:
         data: of the run.
@@ -167,21 +175,23 @@ def first_questions(data: DataSettings) -> list[dict[str, Any]]:
         ValueError, OSError: no such data.
     """
     from comemo.train.data.faults import BadSample
-    from comemo.train.data.lines import Lines
     from comemo.train.data.meta import read_collections
     from comemo.train.data.turns import read_talk
 
     path = data.eval or data.train
     found: list[dict[str, Any]] = []
     for collection in read_collections(path, data.root if path.endswith(".jsonl") else None):
-        lines = Lines(collection.annotation)
-        for index in range(min(len(lines), 10 * FIRST)):
+        # Not by their index: a file may be long, and only its beginning is needed.
+        with open(collection.annotation, "rb") as file:
+            lines = list(itertools.islice(file, 10 * FIRST))
+        for line in lines:
             if len(found) == FIRST:
                 return found
             with contextlib.suppress(BadSample):
-                talk = read_talk(lines.read(index))
+                talk = read_talk(line.removeprefix(codecs.BOM_UTF8))
                 if not talk.video:
                     (question, expected), images = talk.turns[0], talk.images or []
                     paths = [os.path.join(collection.root, image) for image in images]
-                    found.append({"question": question, "image": paths, "expected": expected})
+                    item = {"question": question, "image": paths, "expected": expected}
+                    found += [item] if item not in found else []
     return found

@@ -133,11 +133,11 @@ class Watch:
         """
         if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
             raise LossFault(_describe_fault(trainer, report))
+        count = len(self.spikes.losses)
         median = self.spikes(report.loss)
         if median is not None:
             samples = [sample for part in ranks.gather(report.samples) for sample in part]
             layer, share = largest_gradient(trainer.model)
-            count = min(len(self.spikes.losses), REMEMBERED)
             beside_bar(trainer.tell)(
                 f"step {report.step:,}: the loss {report.loss:.4g} is {report.loss / median:.1f} x"
                 f" the median {median:.4g} of the last {count} steps;"

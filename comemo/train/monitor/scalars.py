@@ -84,7 +84,9 @@ class TensorBoard:
     def __init__(self, folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         purge = step + 1 if any(folder.iterdir()) else None
-        self.writer = summary_writer()(str(folder), purge_step=purge)
+        # Of one second there is one name: the step tells a run from the one before.
+        suffix = f".{step}"
+        self.writer = summary_writer()(str(folder), purge_step=purge, filename_suffix=suffix)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         for name, value in scalars.items():
