@@ -11,6 +11,7 @@ from comemo.cli import main as cli
 from comemo.cli import train
 from comemo.train import layers
 from comemo.train.config import read_settings
+from comemo.train.monitor import LossFault
 
 NEEDED = ["output=runs/a", "data.train=a.jsonl", "start.checkpoint=model", "steps=5"]
 
@@ -138,6 +139,16 @@ def test_only_the_first_of_several_processes_speaks(capsys, recipe, monkeypatch)
     monkeypatch.setenv("RANK", "1")
     assert run(capsys, "train", *NEEDED, "bf16=True") == (0, "", "")
     assert run(capsys, "train", *NEEDED, "sed=1") == (2, "", "")
+
+
+def test_a_bad_loss_is_told_once(capsys, recipe, monkeypatch):
+    def fail(settings, **_):
+        raise LossFault("train: step 3: the loss is nan")
+
+    recipe.train = fail
+    assert fails(capsys, "train", *NEEDED) == "comemo: error: step 3: the loss is nan\n"
+    monkeypatch.setenv("RANK", "1")
+    assert run(capsys, "train", *NEEDED) == (2, "", "")
 
 
 def test_ctrl_c_says_how_to_go_on(capsys, recipe):

@@ -1,5 +1,6 @@
 """What people see of a run: numbers, files that go on after a stop, answers, places of faults."""
 
+import copy
 import json
 import random
 import struct
@@ -15,7 +16,9 @@ from torch import nn
 from transformers import TrainerControl, TrainerState
 
 from comemo.train import rules
+from comemo.train.adapters import add_adapters
 from comemo.train.config import read_settings
+from comemo.train.drop_path import set_drop_path
 from comemo.train.monitor import LossFault, first_nonfinite, make_callbacks, make_watch
 from comemo.train.monitor import answers as asking
 from comemo.train.monitor import log as logging
@@ -25,7 +28,7 @@ from comemo.train.monitor.norms import gates, gradient_norms, largest_gradient, 
 from comemo.train.monitor.progress import Progress, beside_bar
 from comemo.train.monitor.scalars import JsonLines
 from comemo.train.monitor.window import Window
-from comemo.train.settings import AnswerSettings, DataSettings
+from comemo.train.settings import AnswerSettings, DataSettings, LoraSettings
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -386,10 +389,23 @@ def same(before, after):
     )
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_answers_leave_training_as_it_was(tiny, picture_file, tmp_path, autocast):
+@pytest.mark.parametrize(
+    ("autocast", "adapted"),
+    [
+        (False, False),
+        (True, True),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
+)
+def test_answers_leave_training_as_it_was(tiny, picture_file, tmp_path, autocast, adapted):
     """Also the modes of modules one by one, gradients, and a model whose config has no cache."""
     model, processor = tiny
+    if adapted:
+        pytest.importorskip("peft")
+        lora = LoraSettings(vision=2, language=2, mixin=2, dropout=0.5)
+        model = add_adapters(copy.deepcopy(model), lora, seed=0)
+        set_drop_path(model, 0.3)
     model.train()
     model.model.vision_tower.eval()  # frozen: modes differ
     model.gradient_checkpointing_enable()

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
+from comemo.cli.progress import hushed
 from comemo.cli.terminal import note, plain, tell
 
 SUMMARY = "train a model in stages, from JSON lines to a checkpoint"
@@ -86,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
     )
     config.require("accelerate", *(["peft"] if adapted else []))
     from comemo.cli.train_plan import describe_plan
+    from comemo.train.monitor import LossFault
+    from comemo.train.monitor.scalars import summary_writer
     from comemo.train.recipe import check, train
 
     if args.check:
@@ -94,9 +97,17 @@ def run(args: argparse.Namespace) -> int:
         if is_first():
             tell(describe_plan(settings, plan))
         return 0
+    if settings.tensorboard:
+        summary_writer()  # or an error before minutes of loading
+    # A bar of transformers for each checkpoint would run into that of the stage.
+    quiet = contextlib.nullcontext() if args.debug else hushed(progress=False)
     try:
-        with noted_logs():
+        with noted_logs(), quiet:
             result = train(settings, tell=note)
+    except LossFault:  # the same on all ranks
+        if is_first():
+            raise
+        return 2
     except KeyboardInterrupt:
         if is_first():
             note(f"\nstopped: the same command resumes {plain(settings.output)}")

@@ -166,9 +166,8 @@ def _describe_fault(trainer: Trains, report: Report) -> str:
         samples = [sample for part in ranks.gather(report.samples) for sample in part]
         where += f"; data: {describe_samples(samples)}"
     return (
-        f"train: step {report.step:,}: {what}; {where}. No weight was changed in this step: the"
-        " last checkpoint is good. A lower learning_rate or max_grad_norm, or precision: float32,"
-        " may help"
+        f"train: step {report.step:,}: {what}; {where}. No weight was changed in this step. A lower"
+        " learning_rate or max_grad_norm, or precision: float32, may help"
     )
 
 
