@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from train_runs import STAGES, make_start, settings_of
 
 from comemo import CoMemoForConditionalGeneration, CoMemoProcessor
 from comemo.chat.session import ChatSession
+from comemo.train import checkpoints
+from comemo.train.checkpoints import NotWritten
 from comemo.train.config import write_settings
-from comemo.train.recipe import train
+from comemo.train.recipe import check, train
 
 pytest.importorskip("accelerate")
 pytestmark = [
@@ -144,3 +148,95 @@ def test_two_processes_killed_and_resumed_equal_one(start, tmp_path, uninterrupt
     assert "goes on after step" in told[0]
     assert entries(output) == entries(uninterrupted)
     assert not changed(weights(uninterrupted / "model"), weights(output / "model"))
+
+
+def test_all_options_together(start, tmp_path, caplog):
+    """One epoch with bad lines, held-out loss, answers, TensorBoard, noise, bfloat16."""
+    good = (start / "data.jsonl").read_text()
+    data, held_out = start / "bad.jsonl", start / "held.jsonl"
+    data.write_text("{broken\n" + good + json.dumps({"image": "none.png"}) + "\n")
+    held_out.write_text("".join(line + "\n" for line in good.splitlines()[:3]))
+    settings = settings_of(
+        start,
+        tmp_path / "run",
+        steps=None,
+        epochs=1,
+        precision="bfloat16",
+        neftune_alpha=5.0,
+        gradient_checkpointing=True,
+        eval_every=2,
+        weight_decay=0.1,
+    )
+    settings.tensorboard = True
+    settings.data.train, settings.data.eval = str(data), str(held_out)
+    settings.answers.every, settings.answers.max_new_tokens = 2, 3
+    counted = check(settings)
+    assert counted.samples == 12
+    told = []
+    model = train(settings, told.append)
+    lines = (tmp_path / "run" / "pretrain" / "log.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    steps = [entry for entry in found if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, counted.steps + 1))
+    assert steps[-1]["bad_samples"] == 2
+    assert f"{data}:1" in caplog.text
+    assert f"{data}:14" in caplog.text
+    assert any("eval_loss" in entry for entry in found)
+    answers = (tmp_path / "run" / "pretrain" / "answers.jsonl").read_text().splitlines()
+    assert {json.loads(line)["step"] for line in answers} >= {2, counted.steps}
+    assert list((tmp_path / "run" / "tensorboard" / "pretrain").glob("events*"))
+    assert {weight.dtype for weight in weights(model).values()} == {torch.bfloat16}
+
+
+def test_a_spoiled_checkpoint_is_told_and_the_one_before_is_taken(start, tmp_path, uninterrupted):
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted, output)
+    shutil.rmtree(output / "model")
+    broken = output / "pretrain" / "checkpoint-10" / "optimizer.pt"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    told = []
+    train(settings_of(start, output, steps=10), told.append)
+    assert "checkpoint-10 is not whole: optimizer.pt has" in told[0]
+    assert "goes on after step 8 of 10" in told[1]
+    assert not changed(weights(uninterrupted / "model"), weights(output / "model"))
+    assert entries(output) == entries(uninterrupted)
+
+
+def test_a_full_disk_at_the_end_is_an_error(start, tmp_path, monkeypatch):
+    settings = settings_of(start, tmp_path / "run", steps=2, save_every=1)
+    written = checkpoints.write_folder
+
+    def full(target, fill):
+        if target.name == "checkpoint-2":
+            raise NotWritten(f"{target} cannot be written: No space left on device")
+        written(target, fill)
+
+    monkeypatch.setattr(checkpoints, "write_folder", full)
+    with pytest.raises(OSError, match="No space left on device: make room and run the same"):
+        train(settings, [].append)
+    monkeypatch.undo()
+    told = []
+    train(settings, told.append)
+    assert "goes on after step 1 of 2" in told[0]
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_place(start, tmp_path):
+    settings = settings_of(start, tmp_path / "run", steps=4, save_every=1, learning_rate=1e30)
+    with pytest.raises(ValueError, match=r"step \d.*(data: data .*data.jsonl:\d+|norm)"):
+        train(settings, [].append)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_what_is_refused(start, tmp_path):
+    settings = settings_of(start, tmp_path / "run", steps=1)
+    (tmp_path / "run").mkdir()
+    lock = FileLock(tmp_path / "run" / ".lock")
+    with lock, pytest.raises(OSError, match="another process trains in"):
+        train(settings)
+    train(settings, [].append)
+    other = settings_of(start, tmp_path / "run", steps=1, learning_rate=2e-3)
+    with pytest.raises(ValueError, match=r"other settings: .*learning_rate.*0.001.*0.002"):
+        train(other)
+    nowhere = settings_of(start, "", steps=1)
+    with pytest.raises(ValueError, match="output must be the folder of the run"):
+        train(nowhere)
