@@ -99,6 +99,19 @@ def interrupt_at(call, place):
     return _interrupted(call, watch)
 
 
+def count_moments(call):
+    """How many moments a call has, see `interrupt_after`."""
+    found = 0
+
+    def watch(frame, event, arg):
+        nonlocal found
+        found += _place_of(frame, event, arg) is not None
+
+    with _profiler(watch):
+        call()
+    return found
+
+
 def interrupt_after(call, moments):
     """Make a call and raise `Injected` after so many moments; returns whether it got that far."""
 

@@ -103,6 +103,28 @@ def test_streams_without_data_change_nothing(tmp_path):
     assert all(p.isfinite().all() for p in empty.model.parameters())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_text_alone_where_only_images_are_trained(tmp_path, checkpointing):
+    """Every other pack of a stream is text: no trained weight takes part in it."""
+    model = make_model().cpu().requires_grad_(False)
+    trained = {n: p.requires_grad_() for n, p in model.named_parameters() if ".mixin." in n}
+    trainer, reports = make_trainer(
+        tmp_path,
+        total=1,
+        steps=4,
+        model=model,
+        save_strategy="no",
+        gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+    trainer.train()
+    assert [report.tiles for report in reports] == [0, 1, 0, 1]
+    assert [report.grad_norm > 0 for report in reports] == [False, True, False, True]
+    assert all(report.loss > 0 for report in reports)
+    state = trainer.optimizer.state
+    assert all(state[weight]["step"] == 4 for weight in trained.values())
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch, last):
     told = []

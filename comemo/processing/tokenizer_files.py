@@ -50,12 +50,13 @@ def read_tokenizer(section: str, directory: str) -> PreTrainedTokenizerBase:
         section: the name that an error begins with.
         directory: of the tokenizer's files.
 
+    Returns:
+        An `InternLM2Tokenizer` or a `PreTrainedTokenizerFast`, which `CheckpointTokenizer` reads.
+
     Raises:
         ValueError: no such files, or a class that transformers does not have.
     """
     folder = Path(directory)
-    if not folder.is_dir():
-        raise ValueError(f"{section}: there is no directory {directory!r}")
     config = read_json(directory, "config.json") if (folder / "config.json").is_file() else {}
     settings = read_json(directory, "tokenizer_config.json")
     named = settings.get("tokenizer_class")
@@ -68,24 +69,38 @@ def read_tokenizer(section: str, directory: str) -> PreTrainedTokenizerBase:
     options: dict[str, Any] = {"padding_side": "left"}
     if has_json:
         return _load(section, directory, PreTrainedTokenizerFast, options)
-    kind = getattr(transformers, named, None) if isinstance(named, str) else None
+    general = named is None or named in GENERAL
+    kind = None if general else getattr(transformers, str(named), None)
     if not (isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase)):
         raise ValueError(
             f"{section}: {directory!r} must hold a tokenizer.json, or a tokenizer_config.json that"
             f" names a tokenizer class of transformers, got {named!r}: code of a directory is not"
             " run"
         )
-    return _load(section, directory, kind, options)
+    tokenizer = _load(section, directory, kind, options)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{section}: the tokenizer in {directory!r} must be one that tokenizer.json can hold,"
+            f" got {named}: convert it first"
+        )
+    # A checkpoint's tokenizer is read by the general class: its files name no other one.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        padding_side="left",
+        **tokenizer.special_tokens_map,
+    )
 
 
 def _load(section: str, directory: str, kind: Any, options: dict[str, Any]) -> Any:
     try:
-        return kind.from_pretrained(directory, **options)
+        tokenizer = kind.from_pretrained(directory, **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{section}: {kind.__name__} cannot read the tokenizer in {directory!r}: {reason}"
         ) from error
+    tokenizer.init_kwargs.pop("auto_map", None)  # names code; would be saved
+    return tokenizer
 
 
 def missing_tokens(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[str]:

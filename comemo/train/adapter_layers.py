@@ -15,12 +15,24 @@ PARTS = ("vision", "language", "mixin")
 
 
 def replace_layer(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module where a layer is.
+
+    Args:
+        model: is changed.
+        name: of the layer in the model.
+        module: instead.
+    """
     parent, _, own = name.rpartition(".")
     setattr(model.get_submodule(parent), own, module)
 
 
 def remove_adapters(model: Any, trained: dict[str, bool]) -> None:
-    """Undo `add_adapters`, also if it was interrupted."""
+    """Undo `add_adapters`, also if it was interrupted.
+
+    Args:
+        model: is changed.
+        trained: `requires_grad` of every parameter before, by name.
+    """
     for name, layer in adapted_layers(model):
         replace_layer(model, name, layer.get_base_layer())
     if hasattr(model, "peft_config"):
@@ -30,7 +42,11 @@ def remove_adapters(model: Any, trained: dict[str, bool]) -> None:
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """The layers of peft in a model."""
+    """The layers of peft in a model, by name.
+
+    Args:
+        model: any.
+    """
     return [
         (n, m)
         for n, m in model.named_modules()
@@ -39,11 +55,20 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def has_adapters(model: nn.Module) -> bool:
+    """Whether a model has adapters.
+
+    Args:
+        model: any.
+    """
     return any(is_adapter(name) for name, _ in model.named_parameters())
 
 
 def name_patterns(model: CoMemoForConditionalGeneration) -> dict[str, str]:
-    """Part -> pattern of the names of its adapted layers."""
+    """Part -> pattern of the names of its adapted layers.
+
+    Args:
+        model: whose config says which vision layers run.
+    """
     run = "|".join(str(index) for index in range(len(model.model.vision_layers())))
     network = r"mlp\.(gate|up|down)_proj"
     decoder = r"model\.language_model\.layers\.\d+"
@@ -56,10 +81,24 @@ def name_patterns(model: CoMemoForConditionalGeneration) -> dict[str, str]:
 
 
 def ranks_of(lora: LoraSettings) -> dict[str, int]:
+    """Part -> rank, of the parts that get adapters.
+
+    Args:
+        lora: the settings.
+    """
     return {part: rank for part in PARTS if (rank := getattr(lora, part))}
 
 
 def make_peft_config(model: CoMemoForConditionalGeneration, lora: LoraSettings) -> Any:
+    """peft's `LoraConfig`: one adapter for all parts, with a rank and an alpha for each.
+
+    Args:
+        model: see `name_patterns`.
+        lora: the settings, checked.
+
+    Raises:
+        ValueError: peft is not installed.
+    """
     try:
         from peft import LoraConfig
     except ImportError as error:
@@ -79,6 +118,14 @@ def make_peft_config(model: CoMemoForConditionalGeneration, lora: LoraSettings) 
 
 
 def check_lora(lora: LoraSettings) -> None:
+    """Refuse settings that give no adapters.
+
+    Args:
+        lora: the settings.
+
+    Raises:
+        ValueError: names the first wrong setting.
+    """
     for part in PARTS:
         rank = getattr(lora, part)
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
@@ -96,14 +143,26 @@ def _is_number(value: Any) -> bool:
 
 
 def base_name(name: str) -> str:
-    """The name that a parameter has in a model without adapters."""
+    """The name that a parameter has in a model without adapters.
+
+    Args:
+        name: in a model with or without adapters.
+    """
     return name.replace(".base_layer.", ".")
 
 
 def adapter_shapes(
     model: CoMemoForConditionalGeneration, lora: LoraSettings
 ) -> dict[str, tuple[int, ...]]:
-    """Name in peft's file -> shape."""
+    """The shapes of all weights of the adapters.
+
+    Args:
+        model: with or without adapters.
+        lora: the settings, checked.
+
+    Returns:
+        Name in peft's file -> shape.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     patterns = name_patterns(model)
     for name, module in model.named_modules():

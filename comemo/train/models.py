@@ -1,9 +1,6 @@
 """Models of a run: what a stage begins with, what it writes, what comes out."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,10 +10,8 @@ from comemo.train.adapters import add_adapters, load_adapters, merge_adapters, s
 from comemo.train.drop_path import set_drop_path
 from comemo.train.freezing import choose_trainable
 from comemo.train.settings import StageSettings
+from comemo.train.stage import Stage
 from comemo.train.start import start_model
-
-if TYPE_CHECKING:
-    from comemo.train.stage import Stage
 
 ADAPTER = "adapter"  # folder in a checkpoint of a stage with adapters
 

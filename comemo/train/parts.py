@@ -114,6 +114,8 @@ def read_vision(directory: str) -> Part:
             " the tower of CoMemo has none"
         )
     settings = {key: whole[key] for key in OF_VISION if kind in WHOLE and key in whole}
+    if kind == "internvl_chat":
+        settings.setdefault("ps_version", "v1")  # as its published code
     if kind == "internvl":  # transformers' names; its raster order is that of "v2"
         settings["select_layer"] = whole.get("vision_feature_layer", -1)
     found = list(_name(directory, "start.vision", VISION))
@@ -230,8 +232,6 @@ def weight_files(section: str, directory: str) -> list[Path]:
 
 def _read_config(section: str, directory: str, known: tuple[str, ...]) -> tuple[dict, str]:
     """A directory's config.json, and its model type, which must be known."""
-    if not Path(directory).is_dir():
-        raise ValueError(f"{section}: there is no directory {directory!r}")
     check_checkpoint(directory)
     if not (Path(directory) / "config.json").is_file():
         raise ValueError(f"{section}: {directory!r} must hold a config.json")

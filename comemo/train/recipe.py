@@ -15,8 +15,9 @@ from comemo.train.config import difference, read_settings, write_settings
 from comemo.train.data.plan import Plan, plan
 from comemo.train.models import save_model, trained_by
 from comemo.train.settings import TrainSettings
-from comemo.train.stage import Stage, train_stage
+from comemo.train.stage import Stage
 from comemo.train.start import start_config
+from comemo.train.training import train_stage
 
 SETTINGS = "settings.yaml"  # of a run, in its folder
 MODEL = "model"  # the trained model, in its folder

@@ -21,7 +21,14 @@ from comemo.safety.files import read_json
 from comemo.safety.regular import check_checkpoint
 from comemo.train.embeddings import fit_vocabulary, resize_tiles
 from comemo.train.loading import copy_weights, find_faults
-from comemo.train.parts import Part, Weight, read_language, read_projector, read_vision
+from comemo.train.parts import (
+    Part,
+    Weight,
+    read_language,
+    read_projector,
+    read_vision,
+    weight_files,
+)
 from comemo.train.settings import StartSettings
 
 log = logging.getLogger(__name__)
@@ -59,7 +66,7 @@ def start_model(
     _check(settings)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"start_model: dtype must be a floating-point dtype, got {dtype!r}")
-    tokenizer = read_tokenizer("start", _tokenizer_of(settings))
+    tokenizer = _read_tokenizer(settings)
     if settings.checkpoint is not None:
         model = _from_checkpoint(settings, dtype)
     else:
@@ -85,7 +92,7 @@ def start_config(settings: StartSettings) -> tuple[CoMemoConfig, PreTrainedToken
         ValueError: as `start_model`, except for faults of weights.
     """
     _check(settings)
-    tokenizer = read_tokenizer("start", _tokenizer_of(settings))
+    tokenizer = _read_tokenizer(settings)
     if settings.checkpoint is not None:
         config, side = _checkpoint_config(settings)
     else:
@@ -111,6 +118,10 @@ def _check(settings: StartSettings) -> None:
             "start: must have either checkpoint, or both vision and language, got"
             f" {['checkpoint'] * (settings.checkpoint is not None) + parts or 'none of them'}"
         )
+    for name in ("checkpoint", "vision", "language", "tokenizer"):
+        value = getattr(settings, name)
+        if value is not None and not Path(value).is_dir():
+            raise ValueError(f"start.{name}: there is no directory {value!r}")
     if not isinstance(settings.model, dict):
         raise ValueError(f"start.model: must be values by name, got {settings.model!r}")
     allowed = sorted({*CoMemoConfig.__annotations__, "llm_config"} - {*DERIVED, "sub_configs"})
@@ -125,8 +136,10 @@ def _check(settings: StartSettings) -> None:
             raise ValueError(f"start.model: names in mixin_config must be of {known}, got {name!r}")
 
 
-def _tokenizer_of(settings: StartSettings) -> str:
-    return str(settings.tokenizer or settings.checkpoint or settings.language)
+def _read_tokenizer(settings: StartSettings) -> PreTrainedTokenizerBase:
+    names = ("tokenizer", "checkpoint", "language")
+    origin = next(name for name in names if getattr(settings, name))
+    return read_tokenizer(f"start.{origin}", getattr(settings, origin))
 
 
 def _from_checkpoint(settings: StartSettings, dtype: torch.dtype) -> CoMemoForConditionalGeneration:
@@ -143,9 +156,10 @@ def _from_checkpoint(settings: StartSettings, dtype: torch.dtype) -> CoMemoForCo
 def _checkpoint_config(settings: StartSettings) -> tuple[CoMemoConfig, int | None]:
     """The config of a checkpoint at its own image size, and the size that is wanted."""
     directory = str(settings.checkpoint)
-    if not Path(directory).is_dir():
-        raise ValueError(f"start.checkpoint: there is no directory {directory!r}")
     check_checkpoint(directory)
+    if not (Path(directory) / "config.json").is_file():
+        raise ValueError(f"start.checkpoint: {directory!r} must hold a config.json")
+    weight_files("start.checkpoint", directory)
     content = read_json(directory, "config.json")
     given = dict(settings.model)
     side = given.pop("force_image_size", None)
@@ -326,6 +340,9 @@ def _fit_tokenizer(
             [AddedToken(name, normalized=False, special=True) for name in missing],
             special_tokens=True,
         )
+    tokenizer.chat_template = None  # of the language model; the processor has that of the config
+    if tokenizer.pad_token is None:  # masked wherever it is used
+        tokenizer.pad_token = stop if tokenizer.eos_token is None else tokenizer.eos_token
     added = tokenizer.convert_tokens_to_ids(missing)
     fit_vocabulary(model, _size(tokenizer), known, added)
     model.config.image_token_id = tokenizer.convert_tokens_to_ids(prompts.IMAGE_CONTEXT)

@@ -157,6 +157,8 @@ class RecipeTrainer(Trainer):
         losses = out.label_losses.detach()
         self._sums.append((sample_sums(losses * weights, bounds), sample_sums(weights, bounds)))
         loss = out.loss * ranks.world_size()
+        if not loss.requires_grad:  # text alone, and no trained weight reads text
+            loss = loss.detach().requires_grad_()
         return (loss, out) if return_outputs else loss
 
     def again(self, batch: dict[str, Any]) -> Tensor:
@@ -171,6 +173,10 @@ class RecipeTrainer(Trainer):
 
     def before_optimizer(self) -> None:
         """Complete the step's report, and let the watcher refuse the step."""
+        for weight in self.model.parameters():
+            if weight.requires_grad and weight.grad is None:
+                # As on several ranks: the optimizer's averages and the decay go on without images.
+                weight.grad = torch.zeros_like(weight)
         report, kept = self.step_report, self._sums
         with_samples = [pair for pair, b in zip(kept, self.batches, strict=True) if b["samples"]]
         losses, weights = [a for a, _ in with_samples], [b for _, b in with_samples]

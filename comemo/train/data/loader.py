@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ class PackLoader:
         self._wanted = self._streams[0]
         self._good: set[int] = set()  # datasets with a sample that can be used
         self._results: Iterator[Result] | None = None
-        self._run: Iterator[dict[str, Any]] | None = None
+        self._run: weakref.ref[Any] | None = None  # it refers to this object
         self._within = False  # whether a batch was begun and not given out
         self._data = _fingerprint(reads, order, settings, total)
         self._states = {stream.number: stream.state_dict() for stream in self._streams}
@@ -146,14 +147,16 @@ class PackLoader:
         self.close()
         if self._within:
             self.load_state_dict(self.state_dict())
-        self._run = self._give_out()
-        return self._run
+        run = self._give_out()
+        self._run = weakref.ref(run)
+        return run
 
     def close(self) -> None:
         """End the iteration and its workers."""
-        run, self._run = self._run, None
+        run = None if self._run is None else self._run()
+        self._run = None
         if run is not None:
-            run.close()  # type: ignore[attr-defined]
+            run.close()
         self._results = None
 
     def state_dict(self) -> dict[str, Any]:

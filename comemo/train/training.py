@@ -1,0 +1,130 @@
+"""One stage of a run: its settings as transformers' arguments, its model, its training."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from comemo.train import ranks
+from comemo.train.checkpoints import find_checkpoint
+from comemo.train.data.loader import make_loader
+from comemo.train.models import save_stage, trainable_model
+from comemo.train.monitor import make_callbacks, make_watch
+from comemo.train.stage import Stage
+from comemo.train.trainer import RecipeTrainer
+
+SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
+
+
+def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None]) -> Path:
+    """Train a stage from its checkpoint, or from the stage before, to its end.
+
+    Args:
+        stage: `steps` is counted; `checkpoint` is None for a stage that begins.
+        device: of this rank.
+        say: takes a line for the user.
+
+    Returns:
+        The last checkpoint.
+
+    Raises:
+        ValueError: see `recipe.train`.
+        OSError: the last checkpoint could not be written.
+    """
+    own, data = stage.settings, stage.run.data
+    model, processor = trainable_model(stage)
+    streams = list(range(ranks.rank(), own.packs_per_step, ranks.world_size()))
+    tokenizer, config = processor.tokenizer, model.config
+    common: dict[str, Any] = {"seed": stage.seed, "cache": stage.index}
+    loader = make_loader(
+        data,
+        tokenizer,
+        config,
+        streams=streams,
+        total=own.packs_per_step,
+        epochs=own.epochs,
+        **common,
+    )
+
+    def held_out() -> Any:
+        rank, ranks_ = ranks.rank(), ranks.world_size()
+        return make_loader(
+            data, tokenizer, config, streams=[rank], total=ranks_, held_out=True, **common
+        )
+
+    trainer = RecipeTrainer(
+        model,
+        make_arguments(stage, device),
+        loader=loader,
+        streams=streams,
+        save=lambda folder: save_stage(stage, model, processor, folder),
+        watch=make_watch(own),
+        held_out=held_out if data.eval else None,
+        eval_every=own.eval_every,
+        shard_optimizer=stage.run.shard_optimizer,
+        tell=say,
+    )
+    callbacks = make_callbacks(stage.run, stage.name, processor, trainer)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    resume = None
+    if stage.checkpoint is not None:
+        trainer.load_data_state(stage.checkpoint)
+        resume = str(stage.checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    finally:
+        for callback in callbacks:
+            callback.close()
+        loader.close()
+    if trainer.not_written is not None:
+        raise OSError(f"{trainer.not_written}: make room and run the same command again")
+    last, _ = ranks.from_first(find_checkpoint(stage.folder) if ranks.is_first() else None)
+    return last
+
+
+def make_arguments(stage: Stage, device: torch.device) -> TrainingArguments:
+    """A stage's settings as transformers' arguments.
+
+    Args:
+        stage: `steps` is counted.
+        device: of this rank.
+    """
+    own = stage.settings
+    first, second = own.betas
+    warmup = math.ceil(own.warmup * stage.steps) if own.warmup < 1 else int(own.warmup)
+    arguments = TrainingArguments(
+        str(stage.folder),
+        max_steps=stage.steps,
+        per_device_train_batch_size=1,  # a pack
+        gradient_accumulation_steps=own.packs_per_step // ranks.world_size(),
+        learning_rate=own.learning_rate,
+        lr_scheduler_type=SCHEDULES[own.schedule],
+        warmup_steps=warmup,
+        weight_decay=own.weight_decay,
+        adam_beta1=first,
+        adam_beta2=second,
+        adam_epsilon=own.eps,
+        max_grad_norm=own.max_grad_norm,
+        neftune_noise_alpha=own.neftune_alpha,
+        gradient_checkpointing=own.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        bf16=stage.precision(device) == "bfloat16",
+        use_cpu=device.type == "cpu",
+        seed=stage.seed,
+        save_steps=own.save_every,
+        save_total_limit=own.keep,
+        logging_steps=own.log_every,
+        logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
+        ignore_data_skip=True,  # the loader has its own place
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # otherwise Trainer would copy the model in every step (DataParallel)
+    return arguments

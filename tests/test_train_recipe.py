@@ -1,0 +1,242 @@
+"""Whole runs: all stages, adapters, kills, several processes, what is refused and what is told."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from train_runs import STAGES, make_start, settings_of
+
+from comemo import CoMemoForConditionalGeneration, CoMemoProcessor
+from comemo.chat.session import ChatSession
+from comemo.train import checkpoints
+from comemo.train.checkpoints import NotWritten
+from comemo.train.config import write_settings
+from comemo.train.recipe import check, train
+
+pytest.importorskip("accelerate")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.no_virtual_gpu("Trainer places by its own rules"),
+]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    make_start(folder)
+    return folder
+
+
+def entries(output, stage="pretrain"):
+    """Loss by step, from the log."""
+    lines = (output / stage / "log.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return {entry["step"]: entry["loss"] for entry in found if "loss" in entry}
+
+
+def weights(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def changed(before, after):
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_three_stages(start, tmp_path):
+    told = []
+    settings = settings_of(start, tmp_path / "run", STAGES, steps=2)
+    model = train(settings, told.append)
+    assert model == tmp_path / "run" / "model"
+    first, second, third = (weights(tmp_path / "run" / name / "checkpoint-2") for name in STAGES)
+    moved = changed(first, second)
+    assert moved
+    assert all("gated_cross_attn_layer" in name or name.startswith("mlp1") for name in moved)
+    assert not any("gate" in name.rsplit(".", 1)[1] for name in moved)
+    assert any(name.startswith("vision_model") for name in changed(second, third))
+    assert not changed(third, weights(model))
+    trained = CoMemoForConditionalGeneration.from_pretrained(model, dtype=torch.float32)
+    session = ChatSession(trained, CoMemoProcessor.from_pretrained(model), max_new_tokens=2)
+    assert isinstance(session.ask("Which colour is it?", str(start / "3.png")), str)
+    again = []
+    assert train(settings, again.append) == model  # finished: nothing is done
+    assert [line for line in again if "finished" in line] == again
+    assert len(again) == 3
+
+
+@pytest.mark.parametrize("lora", [{"language": 2, "mixin": 2, "vision": 2}])
+def test_adapters(start, tmp_path, lora):
+    """Interrupted and resumed, and merged at the end."""
+    whole = settings_of(start, tmp_path / "a", ("finetune",), lora, steps=3, save_every=1)
+    train(whole, [].append)
+    kept = sorted(path.name for path in (tmp_path / "a" / "finetune").glob("checkpoint-*"))
+    assert kept == ["checkpoint-2", "checkpoint-3"]
+    folder = tmp_path / "a" / "finetune" / "checkpoint-3"
+    assert (folder / "adapter" / "adapter_config.json").is_file()
+    assert not (folder / "model.safetensors").exists()
+    merged, before = weights(tmp_path / "a" / "model"), weights(start / "tiny")
+    assert merged.keys() == before.keys()
+    names = {
+        name
+        for name in merged
+        if merged[name].shape == before[name].shape
+        and not torch.equal(merged[name], before[name].to(merged[name].dtype))
+    }
+    assert any("attention.wqkv" in name for name in names)
+    assert not any("tok_embeddings" in name for name in names)
+    folder.rename(tmp_path / "gone")
+    (tmp_path / "a" / "model").rename(tmp_path / "before")
+    train(whole, [].append)
+    assert not changed(weights(tmp_path / "before"), weights(tmp_path / "a" / "model"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(start, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole") / "run"
+    train(settings_of(start, output, steps=10), [].append)
+    return output
+
+
+def test_two_processes_killed_and_resumed_equal_one(start, tmp_path, uninterrupted):
+    """kill -9 of two gloo processes in the middle; one process goes on."""
+    output = tmp_path / "run"
+    settings = settings_of(start, output, steps=10)
+    write_settings(settings, tmp_path / "settings.yaml")
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "comemo", "train", str(tmp_path / "settings.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not (output / "pretrain" / "checkpoint-2").exists():
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+        finally:
+            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for pid in (process.pid, *map(int, ranks)):
+                os.kill(pid, signal.SIGKILL)
+            process.wait()
+    steps = max(entries(output))
+    assert 2 <= steps < 10
+    told = []
+    deadline = time.monotonic() + 20
+    while not told:  # until the system has released the lock of the killed process
+        try:
+            train(settings, told.append)
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert "goes on after step" in told[0]
+    assert entries(output) == entries(uninterrupted)
+    assert not changed(weights(uninterrupted / "model"), weights(output / "model"))
+
+
+def test_all_options_together(start, tmp_path, caplog):
+    """One epoch with bad lines, held-out loss, answers, TensorBoard, noise, bfloat16."""
+    good = (start / "data.jsonl").read_text()
+    data, held_out = start / "bad.jsonl", start / "held.jsonl"
+    data.write_text("{broken\n" + good + json.dumps({"image": "none.png"}) + "\n")
+    held_out.write_text("".join(line + "\n" for line in good.splitlines()[:3]))
+    settings = settings_of(
+        start,
+        tmp_path / "run",
+        steps=None,
+        epochs=1,
+        precision="bfloat16",
+        neftune_alpha=5.0,
+        gradient_checkpointing=True,
+        eval_every=2,
+        weight_decay=0.1,
+    )
+    settings.tensorboard = True
+    settings.data.train, settings.data.eval = str(data), str(held_out)
+    settings.answers.every, settings.answers.max_new_tokens = 2, 3
+    counted = check(settings)
+    assert counted.samples == 12
+    told = []
+    model = train(settings, told.append)
+    lines = (tmp_path / "run" / "pretrain" / "log.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    steps = [entry for entry in found if "loss" in entry]
+    assert [entry["step"] for entry in steps] == list(range(1, counted.steps + 1))
+    assert steps[-1]["bad_samples"] == 2
+    assert f"{data}:1" in caplog.text
+    assert f"{data}:14" in caplog.text
+    assert any("eval_loss" in entry for entry in found)
+    answers = (tmp_path / "run" / "pretrain" / "answers.jsonl").read_text().splitlines()
+    assert {json.loads(line)["step"] for line in answers} >= {2, counted.steps}
+    assert list((tmp_path / "run" / "tensorboard" / "pretrain").glob("events*"))
+    assert {weight.dtype for weight in weights(model).values()} == {torch.bfloat16}
+
+
+def test_a_spoiled_checkpoint_is_told_and_the_one_before_is_taken(start, tmp_path, uninterrupted):
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted, output)
+    shutil.rmtree(output / "model")
+    broken = output / "pretrain" / "checkpoint-10" / "optimizer.pt"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    told = []
+    train(settings_of(start, output, steps=10), told.append)
+    assert "checkpoint-10 is not whole: optimizer.pt has" in told[0]
+    assert "goes on after step 8 of 10" in told[1]
+    assert not changed(weights(uninterrupted / "model"), weights(output / "model"))
+    assert entries(output) == entries(uninterrupted)
+
+
+def test_a_full_disk_at_the_end_is_an_error(start, tmp_path, monkeypatch):
+    settings = settings_of(start, tmp_path / "run", steps=2, save_every=1)
+    written = checkpoints.write_folder
+
+    def full(target, fill):
+        if target.name == "checkpoint-2":
+            raise NotWritten(f"{target} cannot be written: No space left on device")
+        written(target, fill)
+
+    monkeypatch.setattr(checkpoints, "write_folder", full)
+    with pytest.raises(OSError, match="No space left on device: make room and run the same"):
+        train(settings, [].append)
+    monkeypatch.undo()
+    told = []
+    train(settings, told.append)
+    assert "goes on after step 1 of 2" in told[0]
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_place(start, tmp_path):
+    settings = settings_of(start, tmp_path / "run", steps=4, save_every=1, learning_rate=1e30)
+    with pytest.raises(ValueError, match=r"step \d.*(data: data .*data.jsonl:\d+|norm)"):
+        train(settings, [].append)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_what_is_refused(start, tmp_path):
+    settings = settings_of(start, tmp_path / "run", steps=1)
+    (tmp_path / "run").mkdir()
+    lock = FileLock(tmp_path / "run" / ".lock")
+    with lock, pytest.raises(OSError, match="another process trains in"):
+        train(settings)
+    train(settings, [].append)
+    other = settings_of(start, tmp_path / "run", steps=1, learning_rate=2e-3)
+    with pytest.raises(ValueError, match=r"other settings: .*learning_rate.*0.001.*0.002"):
+        train(other)
+    nowhere = settings_of(start, "", steps=1)
+    with pytest.raises(ValueError, match="output must be the folder of the run"):
+        train(nowhere)
