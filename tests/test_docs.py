@@ -98,11 +98,16 @@ def check_conversation(scope):
     assert [len(session.history) for session in (scope["session"], scope["other"])] == [3, 3]
 
 
+def check_training(scope):
+    assert (scope["plan"].samples, scope["plan"].faults.total) == (4, 0)
+
+
 WHAT_THEY_GIVE = {
     "README.md": check_readme,
     "docs/kernels.md": check_kernels,
     "docs/image-memory.md": check_memory,
     "docs/conversations.md": check_conversation,
+    "docs/training.md": check_training,
 }
 
 

@@ -22,6 +22,9 @@ from comemo.train.layers import SettingsNote, flatten
 from comemo.train.settings import LoraSettings, StageSettings, TrainSettings
 
 ROOT = Path(__file__).parents[1]
+BOMB = "a0: &a0 [x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
 NEEDED = ["output=runs/a", "data.train=a.jsonl", "start.checkpoint=model"]
 PARTS = ["output=runs/a", "data.train=a.jsonl", "start.vision=v", "start.language=l"]
 # The published finetuning script, all its flags.
@@ -299,6 +302,8 @@ def test_all_mistakes_are_listed_together(write):
         ("stages: [finetune]", "stages must be names and values"),
         ("a: " + "[" * 500, "is not YAML"),
         ("a: 2001-99-99", "is not YAML"),
+        ("a: &a [*a]", "more than 100,000 values"),
+        (BOMB, "more than 100,000 values"),
         ("#" * 2**20 + "#", "must have at most 1,048,576 bytes"),
     ],
 )
@@ -306,6 +311,15 @@ def test_files_that_are_not_settings(write, text, said):
     with pytest.raises(ValueError, match="read_settings") as raised:
         read_settings(write(text))
     assert said in str(raised.value)
+
+
+def test_stages_may_share_values_by_anchors(write):
+    file = write(
+        "output: a\nstart: {checkpoint: m}\ndata: {train: a.jsonl}\nstages:\n"
+        "  pretrain: &all {steps: 3, keep: 4}\n  finetune: {<<: *all, keep: 5}\n"
+    )
+    stages = read_settings(file).stages
+    assert [(stage.steps, stage.keep) for stage in stages.values()] == [(3, 4), (3, 5)]
 
 
 def test_files_that_are_no_files(tmp_path):

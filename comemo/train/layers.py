@@ -21,6 +21,7 @@ Name = tuple[str, ...]  # full name of a setting, as parts
 Entry = tuple[Name, Given]
 Layer = dict[Name, Given]
 LONGEST_FILE = 2**20  # bytes
+MOST_VALUES = 10**5
 
 
 class SettingsNote(UserWarning):
@@ -85,7 +86,8 @@ def _load(file: Path) -> dict[str, Any]:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            plain = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            keys = [self.construct_object(key, deep=True) for key in plain]
             if twice := [key for key in keys if keys.count(key) > 1]:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the name {twice[0]!r} is there twice", node.start_mark
@@ -93,7 +95,7 @@ def _load(file: Path) -> dict[str, Any]:
             return super().construct_mapping(node, deep)
 
     try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader)
+        content = _sized(yaml.load(file.read_text(encoding="utf-8"), Loader))
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"read_settings: {os.fspath(file)!r} is not YAML: {reason}") from error
@@ -101,6 +103,21 @@ def _load(file: Path) -> dict[str, Any]:
         raise ValueError(
             f"read_settings: {os.fspath(file)!r} must hold names and values, got {shorten(content)}"
         )
+    return content
+
+
+def _sized(content: Any) -> Any:
+    """The same; anchors that repeat each other can make a short file endless."""
+    rest, count = [content], 0
+    while rest:
+        item = rest.pop()
+        count += 1
+        if count > MOST_VALUES:
+            raise ValueError(f"with its anchors it has more than {MOST_VALUES:,} values")
+        if isinstance(item, dict):
+            rest += [*item, *item.values()]
+        elif isinstance(item, list):
+            rest += item
     return content
 
 
@@ -165,7 +182,7 @@ def _parse(text: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        return _sized(yaml.safe_load(text))
     except (yaml.YAMLError, ValueError):
         return text
 
