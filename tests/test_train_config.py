@@ -245,6 +245,8 @@ def test_settings_are_read_back_as_they_were_written(tmp_path):
         ("data.train=", "data.train must be a meta file or a JSONL file"),
         ("run=[finetune, finetune]", "run must be names of stages, each once"),
         ("run=[a/b]", "run must name stages by letters"),
+        ("run=[Model]", "the run has a folder of that name"),
+        ("answers.ask.question=a", "answers.ask.question is not a setting"),
         ("seed=-1", "seed must be a whole number, at least 0"),
         ("device=cuda:1", "device must be one of auto, cpu, cuda"),
         ("preset=scripts", "preset must be null or one of script, paper"),

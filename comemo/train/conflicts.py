@@ -11,6 +11,7 @@ from comemo.train.rules import anything, suggest
 from comemo.train.settings import DataSettings, StageSettings, TrainSettings
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
+FOLDERS = ("model", "index", "tensorboard")  # of a run, beside those of its stages
 
 
 def model_faults(given: Mapping[str, Any]) -> list[str]:
@@ -75,6 +76,8 @@ def conflicts(settings: TrainSettings) -> list[str]:
     for name in settings.run:
         if not STAGE_NAME.fullmatch(name):
             faults.append(f"run must name stages by letters, digits, _ and -, got {name!r}")
+        elif name.lower() in FOLDERS:
+            faults.append(f"run must not name a stage {name!r}: the run has a folder of that name")
         elif name not in settings.stages:
             faults.append(f"run names the stage {name!r}, which stages does not have")
         else:

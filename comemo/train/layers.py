@@ -8,7 +8,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from comemo.safety.regular import check_regular
 from comemo.safety.settings import shorten
@@ -251,8 +251,8 @@ def _find(name: Name) -> tuple[Name, Name] | None:
     for end in range(len(name), 0, -1):
         for known in (name[:end], ("stages", "*", *name[:end])):
             with contextlib.suppress(LookupError):
-                kind = rules.kind_of(known)
-                if end == len(name) or "dict" in str(kind) or known == ("data", "mixing"):
+                has_keys = get_origin(rules.kind_of(known)) is dict or known == ("data", "mixing")
+                if end == len(name) or has_keys:
                     return known, name[end:]
     return None
 
