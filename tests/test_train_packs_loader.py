@@ -1,38 +1,29 @@
 """The loader: each sample as often as it must come, whoever reads it; resumption; faults."""
 
 import itertools
-import json
 import math
-import multiprocessing
 from collections import Counter
 
 import pytest
 import torch
-from train_lines import (
+from train_lines import (  # noqa: F401
     lines_of,
     loader_of,
+    mixed,
     same,
     settings_for,
     small_config,
     talk,
+    words,
+    workers_alive,
     write_lines,
     write_meta,
     write_picture,
 )
 
-from comemo import InternLM2Tokenizer
 from comemo.train.data.loader import make_loader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def words(demo_checkpoint):
-    return InternLM2Tokenizer.from_pretrained(demo_checkpoint)
-
-
-def workers_alive():
-    return [child for child in multiprocessing.active_children() if child.is_alive()]
 
 
 def read_epochs(words, settings, epochs, ranks, total):
@@ -141,133 +132,6 @@ def test_held_out_data_is_read_once_in_order(words, tmp_path):
     one = list(loader_of(words, settings, held_out=True))
     for batch in one:
         assert lines_of([batch]) == sorted(lines_of([batch]))
-
-
-@pytest.fixture
-def mixed(tmp_path):
-    """Two datasets with images, augmentation and a video, and a few bad lines."""
-    wide, tall = (
-        write_picture(tmp_path / name, *size)
-        for name, size in [("w.png", (120, 56)), ("t.png", (50, 110))]
-    )
-    write_lines(
-        tmp_path / "a.jsonl",
-        [talk(f"what {j}?", "a boat", image=[wide, tall][j % 2]) for j in range(7)]
-        + [b"{", talk("<image><image>which?", "none", image=[wide, tall])]
-        + [talk("<video>\nwhat?", "a film", video=[wide, tall] * 4)],
-    )
-    write_lines(tmp_path / "b.jsonl", [talk(f"say {j}", "y" * (j + 1)) for j in range(9)] + [b"7"])
-    meta = {
-        "a": {"root": "", "annotation": "a.jsonl", "data_augment": True, "max_dynamic_patch": 4},
-        "b": {"root": "", "annotation": "b.jsonl", "repeat_time": 1.5},
-    }
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
-    return str(tmp_path / "meta.json")
-
-
-def check_resumes(words, settings, streams, total, count, epochs=None, following=4):
-    """Resuming after each batch gives the batches that remain, as many as are read."""
-    whole = loader_of(words, settings, streams, total, epochs=epochs)
-    batches, states = [], [whole.state_dict()]
-    for batch in itertools.islice(whole, count):
-        batches.append(batch)
-        states.append(json.loads(json.dumps(whole.state_dict())))
-    for done, state in enumerate(states[:-1]):
-        resumed = loader_of(words, settings, streams, total, epochs=epochs)
-        resumed.load_state_dict(state)
-        assert resumed.state_dict() == state
-        rest = list(itertools.islice(resumed, min(count - done, following)))
-        assert all(map(same, rest, batches[done:]))
-        assert resumed.state_dict() == states[done + len(rest)]
-    return whole
-
-
-def test_resuming_gives_the_same_remaining_batches(words, mixed):
-    settings = settings_for(mixed, max_tokens=250, min_frames=2)
-    loader = check_resumes(words, settings, [0, 2], 3, 20)
-    assert loader.faults.counts["a"]["broken JSON"] > 1
-    assert loader.faults.counts["b"]["not an object"] > 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1, 3])
-@pytest.mark.parametrize(("restart", "mixing"), [(False, "sqrt"), (True, {"a": 2, "b": 1})])
-@pytest.mark.parametrize("epochs", [None, 1.5])
-def test_resuming_with_every_option(words, mixed, workers, restart, mixing, epochs):
-    settings = settings_for(mixed, workers=workers, restart=restart, mixing=mixing, min_frames=2)
-    check_resumes(words, settings, [0, 1], 2, 8, epochs, 1)
-    assert not workers_alive()
-
-
-def test_workers_change_nothing(words, mixed):
-    alone, two = (
-        loader_of(words, settings_for(mixed, workers=workers, min_frames=2), [0, 1], 2)
-        for workers in (0, 2)
-    )
-    torch.manual_seed(3)
-    running = iter(two)
-    for batch in itertools.islice(alone, 8):
-        assert same(batch, next(running))
-        assert alone.state_dict() == two.state_dict()
-    assert torch.initial_seed() == 3
-    drawn = torch.rand(1)
-    torch.manual_seed(3)
-    assert drawn == torch.rand(1)  # nothing was drawn in between
-    assert workers_alive()
-    two.close()
-    assert not workers_alive()
-
-
-def test_a_loop_that_is_left_leaves_no_worker(words, mixed):
-    loader = loader_of(words, settings_for(mixed, workers=2))
-    for _batch in loader:
-        assert workers_alive()
-        break
-    assert not workers_alive()
-    following = next(iter(loader))
-    assert not workers_alive()
-    alone = loader_of(words, settings_for(mixed))
-    assert same(following, list(itertools.islice(alone, 2))[1])
-    with pytest.raises(ZeroDivisionError):
-        for _batch in loader:
-            raise ZeroDivisionError
-    loader.close()
-    assert not workers_alive()
-
-
-def test_states_of_ranks_unite(words, mixed):
-    settings = settings_for(mixed, min_frames=2)
-    whole = loader_of(words, settings, range(4), 4)
-    list(itertools.islice(whole, 8))
-    ranks = [loader_of(words, settings, [rank, rank + 2], 4) for rank in (0, 1)]
-    for rank in ranks:
-        list(itertools.islice(rank, 4))
-    first, second = (rank.state_dict() for rank in ranks)
-    united = {**first, "streams": first["streams"] | second["streams"]}
-    assert united["streams"] == whole.state_dict()["streams"]
-    third = loader_of(words, settings, [3, 1, 0], 4)
-    third.load_state_dict(united)
-    following = dict(zip(range(4), whole, strict=False))
-    for stream, batch in zip([3, 1, 0], third, strict=False):
-        assert same(batch, following[stream])
-
-
-def test_states_that_do_not_fit(words, tmp_path):
-    settings = settings_for(write_meta(tmp_path, {"a": 8}))
-    state = loader_of(words, settings, [0], 2).state_dict()
-    for wrong in (None, {}, {"streams": 3}):
-        with pytest.raises(ValueError, match="a state of a loader"):
-            loader_of(words, settings, [0], 2).load_state_dict(wrong)
-    with pytest.raises(ValueError, match=r"a state of stream \[1\], got \['0'\]"):
-        loader_of(words, settings, [0, 1], 2).load_state_dict(state)
-    for key, other in {
-        "seed": loader_of(words, settings, [0], 2, seed=5),
-        "streams": loader_of(words, settings, [0], 3),
-        "max_tokens": loader_of(words, settings_for(settings.train, max_tokens=500), [0], 2),
-        "mixing": loader_of(words, settings_for(settings.train, mixing="sqrt"), [0], 2),
-    }.items():
-        with pytest.raises(ValueError, match=f"the data must be as it was: {key} was"):
-            other.load_state_dict(state)
 
 
 def test_bad_samples_are_counted_and_told_once(words, mixed, caplog):

@@ -66,9 +66,10 @@ class PromptEncoder:
 
         Returns:
             ids int64 [N], with one `<IMG_CONTEXT>` per image, equal to those of the whole prompt;
-            and whether each is learnt, bool [N]: the answers and the stop tokens after them. If a
-            token holds the end of the assistant's role and the begin of an answer, it is learnt;
-            if one holds the end of a stop text and more, it is not.
+            and whether each is learnt, bool [N]: the answers and the stop tokens after them. An
+            answer begins where the ids first differ from those of the prompt that asks for it,
+            also if a token holds the end of that prompt too. A token that holds the end of a stop
+            text and more is not learnt.
 
         Raises:
             ValueError: text that cannot be encoded, see `escape`.

@@ -7,21 +7,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from comemo.config import CoMemoConfig
+from comemo.train.data.batches import make_batch, make_filler
 from comemo.train.data.checks import check_count, check_data, check_epochs
 from comemo.train.data.faults import FaultLog
 from comemo.train.data.meta import read_collections
 from comemo.train.data.order import Order, weights_of
-from comemo.train.data.packs import Pack, Packer
+from comemo.train.data.packs import Packer
 from comemo.train.data.reads import Reads, Request, Result, open_lines
-from comemo.train.data.samples import IGNORED, SampleReader
-from comemo.train.data.streams import Entry, Epochs, Stream
+from comemo.train.data.samples import SampleReader
+from comemo.train.data.streams import Epochs, Stream
 from comemo.train.settings import DataSettings
 
 
@@ -167,9 +166,12 @@ class PackLoader:
             which other data is recognised. States of loaders with other streams are united by
             uniting their `streams`: the rest is for people, or the same.
         """
+        faults = FaultLog()
+        for state in self._states.values():
+            faults.merge(state["faults"])
         return {
             "streams": {str(number): state for number, state in self._states.items()},
-            "faults": self.faults.state_dict()["counts"],
+            "faults": faults.counts,
             "data": self._data,
         }
 
@@ -236,7 +238,7 @@ class PackLoader:
         stream.given += 1
         if stream.ready:
             return make_batch(stream.ready.popleft())
-        return _filler(self.reads.reader.encoder.tokenizer)
+        return make_filler(self.reads.reader.encoder.tokenizer)
 
     def _use(self, stream: Stream, result: Result) -> None:
         if result.fault is not None:
@@ -322,45 +324,6 @@ def read_in_order(reads: Any, requests: Any, workers: int) -> DataLoader:
         collate_fn=_as_it_is,  # as arrays: tensors would each need a file descriptor
         generator=torch.Generator(),  # so that nothing is drawn from the global one
     )
-
-
-def make_batch(pack: Pack[Entry]) -> dict[str, Any]:
-    """A batch of one pack, see `PackLoader`."""
-    samples = [entry.sample for entry in pack.items if entry.sample is not None]
-    labels = [sample.labels for sample in samples]
-    weights = [
-        np.where(sample.labels != IGNORED, np.float32(sample.weight), np.float32(0))
-        for sample in samples
-    ]
-    bounds = np.cumsum([0, *(len(sample.ids) for sample in samples)])
-    batch: dict[str, Any] = {
-        "input_ids": _row([sample.ids for sample in samples]),
-        "labels": _row(labels),
-        "loss_weights": _row(weights),
-        "position_ids": _row([sample.positions for sample in samples]),
-        "cu_seqlens": torch.from_numpy(bounds.astype(np.int64)),
-    }
-    tiles = [sample.tiles for sample in samples if sample.tiles is not None]
-    if tiles:
-        batch["pixel_values"] = torch.from_numpy(np.concatenate(tiles))
-        batch["tile_grid"] = [grid for sample in samples for grid in sample.grids]
-    return batch | {"samples": [entry.place for entry in pack.items]}
-
-
-def _filler(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    index = tokenizer.eos_token_id
-    return {
-        "input_ids": torch.full((1, 2), 0 if index is None else index),
-        "labels": torch.full((1, 2), IGNORED),
-        "loss_weights": torch.zeros(1, 2),
-        "position_ids": torch.arange(2)[None],
-        "cu_seqlens": torch.tensor([0, 2]),
-        "samples": [],
-    }
-
-
-def _row(parts: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.concatenate(parts))[None]
 
 
 def _as_it_is(result: Any) -> Any:
