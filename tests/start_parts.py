@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small import make_model
@@ -16,11 +17,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from comemo.train.settings import StartSettings
+
 VISION = ("intern_vit", "internvl_chat", "internvl", "internvl_vision", "comemo")
 LANGUAGE = ("internlm2", "llama", "llama_tied", "internlm2_in_internvl", "llama_in_internvl")
 ARCHITECTURES = {"internlm2": "InternLM2ForCausalLM", "llama": "LlamaForCausalLM"}
 CONTROL = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>")
 CONTROL += ("<box>", "</box>")
+EVERY_TWO = {"mixin_config": {"mixin_every_n_layers": 2}}
+SIZES = {"internlm2": (440, 440), "llama": (300, 270)}  # rows of the model, tokens of the tokenizer
 
 
 def make_source(kind, vocab_size):
@@ -170,3 +175,32 @@ def assert_same(ours, theirs, names=None):
     names = ours.keys() if names is None else names
     different = [name for name in names if not torch.equal(ours[name], theirs[name])]
     assert different == []
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory, demo_checkpoint):
+    """Directories of the parts, each made once; returns settings and the source of both."""
+    root, made = tmp_path_factory.mktemp("parts"), {}
+
+    def directories(vision="intern_vit", language="llama", bare=True):
+        kind = language.split("_")[0]
+        size, _ = SIZES[kind]
+        size += 0 if bare or kind == "llama" else len(CONTROL)
+        key = kind, size
+        source = made.setdefault(key, None) or make_source(kind, size)
+        made[key] = source
+        for layout, build in ((vision, make_vision), (language, make_language)):
+            folder = root / f"{layout}-{kind}-{size}-{bare}-{build.__name__}"
+            if not folder.exists():
+                build(layout, source, folder)
+                if build is make_language and kind == "llama":
+                    add_byte_level(folder, bare)
+                elif build is make_language:
+                    add_sentencepiece(folder, demo_checkpoint, bare)
+            made[build] = str(folder)
+        settings = StartSettings(
+            vision=made[make_vision], language=made[make_language], model=dict(EVERY_TWO)
+        )
+        return settings, source
+
+    return directories

@@ -1,4 +1,4 @@
-"""What a stage trains: frozen parts, adapters, stochastic depth, noise on embeddings."""
+"""Adapters: what they compute, train, save, load and become when they are merged."""
 
 import copy
 import json
@@ -7,10 +7,9 @@ import os
 import pytest
 import torch
 from conftest import SLOW, every_two, here
-from interrupting import count_moments, find_places, interrupt_after, interrupt_at
 from safetensors.torch import load_file, save_file
-from small import make_model, make_prompts
-from transformers.integrations.neftune import neftune_post_forward_hook
+from small import make_prompts
+from stage_models import adapted_model, shift, small, source, trained  # noqa: F401
 
 import comemo
 from comemo.train.adapters import add_adapters, load_adapters, merge_adapters, save_adapters
@@ -23,114 +22,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GATES = ("attn_gate", "mlp_gate")
 
 
-@pytest.fixture(scope="module")
-def source():
-    """A model that no test changes."""
-    return make_model()
-
-
-@pytest.fixture
-def small(source):
-    return copy.deepcopy(source)
-
-
-def deep_model(depth, select_layer=-1):
-    """A model with so many vision layers."""
-    from comemo.cli.tiny_checkpoint import spread_weights
-
-    config = copy.deepcopy(make_model().config)
-    config.vision_config.num_hidden_layers, config.select_layer = depth, select_layer
-    model = comemo.CoMemoForConditionalGeneration(config)
-    spread_weights(model)
-    return model.eval().to(here())
-
-
-def trained(model):
-    return {name for name, weight in model.named_parameters() if weight.requires_grad}
-
-
-def shift(model):
-    """Change what is trained, as a stage would."""
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.requires_grad:
-                weight += 0.05 * torch.randn_like(weight) * (1 if is_adapter(name) else 0.2)
-
-
 def gradients(model, batch):
     """By name, of the loss on a batch."""
     model.zero_grad(set_to_none=True)
     torch.manual_seed(1)
     model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
     return {name: w.grad for name, w in model.named_parameters() if w.requires_grad}
-
-
-# --- freezing ---
-
-
-@pytest.mark.parametrize(
-    ("stage", "parts"),
-    [
-        ({}, {"projector", "mixin", "gates"}),
-        ({"freeze_gates": True}, {"projector", "mixin"}),
-        (
-            {"train": ("vision", "projector", "mixin", "language")},
-            {*["vision", "projector", "mixin", "gates", "language", "head"]},
-        ),
-        ({"train": ("projector",), "unfreeze_lm_head": True}, {"projector", "head"}),
-        ({"train": ("mixin",), "unfreeze_vit_layers": -1}, {"mixin", "gates", "vision layers"}),
-    ],
-)
-def test_exactly_the_parts_of_a_stage_are_trained(small, stage, parts):
-    choose_trainable(small, StageSettings(**stage))
-
-    def kind(name):
-        if name == "lm_head.weight":
-            return "head"
-        if name.endswith(GATES):
-            return "gates"
-        if "vision layers" in parts and ".encoder.layer." in name:
-            return "vision layers"
-        return part_of(name)
-
-    names = dict(small.named_parameters())
-    assert trained(small) == {name for name in names if kind(name) in parts}
-    assert {kind(name) for name in trained(small)} == parts
-
-
-@pytest.mark.parametrize(
-    ("first", "select", "layers"),
-    [(1, -1, [1, 2, 3]), (-2, -1, [2, 3]), (-4, -1, [0, 1, 2, 3]), (1, -2, [1, 2])],
-)
-def test_unfrozen_vision_layers(first, select, layers):
-    model = deep_model(4, select)
-    choose_trainable(model, StageSettings(train=(), unfreeze_vit_layers=first))
-    assert {name.split(".")[4] for name in trained(model)} == set(map(str, layers))
-    choose_trainable(model, StageSettings(train=("vision",)))
-    run = {name.split(".")[4] for name in trained(model) if ".layer." in name}
-    assert run == set(map(str, range(4 + 1 + select)))  # those that get a gradient
-
-
-@pytest.mark.parametrize(
-    ("stage", "words"),
-    [
-        ({"train": ()}, "something to train"),
-        ({"train": ("mixins",)}, "stage.train: must be a list of parts"),
-        ({"train": "mixin"}, "stage.train: must be a list of parts"),
-        ({"train": ("mixin",), "unfreeze_vit_layers": 1}, "unfreeze_vit_layers: must be from -1"),
-        ({"unfreeze_vit_layers": -2}, "unfreeze_vit_layers: must be from -1 to 0"),
-        ({"unfreeze_vit_layers": "all"}, "unfreeze_vit_layers: must be the index"),
-        ({"lora": LoraSettings(language=2)}, "the model must have adapters in language"),
-    ],
-)
-def test_wrong_stages(small, stage, words):
-    before = trained(small)
-    with pytest.raises(ValueError, match=words):
-        choose_trainable(small, StageSettings(**stage))
-    assert trained(small) == before
-
-
-# --- adapters ---
 
 
 EVERYTHING = ("projector", "mixin", "language")
@@ -191,14 +88,6 @@ def test_adapters_are_saved_loaded_and_merged(
     assert torch.allclose(merged(**batch).logits, changed, atol=1e-4)
     names = load_file(tmp_path / "merged" / "model.safetensors")
     assert "vision_model.encoder.layers.0.attn.qkv.weight" in names
-
-
-def adapted_model(small, lora=None, **stage):
-    lora = lora or LoraSettings(vision=2, language=2, mixin=2)
-    add_adapters(small, lora, seed=0)
-    choose_trainable(small, StageSettings(lora=lora, **stage))
-    shift(small)
-    return small
 
 
 def test_seeds_and_dtypes_of_adapters(source):
@@ -341,157 +230,3 @@ def test_wrong_files_of_adapters_change_nothing(source, small, tmp_path):
         load_adapters(model, tmp_path)
     assert model.state_dict().keys() == source.state_dict().keys()
     assert all(torch.equal(w, source.state_dict()[n]) for n, w in model.state_dict().items())
-
-
-# --- stochastic depth ---
-
-
-def test_stochastic_depth_drops_whole_branches_of_single_tiles():
-    model = deep_model(3).train()
-    layers = model.model.vision_tower.encoder.layer
-    set_drop_path(model, 0.5)
-    x = torch.randn(4000, 2, 32, device=here())
-    for layer, rate in zip(layers, (0, 0.25, 0.5), strict=True):
-        layer.eval()
-        wanted = {branch: as_tensor(branch(x)) for branch in (layer.attention, layer.mlp)}
-        layer.train()
-        kept = {}
-        for branch, full in wanted.items():
-            found = as_tensor(branch(x))
-            kept[branch] = found.flatten(1).any(1)  # per tile
-            assert torch.allclose(found, full * kept[branch][:, None, None] / (1 - rate), atol=1e-5)
-            assert kept[branch].float().mean().item() == pytest.approx(1 - rate, abs=0.04)
-        if rate:
-            first, second = kept.values()
-            assert not torch.equal(first, second)
-
-
-def as_tensor(output):
-    return output[0] if isinstance(output, tuple) else output
-
-
-def test_stochastic_depth_only_while_training_and_until_removed(source):
-    model = deep_model(3)
-    tiles = torch.randn(2, 3, 112, 112, device=here())
-    plain = model.model.project_images(tiles)
-    set_drop_path(model, 0.9)
-    assert torch.equal(model.model.project_images(tiles), plain)
-    model.train()
-    assert not torch.equal(model.model.project_images(tiles), plain)
-    set_drop_path(model, 0.2)  # replaces
-    assert sum(len(m._forward_hooks) for m in model.modules()) == 4  # two layers, two branches
-    set_drop_path(model, 0)
-    assert torch.equal(model.model.project_images(tiles), plain)
-    for rate in (1, -0.1, True, "0.1", float("nan")):
-        with pytest.raises(ValueError, match="set_drop_path: rate must be"):
-            set_drop_path(model, rate)
-
-
-# --- noise on embeddings ---
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_noise_on_embeddings_reaches_packed_rows_and_text_beside_images(small, packed):
-    """transformers' own: a hook of the embeddings. Image tokens are not embedded by them."""
-    batch = make_prompts(small)
-    if packed:
-        N = batch["input_ids"].shape[1]
-        batch["input_ids"] = batch["input_ids"].view(1, -1)
-        del batch["attention_mask"]
-        batch["input_ids"][0, : N // 2] = 5
-        batch["cu_seqlens"] = torch.tensor([0, N, 2 * N], device=here())
-    images = int((batch["input_ids"] == small.config.image_token_id).sum())
-    tiles = images // small.config.tokens_per_tile
-    batch["pixel_values"], batch["tile_grid"] = batch["pixel_values"][:tiles], [(1, 1)] * tiles
-    plain = small(**batch, use_cache=False).logits
-    embeddings = small.get_input_embeddings()
-    embeddings.neftune_noise_alpha = 5.0
-    handle = embeddings.register_forward_hook(neftune_post_forward_hook)
-    assert torch.equal(small(**batch, use_cache=False).logits, plain)  # not in evaluation
-    small.train()
-    noisy = small(**batch, use_cache=False)
-    handle.remove()
-    assert not torch.allclose(noisy.logits, plain, atol=1e-3)
-    assert torch.equal(small(**batch, use_cache=False).logits, plain)
-
-
-# --- interrupted calls ---
-
-
-def kept(model):
-    """What must be as before: modules, weights, what is trained, hooks."""
-    weights = {n: (w.clone(), w.requires_grad) for n, w in model.named_parameters()}
-    hooks = {
-        name: [(type(hook), vars(hook)) for hook in module._forward_hooks.values()]
-        for name, module in model.named_modules()
-    }
-    return weights, {n: type(m) for n, m in model.named_modules()}, hooks
-
-
-def assert_kept(model, before):
-    weights, kinds, hooks = kept(model)
-    assert kinds == before[1]
-    assert hooks == before[2]
-    assert weights.keys() == before[0].keys()
-    for name, (weight, grad) in weights.items():
-        assert grad == before[0][name][1], name
-        assert torch.equal(weight, before[0][name][0]), name
-
-
-@pytest.mark.parametrize("number", [4, pytest.param(150, marks=SLOW)])
-@pytest.mark.parametrize("verb", ["choose", "drop", "load", pytest.param("add", marks=SLOW)])
-def test_interrupted_calls_leave_the_model_as_it_was(source, small, tmp_path, verb, number):
-    save_adapters(adapted_model(small, LoraSettings(vision=1)), tmp_path)
-    call = {
-        "choose": lambda model: choose_trainable(model, StageSettings()),
-        "drop": lambda model: set_drop_path(model, 0.1),
-        "add": lambda model: add_adapters(model, LoraSettings(vision=1), seed=0),
-        "load": lambda model: load_adapters(model, tmp_path),
-    }[verb]
-    fresh = deep_model(2) if verb == "drop" else source
-    if verb == "drop":
-        set_drop_path(fresh, 0.3)
-    done = copy.deepcopy(fresh)
-    last = count_moments(lambda: call(done)) - 1
-    before, after = kept(fresh), kept(done)
-    evenly = {round(last * i / number) for i in range(number)}
-    for moments in evenly | {last - back for back in (0, 8, 25, 80, 150) if back <= last}:
-        model = copy.deepcopy(fresh)
-        assert interrupted(lambda: call(model), moments)  # noqa: B023
-        assert_kept(model, before if same(model, before) else after)
-
-
-def interrupted(call, moments):
-    """See `interrupt_after`; safetensors turns an exception into one of its own."""
-    try:
-        return interrupt_after(call, moments)
-    except ValueError as error:
-        if "could not determine the shape" not in str(error):
-            raise
-        return True
-
-
-def same(model, before):
-    try:
-        assert_kept(model, before)
-    except AssertionError:
-        return False
-    return True
-
-
-FILES = ("adapters.py", "adapter_layers.py", "drop_path.py", "freezing.py")
-
-
-@pytest.mark.slow
-def test_an_interrupted_merge_is_completed_by_another(small):
-    model = adapted_model(small, LoraSettings(vision=1), train=())
-    batch = make_prompts(model)
-    wanted = model(**batch).logits
-    places = find_places(lambda: merge_adapters(copy.deepcopy(model)))
-    for place in [p for p in places if p.file in FILES]:
-        other = copy.deepcopy(model)
-        interrupt_at(lambda: merge_adapters(other), place)  # noqa: B023
-        assert torch.allclose(other(**batch).logits, wanted, atol=1e-4)
-        if any(map(is_adapter, other.state_dict())):
-            merge_adapters(other)
-        assert torch.allclose(other(**batch).logits, wanted, atol=1e-4)

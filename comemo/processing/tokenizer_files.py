@@ -19,13 +19,13 @@ class CheckpointTokenizer:
     """`from_pretrained` of the tokenizer of a CoMemo checkpoint."""
 
     @staticmethod
-    def from_pretrained(path: Any, *args: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
+    def from_pretrained(path: Any, **kwargs: Any) -> PreTrainedTokenizerBase:
         """The published sentencepiece tokenizer, or the one in a `tokenizer.json`.
 
         Args:
             path: directory or repository. Its files must name no class, `InternLM2Tokenizer`, or,
                 beside a tokenizer.json, a class of `GENERAL`.
-            args, kwargs: see `InternLM2Tokenizer.from_pretrained`. Padding is on the left.
+            kwargs: see `InternLM2Tokenizer.from_pretrained`. Padding is on the left.
 
         Raises:
             ValueError: files of another tokenizer.
@@ -36,8 +36,9 @@ class CheckpointTokenizer:
             side = kwargs.pop("padding_side", None) or "left"
             for name in ("trust_remote_code", "code_revision", "config", "use_fast"):
                 kwargs.pop(name, None)
-            return PreTrainedTokenizerFast.from_pretrained(path, *args, padding_side=side, **kwargs)
-        return InternLM2Tokenizer.from_pretrained(path, *args, **kwargs)
+            options = kwargs | {"padding_side": side}
+            return _load("CheckpointTokenizer", path, PreTrainedTokenizerFast, options)
+        return InternLM2Tokenizer.from_pretrained(path, **kwargs)
 
 
 def read_tokenizer(section: str, directory: str) -> PreTrainedTokenizerBase:
@@ -91,13 +92,13 @@ def read_tokenizer(section: str, directory: str) -> PreTrainedTokenizerBase:
     )
 
 
-def _load(section: str, directory: str, kind: Any, options: dict[str, Any]) -> Any:
+def _load(section: str, directory: Any, kind: Any, options: dict[str, Any]) -> Any:
     try:
         tokenizer = kind.from_pretrained(directory, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # tokenizers raises nothing more special
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{section}: {kind.__name__} cannot read the tokenizer in {directory!r}: {reason}"
+            f"{section}: {kind.__name__} cannot read the tokenizer in {str(directory)!r}: {reason}"
         ) from error
     tokenizer.init_kwargs.pop("auto_map", None)  # names code; would be saved
     return tokenizer

@@ -100,8 +100,8 @@ def save_adapters(model: CoMemoForConditionalGeneration, directory: str | Path) 
 
     Args:
         model: with adapters.
-        directory: is created; other files in it stay. The config is written last: without it the
-            directory is incomplete.
+        directory: is created; other files in it stay. Adapters in it are replaced when all files
+            are written; adapter_config.json comes last, and without it nothing is loaded.
 
     Raises:
         ValueError: a model without adapters.
@@ -113,7 +113,6 @@ def save_adapters(model: CoMemoForConditionalGeneration, directory: str | Path) 
     config = model.peft_config[NAME].to_dict()
     config |= {"inference_mode": True, "base_model_name_or_path": None}
     text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
-    (folder / CONFIG).unlink(missing_ok=True)
     adapter, trained = {}, {}
     for name, parameter in model.named_parameters():
         weight = parameter.detach().to("cpu").contiguous()
@@ -121,13 +120,18 @@ def save_adapters(model: CoMemoForConditionalGeneration, directory: str | Path) 
             adapter[PREFIX + name.replace(f".{NAME}.", ".")] = weight
         elif parameter.requires_grad:
             trained[base_name(name)] = weight
-    for file, tensors in ((ADAPTER, adapter), (TRAINED, trained)):
-        part = folder / f"{file}.part"
-        save_file(tensors, part, metadata={"format": "pt"})
-        os.replace(part, folder / file)
-    part = folder / f"{CONFIG}.part"
-    part.write_text(text + "\n", encoding="utf-8")
-    os.replace(part, folder / CONFIG)
+    parts = {file: folder / f"{file}.part" for file in (ADAPTER, TRAINED, CONFIG)}
+    try:
+        save_file(adapter, parts[ADAPTER], metadata={"format": "pt"})
+        save_file(trained, parts[TRAINED], metadata={"format": "pt"})
+        parts[CONFIG].write_text(text + "\n", encoding="utf-8")
+        (folder / CONFIG).unlink(missing_ok=True)
+        for file, part in parts.items():
+            os.replace(part, folder / file)
+    except BaseException:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+        raise
 
 
 def load_adapters(model: CoMemoForConditionalGeneration, directory: str | Path) -> None:

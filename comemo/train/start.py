@@ -172,6 +172,7 @@ def _checkpoint_config(settings: StartSettings) -> tuple[CoMemoConfig, int | Non
         nested = isinstance(value, dict) and isinstance(content.get(name), dict)
         content[name] = content[name] | value if nested else value
     config = CoMemoConfig.from_dict(content)
+    prompts.stop_text(config.template)  # an unknown one is an error
     _check_side(side)
     return config, side
 
@@ -230,6 +231,7 @@ def _make_config(
     except UNREADABLE as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"start.model: the config cannot be made: {reason}") from error
+    prompts.stop_text(config.template)  # an unknown one is an error
     if not config.mixin_layers:
         raise ValueError(
             "start.model: mixin_every_n_layers of mixin_config must be at most the language model's"
@@ -254,7 +256,9 @@ def _mixin_sizes(llm: dict[str, Any], head_dim: Any) -> dict[str, Any]:
         )
     assert isinstance(width, int)
     assert isinstance(heads, int)
-    own = 128 if width % 128 == 0 else llm.get("head_dim") or width // heads
+    theirs = llm.get("head_dim")
+    own = theirs if isinstance(theirs, int) and theirs > 0 else width // heads
+    own = 128 if width % 128 == 0 else own
     head_dim = head_dim if isinstance(head_dim, int) and head_dim > 0 else own
     return {
         "language_dim": width,
