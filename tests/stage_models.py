@@ -9,8 +9,8 @@ from small import make_model
 
 import comemo
 from comemo.cli.tiny_checkpoint import spread_weights
-from comemo.train.adapters import add_adapters
-from comemo.train.freezing import choose_trainable, is_adapter
+from comemo.train.models.adapters import add_adapters
+from comemo.train.models.freezing import choose_trainable, is_adapter
 from comemo.train.settings import LoraSettings, StageSettings
 
 

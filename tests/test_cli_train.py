@@ -9,8 +9,7 @@ from commands import fails, run
 
 from comemo.cli import main as cli
 from comemo.cli import train
-from comemo.train import layers
-from comemo.train.config import read_settings
+from comemo.train.config import layers, read_settings
 from comemo.train.monitor import LossFault
 
 NEEDED = ["output=runs/a", "data.train=a.jsonl", "start.checkpoint=model", "steps=5"]

@@ -16,9 +16,17 @@ from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 from comemo.config import PUBLISHED_BEHAVIOUR
-from comemo.train import config, flags, presets, rules
-from comemo.train.config import SettingsError, difference, read_settings, write_settings
-from comemo.train.layers import SettingsNote, flatten
+from comemo.train import config
+from comemo.train.config import (
+    SettingsError,
+    difference,
+    flags,
+    presets,
+    read_settings,
+    rules,
+    write_settings,
+)
+from comemo.train.config.layers import SettingsNote, flatten
 from comemo.train.settings import LoraSettings, StageSettings, TrainSettings
 
 ROOT = Path(__file__).parents[1]

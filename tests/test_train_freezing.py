@@ -7,8 +7,8 @@ from small import make_prompts
 from stage_models import deep_model, small, source, trained  # noqa: F401
 from transformers.integrations.neftune import neftune_post_forward_hook
 
-from comemo.train.drop_path import set_drop_path
-from comemo.train.freezing import choose_trainable, part_of
+from comemo.train.models.drop_path import set_drop_path
+from comemo.train.models.freezing import choose_trainable, part_of
 from comemo.train.settings import LoraSettings, StageSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from small import make_prompts
 from stage_models import adapted_model, deep_model, shift, small, source  # noqa: F401
 
-from comemo.train.adapters import add_adapters, load_adapters, merge_adapters, save_adapters
-from comemo.train.drop_path import set_drop_path
-from comemo.train.freezing import choose_trainable, is_adapter
+from comemo.train.models.adapters import add_adapters, load_adapters, merge_adapters, save_adapters
+from comemo.train.models.drop_path import set_drop_path
+from comemo.train.models.freezing import choose_trainable, is_adapter
 from comemo.train.settings import LoraSettings, StageSettings
 
 pytest.importorskip("peft")

@@ -15,10 +15,9 @@ from small import make_model, make_prompts
 from torch import nn
 from transformers import TrainerControl, TrainerState
 
-from comemo.train import rules
-from comemo.train.adapters import add_adapters
-from comemo.train.config import read_settings
-from comemo.train.drop_path import set_drop_path
+from comemo.train.config import read_settings, rules
+from comemo.train.models.adapters import add_adapters
+from comemo.train.models.drop_path import set_drop_path
 from comemo.train.monitor import LossFault, first_nonfinite, make_callbacks, make_watch
 from comemo.train.monitor import answers as asking
 from comemo.train.monitor import log as logging

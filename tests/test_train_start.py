@@ -24,9 +24,9 @@ from transformers import LlamaForCausalLM
 
 from comemo import CoMemoForConditionalGeneration, CoMemoProcessor, prompts
 from comemo.cli import main as cli
-from comemo.train.embeddings import interpolate_positions
+from comemo.train.models.embeddings import interpolate_positions
+from comemo.train.models.start import start_model
 from comemo.train.settings import StartSettings
-from comemo.train.start import start_model
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

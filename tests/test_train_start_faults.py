@@ -14,7 +14,7 @@ from start_parts import (  # noqa: F401
 )
 
 from comemo.processing.tokenizer_files import CheckpointTokenizer
-from comemo.train.start import start_model
+from comemo.train.models.start import start_model
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

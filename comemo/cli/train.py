@@ -164,7 +164,7 @@ def split_file(words: Sequence[str]) -> tuple[str | None, list[str]]:
 @contextlib.contextmanager
 def shown_notes() -> Iterator[None]:
     """Print what old names became, one line each, at the end of the `with` block."""
-    from comemo.train.layers import SettingsNote
+    from comemo.train.config.layers import SettingsNote
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SettingsNote)

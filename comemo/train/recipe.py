@@ -13,10 +13,10 @@ from comemo.train import ranks
 from comemo.train.checkpoints import clean_up, discard, find_checkpoint, step_of, write_folder
 from comemo.train.config import difference, read_settings, write_settings
 from comemo.train.data.plan import Plan, plan
-from comemo.train.models import save_model, trained_by
+from comemo.train.models.of_stages import save_model, trained_by
+from comemo.train.models.start import start_config
 from comemo.train.settings import TrainSettings
 from comemo.train.stage import Stage
-from comemo.train.start import start_config
 from comemo.train.training import train_stage
 
 SETTINGS = "settings.yaml"  # of a run, in its folder

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from comemo.train import ranks
 from comemo.train.checkpoints import find_checkpoint
 from comemo.train.data.loader import make_loader
-from comemo.train.models import save_stage, trainable_model
+from comemo.train.models.of_stages import save_stage, trainable_model
 from comemo.train.monitor import make_callbacks, make_watch
 from comemo.train.stage import Stage
 from comemo.train.trainer import RecipeTrainer

@@ -6,12 +6,12 @@ import torch
 
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.processor import CoMemoProcessor
-from comemo.train.adapters import add_adapters, load_adapters, merge_adapters, save_adapters
-from comemo.train.drop_path import set_drop_path
-from comemo.train.freezing import choose_trainable
+from comemo.train.models.adapters import add_adapters, load_adapters, merge_adapters, save_adapters
+from comemo.train.models.drop_path import set_drop_path
+from comemo.train.models.freezing import choose_trainable
+from comemo.train.models.start import start_model
 from comemo.train.settings import StageSettings
 from comemo.train.stage import Stage
-from comemo.train.start import start_model
 
 ADAPTER = "adapter"  # folder in a checkpoint of a stage with adapters
 

@@ -12,9 +12,9 @@ from typing import Any, get_origin
 
 from comemo.safety.regular import check_regular
 from comemo.safety.settings import shorten
-from comemo.train import flags, rules
-from comemo.train.flag_meanings import Given
-from comemo.train.rules import shown
+from comemo.train.config import flags, rules
+from comemo.train.config.flag_meanings import Given
+from comemo.train.config.rules import shown
 from comemo.train.settings import StageSettings, TrainSettings
 
 Name = tuple[str, ...]  # full name of a setting, as parts

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from comemo.conditional_generation import CoMemoForConditionalGeneration
-from comemo.train.freezing import is_adapter
+from comemo.train.models.freezing import is_adapter
 from comemo.train.settings import LoraSettings
 
 PREFIX = "base_model.model."  # of names in peft's files

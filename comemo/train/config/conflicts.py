@@ -7,7 +7,7 @@ from typing import Any
 from comemo.config import CHOICES, CoMemoConfig
 from comemo.safety import settings as checks
 from comemo.safety.settings import shorten
-from comemo.train.rules import anything, suggest
+from comemo.train.config.rules import anything, suggest
 from comemo.train.settings import DataSettings, StageSettings, TrainSettings
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][\w-]*")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from comemo.config import MixinConfig
 from comemo.safety.regular import read_json
 from comemo.safety.settings import shorten
-from comemo.train.rules import shown
+from comemo.train.config.rules import shown
 
 Path = tuple[str, ...]
 

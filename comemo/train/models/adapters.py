@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.safety.regular import check_checkpoint, read_json
-from comemo.train.adapter_layers import (
+from comemo.train.models.adapter_layers import (
     PARTS,
     PREFIX,
     adapted_layers,
@@ -30,7 +30,7 @@ from comemo.train.adapter_layers import (
     remove_adapters,
     replace_layer,
 )
-from comemo.train.freezing import is_adapter
+from comemo.train.models.freezing import is_adapter
 from comemo.train.settings import LoraSettings
 
 CONFIG, ADAPTER, TRAINED = "adapter_config.json", "adapter_model.safetensors", "trained.safetensors"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from comemo.checkpoint import from_published
 from comemo.config import CoMemoConfig
-from comemo.train.parts import Weight
+from comemo.train.models.parts import Weight
 
 DTYPES = ("F16", "BF16", "F32", "F64")  # of safetensors
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from comemo.train import rules
-from comemo.train.conflicts import conflicts
-from comemo.train.flag_meanings import Given
-from comemo.train.layers import (
+from comemo.train.config import rules
+from comemo.train.config.conflicts import conflicts
+from comemo.train.config.flag_meanings import Given
+from comemo.train.config.layers import (
     Layer,
     Name,
     collecting,
@@ -21,7 +21,7 @@ from comemo.train.layers import (
     read_words,
     require,
 )
-from comemo.train.presets import STAGES, preset_values
+from comemo.train.config.presets import STAGES, preset_values
 from comemo.train.settings import AnswerSettings, StageSettings, TrainSettings
 
 # What may change between the parts of a resumed run: it has no effect on what is computed.

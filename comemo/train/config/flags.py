@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from comemo.safety.settings import shorten
-from comemo.train.flag_meanings import (
+from comemo.train.config.flag_meanings import (
     Given,
     Meaning,
     Path,
@@ -27,7 +27,7 @@ from comemo.train.flag_meanings import (
     switch,
     unused,
 )
-from comemo.train.rules import shown
+from comemo.train.config.rules import shown
 
 
 def _read_train(freeze: Mapping[str, bool]) -> tuple[str, ...]:
