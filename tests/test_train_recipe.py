@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from packs import make_trainer
 from safetensors.torch import load_file
+from small import make_model
 from train_runs import STAGES, make_start, settings_of
 
 from comemo import CoMemoForConditionalGeneration, CoMemoProcessor
@@ -20,6 +22,7 @@ from comemo.chat.session import ChatSession
 from comemo.train import checkpoints
 from comemo.train.checkpoints import NotWritten
 from comemo.train.config import write_settings
+from comemo.train.models.of_stages import narrow_frozen
 from comemo.train.recipe import check, train
 
 pytest.importorskip("accelerate")
@@ -186,6 +189,30 @@ def test_all_options_together(start, tmp_path, caplog):
     assert {json.loads(line)["step"] for line in answers} >= {2, counted.steps}
     assert list((tmp_path / "run" / "tensorboard" / "pretrain").glob("events*"))
     assert {weight.dtype for weight in weights(model).values()} == {torch.bfloat16}
+
+
+def test_frozen_weights_in_bfloat16_change_nothing(tmp_path):
+    found = []
+    for narrow in (False, True):
+        model = make_model().cpu().requires_grad_(False)
+        for name, weight in model.named_parameters():
+            if name != "lm_head.weight":  # which rounding would change
+                weight.data = weight.data.bfloat16().float()
+            weight.requires_grad_(".mixin." in name or "projector" in name)
+        if narrow:
+            narrow_frozen(model)
+        trainer, reports = make_trainer(tmp_path, model=model, save_strategy="no", bf16=True)
+        trainer.train()
+        found.append([(report.loss, report.grad_norm) for report in reports])
+    assert found[0] == found[1]
+    dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
+    layer = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert dtypes.pop(layer) == torch.bfloat16
+    assert dtypes["lm_head.weight"] == torch.float32
+    assert dtypes["model.language_model.embed_tokens.weight"] == torch.float32
+    assert all(
+        d == torch.float32 for n, d in dtypes.items() if model.get_parameter(n).requires_grad
+    )
 
 
 def test_a_spoiled_checkpoint_is_told_and_the_one_before_is_taken(start, tmp_path, uninterrupted):

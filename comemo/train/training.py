@@ -35,7 +35,7 @@ def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None]) 
         OSError: the last checkpoint could not be written.
     """
     own, data = stage.settings, stage.run.data
-    model, processor = trainable_model(stage)
+    model, processor = trainable_model(stage, stage.precision(device))
     streams = list(range(ranks.rank(), own.packs_per_step, ranks.world_size()))
     tokenizer, config = processor.tokenizer, model.config
     common: dict[str, Any] = {"seed": stage.seed, "cache": stage.index}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.processor import CoMemoProcessor
@@ -16,11 +17,14 @@ from comemo.train.stage import Stage
 ADAPTER = "adapter"  # folder in a checkpoint of a stage with adapters
 
 
-def trainable_model(stage: Stage) -> tuple[CoMemoForConditionalGeneration, CoMemoProcessor]:
-    """The model that a stage trains, at its checkpoint or at its beginning, in float32.
+def trainable_model(
+    stage: Stage, precision: str
+) -> tuple[CoMemoForConditionalGeneration, CoMemoProcessor]:
+    """The model that a stage trains, at its checkpoint or at its beginning.
 
     Args:
         stage: whose earlier stages are finished.
+        precision: "float32" or "bfloat16", what it will be computed in; see `narrow_frozen`.
 
     Raises:
         ValueError, OSError: see `start_model`, `load_adapters`, `choose_trainable`.
@@ -36,7 +40,25 @@ def trainable_model(stage: Stage) -> tuple[CoMemoForConditionalGeneration, CoMem
             load_adapters(model, checkpoint / ADAPTER)
     choose_trainable(model, own)
     set_drop_path(model, own.drop_path)
+    if precision == "bfloat16":
+        narrow_frozen(model)
     return model, processor
+
+
+@torch.no_grad()
+def narrow_frozen(model: nn.Module) -> None:
+    """Keep frozen weights of linear layers in bfloat16, where that loses nothing.
+
+    Autocast rounds them to it in any case, for each use: the same numbers come out, from half the
+    memory. Trained weights stay in float32, and so do embeddings and norms, which autocast leaves.
+    """
+    for module in model.modules():
+        if type(module) is not nn.Linear:
+            continue
+        for parameter in module.parameters(recurse=False):
+            narrow = parameter.data.to(torch.bfloat16)
+            if not parameter.requires_grad and torch.equal(narrow.to(parameter.dtype), parameter):
+                parameter.data = narrow
 
 
 def save_stage(
