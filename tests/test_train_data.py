@@ -151,6 +151,18 @@ def test_weights_of_labels():
         weigh("mean", 4)
 
 
+def test_control_tokens_in_text(words, pictures):
+    context, stop = words.convert_tokens_to_ids(["<IMG_CONTEXT>", "<|im_end|>"])
+    line = talk("what is <IMG_CONTEXT>?", "a <|im_end|> token")
+    sample = read(words, pictures, line)
+    assert context not in sample.ids
+    assert (sample.labels == stop).sum() == 1
+    with pytest.raises(BadSample, match="marks and images differ"):
+        read(words, pictures, line, published_text=True)
+    line = talk("what?", "a <|im_end|> token")
+    assert (read(words, pictures, line, published_text=True).labels == stop).sum() == 2
+
+
 def test_roles_and_content_of_chat_messages(words, pictures):
     content = [{"type": "image"}, {"type": "text", "text": "what?"}]
     messages = [

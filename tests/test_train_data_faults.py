@@ -1,5 +1,6 @@
 """Everything a line of training data can do wrong: named, counted, and no crash."""
 
+import errno
 import json
 import os
 
@@ -146,6 +147,21 @@ def test_bad_lines_are_counted_by_the_loader(words, damaged):
     for text, number in zip(places, numbers, strict=True):
         assert text.startswith(f"{path}:{number}: ")
         assert loader.faults.examples["bad"][kinds[number - 2]].count(text) == 1
+
+
+def test_a_failing_machine_is_no_bad_sample(words, pictures, monkeypatch):
+    """Else a run with too many open files would skip all its data."""
+    path = write_lines(pictures / "a.jsonl", [talk("what?", "a", image="w.png")] * 2)
+    film = write_lines(pictures / "b.jsonl", [talk("what?", "a", video=["w.png"])] * 2)
+
+    def fail(*_, **__):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("comemo.train.data.samples.open_image", fail)
+    monkeypatch.setattr("comemo.train.data.frames.open_image", fail)
+    for file in (path, film):
+        with pytest.raises(RuntimeError, match=r"\.jsonl:1: (.|\n)*Too many open files"):
+            list(loader_of(words, settings_for("", eval=file), held_out=True))
 
 
 def test_files_of_another_kind_do_not_block(words, tmp_path):

@@ -219,7 +219,11 @@ def test_arguments_that_cannot_be_used(words, tmp_path, more, message):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("train", 3),
+        ("eval", 3),
+        ("root", 3),
         ("too_long", "drop"),
+        ("max_dynamic_patch", 1025),
         ("bad_data", None),
         ("loss_weight", "sum"),
         ("max_tokens", 0),
@@ -238,6 +242,7 @@ def test_arguments_that_cannot_be_used(words, tmp_path, more, message):
     ],
 )
 def test_settings_that_cannot_be_used(words, tmp_path, name, value):
-    settings = settings_for(write_meta(tmp_path, {"a": 8}), **{name: value})
+    settings = settings_for(write_meta(tmp_path, {"a": 8}))
+    setattr(settings, name, value)
     with pytest.raises(ValueError, match=f"data: .*{name}"):
         loader_of(words, settings)

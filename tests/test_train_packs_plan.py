@@ -84,6 +84,21 @@ def test_a_plan_is_what_is_read(words, mixed, workers, epochs, mixing, restart):
     assert found.faults.total == 2
 
 
+def test_a_video_may_be_bad_at_times(words, tmp_path):
+    """With many frames it has more tiles than a pack holds."""
+    picture = write_picture(tmp_path / "w.png", 56, 56)
+    films = [talk(f"what {j}?", "a film", video=[picture] * 9) for j in range(12)]
+    path = write_lines(tmp_path / "a.jsonl", films)
+    settings = settings_for(path, min_frames=2, max_frames=9, max_tiles=5)
+    found = plan(settings, words, small_config(), total=1, seed=1, epochs=2)
+    loader = loader_of(words, settings, epochs=2)
+    batches = list(itertools.takewhile(lambda batch: batch["samples"], loader))
+    assert sum(found.packs[0]) == len(batches)
+    assert found.samples == sum(len(batch["samples"]) for batch in batches)
+    assert 24 - found.samples == loader.faults.counts["a"]["larger than a pack"] > 4
+    assert found.samples > 4
+
+
 def test_plans_that_cannot_be_made(words, tmp_path):
     meta = write_meta(tmp_path, {"a": 3, "b": 2})
     write_lines(tmp_path / "b.jsonl", [b"{", b"["])

@@ -188,6 +188,9 @@ def test_states_that_do_not_fit(words, tmp_path):
     for wrong in (None, {}, {"streams": 3}):
         with pytest.raises(ValueError, match="a state of a loader"):
             loader_of(words, settings, [0], 2).load_state_dict(wrong)
+    broken = {**state, "streams": {"0": {"epoch": 0}}}
+    with pytest.raises(ValueError, match=r"a state of stream \[0\], got \['0'\]"):
+        loader_of(words, settings, [0], 2).load_state_dict(broken)
     with pytest.raises(ValueError, match=r"a state of stream \[1\], got \['0'\]"):
         loader_of(words, settings, [0, 1], 2).load_state_dict(state)
     for key, other in {

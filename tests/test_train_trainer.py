@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import SLOW
 from packs import make_pack, make_trainer
-from PIL import Image
 from small import make_model
 from torch import nn
 from transformers import TrainerCallback
 
-from comemo import CoMemoForConditionalGeneration, images
+from comemo import CoMemoForConditionalGeneration
+from comemo.images import normalise_pixels
 from comemo.train.steps import sample_sums
-from comemo.train.trainer import normalise_on_device, seed_of
+from comemo.train.trainer import seed_of
 
 pytest.importorskip("accelerate")
 pytestmark = [
@@ -45,7 +45,7 @@ def test_a_step_is_the_weighted_mean_over_all_its_packs(tmp_path):
     for pack in packs:
         inputs = {k: v for k, v in pack.items() if k not in ("samples", "loss_weights", "labels")}
         if "pixel_values" in inputs:
-            inputs["pixel_values"] = normalise_on_device(inputs["pixel_values"])
+            inputs["pixel_values"] = normalise_pixels(inputs["pixel_values"])
         logits = model(**inputs).logits[0, :-1].log_softmax(-1)
         labels, weights = pack["labels"][0, 1:], pack["loss_weights"][0, 1:]
         losses = -logits.gather(1, labels.clamp(min=0)[:, None])[:, 0] * weights
@@ -207,7 +207,7 @@ def test_held_out_loss(tmp_path, every):
         for pack in held_out():
             pack.pop("samples")
             if "pixel_values" in pack:
-                pack["pixel_values"] = normalise_on_device(pack["pixel_values"])
+                pack["pixel_values"] = normalise_pixels(pack["pixel_values"])
             weight = pack["loss_weights"][:, 1:].sum().item()
             lost += trainer.model.eval()(**pack).loss.item() * weight
             total += weight
@@ -226,10 +226,3 @@ def test_sums_over_samples():
     bounds = [0, 4, 4, 9]
     wanted = [values[0, :4].sum().item(), 0.0, values[0, 4:].sum().item()]
     assert sample_sums(values, bounds).tolist() == pytest.approx(wanted)
-
-
-def test_pixels_on_the_device_are_those_of_the_processor():
-    draw = np.random.default_rng(0)
-    tiles = [Image.fromarray(draw.integers(0, 256, (28, 28, 3), dtype=np.uint8)) for _ in range(3)]
-    bytes_ = torch.stack([torch.from_numpy(np.array(tile)).permute(2, 0, 1) for tile in tiles])
-    assert torch.equal(normalise_on_device(bytes_), images.normalise(tiles))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from comemo.images import IMAGENET_MEAN, IMAGENET_STD
+from comemo.images import normalise_pixels
 from comemo.train import ranks
 from comemo.train.checkpoints import NotWritten, write_checkpoint
 from comemo.train.sharding import shard, whole_state
@@ -129,8 +129,8 @@ class RecipeTrainer(Trainer):
         inputs = {name: value for name, value in inputs.items() if name not in _PRIVATE}
         inputs["cu_seqlens"] = inputs["cu_seqlens"].tolist()  # read on the CPU, without a sync
         inputs = super()._prepare_inputs(inputs)
-        if tiles is not None and tiles.dtype == torch.uint8:
-            inputs["pixel_values"] = normalise_on_device(inputs["pixel_values"])
+        if tiles is not None:
+            inputs["pixel_values"] = normalise_pixels(inputs["pixel_values"])
         return inputs
 
     # --- what is computed ---
@@ -307,12 +307,3 @@ def seed_of(seed: int, step: int, stream: int) -> int:
     """The seed of the random numbers of one micro-batch."""
     digest = hashlib.blake2b(f"{seed} {step} {stream}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
-
-
-def normalise_on_device(tiles: Tensor) -> Tensor:
-    """Tiles uint8 [T, 3, side, side] as float32 pixels, equal to `comemo.images.normalise`."""
-    mean, std = (
-        torch.tensor(values, device=tiles.device).view(3, 1, 1)
-        for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    return tiles.float().div_(255).sub_(mean).div_(std)

@@ -28,6 +28,10 @@ def check_data(settings: DataSettings) -> None:
     Raises:
         ValueError: names the setting, what it must be, and what it is.
     """
+    for name in ("train", "eval", "root"):
+        value = getattr(settings, name)
+        if not isinstance(value, str) and (value is not None or name == "train"):
+            raise ValueError(f"data: {name} must be a path, got {value!r:.60}")
     for name, allowed in _CHOICES.items():
         if (value := getattr(settings, name)) not in allowed:
             raise ValueError(f"data: {name} must be one of {list(allowed)}, got {value!r}")

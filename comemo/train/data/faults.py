@@ -1,5 +1,6 @@
 """What is wrong with samples: named, counted, told a few times."""
 
+import errno
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,17 @@ logger = logging.getLogger(__name__)
 
 TOLD = 20  # of a kind
 EXAMPLES = 3  # of a kind in a dataset
+
+# errors of the machine, not of a file: every sample would seem bad
+_MACHINE = (
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
 
 Place = tuple[str, str, int]  # dataset, file, number of the line from 1
 
@@ -18,7 +30,10 @@ class BadSample(Exception):
     Attributes:
         kind: one of a few words for the sort of fault, by which faults are counted.
         message: what was wanted and what was found.
+        varies: whether another reading of the line may be good, as of a video.
     """
+
+    varies = False
 
     def __init__(self, kind: str, message: str):
         super().__init__(kind, message)
@@ -26,6 +41,13 @@ class BadSample(Exception):
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.message}"
+
+
+def is_of_machine(error: BaseException | None) -> bool:
+    """Whether an error says nothing about the sample that was read."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, OSError) and error.errno in _MACHINE
+    )
 
 
 @dataclass

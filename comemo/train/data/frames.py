@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 
 from comemo.images import open_image
 from comemo.safety.regular import check_regular
-from comemo.train.data.faults import BadSample
+from comemo.train.data.faults import BadSample, is_of_machine
 
 KIND = "video unreadable"
 
@@ -139,7 +139,9 @@ class _readable:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, (BadSample, MemoryError)):
+        if isinstance(error, BadSample) or is_of_machine(error):
+            return
+        if isinstance(error, Exception):
             got = f"{self.path!r}: {type(error).__name__}: {error}"
             raise BadSample(KIND, f"wanted a video, got {got}") from error
 

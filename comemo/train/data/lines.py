@@ -38,7 +38,7 @@ class Lines:
         self._stored: Path | None = None
         if cache is not None:
             name = f"{os.path.realpath(path)}\0{self._stamp}".encode("utf-8", "surrogateescape")
-            self._stored = cache / f"lines-{hashlib.sha256(name).hexdigest()[:32]}.npy"
+            self._stored = Path(cache) / f"lines-{hashlib.sha256(name).hexdigest()[:32]}.npy"
         self._index = self._load() if self._stored else None
         if self._index is None:
             self._index = _find_lines(path)

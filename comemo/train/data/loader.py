@@ -187,7 +187,12 @@ class PackLoader:
         streams = state.get("streams") if isinstance(state, dict) else None
         if not isinstance(streams, dict) or "data" not in state:
             raise ValueError(f"load_state_dict: wanted a state of a loader, got {state!r:.60}")
-        missing = [number for number in self._by_number if str(number) not in streams]
+        keys = next(iter(self._states.values())).keys()
+        missing = [
+            number
+            for number in self._by_number
+            if not isinstance(found := streams.get(str(number)), dict) or found.keys() != keys
+        ]
         if missing:
             got = sorted(streams)
             raise ValueError(f"load_state_dict: wanted a state of stream {missing}, got {got}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comemo.images import MAX_TILES
 from comemo.safety.regular import check_regular, read_json
 from comemo.train.data.faults import logger
 
@@ -109,9 +110,9 @@ def _read_entry(path: str, folder: Path, name: str, entry: Any) -> Collection:
     repeat = entry.get("repeat_time", 1)
     if not 0 < repeat < 1e6:
         raise ValueError(f"{where}: repeat_time must be above 0, got {repeat!r}")
-    for key in ("length", "max_dynamic_patch"):
-        if entry.get(key, 1) < 1:
-            raise ValueError(f"{where}: {key} must be at least 1, got {entry[key]!r}")
+    for key, most in (("length", 2**63), ("max_dynamic_patch", MAX_TILES)):
+        if not 1 <= entry.get(key, 1) <= most:
+            raise ValueError(f"{where}: {key} must be from 1 to {most}, got {entry[key]!r}")
     annotation = _from_meta(folder, entry["annotation"])
     root = _from_meta(folder, entry["root"]) if entry["root"] else str(folder)
     _check_file(f"{where}: annotation", annotation)

@@ -48,8 +48,7 @@ class Plan:
         filled: share of the packs' `max_tokens` that tokens take.
         padding: share of tokens that are padding, always 0.
         datasets: by name.
-        faults: bad lines, each counted once; those of videos that only some readings find are not
-            among them.
+        faults: bad lines, each counted once, as found by one reading.
     """
 
     packs: list[list[int]]
@@ -136,10 +135,11 @@ def _measure(
         if result.error is not None:
             raise RuntimeError(f"data: {reads.describe(result)}")
         if result.fault is not None:
-            if settings.bad_data == "stop":
+            if settings.bad_data == "stop" and not result.varies:
                 raise ValueError(f"data: {reads.describe(result)}")
             faults.add(result.place, *result.fault)
-        sizes[result.request.dataset].append(result.size)
+        again = Size(0, 0, 0, varies=True) if result.varies else None
+        sizes[result.request.dataset].append(result.size or again)
     for collection, found in zip(reads.collections, sizes, strict=True):
         if found and not any(found):
             raise ValueError(

@@ -34,6 +34,7 @@ class Result:
         sample: None if it is bad, or the reading failed.
         size: instead of the sample, of `Reads` that only measure.
         fault: kind and message of a bad sample.
+        varies: whether another reading of the line may be good.
         error: what went wrong in reading, with its trace; not the sample's fault.
     """
 
@@ -42,6 +43,7 @@ class Result:
     sample: Sample | None = None
     size: Size | None = None
     fault: tuple[str, str] | None = None
+    varies: bool = False
     error: str | None = None
 
 
@@ -84,7 +86,7 @@ class Reads(Dataset):
                 augment = collection.augment and not self.held_out
                 result.sample = self.reader.read(collection, lines.read(line), rng, augment)
         except BadSample as fault:
-            result.fault = (fault.kind, fault.message)
+            result.fault, result.varies = (fault.kind, fault.message), fault.varies
         except Exception:
             result.error = traceback.format_exc()
         return result

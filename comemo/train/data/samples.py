@@ -12,10 +12,18 @@ from transformers import PreTrainedTokenizerBase
 
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
-from comemo.images import Grid, choose_grid, open_image, read_size, split_tiles, stack_tiles
+from comemo.images import (
+    MAX_TILES,
+    Grid,
+    choose_grid,
+    open_image,
+    read_size,
+    split_tiles,
+    stack_tiles,
+)
 from comemo.prompts import IMAGE_MARK
 from comemo.train.data.encode import PromptEncoder
-from comemo.train.data.faults import BadSample
+from comemo.train.data.faults import BadSample, is_of_machine
 from comemo.train.data.frames import Video, choose_frames
 from comemo.train.data.meta import Collection
 from comemo.train.data.turns import Talk, read_talk, with_frames
@@ -91,6 +99,10 @@ class SampleReader:
         self.most = settings.max_dynamic_patch or config.max_dynamic_patch
         self.fewest = settings.min_dynamic_patch or config.min_dynamic_patch
         self.tiled = config.dynamic_image_size
+        if self.most > MAX_TILES:
+            raise ValueError(
+                f"data: max_dynamic_patch must be at most {MAX_TILES}, got {self.most}"
+            )
 
     def read(
         self,
@@ -160,7 +172,11 @@ class SampleReader:
                 with _image_errors(path):
                     size = read_size(path, published=self.settings.published_pixels)
                 grids.append(choose_grid(*size, *self._limits(collection, talk), self.input_size))
-        ids, learnt, grids = self._compose(talk, grids)
+        try:
+            ids, learnt, grids = self._compose(talk, grids)
+        except BadSample as fault:
+            fault.varies = video is not None
+            raise
         tiles = sum(map(self._tiles_of, grids))
         return Size(len(ids), tiles, int(learnt.sum()), video is not None)
 
@@ -305,6 +321,8 @@ class _image_errors:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if is_of_machine(error):
+            return
         if isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise BadSample("image missing", f"there is no {self.path!r}") from None
         if isinstance(error, (ValueError, OSError)):
