@@ -29,6 +29,7 @@ TUNED = ("decode_1", "prefill_8k_3k", "prefill_8k_13k", "decode_8", "few_500_13k
 TRAINED = ("16k_1_many", "16k_8_many", "16k_64_one", "4k_8_one")
 CHAT = ("chat", "--dtype", "bfloat16", "--tokens", "32")
 DROPIN = ("internvl", "mllama")  # open_flamingo only where it is installed
+RECIPE = ("--ways", "ours", "published")
 STAGES: dict[str, tuple[float, list[str]]] = {  # name -> seconds, arguments of `python -m bench`
     "compile": (34, []),
     "attend": (38, ["attend", "--few-compiled"]),
@@ -47,6 +48,7 @@ STAGES: dict[str, tuple[float, list[str]]] = {  # name -> seconds, arguments of 
     "chat": (22, [*CHAT, "--ways", "ours", "eager, memory kept", "published"]),
     "dropin": (14, ["dropin", "--models", "published"]),
     "dropin others": (10, ["dropin", "--models", *DROPIN, "--layers", "10", "--tokens", "16"]),
+    "recipe": (24, ["recipe", "--stages", "finetune", "--steps", "2", *RECIPE]),
     "vision": (6, ["vision"]),
     "positions": (4, ["positions"]),
     # Last, with the remaining time: most of it is compilation.

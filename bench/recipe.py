@@ -1,9 +1,9 @@
 """A whole step of the training recipe: forward, backward, clipping and AdamW, of one full pack.
 
-Random weights in float32, computed in bfloat16 (autocast) on a GPU; decoder layers are computed
-again in the backward pass. Stages: `pretrain` trains the projector and the mixin layers, `finetune`
-everything. Ways: `ours`; `ours, whole logits`, with the logits of all tokens in memory;
-`published`, its forward and loss with attention sample by sample.
+Random weights in float32, computed in bfloat16 (autocast) on a GPU; ours keeps frozen ones in
+bfloat16. Layers are computed again in the backward pass. Stages: `pretrain` trains the projector
+and the mixin layers, `finetune` everything. Ways: `ours`; `ours, whole logits`, with the logits of
+all tokens in memory; `published`, its forward and loss with attention sample by sample.
 
 `peak_gib` is the peak of the GPU in a row, or on a CPU that of the process so far: the way that
 should need least runs first. `labels` are tokens with a loss. `loss` is compared first: a way whose
@@ -29,6 +29,7 @@ from comemo.checkpoint import conversions
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig
 from comemo.packing import prompt_positions
+from comemo.train.models.of_stages import narrow_frozen
 
 STAGES = ("pretrain", "finetune")
 WAYS = ("ours", "ours, whole logits", "published")
@@ -84,7 +85,11 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for stage in options.stages:
             gc.collect()
             peak.reset()
-            row = _row(config, batch, stage, way, options, wanted.get(stage))
+            try:
+                row = _row(config, batch, stage, way, options, wanted.get(stage))
+            except torch.OutOfMemoryError:  # of a GPU; what does not fit is a result
+                print(f"{stage}, {way} is not timed: out of memory at {measure.peak_gib():.1f} GiB")
+                continue
             wanted.setdefault(stage, row["loss"])
             yield row
 
@@ -99,6 +104,8 @@ def _row(
 ) -> dict[str, Any]:
     model, loss_of = _make(config, batch, way)
     _freeze(model, stage)
+    if way != "published" and options.dtype == "bfloat16":
+        narrow_frozen(model)
     model.train()
     if way == "published":
         model.language_model.model.gradient_checkpointing = True
@@ -162,6 +169,7 @@ def _make(
         for name, parameter in model.named_parameters():
             if name.endswith("_gate"):
                 parameter.fill_(0.5)
+            parameter.copy_(parameter.bfloat16())  # as in published checkpoints
     bounds = torch.tensor(batch["cu_seqlens"])
     image = batch["input_ids"] == IMAGE_ID
     ids = prompt_positions(
