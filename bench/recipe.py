@@ -151,7 +151,8 @@ def _row(
 
 
 def _config(size: str, layers: int) -> CoMemoConfig:
-    base = CoMemoConfig().to_dict() | {"text_config": None}  # it is made from llm_config
+    # What is None is made from the parts.
+    base = CoMemoConfig().to_dict() | {"text_config": None, "force_image_size": None}
     parts = {part: base[part] | values for part, values in (SIZES | {"tiny": TINY})[size].items()}
     if layers:
         parts["llm_config"]["num_hidden_layers"] = layers
