@@ -99,6 +99,14 @@ def _run(stage: Stage, device: torch.device, say: Tell) -> None:
             return
         say(f"stage {stage.name}: goes on after step {done:,} of {stage.steps:,}")
     stage.checkpoint = train_stage(stage, device, say)
+    _free()
+
+
+def _free() -> None:
+    """Free a stage's model and optimizer, which are in cycles of objects, for the next stage."""
+    from accelerate.utils.memory import clear_device_cache
+
+    clear_device_cache(garbage_collection=True)
 
 
 def _find(folder: Path) -> tuple[Path | None, list[str]]:

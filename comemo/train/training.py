@@ -9,7 +9,6 @@ import torch
 from transformers import TrainingArguments
 
 from comemo.train import ranks
-from comemo.train.checkpoints import find_checkpoint
 from comemo.train.data.loader import make_loader
 from comemo.train.models.of_stages import save_stage, trainable_model
 from comemo.train.monitor import make_callbacks, make_watch
@@ -55,9 +54,16 @@ def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None]) 
             data, tokenizer, config, streams=[rank], total=ranks_, held_out=True, **common
         )
 
+    arguments = make_arguments(stage, device)
+    if arguments.n_gpu > 1:
+        say(
+            f"{arguments.n_gpu} GPUs are visible and one is used; for all of them:"
+            f" torchrun --nproc-per-node {arguments.n_gpu} -m comemo train ..."
+        )
+        arguments._n_gpu = 1  # otherwise Trainer would copy the model in every step (DataParallel)
     trainer = RecipeTrainer(
         model,
-        make_arguments(stage, device),
+        arguments,
         loader=loader,
         streams=streams,
         save=lambda folder: save_stage(stage, model, processor, folder),
@@ -82,8 +88,7 @@ def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None]) 
         loader.close()
     if trainer.not_written is not None:
         raise OSError(f"{trainer.not_written}: make room and run the same command again")
-    last, _ = ranks.from_first(find_checkpoint(stage.folder) if ranks.is_first() else None)
-    return last
+    return stage.folder / f"checkpoint-{stage.steps}"
 
 
 def make_arguments(stage: Stage, device: torch.device) -> TrainingArguments:
@@ -96,7 +101,7 @@ def make_arguments(stage: Stage, device: torch.device) -> TrainingArguments:
     own = stage.settings
     first, second = own.betas
     warmup = math.ceil(own.warmup * stage.steps) if own.warmup < 1 else int(own.warmup)
-    arguments = TrainingArguments(
+    return TrainingArguments(
         str(stage.folder),
         max_steps=stage.steps,
         per_device_train_batch_size=1,  # a pack
@@ -125,6 +130,3 @@ def make_arguments(stage: Stage, device: torch.device) -> TrainingArguments:
         report_to=[],
         disable_tqdm=True,
     )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # otherwise Trainer would copy the model in every step (DataParallel)
-    return arguments
