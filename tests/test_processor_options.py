@@ -241,8 +241,11 @@ def test_padding_and_truncation_with_another_tokenizer(small, wide, checkpoint, 
     assert not set(ids.tolist()) & set(tokenizer.convert_tokens_to_ids(names))
     processor.save_pretrained(tmp_path)
     shutil.copy(checkpoint / "config.json", tmp_path)
-    with pytest.raises(ValueError, match="must name InternLM2Tokenizer or no class, got"):
-        CoMemoProcessor.from_pretrained(tmp_path)
+    loaded = CoMemoProcessor.from_pretrained(tmp_path)
+    for one in ("a", f"{MARK}abcdef"):
+        given = {"images": wide, "max_num": 1} if MARK in one else {}
+        wanted, found = (p(text=one, **given)["input_ids"].tolist() for p in (processor, loaded))
+        assert found == wanted
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     again = CoMemoProcessor.from_pretrained(tmp_path, tokenizer=tokenizer)
     assert again.tokenizer is tokenizer

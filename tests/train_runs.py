@@ -3,8 +3,10 @@
 import json
 
 from PIL import Image
+from small import make_model
 
 from comemo.cli.tiny_checkpoint import make_checkpoint
+from comemo.tokenizer import InternLM2Tokenizer
 from comemo.train.settings import (
     DataSettings,
     LoraSettings,
@@ -35,8 +37,10 @@ def write_data(folder):
 
 
 def make_start(folder):
-    """A tiny checkpoint, and data beside it."""
+    """A checkpoint of `small.make_model` with a tokenizer, and data beside it."""
     make_checkpoint(folder / "tiny")
+    words = len(InternLM2Tokenizer.from_pretrained(folder / "tiny"))
+    make_model(vocab_size=words).cpu().save_pretrained(folder / "tiny")
     write_data(folder)
 
 
@@ -56,9 +60,7 @@ def settings_of(folder, output, run=("pretrain",), lora=None, **stage):
         stages[run[-1]].lora = LoraSettings(**lora)
     return TrainSettings(
         output=str(output),
-        start=StartSettings(
-            checkpoint=str(folder / "tiny"), model={"force_image_size": 112, "tile_order": "row"}
-        ),
+        start=StartSettings(checkpoint=str(folder / "tiny"), model={"decode_positions": "raw"}),
         data=DataSettings(
             train=str(folder / "data.jsonl"),
             max_tokens=256,
