@@ -254,6 +254,16 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(start, tmp_path):
     assert not (tmp_path / "run" / "model").exists()
 
 
+def test_further_stages_are_added_to_a_finished_run(start, tmp_path):
+    first = train(settings_of(start, tmp_path / "run", STAGES[:1], steps=1), [].append)
+    before = weights(first)
+    model = train(settings_of(start, tmp_path / "run", STAGES[:2], steps=1), [].append)
+    assert changed(before, weights(model))
+    last = tmp_path / "run" / STAGES[1] / "checkpoint-1"
+    assert not changed(weights(last), weights(model))
+    assert json.loads((model / "training.json").read_text()) == {"stage": STAGES[1], "steps": 1}
+
+
 def test_what_is_refused(start, tmp_path):
     settings = settings_of(start, tmp_path / "run", steps=1)
     (tmp_path / "run").mkdir()
@@ -264,6 +274,9 @@ def test_what_is_refused(start, tmp_path):
     other = settings_of(start, tmp_path / "run", steps=1, learning_rate=2e-3)
     with pytest.raises(ValueError, match=r"other settings: .*learning_rate.*0.001.*0.002"):
         train(other)
+    settings.run = ("nothing",)
+    with pytest.raises(ValueError, match=r"run must name stages of pretrain, got \['nothing'\]"):
+        train(settings)
     nowhere = settings_of(start, "", steps=1)
     with pytest.raises(ValueError, match="output must be the folder of the run"):
         train(nowhere)

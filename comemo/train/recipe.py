@@ -1,8 +1,10 @@
 """The recipe: the stages of a run one after the other, from where an earlier call stopped."""
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,7 +23,9 @@ from comemo.train.training import train_stage
 
 SETTINGS = "settings.yaml"  # of a run, in its folder
 MODEL = "model"  # the trained model, in its folder
+ORIGIN = "training.json"  # in the trained model: the stage that it comes from
 LOCK = ".lock"
+TIMEOUT = timedelta(hours=2)  # ranks wait while the first counts what it will read, or writes
 
 Tell = Callable[[str], None]
 
@@ -55,8 +59,7 @@ def train(settings: TrainSettings, tell: Tell = print) -> Path:
             _run(stage, device, say)
             finished.append(stage)
         target = output / MODEL
-        if not ranks.on_first(target.exists):
-            ranks.on_first(lambda: _export(finished[-1], device, target))
+        ranks.on_first(lambda: _export(finished[-1], device, target))
     return target
 
 
@@ -120,10 +123,20 @@ def _find(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def _export(stage: Stage, device: torch.device, target: Path) -> None:
+    """Write the model after the last stage, if it is not there yet."""
+    origin = json.dumps({"stage": stage.name, "steps": stage.steps})
+    note = target / ORIGIN
+    if note.is_file() and note.read_text(encoding="utf-8") == origin:
+        return
     model, processor = trained_by(stage)
     if stage.precision(device) == "bfloat16":
         model = model.to(torch.bfloat16)
-    write_folder(target, lambda folder: save_model(model, processor, folder))
+
+    def fill(folder: Path) -> None:
+        save_model(model, processor, folder)
+        (folder / ORIGIN).write_text(origin, encoding="utf-8")
+
+    write_folder(target, fill)
 
 
 def _count_steps(stage: Stage) -> int:
@@ -151,9 +164,12 @@ def _join(settings: TrainSettings) -> torch.device:
 
     if not settings.output:
         raise ValueError("train: output must be the folder of the run, got ''")
+    if not settings.run or not set(settings.run) <= settings.stages.keys():
+        names = ", ".join(settings.stages) or "none"
+        raise ValueError(f"train: run must name stages of {names}, got {list(settings.run)}")
     device = parse_device(None if settings.device == "auto" else settings.device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        device = PartialState(cpu=device.type == "cpu").device
+        device = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT).device
     for name in settings.run:
         packs = settings.stages[name].packs_per_step
         if packs % ranks.world_size():
