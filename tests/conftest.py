@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import gc
 import importlib.util
 import itertools
 import os
@@ -54,6 +55,7 @@ settings.register_profile("all", PROFILE, max_examples=100)
 
 
 SLOW = () if GPU else pytest.mark.slow  # for tests that are fast on a GPU
+SLOW_ON_CPU = (lambda test: test) if GPU else pytest.mark.slow  # the same as a decorator
 # For tests that draw shapes: bfloat16 and float32 are part of every run.
 WITHOUT_HALF = [
     pytest.param(dtype, marks=SLOW if dtype == torch.float16 and len(DTYPES) > 2 else ())
@@ -240,6 +242,14 @@ def made_up_limits(monkeypatch):
     monkeypatch.setattr(measure, "copy_bandwidth", lambda device: COPY)
     monkeypatch.setattr(measure, "gemm_rate", lambda *_: GEMM)
     monkeypatch.setattr(measure, "cache_bytes", lambda device: 1)
+
+
+@pytest.fixture(scope="module")
+def small_heap():
+    """Garbage collections pass over what earlier tests left: each takes a second otherwise."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

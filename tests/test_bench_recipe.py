@@ -9,7 +9,7 @@ from bench.recipe_batch import draw_batch, tiles_of_samples
 from comemo import CoMemoConfig
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "small_heap"),
     pytest.mark.no_virtual_gpu("the benchmark puts models where they are timed"),
 ]
 
@@ -37,8 +37,16 @@ def test_a_pack_is_full(tokens, tiles, samples):
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(recipe, "IMAGE_ID", 450)
-    monkeypatch.setitem(recipe.TINY["llm_config"], "vocab_size", 500)
-    monkeypatch.setitem(recipe.TINY["vision_config"], "image_size", 112)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2}
+    text = {"vocab_size": 500, "num_key_value_heads": 1}
+    mixin = {"language_dim": 64, "vision_dim": 64, "intermediate_size": 64}
+    for part, values in (
+        ("llm_config", sizes | text),
+        ("vision_config", sizes | {"image_size": 112, "num_hidden_layers": 1}),
+        ("mixin_config", mixin),
+    ):
+        for name, value in values.items():
+            monkeypatch.setitem(recipe.TINY[part], name, value)
     words = ("--tokens", "100", "--tiles", "2", "--samples", "2", "--steps", "1")
     return options_of(recipe, "--size", "tiny", *words, "--dtype", "float32")
 

@@ -5,6 +5,7 @@ import pkgutil
 
 import pytest
 import torch
+from conftest import SLOW_ON_CPU
 
 pytest.importorskip("triton")
 
@@ -26,6 +27,7 @@ def kernels():
     }
 
 
+@SLOW_ON_CPU
 def test_every_kernel_is_launched_and_writes_finite_values(device, monkeypatch):
     launch, launched = Kernel.launch, set()
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import SLOW_ON_CPU
 from decoding import (  # noqa: F401
     GREEDY,
     TOLD,
@@ -65,6 +66,7 @@ def test_a_step_never_syncs(model, loop, prompts, monkeypatch):
     assert torch.equal(torch.cat(tokens, 1), wanted[:, 2:])
 
 
+@SLOW_ON_CPU
 @pytest.mark.kernel
 def test_a_step_on_kernels_reads_no_stale_data(device, monkeypatch):
     for module in (decode, decode_memory):  # the interpreter is slow

@@ -141,7 +141,7 @@ def answer(model, prompts):
 
 @pytest.mark.parametrize(
     ("chunk", "positions"),
-    [(64, "raw"), (257, "compressed"), (5000, "raw")]
+    [(64, "raw"), (257, "compressed"), pytest.param(5000, "raw", marks=SLOW)]
     + [pytest.param(*two, marks=SLOW) for two in ((64, "compressed"), (257, "raw"))],
 )
 def test_chunks_change_nothing(model, answer, chunk, positions):

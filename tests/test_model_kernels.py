@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from conftest import SLOW, TRACED
+from conftest import SLOW, SLOW_ON_CPU, TRACED
 from harness import LOGITS, assert_relative
 from torch._dynamo.testing import CompileCounter
 
@@ -87,6 +87,7 @@ def test_logits_and_gradients_are_the_references(model, on_reference):
         assert_relative(grad, wanted_grads[name], name)
 
 
+@SLOW_ON_CPU
 def test_generated_tokens_are_the_references(model, on_reference):
     batch = prompts(model, [(2, 1), (1, 1)])
     options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}

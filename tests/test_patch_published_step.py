@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from conftest import SLOW
+from conftest import SLOW, SLOW_ON_CPU
 from patching import assert_patched_matches, prompt_of, tiny_published
 from published_steps import (  # noqa: F401
     GREEDY,
@@ -239,6 +239,7 @@ class Poisons(LogitsProcessor):
         return scores
 
 
+@SLOW_ON_CPU
 @pytest.mark.kernel(reference=True)
 def test_rows_do_not_reach_each_other(device, made):
     """Not even what is infinite in one of them, in the prompt or later."""
@@ -259,6 +260,7 @@ def test_rows_do_not_reach_each_other(device, made):
         torch.testing.assert_close(one[2:], other, rtol=1e-4, atol=1e-4)
 
 
+@SLOW_ON_CPU
 @pytest.mark.kernel
 def test_steps_on_kernels(device, made, monkeypatch):
     monkeypatch.setattr(published_decode, "FEWEST", 1)

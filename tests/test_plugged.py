@@ -8,6 +8,7 @@ import copy
 
 import pytest
 import torch
+from conftest import SLOW
 from small import logits_of, make_model, make_prompts
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -136,6 +137,7 @@ def test_lora_equals_its_merged_weights(model, prompts):
         assert (found - before).abs().max() > 1e-3, name
 
 
+@pytest.mark.slow
 def test_modules_to_save_are_used(model, prompts):
     target = "model.language_model.layers.3.self_attn.q_proj"
     for name in weighted(model):
@@ -188,7 +190,7 @@ def test_int8_layers_equal_their_dequantised_weights(model, prompts):
     assert answer.shape[1] == prompts["input_ids"].shape[1] + 3
 
 
-@pytest.mark.parametrize("whole", [False, True], ids=["leaves", "whole"])
+@pytest.mark.parametrize("whole", [pytest.param(False, marks=SLOW), True], ids=["leaves", "whole"])
 def test_offloaded_modules_are_loaded_when_called(model, prompts, whole):
     """Leaf by leaf, or a module with all its submodules, like `_no_split_modules`."""
     before = logits_of(model, prompts)

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from conftest import SLOW
 from interrupting import Injected, find_places, interrupt_at
 from small import place
 from talks import GREEDY, At, afresh, check_same, make_chatty, make_picture, shown_in, start, throw
@@ -115,6 +116,8 @@ CALLS = {
     "stream": lambda session: list(session.stream("more")),
 }
 
+SIMILAR = ("text", "keep", "first loop", "beams")  # to others
+
 
 def interrupt_everywhere(chatty, name, choose):
     """Interrupt a call at each of the chosen places, and ask again each time."""
@@ -162,7 +165,9 @@ def interrupt_everywhere(chatty, name, choose):
     assert len(afterwards) < 4  # before, after, and for a stream the part so far
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=SLOW if name in SIMILAR else ()) for name in CALLS]
+)
 def test_wherever_it_is_interrupted(chatty, name, request):
     """At every place that touches a session's state; without --all at a sample of them."""
     every = request.config.getoption("--all")

@@ -30,7 +30,7 @@ from comemo.train.monitor.window import Window
 from comemo.train.settings import AnswerSettings, DataSettings, LoraSettings
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "small_heap"),
     pytest.mark.no_virtual_gpu("numbers of a trainer are on the CPU"),
 ]
 

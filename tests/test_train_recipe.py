@@ -27,7 +27,7 @@ from comemo.train.recipe import check, train
 
 pytest.importorskip("accelerate")
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "small_heap"),
     pytest.mark.no_virtual_gpu("Trainer places by its own rules"),
 ]
 
@@ -255,13 +255,13 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(start, tmp_path):
 
 
 def test_further_stages_are_added_to_a_finished_run(start, tmp_path):
-    first = train(settings_of(start, tmp_path / "run", STAGES[:1], steps=1), [].append)
+    first = train(settings_of(start, tmp_path / "run", STAGES[:1], steps=2), [].append)
     before = weights(first)
-    model = train(settings_of(start, tmp_path / "run", STAGES[:2], steps=1), [].append)
+    model = train(settings_of(start, tmp_path / "run", STAGES[:2], steps=2), [].append)
     assert changed(before, weights(model))
-    last = tmp_path / "run" / STAGES[1] / "checkpoint-1"
+    last = tmp_path / "run" / STAGES[1] / "checkpoint-2"
     assert not changed(weights(last), weights(model))
-    assert json.loads((model / "training.json").read_text()) == {"stage": STAGES[1], "steps": 1}
+    assert json.loads((model / "training.json").read_text()) == {"stage": STAGES[1], "steps": 2}
 
 
 def test_what_is_refused(start, tmp_path):

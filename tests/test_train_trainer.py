@@ -19,7 +19,7 @@ from comemo.train.trainer import seed_of
 
 pytest.importorskip("accelerate")
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "small_heap"),
     pytest.mark.no_virtual_gpu("Trainer places by its own rules"),
 ]
 

@@ -13,6 +13,7 @@ import comemo
 from comemo.checkpoint import from_published
 
 pytest.importorskip("accelerate")  # which Trainer needs
+pytestmark = pytest.mark.usefixtures("small_heap")
 
 
 def trainable(**llm):
