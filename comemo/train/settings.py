@@ -109,7 +109,7 @@ class StageSettings:
         warmup: share of the steps if below 1, else their number.
         weight_decay, betas, eps, max_grad_norm: of AdamW and the clipping of gradients.
         drop_path: highest rate of stochastic depth in the vision tower.
-        neftune_alpha: noise on the embeddings, or None.
+        neftune_alpha: noise on the embeddings, scaled by the length of a whole pack; or None.
         gradient_checkpointing: compute layers again in the backward pass.
         precision: "bfloat16" (autocast), "float32", or "auto" for what the device is fast in.
         save_every, keep: steps between checkpoints, and how many are kept.

@@ -15,6 +15,7 @@ from comemo.train.monitor import make_callbacks, make_watch
 from comemo.train.stage import Stage
 from comemo.train.trainer import RecipeTrainer
 
+MUCH = 64e9  # bytes of pixels
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
 
 
@@ -54,6 +55,12 @@ def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None]) 
             data, tokenizer, config, streams=[rank], total=ranks_, held_out=True, **common
         )
 
+    most = len(streams) * data.buffer * data.max_tiles * 3 * config.vision_config.image_size[0] ** 2
+    if most > MUCH:
+        say(
+            f"packs that are being filled hold up to {most / 1e9:,.0f} GB of pixels in each"
+            " process: a smaller data.buffer or packs_per_step, or more processes, need less"
+        )
     arguments = make_arguments(stage, device)
     if arguments.n_gpu > 1:
         say(

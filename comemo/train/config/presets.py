@@ -42,7 +42,9 @@ _DATA = {
     "buffer": 20,
     "max_sample_tokens": 8192,
     "loss_weight": "square",
+    "published_text": True,  # grounding data has <ref> and <box> in its text
 }
+_PIXELS = {"script": True, "paper": False}  # whether the EXIF orientation is ignored
 
 
 def preset_values(preset: str | None, from_parts: bool) -> dict[tuple[str, ...], Any]:
@@ -60,6 +62,7 @@ def preset_values(preset: str | None, from_parts: bool) -> dict[tuple[str, ...],
         return {}
     values: dict[tuple[str, ...], Any] = {("shard_optimizer",): True}
     values |= {("data", name): value for name, value in _DATA.items()}
+    values["data", "published_pixels"] = _PIXELS[preset]
     if from_parts:
         values["start", "model"] = dict(_MODEL[preset])
     for stage, steps in _STEPS[preset].items():
