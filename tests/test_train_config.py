@@ -416,6 +416,8 @@ def test_the_published_scripts_give_the_preset():
         "start.model: {} -> {'template': 'internlm2-chat', 'force_image_size': 448,"
         " 'downsample_ratio': 0.5, 'select_layer': -1, 'ps_version': 'v2'}",
         "data.use_thumbnail: None -> True",
+        "data.published_pixels: True -> False",  # what no flag says
+        "data.published_text: True -> False",
     ]
     assert read.stages["finetune"].keep == 5
     names = [word[2:] for word in FINETUNE if word.startswith("--")]
@@ -428,6 +430,8 @@ def test_the_published_scripts_give_the_preset():
     assert [line.split(":")[0] for line in difference(wanted, read)] == [
         "start.model",
         "data.use_thumbnail",
+        "data.published_pixels",
+        "data.published_text",
     ]
 
 
