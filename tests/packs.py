@@ -63,7 +63,7 @@ class Packs:
 
 
 def make_trainer(folder, total=2, steps=3, model=None, watch=None, ends=None, held_out=None, **own):
-    """A trainer on the CPU; `own` are transformers' arguments or those of RecipeTrainer."""
+    """A trainer, on the CPU by default; `own` are transformers' arguments or RecipeTrainer's."""
     torch.manual_seed(0)
     model = model or make_model().cpu().requires_grad_(True)
     streams = list(range(ranks.rank(), total, ranks.world_size()))
@@ -75,6 +75,7 @@ def make_trainer(folder, total=2, steps=3, model=None, watch=None, ends=None, he
         "save_steps": 1,
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
+        "use_cpu": True,
         **own,
     }
     arguments = TrainingArguments(
@@ -82,7 +83,6 @@ def make_trainer(folder, total=2, steps=3, model=None, watch=None, ends=None, he
         max_steps=steps,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=len(streams),
-        use_cpu=True,
         ignore_data_skip=True,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
