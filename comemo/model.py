@@ -57,6 +57,19 @@ class CoMemoPreTrainedModel(ChoosesAttention, PublishedCheckpoint, PreTrainedMod
         device = super().device
         return device if device.type != "meta" else offloaded_to(self) or device
 
+    def enable_input_require_grads(self) -> None:
+        """As in transformers, but not for checkpointing that is not reentrant: it needs none.
+
+        Checkpointing calls this. A frozen vision tower would then be computed again and
+        differentiated in every step, for gradients that nobody uses.
+        """
+        for module in self.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                checkpoint = getattr(module, "_gradient_checkpointing_func", None)
+                if getattr(checkpoint, "keywords", {}).get("use_reentrant") is False:
+                    return
+        super().enable_input_require_grads()
+
 
 class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
     """Vision tower, projector and language model."""

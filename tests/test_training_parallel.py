@@ -47,6 +47,36 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant, images):
     assert out.past_key_values is None
 
 
+@pytest.mark.parametrize("frozen", ["vision", "all but mixin"])
+def test_checkpointing_computes_no_frozen_tower_again(frozen):
+    """Nor its gradient: it has none to give."""
+    model = trainable().train()
+    for name, weight in model.named_parameters():
+        vision = "vision_tower" in name
+        weight.requires_grad_(".mixin." in name if frozen != "vision" else not vision)
+    batch = make_prompts(model)
+    labels = batch["input_ids"].clone()
+    found, calls = [], []
+    layer = model.model.vision_layers()[0]
+    layer.attention.register_forward_hook(lambda *_: calls.append(1))
+    for checkpointing in (False, True):
+        calls.clear()
+        model.zero_grad()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**batch, labels=labels).loss.backward()
+        assert calls == [1]
+        found.append({n: g for n, g in gradients(model).items() if g is not None})
+    assert_same_gradients(found[1], found[0])
+    model.gradient_checkpointing_disable()
+    model.gradient_checkpointing_enable({"use_reentrant": True})  # which needs them
+    embedded = []
+    embeddings = model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, args, out: embedded.append(out.requires_grad))
+    embeddings(batch["input_ids"])
+    assert embedded == [True]
+
+
 @pytest.mark.no_virtual_gpu("tensors that hooks unpack lose their device there")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_is_computed_again_changes_no_gradient(checkpointing):

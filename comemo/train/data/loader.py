@@ -23,6 +23,10 @@ from comemo.train.data.samples import SampleReader
 from comemo.train.data.streams import Epochs, Stream
 from comemo.train.settings import DataSettings
 
+# Samples read while a step computes, so that the next one does not wait: about a pack of images for
+# each stream. They wait as pixels, so a worker reads no more than MOST_AHEAD.
+SAMPLES_AHEAD, MOST_AHEAD = 8, 64
+
 
 def make_loader(
     settings: DataSettings,
@@ -300,7 +304,8 @@ class PackLoader:
             yield min(live, key=urgency).request()
 
     def _make_reading(self) -> DataLoader:
-        return read_in_order(self.reads, _Lazy(self._requests), self.settings.workers)
+        ahead = SAMPLES_AHEAD * len(self._streams)
+        return read_in_order(self.reads, _Lazy(self._requests), self.settings.workers, ahead)
 
 
 class _Lazy:
@@ -313,19 +318,21 @@ class _Lazy:
         return self.make()
 
 
-def read_in_order(reads: Any, requests: Any, workers: int) -> DataLoader:
+def read_in_order(reads: Any, requests: Any, workers: int, ahead: int = 0) -> DataLoader:
     """A DataLoader that answers requests in their order.
 
     Args:
         reads: a dataset of requests.
         requests: iterable, asked a few requests ahead.
         workers: processes; 0 for none.
+        ahead: samples to read while nobody waits, at least two of each worker.
     """
     return DataLoader(
         reads,
         batch_size=None,
         sampler=requests,
         num_workers=workers,
+        prefetch_factor=min(max(2, ahead // workers), MOST_AHEAD) if workers else None,
         collate_fn=_as_it_is,  # as arrays: tensors would each need a file descriptor
         generator=torch.Generator(),  # so that nothing is drawn from the global one
     )
