@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from small import make_model
 from train_runs import STAGES, make_start, settings_of
 
-from comemo import CoMemoForConditionalGeneration, CoMemoProcessor
+from comemo import CoMemoForConditionalGeneration, CoMemoProcessor, load_image
 from comemo.chat.session import ChatSession
 from comemo.train import checkpoints
 from comemo.train.checkpoints import NotWritten
@@ -252,6 +252,17 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(start, tmp_path):
     with pytest.raises(ValueError, match=r"step \d.*(data: data .*data.jsonl:\d+|norm)"):
         train(settings, [].append)
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_the_model_cuts_images_as_its_data_was_cut(start, tmp_path):
+    settings = settings_of(start, tmp_path / "run", steps=1)
+    settings.data.max_dynamic_patch, settings.data.use_thumbnail = 3, False
+    model = train(settings, [].append)
+    config = CoMemoForConditionalGeneration.from_pretrained(model).config
+    assert (config.max_dynamic_patch, config.use_thumbnail) == (3, False)
+    processor = CoMemoProcessor.from_pretrained(model)
+    tiles = processor(images=str(start / "2.png"), text="<image>")["pixel_values"]
+    assert len(tiles) == load_image(start / "2.png", 112, 3, use_thumbnail=False)[0].shape[0] > 1
 
 
 def test_further_stages_are_added_to_a_finished_run(start, tmp_path):

@@ -18,7 +18,7 @@ from comemo.train.data.plan import Plan, plan
 from comemo.train.models.of_stages import save_model, trained_by
 from comemo.train.models.start import start_config
 from comemo.train.settings import TrainSettings
-from comemo.train.stage import Stage
+from comemo.train.stage import Stage, start_of
 from comemo.train.training import train_stage
 
 SETTINGS = "settings.yaml"  # of a run, in its folder
@@ -78,7 +78,7 @@ def check(settings: TrainSettings, name: str | None = None) -> Plan:
         ValueError, OSError: as `train`.
     """
     stage = settings.stages[settings.run[0] if name is None else name]
-    config, tokenizer = start_config(settings.start)
+    config, tokenizer = start_config(start_of(settings))
     return plan(
         settings.data,
         tokenizer,
@@ -143,7 +143,7 @@ def _count_steps(stage: Stage) -> int:
     own = stage.settings
     if own.steps is not None:
         return own.steps
-    config, tokenizer = start_config(stage.run.start)
+    config, tokenizer = start_config(start_of(stage.run))
     counted = plan(
         stage.run.data,
         tokenizer,

@@ -1,11 +1,13 @@
 """A stage of a run: where it is in the run and how far it came."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from comemo.train.settings import StageSettings, TrainSettings
+from comemo.train.settings import StageSettings, StartSettings, TrainSettings
+
+TILING = ("min_dynamic_patch", "max_dynamic_patch", "use_thumbnail")
 
 
 @dataclass
@@ -49,3 +51,13 @@ class Stage:
             return chosen
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if fast else "float32"
+
+
+def start_of(run: TrainSettings) -> StartSettings:
+    """What a run begins with; the model's config says how its training data was tiled.
+
+    Otherwise `chat` would cut an image in another way than the one that was learnt.
+    """
+    given = {name: getattr(run.data, name) for name in TILING}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return replace(run.start, model=run.start.model | chosen)

@@ -12,7 +12,7 @@ from comemo.train.models.drop_path import set_drop_path
 from comemo.train.models.freezing import choose_trainable
 from comemo.train.models.start import start_model
 from comemo.train.settings import StageSettings
-from comemo.train.stage import Stage
+from comemo.train.stage import Stage, start_of
 
 ADAPTER = "adapter"  # folder in a checkpoint of a stage with adapters
 
@@ -100,7 +100,7 @@ def _base(stage: Stage) -> tuple[CoMemoForConditionalGeneration, CoMemoProcessor
     """The model before a stage."""
     if stage.before:
         return trained_by(stage.before[-1])
-    return start_model(stage.run.start, seed=stage.run.seed)
+    return start_model(start_of(stage.run), seed=stage.run.seed)
 
 
 def _read(folder: Path) -> tuple[CoMemoForConditionalGeneration, CoMemoProcessor]:
