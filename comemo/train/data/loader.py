@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -21,11 +20,8 @@ from comemo.train.data.packs import Packer
 from comemo.train.data.reads import Reads, Request, Result, open_lines
 from comemo.train.data.samples import SampleReader
 from comemo.train.data.streams import Epochs, Stream
+from comemo.train.data.workers import Lazy, read_in_order
 from comemo.train.settings import DataSettings
-
-# Samples read while a step computes, so that the next one does not wait: about a pack of images for
-# each stream. They wait as pixels, so a worker reads no more than MOST_AHEAD.
-SAMPLES_AHEAD, MOST_AHEAD = 8, 64
 
 
 def make_loader(
@@ -304,42 +300,8 @@ class PackLoader:
             yield min(live, key=urgency).request()
 
     def _make_reading(self) -> DataLoader:
-        ahead = SAMPLES_AHEAD * len(self._streams)
-        return read_in_order(self.reads, _Lazy(self._requests), self.settings.workers, ahead)
-
-
-class _Lazy:
-    """An iterable that asks for each element when it is needed."""
-
-    def __init__(self, make: Any):
-        self.make = make
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.make()
-
-
-def read_in_order(reads: Any, requests: Any, workers: int, ahead: int = 0) -> DataLoader:
-    """A DataLoader that answers requests in their order.
-
-    Args:
-        reads: a dataset of requests.
-        requests: iterable, asked a few requests ahead.
-        workers: processes; 0 for none.
-        ahead: samples to read while nobody waits, at least two of each worker.
-    """
-    return DataLoader(
-        reads,
-        batch_size=None,
-        sampler=requests,
-        num_workers=workers,
-        prefetch_factor=min(max(2, ahead // workers), MOST_AHEAD) if workers else None,
-        collate_fn=_as_it_is,  # as arrays: tensors would each need a file descriptor
-        generator=torch.Generator(),  # so that nothing is drawn from the global one
-    )
-
-
-def _as_it_is(result: Any) -> Any:
-    return result
+        requests, streams = Lazy(self._requests), len(self._streams)
+        return read_in_order(self.reads, requests, self.settings.workers, streams)
 
 
 def _fingerprint(reads: Reads, order: Order, settings: DataSettings, total: int) -> dict[str, Any]:

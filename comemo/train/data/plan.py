@@ -9,12 +9,13 @@ from transformers import PreTrainedTokenizerBase
 from comemo.config import CoMemoConfig
 from comemo.train.data.checks import check_count, check_epochs
 from comemo.train.data.faults import FaultLog
-from comemo.train.data.loader import open_data, read_in_order
+from comemo.train.data.loader import open_data
 from comemo.train.data.order import Order
 from comemo.train.data.packs import Packer
 from comemo.train.data.reads import Reads, Request
 from comemo.train.data.samples import Size
 from comemo.train.data.streams import Epochs
+from comemo.train.data.workers import read_in_order
 from comemo.train.settings import DataSettings
 
 
