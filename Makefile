@@ -23,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 NEWEST ?= transformers
 NEWEST_TESTS := $(addprefix tests/test_, \
 	$(addsuffix .py, answer_options api chat packing patch_internvl patch_mllama processor \
-	training training_parallel))
+	train_trainer training training_parallel))
 WEEK := $(shell date +%G-%V)
 READY_NEWEST := $(VENV)/newest/$(subst =,,$(NEWEST))-$(WEEK)
 
