@@ -9,7 +9,7 @@ import pytest
 import torch
 from harness import recorded
 from PIL import Image
-from small import make_model
+from small import make_model, place
 from train_lines import (  # noqa: F401
     loader_of,
     pictures,
@@ -127,6 +127,7 @@ def test_positions_are_those_of_the_model(words, pictures, rope, order, thumbnai
     path = write_lines(pictures / "a.jsonl", lines)
     settings = settings_for("", eval=path, max_tokens=2000, max_sample_tokens=2000)
     (batch,) = loader_of(words, settings, config=config, held_out=True)
+    batch = place(batch)
     pixels = normalise_pixels(batch["pixel_values"])
     given = {"input_ids": batch["input_ids"], "pixel_values": pixels, "use_cache": False}
     given |= {"tile_grid": batch["tile_grid"], "cu_seqlens": batch["cu_seqlens"]}

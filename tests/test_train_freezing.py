@@ -127,6 +127,7 @@ def test_stochastic_depth_only_while_training_and_until_removed(source):
 # --- noise on embeddings ---
 
 
+@pytest.mark.no_virtual_gpu("the noise is scaled by a CPU scalar, which a real GPU allows")
 @pytest.mark.parametrize("packed", [True, False])
 def test_noise_on_embeddings_reaches_packed_rows_and_text_beside_images(small, packed):
     """transformers' own: a hook of the embeddings. Image tokens are not embedded by them."""
