@@ -79,6 +79,7 @@ def attending(request):
         return AttendWays("2B", request.param[0], clock_of(request.param[1]))
 
 
+@pytest.mark.slow  # inputs of these two take seconds
 @pytest.mark.parametrize("way", ["ours", "ours no rotation"])
 @pytest.mark.parametrize(
     "attending",
@@ -102,6 +103,7 @@ def build():
     return Build("2B", 1, 1, clock_of(torch.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["published", "library", "ours exact", "ours folded", "ours fp8"])
 def test_memory(benchmark, build, way):
     found = benchmark(build.ways(compiled=False)[way], 0)

@@ -46,7 +46,7 @@ settings.register_profile("comemo", derandomize=True, deadline=None, max_example
 settings.register_profile(
     "kernels",
     settings.get_profile("comemo"),
-    max_examples=6,
+    max_examples=5,
     phases=(Phase.explicit, Phase.generate),
 )
 PROFILE = settings.get_profile("kernels" if INTERPRET or GPU else "comemo")

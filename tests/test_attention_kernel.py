@@ -23,7 +23,7 @@ if INTERPRET or GPU:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("rows", [1, 9, pytest.param(70, marks=SLOW)])
+@pytest.mark.parametrize("rows", [1, *(pytest.param(n, marks=SLOW) for n in (9, 70))])
 def test_every_configuration_and_split(rows):
     inputs, rest = make_inputs(rows, 1, 2, 1, 32, 400, "prompt", (0, 256, 300))
     inputs = {n: t if n == "spans" or t is None else t.half() for n, t in inputs.items()}

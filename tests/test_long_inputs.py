@@ -173,7 +173,7 @@ def test_chunks_with_beams_and_embeddings(model, tokenizer, answer, prompts):
         assert chat[0] == chat[1]
 
 
-@pytest.mark.parametrize("rule", ["token_count", "position"])
+@pytest.mark.parametrize("rule", ["token_count", pytest.param("position", marks=SLOW)])
 def test_chunks_are_scaled_like_the_whole_prompt(model, answer, rule):
     """Dynamic NTK scaling depends on the whole prompt, not on the chunk."""
     text = model.config.text_config

@@ -285,6 +285,12 @@ def test_what_is_refused(start, tmp_path):
     other = settings_of(start, tmp_path / "run", steps=1, learning_rate=2e-3)
     with pytest.raises(ValueError, match=r"other settings: .*learning_rate.*0.001.*0.002"):
         train(other)
+    for name in ("model", "pretrain"):
+        somebodys = tmp_path / f"with {name}"
+        (somebodys / name / "checkpoint-9").mkdir(parents=True)
+        with pytest.raises(ValueError, match=f"has '{name}' but no settings.yaml"):
+            train(settings_of(start, somebodys, steps=1))
+        assert {path.name for path in somebodys.rglob("*")} == {".lock", name, "checkpoint-9"}
     settings.run = ("nothing",)
     with pytest.raises(ValueError, match=r"run must name stages of pretrain, got \['nothing'\]"):
         train(settings)

@@ -103,7 +103,7 @@ def test_streams_without_data_change_nothing(tmp_path):
     assert all(p.isfinite().all() for p in empty.model.parameters())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=SLOW)])
 def test_text_alone_where_only_images_are_trained(tmp_path, checkpointing):
     """Every other pack of a stream is text: no trained weight takes part in it."""
     model = make_model().cpu().requires_grad_(False)
@@ -187,7 +187,7 @@ def test_the_loss_of_a_pack_again(tmp_path):
     assert found == pytest.approx([report.loss for report in reports], rel=1e-6)
 
 
-@pytest.mark.parametrize("every", [0, 2])
+@pytest.mark.parametrize("every", [2, pytest.param(0, marks=SLOW)])
 def test_held_out_loss(tmp_path, every):
     def held_out():
         return iter([make_pack(7, 0), make_pack(8, 1)])

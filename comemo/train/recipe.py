@@ -200,9 +200,19 @@ def _locked(output: Path) -> Iterator[None]:
 
 
 def _keep_settings(settings: TrainSettings, output: Path) -> None:
-    """Write the settings of a new run; refuse to go on with others."""
+    """Write the settings of a new run; refuse to go on with others, or where somebody's files are.
+
+    In the folder of a run, checkpoints that are not whole and an older model are removed.
+    """
     file = output / SETTINGS
-    if file.exists():
+    if not file.exists():
+        for name in (*settings.run, MODEL):
+            if (output / name).exists():
+                raise ValueError(
+                    f"train: {output} has {name!r} but no {SETTINGS}, so it is not the folder of a"
+                    " run: choose another output"
+                )
+    else:
         changed = difference(read_settings(file), settings)
         if changed:
             raise ValueError(
