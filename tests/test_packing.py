@@ -3,7 +3,9 @@
 import pytest
 import torch
 from conftest import TRACED
+from harness import assert_relative
 from small import make_model, make_prompts, place
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DataCollatorWithFlattening
 
 
@@ -126,3 +128,32 @@ def test_invalid_packs_are_refused():
         model(input_ids=row, cu_seqlens=bounds[:-1])
     with pytest.raises(ValueError, match="cu_seq_lens_q, cu_seq_lens_k must be the same bounds"):
         model(input_ids=row, cu_seq_lens_q=bounds, cu_seq_lens_k=torch.tensor([0, 14]))
+
+
+def test_sdpa_attends_packed_samples_one_by_one():
+    """As with a mask of all pairs of tokens, which is never made."""
+    model = make_model().requires_grad_(True).train()
+    ids = place(torch.randint(10, 200, (2, 40)))
+    bounds = place(torch.tensor([0, 15, 40, 41, 41, 80]))
+    found, pairs = [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.shape[-2:] == (40, 40):
+                pairs.append(func)
+            return out
+
+    for name in ("sdpa", "eager"):
+        model.set_attn_implementation(name)
+        model.zero_grad()
+        pairs.clear()
+        with Watch():
+            out = model(input_ids=ids, cu_seqlens=bounds, labels=ids)
+            out.loss.backward()
+        assert bool(pairs) == (name == "eager")
+        found.append((out.logits, [p.grad for p in model.parameters() if p.grad is not None]))
+    (ours, gradients), (wanted, others) = found
+    assert torch.allclose(ours, wanted, atol=1e-4)
+    for gradient, other in zip(gradients, others, strict=True):
+        assert_relative(gradient, other)
