@@ -37,7 +37,7 @@ setup(
     extras_require={
         "flash": ["flash-attn"],  # for attn_implementation="flash_attention_2"
         "flash-attn": ["flash-attn"],  # the old name of "flash"
-        "train": ["accelerate", "peft", "pyyaml", "tensorboardx"],
+        "train": ["accelerate", "filelock", "peft", "pyyaml", "tensorboardx"],
         "video": ["av"],  # video files as training data; folders of frames need nothing
         "dev": [
             "accelerate",  # used by Trainer and `device_map`
