@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from comemo.loss import IGNORED
 from comemo.train.data.packs import Pack
-from comemo.train.data.samples import IGNORED
 from comemo.train.data.streams import Entry
 
 

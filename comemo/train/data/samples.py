@@ -21,6 +21,7 @@ from comemo.images import (
     split_tiles,
     stack_tiles,
 )
+from comemo.loss import IGNORED
 from comemo.prompts import IMAGE_MARK
 from comemo.train.data.encode import PromptEncoder
 from comemo.train.data.faults import BadSample, is_of_machine
@@ -29,7 +30,6 @@ from comemo.train.data.meta import Collection
 from comemo.train.data.turns import Talk, read_talk, with_frames
 from comemo.train.settings import DataSettings
 
-IGNORED = -100
 QUALITIES = (75, 100)  # of JPEG, both included
 
 

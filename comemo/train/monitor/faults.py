@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from comemo.train import ranks
 from comemo.train.monitor.norms import largest_gradient
 from comemo.train.monitor.progress import beside_bar
-from comemo.train.monitor.window import Report, Sample, Trains
+from comemo.train.monitor.window import Trains
+from comemo.train.steps import Sample, StepReport
 
 REMEMBERED = 64  # losses of steps
 FEWEST = 8  # losses before a jump can be told
@@ -120,7 +121,7 @@ class Watch:
     def __init__(self, limit: float) -> None:
         self.spikes = SpikeWatch(limit)
 
-    def __call__(self, trainer: Trains, report: Report) -> None:
+    def __call__(self, trainer: Trains, report: StepReport) -> None:
         """Check a step.
 
         Args:
@@ -146,7 +147,7 @@ class Watch:
             )
 
 
-def _describe_fault(trainer: Trains, report: Report) -> str:
+def _describe_fault(trainer: Trains, report: StepReport) -> str:
     """What failed in which pack. Packs of all ranks are computed again; all ranks must call."""
     own: tuple[list[Sample], str] | None = None
     for batch in trainer.batches:

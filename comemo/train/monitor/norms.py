@@ -7,19 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PARTS = (
-    ("vision", "vision_tower."),
-    ("projector", "multi_modal_projector."),
-    ("mixin", ".mixin."),
-    ("language", ""),
-)
+from comemo.train.models.freezing import part_of
+
 _LAYER = re.compile(r"^(.*?\blayers?\.(\d+)(?:\.mixin)?)\.")
 _MIXIN = re.compile(r"\blayers\.(\d+)\.mixin\.")
-
-
-def part_of(name: str) -> str:
-    """The part of a parameter by its name: "vision", "projector", "mixin" or "language"."""
-    return next(part for part, mark in _PARTS if mark in name)
 
 
 def layer_of(name: str) -> str:

@@ -3,29 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from comemo.train.steps import StepReport
+
 _SUMMED = ("seconds", "data_seconds", "tokens", "label_tokens", "tiles", "padding_tokens")
-Sample = tuple[str, str, int]  # dataset, file, line from 1
-
-
-class Report(Protocol):
-    """What a step read and lost, over all ranks; `samples` are those of this rank.
-
-    Attributes:
-        losses: dataset -> (sum of weighted losses, sum of weights).
-        seconds, data_seconds: of the step, and of waiting for its data.
-    """
-
-    step: int
-    loss: float
-    losses: dict[str, tuple[float, float]]
-    tokens: int
-    label_tokens: int
-    tiles: int
-    padding_tokens: int
-    samples: list[Sample]
-    grad_norm: float
-    seconds: float
-    data_seconds: float
 
 
 class Trains(Protocol):
@@ -62,17 +42,10 @@ class Window:
     padding_tokens: int = 0
     losses: dict[str, tuple[float, float]] = field(default_factory=dict)
 
-    def add(self, report: Report) -> None:
+    def add(self, report: StepReport) -> None:
         """Count a step."""
         self.steps += 1
-        for name in (
-            "seconds",
-            "data_seconds",
-            "tokens",
-            "label_tokens",
-            "tiles",
-            "padding_tokens",
-        ):
+        for name in _SUMMED:
             setattr(self, name, getattr(self, name) + getattr(report, name))
         for name, (loss, weight) in report.losses.items():
             before = self.losses.get(name, (0.0, 0.0))
