@@ -1,123 +1,35 @@
-"""What people see of a run: numbers, files that go on after a stop, answers, places of faults."""
+"""What people see of a run: numbers, and files that go on after a stop."""
 
-import copy
 import json
-import random
 import struct
 import types
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from monitoring import (  # noqa: F401
+    FakeTrainer,
+    loss_of,
+    model,
+    report_of,
+    settings_of,
+    whole,
+)
 from packs import make_trainer
-from small import make_model, make_prompts
-from torch import nn
 from transformers import TrainerControl, TrainerState
 
-from comemo.train.config import read_settings, rules
-from comemo.train.models.adapters import add_adapters
-from comemo.train.models.drop_path import set_drop_path
-from comemo.train.monitor import LossFault, first_nonfinite, make_callbacks, make_watch
-from comemo.train.monitor import answers as asking
+from comemo.train.config import rules
+from comemo.train.monitor import LossFault, make_callbacks, make_watch
 from comemo.train.monitor import log as logging
-from comemo.train.monitor.answers import Answers, answer_once, first_questions, undisturbed
-from comemo.train.monitor.faults import REMEMBERED, SpikeWatch, describe_samples
 from comemo.train.monitor.norms import gates, gradient_norms, largest_gradient, layer_of, part_of
 from comemo.train.monitor.progress import Progress, beside_bar
 from comemo.train.monitor.scalars import JsonLines
 from comemo.train.monitor.window import Window
-from comemo.train.settings import AnswerSettings, DataSettings, LoraSettings
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "small_heap"),
     pytest.mark.no_virtual_gpu("numbers of a trainer are on the CPU"),
 ]
-
-NEEDED = ["data.train=a.jsonl", "start.checkpoint=model", "steps=6"]
-ARGS = types.SimpleNamespace(bf16=False)
-PACK = {"samples": [("cars", "cars.jsonl", 7), ("dogs", "dogs.jsonl", 3)]}
-
-
-def report_of(step, loss=2.0, **fields):
-    values = {
-        "step": step,
-        "loss": loss,
-        "losses": {"cars": (loss * 3, 3.0), "dogs": (loss * 1, 1.0)},
-        "tokens": 100,
-        "label_tokens": 40,
-        "tiles": 3,
-        "padding_tokens": 0,
-        "samples": PACK["samples"],
-        "grad_norm": 2.0,
-        "seconds": 0.5,
-        "data_seconds": 0.1,
-    }
-    return types.SimpleNamespace(**values | fields)
-
-
-class FakeTrainer:
-    """Steps a model as the trainer does, as far as callbacks see it."""
-
-    def __init__(self, model, tell=None):
-        self.model, self.told = model, []
-        self.tell = tell or self.told.append
-        self.step_report, self.batches = None, [PACK]
-        self.loader = types.SimpleNamespace(faults=types.SimpleNamespace(total=2))
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.25)
-
-    def again(self, batch):
-        return loss_of(self.model)
-
-    def run(self, callbacks, start, stop, last, watch=None, loss=lambda step: 2.0):
-        state = TrainerState(global_step=start, max_steps=last)
-        control = TrainerControl()
-
-        def call(moment):
-            for callback in callbacks:
-                getattr(callback, moment)(ARGS, state, control, optimizer=self.optimizer)
-
-        call("on_train_begin")
-        for step in range(start + 1, stop + 1):
-            self.model.zero_grad()
-            loss_of(self.model).backward()
-            self.step_report = report_of(step, loss(step))
-            if watch is not None:
-                watch(self, self.step_report)
-            call("on_pre_optimizer_step")
-            state.global_step = step
-            call("on_step_end")
-        if stop == last:
-            call("on_train_end")
-
-
-@pytest.fixture(scope="module")
-def whole():
-    model = make_model().requires_grad_(True)
-    return model, make_prompts(model)
-
-
-@pytest.fixture
-def model(whole):
-    """Leaves weights and hooks as they were."""
-    model, inputs = whole
-    model.inputs = {**inputs, "labels": inputs["input_ids"]}
-    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    yield model
-    assert not any(module._forward_hooks for module in model.modules())
-    for name, weight in model.named_parameters():
-        weight.data.copy_(before[name])
-        assert not weight._backward_hooks
-    model.zero_grad(set_to_none=True)
-
-
-def loss_of(model):
-    return model(**model.inputs).loss
-
-
-def settings_of(tmp_path, *words):
-    return read_settings(None, [f"output={tmp_path}", *NEEDED, *words])
-
 
 # --- numbers ---
 
@@ -357,244 +269,3 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     assert "5/10" in err
     assert "lr 0.0001" in err
     assert told == ["a note"]
-
-
-# --- answers ---
-
-
-@pytest.fixture(scope="module")
-def tiny(demo_checkpoint):
-    import comemo
-
-    model = comemo.CoMemoForConditionalGeneration.from_pretrained(
-        demo_checkpoint, dtype=torch.float32
-    )
-    return model, comemo.CoMemoProcessor.from_pretrained(demo_checkpoint)
-
-
-def state_of(model):
-    weights = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    modes = {name: module.training for name, module in model.named_modules()}
-    return weights, modes, torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
-
-
-def same(before, after):
-    return (
-        all(torch.equal(before[0][name], weight) for name, weight in after[0].items())
-        and before[1] == after[1]
-        and torch.equal(before[2], after[2])
-        and before[3] == after[3]
-        and (before[4] == after[4]).all()
-    )
-
-
-@pytest.mark.parametrize(
-    ("autocast", "adapted"),
-    [
-        (True, False),
-        (False, True),
-        pytest.param(False, False, marks=pytest.mark.slow),
-        pytest.param(True, True, marks=pytest.mark.slow),
-    ],
-)
-def test_answers_leave_training_as_it_was(tiny, picture_file, tmp_path, autocast, adapted):
-    """Also the modes of modules one by one, gradients, and a model whose config has no cache."""
-    model, processor = tiny
-    if adapted:
-        pytest.importorskip("peft")
-        lora = LoraSettings(vision=2, language=2, mixin=2, dropout=0.5)
-        model = add_adapters(copy.deepcopy(model), lora, seed=0)
-        set_drop_path(model, 0.3)
-    model.train()
-    model.model.vision_tower.eval()  # frozen: modes differ
-    model.gradient_checkpointing_enable()
-    model.config.use_cache = model.config.text_config.use_cache = False
-    forward = model.forward
-    if autocast:  # as accelerate does it
-        model.forward = torch.autocast("cpu", torch.bfloat16)(forward)
-    gate = model.model.language_model.layers[1].mixin.attn_gate
-    gate.grad = torch.tensor([3.0])
-    settings = AnswerSettings(
-        every=2,
-        ask=[
-            {"question": "Who is there?", "image": str(picture_file)},
-            {"question": "What?", "image": [str(picture_file)] * 2},
-            {"question": "Nothing?", "image": "/no/such.png"},
-            {"question": "Hello?"},
-        ],
-        max_new_tokens=3,
-    )
-    trainer = FakeTrainer(nn.Linear(1, 1))
-    trainer.model = model
-    answers = Answers(
-        "finetune", settings, DataSettings(), processor, trainer, tmp_path, tmp_path / "board"
-    )
-    state = TrainerState(global_step=0, max_steps=9)
-    before = state_of(model)
-    try:
-        answers.on_train_begin(types.SimpleNamespace(bf16=autocast), state, TrainerControl())
-        for state.global_step in (1, 2):
-            answers.on_step_end(None, state, TrainerControl())
-        assert same(before, state_of(model))
-        assert gate.grad.item() == 3.0
-    finally:
-        vars(model).pop("forward", None) if autocast else None
-        model.gradient_checkpointing_disable()
-        model.config.use_cache = model.config.text_config.use_cache = True
-        model.zero_grad(set_to_none=True)
-        answers.close()
-    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    assert [line["question"] for line in lines] == ["Who is there?", "What?", "Hello?"]
-    assert {line["step"] for line in lines} == {2}
-    assert len(trainer.told) == 4
-    assert "no answer to 'Nothing?': FileNotFoundError" in trainer.told[2]
-    if not autocast:
-        model.eval()
-        chat = comemo_answer(model, processor, "Who is there?", picture_file)
-        assert lines[0]["answer"] == chat
-
-
-def comemo_answer(model, processor, question, picture):
-    import comemo
-
-    session = comemo.ChatSession(model, processor, max_new_tokens=3, do_sample=False)
-    return session.ask(question, str(picture))
-
-
-def test_without_questions_the_data_is_asked(tmp_path):
-    """The first lines of the evaluation data that can be asked; bad lines and videos cannot."""
-
-    def line(question, **item):
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Yes."}]
-        return json.dumps({**item, "conversations": turns}) + "\n"
-
-    lines = [
-        "{broken\n",
-        line("<video>\nWhat?", video="a.mp4"),
-        line("<image>\nOne?", image="1.png"),
-    ]
-    lines += [line("Two?"), line("<image><image>Three?", image=["a", "b"]), line("Four?")]
-    (tmp_path / "eval.jsonl").write_text("".join(lines))
-    (tmp_path / "train.jsonl").write_text(line("Five?"))
-    data = DataSettings(train=str(tmp_path / "train.jsonl"), eval=str(tmp_path / "eval.jsonl"))
-    found = first_questions(data)
-    assert [item["question"] for item in found] == ["<image>\nOne?", "Two?", "<image><image>Three?"]
-    assert [item["image"] for item in found] == [
-        [str(tmp_path / "1.png")],
-        [],
-        [str(tmp_path / "a"), str(tmp_path / "b")],
-    ]
-    assert {item["expected"] for item in found} == {"Yes."}
-    data.eval = None
-    assert [item["question"] for item in first_questions(data)] == ["Five?"]
-    data.root = str(tmp_path.parent)
-    assert first_questions(data)
-
-
-def test_an_interrupt_in_an_answer_is_passed_on(tiny, monkeypatch):
-    model, processor = tiny
-    model.train()
-    before = state_of(model)
-
-    def stop(*_, **__):
-        torch.rand(1), random.random(), np.random.rand()
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(asking.ChatSession, "ask", stop)
-    with pytest.raises(KeyboardInterrupt):
-        answer_once(model, processor, {"question": "a"}, 3, False)
-    assert same(before, state_of(model))
-
-
-def test_evaluation_mode_is_without_gradients(tiny):
-    model, _ = tiny
-    model.train()
-    with undisturbed(model):
-        assert not torch.is_grad_enabled()
-        assert not any(module.training for module in model.modules())
-    assert torch.is_grad_enabled()
-    assert all(module.training for module in model.modules())
-
-
-# --- faults ---
-
-
-def test_the_first_output_that_is_not_finite_is_named(model):
-    layer = model.model.language_model.layers[2]
-    assert first_nonfinite(model, lambda: loss_of(model)).startswith("nothing")
-    handle = layer.mlp.up_proj.register_forward_pre_hook(lambda _, x: (x[0] * float("nan"),))
-    name = "the output of model.language_model.layers.2.mlp.up_proj"
-    assert first_nonfinite(model, lambda: loss_of(model)) == name
-    handle.remove()
-
-
-def test_a_weight_that_is_not_finite_is_named(model):
-    model.model.language_model.layers[1].mixin.attn_gate.data.fill_(float("inf"))
-    name = "the weight model.language_model.layers.1.mixin.attn_gate"
-    assert first_nonfinite(model, lambda: loss_of(model)) == name
-
-
-def test_a_gradient_that_is_not_finite_is_named(model):
-    """Outputs are finite: sqrt at 0."""
-
-    def run():
-        x = model.lm_head.weight.detach() * 0
-        return loss_of(model) + (x + model.lm_head.weight * 0).abs().sum().sqrt()
-
-    assert first_nonfinite(model, run) == "the gradient of lm_head.weight"
-    assert all(weight.grad is None for weight in model.parameters())
-
-
-def test_a_loss_of_finite_outputs_is_named(model):
-    name = first_nonfinite(model, lambda: loss_of(model) * float("nan"))
-    assert name == "the loss, from finite outputs of all modules"
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(model):
-    trainer, watch = FakeTrainer(model), make_watch(settings_of("a").stages["finetune"])
-    loss_of(model).backward()
-    broken = model.model.multi_modal_projector[1].register_forward_pre_hook(
-        lambda _, x: (x[0] * float("inf"),)
-    )
-    with pytest.raises(LossFault) as raised:
-        watch(trainer, report_of(1200, float("nan")))
-    broken.remove()
-    text = str(raised.value)
-    assert text.startswith("train: step 1,200: the loss is nan; first not finite: the output of")
-    assert "model.multi_modal_projector.1; data: cars cars.jsonl:7, dogs dogs.jsonl:3." in text
-    with pytest.raises(LossFault, match="but the norm of its gradient inf; computed again, each"):
-        watch(trainer, report_of(7, 1.0, grad_norm=float("inf")))
-
-
-def test_a_jump_of_the_loss_is_told_with_its_place(model):
-    model.model.language_model.layers[3].mixin.o_proj.weight.grad = torch.full((64, 48), 2.0)
-    model.lm_head.weight.grad = torch.full((300, 64), 0.01)
-    trainer, watch = FakeTrainer(model), make_watch(settings_of("a", "spike=3").stages["finetune"])
-    for step in range(1, 10):
-        watch(trainer, report_of(step, 2.0))
-    assert trainer.told == []
-    watch(trainer, report_of(10, 6.5))
-    (said,) = trainer.told
-    assert said.startswith("step 10: the loss 6.5 is 3.2 x the median 2 of the last 9 steps; data:")
-    assert "cars cars.jsonl:7, dogs dogs.jsonl:3; largest gradient: " in said
-    assert "model.language_model.layers.3.mixin (100%" in said
-
-
-def test_what_counts_as_a_jump():
-    watch = SpikeWatch(2.0)
-    assert [watch(loss) for loss in (1.0, 9.0, *[1.0] * 6)] == [None] * 8  # too few before
-    assert watch(2.0) is None
-    assert watch(2.1) == 1.0
-    for _ in range(REMEMBERED):
-        watch(5.0)
-    assert watch(9.0) is None  # forgotten
-    never = SpikeWatch(0.0)
-    assert not any(never(loss) for loss in [1.0] * 9 + [1e9])
-
-
-def test_long_lists_of_samples_are_cut():
-    samples = [("a", "a.jsonl", n) for n in range(1, 8)]
-    assert (
-        describe_samples(samples) == "a a.jsonl:1, a a.jsonl:2, a a.jsonl:3, a a.jsonl:4 and 3 more"
-    )
-    assert describe_samples([]) == "none"
