@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from conftest import SLOW
 from test_bench_tuning import Nothing
 from timed import COPY, GEMM, clock, rows_of
 
@@ -228,7 +229,7 @@ def test_saved_tensors_are_counted_by_storage():
 WIDER = MixinSize(width=128, heads=2, layers=2, wide=1024)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=SLOW)])
 @pytest.mark.parametrize("case", ["96_1_one", "96_8_one", "96_8_many", "96_8_none", "1k_8_one"])
 def test_what_a_step_keeps_is_predicted(case, dtype, monkeypatch):
     monkeypatch.setitem(cases.MIXINS, "wider", WIDER)

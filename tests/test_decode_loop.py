@@ -3,7 +3,7 @@
 import pytest
 import torch
 from chats import case_of, prepared
-from conftest import DEVICE
+from conftest import DEVICE, SLOW
 from decoding import (  # noqa: F401
     GREEDY,
     TOLD,
@@ -216,7 +216,7 @@ def test_gives_recorded_answers(golden, inputs, checkpoint, tokenizer):
         assert out[0].tolist() == record["tokens"]
 
 
-@pytest.mark.parametrize(("stored", "chunk"), [(False, None), (True, 100)])
+@pytest.mark.parametrize(("stored", "chunk"), [pytest.param(False, None, marks=SLOW), (True, 100)])
 def test_a_session_answers_the_same(loaded, demo_checkpoint, picture_file, ahead, stored, chunk):
     model, _ = loaded
     processor = CoMemoProcessor.from_pretrained(demo_checkpoint)

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from chats import CHATS, case_of
-from conftest import TRACED
+from conftest import SLOW_ON_CPU, TRACED
 from harness import assert_errs_no_more, assert_relative
 from small import logits_of, make_model, make_prompts, one_more, place
 from torch._dynamo.testing import CompileCounter
@@ -161,6 +161,7 @@ def test_called_modules_compute_the_same(model):
             handle.remove()
 
 
+@SLOW_ON_CPU
 @TRACED
 def test_a_decode_step_compiles_without_graph_breaks(real_device):
     model = make_model().to(real_device)
