@@ -24,6 +24,19 @@ from comemo.safety.files import check_class, hub_options, read_json
 MARKER = "\ufdd0"  # a Unicode noncharacter: valid text does not contain it
 MARKER_PIECES = [f"<0x{byte:02X}>" for byte in MARKER.encode()]
 
+# Tokens of images and regions, which the published model has after those of its language model.
+ADDED_TOKENS = (
+    "<img>",
+    "</img>",
+    "<IMG_CONTEXT>",
+    "<quad>",
+    "</quad>",
+    "<ref>",
+    "</ref>",
+    "<box>",
+    "</box>",
+)
+
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 # Keywords of loading, and the key that names code in a checkpoint: not saved.

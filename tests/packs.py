@@ -67,7 +67,7 @@ def make_trainer(folder, total=2, steps=3, model=None, watch=None, ends=None, he
     torch.manual_seed(0)
     model = model or make_model().cpu().requires_grad_(True)
     streams = list(range(ranks.rank(), total, ranks.world_size()))
-    named = ("eval_every", "shard_optimizer", "tell", "callbacks")
+    named = ("eval_every", "shard_optimizer", "tell")
     more = {name: own.pop(name) for name in named if name in own}
     options = {
         "learning_rate": 1e-2,

@@ -16,13 +16,13 @@ from comemo.cli.arguments import number
 from comemo.cli.info import memory_numbers
 from comemo.cli.progress import AnswerStreamer
 from comemo.cli.terminal import plain, tell
-from comemo.cli.tiny_checkpoint import ADDED_TOKENS, RENAMED_TOKENS, make_checkpoint
+from comemo.cli.tiny_checkpoint import RENAMED_TOKENS, make_checkpoint
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig
 from comemo.device import default_device
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
 from comemo.safety.regular import check_path
-from comemo.tokenizer import InternLM2Tokenizer
+from comemo.tokenizer import ADDED_TOKENS, InternLM2Tokenizer
 
 SUMMARY = "run a whole conversation, offline, on an untrained tiny model"
 QUESTIONS = ("What is in this picture?", "Who is on the boat?")

@@ -9,9 +9,9 @@ import torch
 
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig
-from comemo.tokenizer import InternLM2Tokenizer
+from comemo.tokenizer import ADDED_TOKENS, InternLM2Tokenizer
 
-# As in the published vocabulary: unused pieces with a new name, and tokens after the last piece.
+# As in the published vocabulary, unused pieces with a new name. `ADDED_TOKENS` follow the last one.
 RENAMED_TOKENS = (
     "<|plugin|>",
     "<|interpreter|>",
@@ -19,17 +19,6 @@ RENAMED_TOKENS = (
     "<|action_start|>",
     "<|im_end|>",
     "<|im_start|>",
-)
-ADDED_TOKENS = (
-    "<img>",
-    "</img>",
-    "<IMG_CONTEXT>",
-    "<quad>",
-    "</quad>",
-    "<ref>",
-    "</ref>",
-    "<box>",
-    "</box>",
 )
 _SENTENCES = (
     "the picture shows a quiet harbour in the evening sun.",

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from comemo.device import default_dtype
 from comemo.train.settings import StageSettings, StartSettings, TrainSettings
 
 TILING = ("min_dynamic_patch", "max_dynamic_patch", "use_thumbnail")
@@ -49,8 +50,9 @@ class Stage:
         chosen = self.settings.precision
         if chosen != "auto":
             return chosen
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if fast else "float32"
+        # On a CPU the choice would be by a measurement, which a resumed run may decide otherwise.
+        half = device.type != "cpu" and default_dtype(device) == torch.bfloat16
+        return "bfloat16" if half else "float32"
 
 
 def start_of(run: TrainSettings) -> StartSettings:

@@ -68,7 +68,6 @@ class RecipeTrainer(Trainer):
         eval_every: steps between evaluations; 0 for one at the end.
         shard_optimizer: whether ranks divide the optimizer's state.
         tell: prints a line for the user.
-        callbacks: of transformers' kind.
 
     Attributes:
         step_report: of the last step.
@@ -88,7 +87,6 @@ class RecipeTrainer(Trainer):
         eval_every: int = 0,
         shard_optimizer: bool = False,
         tell: Any = print,
-        callbacks: Any = (),
     ) -> None:
         self.loader, self.streams = loader, streams
         self.save, self.watch, self.tell = save, watch, tell
@@ -100,7 +98,7 @@ class RecipeTrainer(Trainer):
         self._sums: list[tuple[Tensor, Tensor]] = []
         self._norm: Any = None
         self._clock = time.perf_counter()
-        super().__init__(model, args, callbacks=[_Hooks(self), *callbacks])
+        super().__init__(model, args, callbacks=[_Hooks(self)])
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the divisor below is that of the whole step
 

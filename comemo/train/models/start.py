@@ -15,6 +15,7 @@ from comemo.config import CoMemoConfig
 from comemo.image_processor import CoMemoImageProcessor, settings_of
 from comemo.processing.tokenizer_files import missing_tokens, read_tokenizer
 from comemo.processor import CoMemoProcessor
+from comemo.tokenizer import ADDED_TOKENS
 from comemo.train.models.configs import check_start, checkpoint_config, parts_config
 from comemo.train.models.embeddings import fit_vocabulary, resize_tiles
 from comemo.train.models.loading import copy_weights, find_faults
@@ -29,8 +30,6 @@ from comemo.train.settings import StartSettings
 
 log = logging.getLogger(__name__)
 
-IMAGE_TOKENS = (prompts.IMAGE_START, prompts.IMAGE_END, prompts.IMAGE_CONTEXT)
-REGION_TOKENS = ("<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 PROJECTOR, MIXIN = "model.multi_modal_projector.", re.compile(r"\.layers\.\d+\.mixin\.")
 
 
@@ -213,7 +212,7 @@ def _fit_tokenizer(
     words = prompts.TEMPLATES[model.config.template]
     stop = prompts.stop_text(model.config.template)
     of_template = [*re.findall(r"<\|\w+\|>", words.system + words.user + words.assistant), stop]
-    wanted = dict.fromkeys((*IMAGE_TOKENS, *REGION_TOKENS, *of_template))
+    wanted = dict.fromkeys((*ADDED_TOKENS, *of_template))
     known = _size(tokenizer)
     missing = missing_tokens(tokenizer, list(wanted))
     if missing:
