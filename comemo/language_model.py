@@ -6,8 +6,7 @@ Letters: B prompts, N tokens of a prompt, M tokens of the image memory, H heads,
 dimension, d width of the language model.
 """
 
-import itertools
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +31,7 @@ from comemo.config import CoMemoConfig
 from comemo.memory.building import BuildsMemory
 from comemo.mixin import KeyAngles, MixinLayer
 from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache
+from comemo.packed_attention import SampleGroups, attend_samples, group_samples
 from comemo.packing import VARLEN, places_in_samples
 from comemo.weights.fusable import are_joined, is_fusable, is_untouched, join_weights
 from comemo_kernels import ImageMemory, QueryRotation
@@ -105,7 +105,7 @@ class CoMemoAttention(LlamaAttention):
         v: Tensor,
         mask: Any,
         cache: Any,
-        bounds: list[int] | None = None,
+        samples: SampleGroups | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """q [B, N, H, D] reads the cache and new keys and values [B, N, G, D], or its sample."""
@@ -114,8 +114,8 @@ class CoMemoAttention(LlamaAttention):
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
         dropout = self.attention_dropout if self.training else 0.0
-        if bounds is not None:
-            return attend_samples(q, k, v, bounds, dropout, self.scaling), None
+        if samples is not None:
+            return attend_samples(q, k, v, samples, dropout, self.scaling), None
         if N == 1 and self.config._attn_implementation == "sdpa" and not dropout:
             # Query heads of one key head become its rows: keys are neither repeated nor read twice.
             q = q.view(len(q), k.shape[1], -1, self.head_dim)
@@ -124,33 +124,6 @@ class CoMemoAttention(LlamaAttention):
             self.config._attn_implementation, eager_attention_forward
         )
         return attend(self, q, k, v, mask, dropout=dropout, scaling=self.scaling, **kwargs)
-
-
-def attend_samples(
-    q: Tensor, k: Tensor, v: Tensor, bounds: list[int], dropout: float, scale: float
-) -> Tensor:
-    """Causal SDPA of each packed sample alone: no pairs of samples, and no mask of all pairs.
-
-    Args:
-        q: [B, H, N, D].
-        k, v: [B, G, N, D].
-        bounds: [samples + 1] over the tokens of all rows; no sample is in two rows.
-        dropout, scale: of SDPA.
-
-    Returns:
-        [B, N, H, D].
-    """
-    B, H, N, D = q.shape
-    parts, attend = [], cast(Any, F.scaled_dot_product_attention)  # its stub knows no enable_gqa
-    for start, end in itertools.pairwise(bounds):
-        row, first = divmod(start, N)
-        own = slice(first, first + end - start)
-        if end > start:
-            sample = (t[row, None, :, own] for t in (q, k, v))
-            parts.append(
-                attend(*sample, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=True)[0]
-            )
-    return torch.cat(parts, 1).view(H, B, N, D).permute(1, 2, 0, 3)
 
 
 class CoMemoDecoderLayer(LlamaDecoderLayer):
@@ -267,13 +240,13 @@ class CoMemoTextModel(BuildsMemory, LlamaPreTrainedModel):
             lengths, longest = cu_seqlens.to(x.device, torch.int32), int(cu_seqlens.diff().max())
             kwargs.update(zip(VARLEN, (lengths, lengths, longest, longest), strict=True))
             if text._attn_implementation == "sdpa":
-                kwargs["bounds"] = cu_seqlens.tolist()
+                kwargs["samples"] = group_samples(cu_seqlens.tolist(), x.device)
         if rope_lengths is None:
             if token_counts is None:
                 token_counts = _count_tokens(x, attention_mask, cache)
             rope_lengths = self.rope_lengths(position_ids, token_counts)
         mask = None
-        if not hasattr(cache, "attend") and "bounds" not in kwargs:
+        if not hasattr(cache, "attend") and "samples" not in kwargs:
             mask = create_causal_mask(
                 config=text,
                 inputs_embeds=x,

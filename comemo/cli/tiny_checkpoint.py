@@ -3,7 +3,9 @@
 import io
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,7 +41,7 @@ def make_checkpoint(directory: str | Path, seed: int = 0) -> None:
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    vocab_size = _save_tokenizer(directory)
+    vocab_size = save_tokenizer(directory, _SENTENCES, 440)
     config = CoMemoConfig(
         llm_config={
             "architectures": ["InternLM2ForCausalLM"],
@@ -91,17 +93,29 @@ def spread_weights(model: CoMemoForConditionalGeneration) -> None:
             weight.normal_(0, 0.7 / math.sqrt(weight.shape[1]))
 
 
-def _save_tokenizer(directory: Path) -> int:
-    """Train and save a tokenizer; returns the size of its vocabulary."""
+def save_tokenizer(
+    directory: Path, sentences: Iterable[str], vocab_size: int, **options: Any
+) -> int:
+    """Train a tokenizer and save it in the published layout.
+
+    Args:
+        directory: of the checkpoint, which exists.
+        sentences: what it is trained on.
+        vocab_size: at most, without `ADDED_TOKENS`.
+        options: of `SentencePieceTrainer.train`.
+
+    Returns:
+        The size of the vocabulary, with `ADDED_TOKENS`.
+    """
     import sentencepiece
 
     unused = [f"[UNUSED_TOKEN_{i}]" for i in range(len(RENAMED_TOKENS))]
     trained = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_SENTENCES),
+        sentence_iterator=iter(sentences),
         model_writer=trained,
         model_type="bpe",
-        vocab_size=440,
+        vocab_size=vocab_size,
         hard_vocab_limit=False,
         character_coverage=1.0,
         byte_fallback=True,
@@ -110,6 +124,7 @@ def _save_tokenizer(directory: Path) -> int:
         user_defined_symbols=unused,
         num_threads=1,
         minloglevel=2,
+        **options,
     )
     proto = trained.getvalue()
     pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)

@@ -1,0 +1,111 @@
+"""Write pictures and questions as training data: images and a JSONL file of conversations."""
+
+import json
+import os
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+
+from PIL import Image
+
+from comemo.nano.drawing import draw, draw_item
+from comemo.nano.questions import Question, questions_about, questions_about_pair
+from comemo.nano.scenes import SEEDS, make_item, make_pair, make_scene
+
+ROUND = 256  # pictures that a process draws before it takes others
+PAIRS = 6  # every so manyth sample is a pair
+
+
+def write_items(folder: str | Path, count: int, first: int = 0) -> None:
+    """Write pictures of one item each, with what they show: items.jsonl and its images.
+
+    Args:
+        folder: is created.
+        count: of pictures.
+        first: the first seed, in `SEEDS["train"]`.
+    """
+    _write(Path(folder), "items", count, first)
+
+
+def write_pictures(folder: str | Path, count: int, first: int = 0) -> None:
+    """Write whole pictures, some in pairs, with conversations: pictures.jsonl and its images.
+
+    Args:
+        folder: is created.
+        count: of samples, pairs among them.
+        first: the first seed, in `SEEDS["train"]`.
+    """
+    _write(Path(folder), "pictures", count, first)
+
+
+def _write(folder: Path, name: str, count: int, first: int) -> None:
+    seeds = range(first, first + count)
+    if count < 1 or seeds[0] not in SEEDS["train"] or seeds[-1] not in SEEDS["train"]:
+        raise ValueError(
+            f"write_{name}: the seeds must be in {SEEDS['train']}, got {count} from {first}"
+        )
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    rounds = [
+        (folder, name, seeds[start : start + ROUND]) for start in range(0, count, ROUND)
+    ]
+    with get_context("spawn").Pool(os.cpu_count()) as pool:
+        lines = [line for own in pool.imap(_write_round, rounds) for line in own]
+    (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _write_round(task: tuple[Path, str, range]) -> list[str]:
+    folder, name, seeds = task
+    sample = {"items": _item_sample, "pictures": _picture_sample}[name]
+    lines = []
+    for seed in seeds:
+        images, asked = sample(seed)
+        paths = []
+        for index, image in enumerate(images):
+            path = f"{name}/{seed}{'ab'[index] if len(images) > 1 else ''}.jpg"
+            image.save(folder / path, quality=92, subsampling=0)
+            paths.append(path)
+        lines.append(json.dumps(_line(paths, asked)) + "\n")
+    return lines
+
+
+def _line(paths: list[str], asked: list[Question]) -> dict:
+    turns = []
+    for index, question in enumerate(asked):
+        marks = "<image>\n" * len(paths) if index == 0 else ""
+        turns.append({"from": "human", "value": marks + question.text})
+        turns.append({"from": "gpt", "value": question.answer})
+    return {"image": paths[0] if len(paths) == 1 else paths, "conversations": turns}
+
+
+def _item_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
+    random = Random(f"item sample {seed}")
+    item = make_item(random)
+    image = draw_item(item, seed).resize((128, 128), Image.Resampling.LANCZOS)
+    return [image], [_about_item(item, random)]
+
+
+def _about_item(item, random: Random) -> Question:
+    form = random.random()
+    if item.kind == "shape" and form < 0.2:
+        return Question("colour", f"Which colour is the {item.text}?", item.colour)
+    if form < 0.2:
+        return Question("detail", f"Which {item.kind} is in the picture?", item.text)
+    return Question("caption", "Describe the picture.", item.phrase())
+
+
+def _picture_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
+    random = Random(f"picture sample {seed}")
+    if seed % PAIRS == 0:
+        scenes = make_pair(seed)
+        asked = questions_about_pair(*scenes, random)
+    else:
+        scenes = (make_scene(seed),)
+        asked = questions_about(*scenes, random)
+    # A list answers the other questions, so it comes last: it must be read from the picture.
+    asked.sort(key=lambda question: question.kind in ("list", "caption"))
+    return [_reduce(draw(scene)) for scene in scenes], asked
+
+
+def _reduce(image: Image.Image) -> Image.Image:
+    """At 2.5 of 1,000: about twice the pixels of the tiles of nano, so reading is quick."""
+    return image.resize((image.width * 2 // 5, image.height * 2 // 5), Image.Resampling.LANCZOS)

@@ -1,0 +1,256 @@
+"""From a scene to pixels, with Pillow and its own font."""
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from random import Random
+
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from comemo.nano.scenes import SIZES, Item, Scene
+from comemo.nano.words import COLOURS
+
+PHOTOGRAPHS = Path(__file__).parent / "photographs"
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+Colour = tuple[int, int, int]
+
+
+def draw(scene: Scene) -> Image.Image:
+    """Draw a scene.
+
+    Args:
+        scene: of `make_scene` or `make_pair`.
+
+    Returns:
+        An RGB image of 1,000 pixels and more.
+    """
+    random = Random(f"pixels {scene.seed} {scene.size} {len(scene.items)}")
+    width, height = SIZES[scene.size][:2]
+    image = _ground(random, scene.ground, (width, height))
+    pen = ImageDraw.Draw(image)
+    {"objects": _objects, "sign": _sign, "chart": _chart, "form": _form, "marks": _marks}[
+        scene.layout
+    ](random, pen, scene, (width, height))
+    return image
+
+
+def draw_item(item: Item, seed: int) -> Image.Image:
+    """Draw one item alone, as large as a place: a RGB image of 320 x 320 pixels."""
+    random = Random(f"item {seed}")
+    image = _ground(random, random.choice(("plain", "gradient", "noise", "photograph")), (320, 320))
+    _item(random, ImageDraw.Draw(image), item, (0, 0, 320, 320))
+    return image
+
+
+def _ground(random: Random, kind: str, size: tuple[int, int]) -> Image.Image:
+    pale = random.random() < 0.75
+    low, high = (185, 235) if pale else (60, 110)
+
+    def tone() -> Colour:
+        base = random.randint(low, high)
+        return tuple(min(255, max(0, base + random.randint(-14, 14))) for _ in range(3))
+
+    if kind == "plain":
+        return Image.new("RGB", size, tone())
+    if kind == "photograph":
+        photograph = _photograph(random.choice(("astronaut", "chelsea", "coffee", "rocket")))
+        side = random.randint(120, min(photograph.size))
+        left, top = (random.randint(0, total - side) for total in photograph.size)
+        crop = photograph.crop((left, top, left + side, top + side)).resize(size)
+        return Image.blend(crop, Image.new("RGB", size, tone()), random.uniform(0.55, 0.8))
+    if kind == "stripes":
+        first, image = tone(), Image.new("RGB", size, tone())
+        pen, step = ImageDraw.Draw(image), random.randint(60, 160)
+        for start in range(-size[1], size[0], 2 * step):
+            slant = random.choice((0, size[1])) if start == -size[1] else slant
+            pen.polygon(
+                [(start, 0), (start + step, 0), (start + step + slant, size[1])]
+                + [(start + slant, size[1])],
+                first,
+            )
+        return image
+    cells = (2, 2) if kind == "gradient" else (random.randint(4, 24), random.randint(4, 24))
+    small = Image.new("RGB", cells)
+    small.putdata([tone() for _ in range(cells[0] * cells[1])])
+    return small.resize(size, Image.Resampling.BICUBIC)
+
+
+@lru_cache
+def _photograph(name: str) -> Image.Image:
+    with Image.open(PHOTOGRAPHS / f"{name}.jpg") as image:
+        return image.convert("RGB").filter(ImageFilter.GaussianBlur(1))
+
+
+@lru_cache(maxsize=256)
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def _shade(random: Random, name: str) -> Colour:
+    return tuple(min(255, max(0, part + random.randint(-12, 12))) for part in COLOURS[name])
+
+
+def _contrast(colour: Colour) -> Colour:
+    bright = 0.3 * colour[0] + 0.6 * colour[1] + 0.1 * colour[2]
+    return (20, 20, 24) if bright > 140 else (250, 250, 250)
+
+
+def _objects(
+    random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[int, int]
+) -> None:
+    rows, cols = scene.shape
+    wide, high = size[0] / cols, size[1] / rows
+    for (row, col), item in scene.items.items():
+        _item(random, pen, item, (col * wide, row * high, (col + 1) * wide, (row + 1) * high))
+
+
+def _item(random: Random, pen: ImageDraw.ImageDraw, item: Item, box: Box) -> None:
+    """Draw an item at some place and of some size within the box."""
+    left, top, right, bottom = box
+    least = min(right - left, bottom - top)
+    colour = _shade(random, item.colour)
+    if item.kind == "shape":
+        radius = least * random.uniform(0.22, 0.42)
+        x = random.uniform(left + radius * 1.1, right - radius * 1.1)
+        y = random.uniform(top + radius * 1.1, bottom - radius * 1.1)
+        _shape(pen, item.text, x, y, radius, colour)
+        return
+    wide = least * (random.uniform(0.7, 0.92) if item.kind == "word" else random.uniform(0.4, 0.6))
+    high = wide * (random.uniform(0.38, 0.5) if item.kind == "word" else random.uniform(0.7, 1))
+    x = random.uniform(left + wide / 2 + 4, right - wide / 2 - 4)
+    y = random.uniform(top + high / 2 + 4, bottom - high / 2 - 4)
+    plate = (x - wide / 2, y - high / 2, x + wide / 2, y + high / 2)
+    pen.rounded_rectangle(plate, high * 0.12, colour, _contrast(colour), 3)
+    _write(random, pen, item.text, plate, _contrast(colour))
+
+
+def _write(
+    random: Random, pen: ImageDraw.ImageDraw, text: str, box: Box, colour: Colour, fill: float = 0.86
+) -> None:
+    """Write the text as large as fits into the box, in the middle of it."""
+    wide, high = (box[2] - box[0]) * fill, (box[3] - box[1]) * fill
+    bold = random.choice((0, 0, 1))
+    trial = _font(100).getbbox(text, stroke_width=2 * bold)
+    scale = min(wide / (trial[2] - trial[0]), high / (trial[3] - trial[1]))
+    size = max(8, int(100 * scale))
+    middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    pen.text(middle, text, colour, _font(size), "mm", stroke_width=bold * size // 40)
+
+
+def _shape(
+    pen: ImageDraw.ImageDraw, name: str, x: float, y: float, radius: float, colour: Colour
+) -> None:
+    edge, line = _contrast(colour), 3
+    box = (x - radius, y - radius, x + radius, y + radius)
+    if name == "circle":
+        pen.ellipse(box, colour, edge, line)
+    elif name == "ring":
+        pen.ellipse(box, None, edge, int(radius * 0.42) + line)
+        inner = (x - radius + line, y - radius + line, x + radius - line, y + radius - line)
+        pen.ellipse(inner, None, colour, int(radius * 0.42) - line)
+    elif name == "square":
+        pen.rectangle([part * 0.86 + middle * 0.14 for part, middle in zip(box, (x, y) * 2)],
+                      colour, edge, line)
+    else:
+        pen.polygon(_corners(name, x, y, radius), colour, edge, line)
+
+
+def _corners(name: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
+    if name == "triangle":
+        return [(x, y - radius), (x + radius, y + radius * 0.8), (x - radius, y + radius * 0.8)]
+    if name == "diamond":
+        wide = radius * 0.75
+        return [(x, y - radius), (x + wide, y), (x, y + radius), (x - wide, y)]
+    if name == "star":
+        turns = [(math.pi * i / 5, radius if i % 2 == 0 else radius * 0.42) for i in range(10)]
+        return [(x + r * math.sin(a), y - r * math.cos(a)) for a, r in turns]
+    arm = radius * 0.32  # a cross
+    steps = [(-arm, -radius), (arm, -radius), (arm, -arm), (radius, -arm), (radius, arm), (arm, arm)]
+    steps += [(-dx, -dy) for dx, dy in steps]
+    return [(x + dx, y + dy) for dx, dy in steps]
+
+
+def _sign(random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[int, int]) -> None:
+    width, height = size
+    colour = _shade(random, scene.sign["colour"])
+    ink = _contrast(colour)
+    wide, high = width * random.uniform(0.6, 0.85), height * random.uniform(0.55, 0.75)
+    left, top = random.uniform(20, width - wide - 20), random.uniform(20, height - high - 20)
+    pen.rounded_rectangle((left, top, left + wide, top + high), 30, colour, ink, 8)
+    word = (left, top + high * 0.05, left + wide, top + high * 0.6)
+    _write(random, pen, scene.sign["word"], word, ink)
+    tall = high * 0.26  # the small line: an arrow and a number
+    middle = top + high * 0.8
+    arrow_x, number_x = left + wide * 0.3, left + wide * 0.7
+    _arrow(pen, scene.sign["arrow"], arrow_x, middle, tall * 0.5, ink)
+    box = (number_x - tall, middle - tall * 0.36, number_x + tall, middle + tall * 0.36)
+    _write(random, pen, scene.sign["number"], box, ink, 1)
+
+
+def _arrow(
+    pen: ImageDraw.ImageDraw, way: str, x: float, y: float, radius: float, colour: Colour
+) -> None:
+    turn = {"up": 0, "right": 1, "down": 2, "left": 3}[way]
+    points = [(0, -1), (0.7, -0.1), (0.25, -0.1), (0.25, 1), (-0.25, 1), (-0.25, -0.1), (-0.7, -0.1)]
+    for _ in range(turn):
+        points = [(-dy, dx) for dx, dy in points]
+    pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in points], colour)
+
+
+def _chart(random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[int, int]) -> None:
+    width, height = size
+    step = width / len(scene.bars)
+    floor, text = height * 0.85, height * 0.1
+    ink = (20, 20, 24)
+    pen.rectangle((0, 0, width, height), _pale(random))
+    pen.line((width * 0.02, floor, width * 0.98, floor), ink, 6)
+    for index, bar in enumerate(scene.bars):
+        x, wide = (index + 0.5) * step, step * random.uniform(0.22, 0.3)
+        top = floor - (floor - height * 0.16) * bar.value / 99
+        colour = _shade(random, bar.colour)
+        pen.rectangle((x - wide, top, x + wide, floor), colour, ink, 3)
+        _write(random, pen, str(bar.value), (x - step, top - text * 1.15, x + step, top - 6), ink)
+        _write(random, pen, bar.letter, (x - step, floor + 10, x + step, height - 10), ink)
+
+
+def _pale(random: Random) -> Colour:
+    return tuple(random.randint(220, 250) for _ in range(3))
+
+
+def _form(random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[int, int]) -> None:
+    width, height = size
+    margin = 24
+    pen.rectangle((margin, margin, width - margin, height - margin), _pale(random), (90, 90, 90), 4)
+    step, ink = height / len(scene.fields), (25, 25, 30)
+    for index, (name, item) in enumerate(scene.fields.items()):
+        y = (index + 0.5) * step + random.uniform(-0.1, 0.1) * step
+        tall = min(step * 0.16, width * 0.055)
+        _write(random, pen, name, (width * 0.06, y - tall, width * 0.31, y + tall), ink, 0.9)
+        left = width * random.choice((0.37, 0.69))
+        box = (left, y - tall, left + width * 0.26, y + tall)
+        pen.line((width * 0.36, y + tall * 1.3, width * 0.94, y + tall * 1.3), (120, 120, 120), 4)
+        _write(random, pen, item.text, box, _shade(random, item.colour) if item.colour not in (
+            "white", "yellow") else ink, 0.9)
+
+
+def _marks(random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[int, int]) -> None:
+    width, height = size
+    step = width / scene.side
+    ink = (25, 25, 30)
+    pen.rectangle((0, 0, width, height), _pale(random))
+    for index in range(scene.side + 1):
+        pen.line((index * step, 0, index * step, height), (140, 140, 150), 5)
+        pen.line((0, index * step, width, index * step), (140, 140, 150), 5)
+    for (row, col), item in scene.items.items():
+        radius = width * random.uniform(0.03, 0.045)
+        x = (col + 0.5) * step + random.uniform(-0.2, 0.2) * step
+        y = (row + 0.5) * step + random.uniform(-0.2, 0.2) * step
+        box = (x - radius, y - radius, x + radius, y + radius)
+        thick = int(radius * 0.45)
+        if item.text == "cross":
+            pen.line(box, ink, thick)
+            pen.line((box[0], box[3], box[2], box[1]), ink, thick)
+        elif item.text == "ring":
+            pen.ellipse(box, None, ink, thick)
+        else:
+            pen.ellipse(box, ink)

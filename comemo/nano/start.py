@@ -1,0 +1,87 @@
+"""The untrained comemo-nano: its sizes and its tokenizer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import torch
+
+from comemo import prompts
+from comemo.cli.tiny_checkpoint import save_tokenizer
+from comemo.conditional_generation import CoMemoForConditionalGeneration
+from comemo.config import CoMemoConfig
+from comemo.nano.questions import questions_about, questions_about_pair
+from comemo.nano.scenes import make_pair, make_scene
+from comemo.nano.words import COLOURS, DIRECTIONS, FIELDS, LETTERS, SHAPES, WORDS
+
+VOCABULARY = 1000  # at most
+
+
+def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
+    """Write the untrained model that the training of comemo-nano begins with.
+
+    Args:
+        directory: of the checkpoint; created if it does not exist.
+        seed: of the weights. The same seed gives the same files.
+        changes: of `llm_config`, `vision_config` and `mixin_config`, by name.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    vocab_size = save_tokenizer(
+        directory, _sentences(), VOCABULARY, split_digits=True, max_sentencepiece_length=48, add_dummy_prefix=False
+    )
+    parts = {
+        "llm_config": {
+            "architectures": ["InternLM2ForCausalLM"],
+            "vocab_size": vocab_size,
+            "hidden_size": 128,
+            "intermediate_size": 352,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "bias": False,
+        },
+        "vision_config": {
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "intermediate_size": 512,
+            "image_size": 64,
+            "patch_size": 8,
+        },
+        "mixin_config": {
+            "language_dim": 128,
+            "vision_dim": 128,
+            "head_dim": 32,
+            "num_heads": 4,
+            "intermediate_size": 256,
+            "mixin_every_n_layers": 2,
+        },
+    }
+    config = CoMemoConfig(**{name: own | changes.get(name, {}) for name, own in parts.items()})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        CoMemoForConditionalGeneration(config).save_pretrained(directory)
+
+
+def _sentences() -> Iterator[str]:
+    """What the tokenizer learns: questions, answers, and the fixed texts of a chat."""
+    for seed in range(1500):
+        random = Random(seed)
+        asked = questions_about(make_scene(seed), random)
+        for question in asked + questions_about_pair(*make_pair(seed), random):
+            yield question.text
+            yield question.answer
+    for word in (*WORDS, *LETTERS, *COLOURS, *SHAPES, *DIRECTIONS, *FIELDS):
+        for _ in range(400):
+            yield f"the word {word}"
+            yield word
+    for place in ("top", "bottom", "middle", "left", "right", "row", "column", "first", "second"):
+        for _ in range(400):
+            yield f"at the {place}"
+    message = prompts.TEMPLATES["internlm2-chat"].system_message
+    for _ in range(3000):
+        yield from (f"system\n{message}", "user\n", "assistant\n")
