@@ -1,6 +1,6 @@
 """Causal self-attention of packed samples, each alone, with samples of about one length together.
 
-One call of SDPA a sample is slow where samples are short: the call itself costs as much as its work.
+One call of SDPA a sample is slow where samples are short: the call costs as much as its work.
 """
 
 from typing import Any, NamedTuple, cast

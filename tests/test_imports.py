@@ -21,6 +21,7 @@ ROWS = [
     ("conditional_generation",),
     ("auto",),
     ("train",),
+    ("nano",),
     ("cli", "__init__", "__main__"),
 ]
 

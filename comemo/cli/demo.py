@@ -16,10 +16,11 @@ from comemo.cli.arguments import number
 from comemo.cli.info import memory_numbers
 from comemo.cli.progress import AnswerStreamer
 from comemo.cli.terminal import plain, tell
-from comemo.cli.tiny_checkpoint import RENAMED_TOKENS, make_checkpoint
+from comemo.cli.tiny_checkpoint import make_checkpoint
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig
 from comemo.device import default_device
+from comemo.processing.new_tokenizer import RENAMED_TOKENS
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
 from comemo.safety.regular import check_path
 from comemo.tokenizer import ADDED_TOKENS, InternLM2Tokenizer

@@ -10,7 +10,7 @@ from PIL import Image
 
 from comemo.nano.drawing import draw, draw_item
 from comemo.nano.questions import Question, questions_about, questions_about_pair
-from comemo.nano.scenes import SEEDS, make_item, make_pair, make_scene
+from comemo.nano.scenes import SEEDS, Item, Scene, make_item, make_pair, make_scene
 
 ROUND = 256  # pictures that a process draws before it takes others
 PAIRS = 6  # every so manyth sample is a pair
@@ -45,9 +45,7 @@ def _write(folder: Path, name: str, count: int, first: int) -> None:
             f"write_{name}: the seeds must be in {SEEDS['train']}, got {count} from {first}"
         )
     (folder / name).mkdir(parents=True, exist_ok=True)
-    rounds = [
-        (folder, name, seeds[start : start + ROUND]) for start in range(0, count, ROUND)
-    ]
+    rounds = [(folder, name, seeds[start : start + ROUND]) for start in range(0, count, ROUND)]
     with get_context("spawn").Pool(os.cpu_count()) as pool:
         lines = [line for own in pool.imap(_write_round, rounds) for line in own]
     (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
@@ -84,7 +82,7 @@ def _item_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
     return [image], [_about_item(item, random)]
 
 
-def _about_item(item, random: Random) -> Question:
+def _about_item(item: Item, random: Random) -> Question:
     form = random.random()
     if item.kind == "shape" and form < 0.2:
         return Question("colour", f"Which colour is the {item.text}?", item.colour)
@@ -96,11 +94,11 @@ def _about_item(item, random: Random) -> Question:
 def _picture_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
     random = Random(f"picture sample {seed}")
     if seed % PAIRS == 0:
-        scenes = make_pair(seed)
-        asked = questions_about_pair(*scenes, random)
+        scenes: tuple[Scene, ...] = make_pair(seed)
+        asked = questions_about_pair(scenes[0], scenes[1], random)
     else:
         scenes = (make_scene(seed),)
-        asked = questions_about(*scenes, random)
+        asked = questions_about(scenes[0], random)
     # A list answers the other questions, so it comes last: it must be read from the picture.
     asked.sort(key=lambda question: question.kind in ("list", "caption"))
     return [_reduce(draw(scene)) for scene in scenes], asked

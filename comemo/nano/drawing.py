@@ -4,6 +4,7 @@ import math
 from functools import lru_cache
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
@@ -12,7 +13,7 @@ from comemo.nano.words import COLOURS
 
 PHOTOGRAPHS = Path(__file__).parent / "photographs"
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
-Colour = tuple[int, int, int]
+Colour = tuple[int, ...]
 
 
 def draw(scene: Scene) -> Image.Image:
@@ -61,13 +62,11 @@ def _ground(random: Random, kind: str, size: tuple[int, int]) -> Image.Image:
     if kind == "stripes":
         first, image = tone(), Image.new("RGB", size, tone())
         pen, step = ImageDraw.Draw(image), random.randint(60, 160)
+        slant = random.choice((0, size[1]))
         for start in range(-size[1], size[0], 2 * step):
-            slant = random.choice((0, size[1])) if start == -size[1] else slant
-            pen.polygon(
-                [(start, 0), (start + step, 0), (start + step + slant, size[1])]
-                + [(start + slant, size[1])],
-                first,
-            )
+            end = start + step
+            corners = [(start, 0), (end, 0), (end + slant, size[1]), (start + slant, size[1])]
+            pen.polygon(corners, first)
         return image
     cells = (2, 2) if kind == "gradient" else (random.randint(4, 24), random.randint(4, 24))
     small = Image.new("RGB", cells)
@@ -82,7 +81,7 @@ def _photograph(name: str) -> Image.Image:
 
 
 @lru_cache(maxsize=256)
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
@@ -95,9 +94,7 @@ def _contrast(colour: Colour) -> Colour:
     return (20, 20, 24) if bright > 140 else (250, 250, 250)
 
 
-def _objects(
-    random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[int, int]
-) -> None:
+def _objects(random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[int, int]) -> None:
     rows, cols = scene.shape
     wide, high = size[0] / cols, size[1] / rows
     for (row, col), item in scene.items.items():
@@ -125,7 +122,12 @@ def _item(random: Random, pen: ImageDraw.ImageDraw, item: Item, box: Box) -> Non
 
 
 def _write(
-    random: Random, pen: ImageDraw.ImageDraw, text: str, box: Box, colour: Colour, fill: float = 0.86
+    random: Random,
+    pen: ImageDraw.ImageDraw,
+    text: str,
+    box: Box,
+    colour: Colour,
+    fill: float = 0.86,
 ) -> None:
     """Write the text as large as fits into the box, in the middle of it."""
     wide, high = (box[2] - box[0]) * fill, (box[3] - box[1]) * fill
@@ -149,8 +151,8 @@ def _shape(
         inner = (x - radius + line, y - radius + line, x + radius - line, y + radius - line)
         pen.ellipse(inner, None, colour, int(radius * 0.42) - line)
     elif name == "square":
-        pen.rectangle([part * 0.86 + middle * 0.14 for part, middle in zip(box, (x, y) * 2)],
-                      colour, edge, line)
+        side = radius * 0.86
+        pen.rectangle((x - side, y - side, x + side, y + side), colour, edge, line)
     else:
         pen.polygon(_corners(name, x, y, radius), colour, edge, line)
 
@@ -165,7 +167,14 @@ def _corners(name: str, x: float, y: float, radius: float) -> list[tuple[float, 
         turns = [(math.pi * i / 5, radius if i % 2 == 0 else radius * 0.42) for i in range(10)]
         return [(x + r * math.sin(a), y - r * math.cos(a)) for a, r in turns]
     arm = radius * 0.32  # a cross
-    steps = [(-arm, -radius), (arm, -radius), (arm, -arm), (radius, -arm), (radius, arm), (arm, arm)]
+    steps = [
+        (-arm, -radius),
+        (arm, -radius),
+        (arm, -arm),
+        (radius, -arm),
+        (radius, arm),
+        (arm, arm),
+    ]
     steps += [(-dx, -dy) for dx, dy in steps]
     return [(x + dx, y + dy) for dx, dy in steps]
 
@@ -191,7 +200,15 @@ def _arrow(
     pen: ImageDraw.ImageDraw, way: str, x: float, y: float, radius: float, colour: Colour
 ) -> None:
     turn = {"up": 0, "right": 1, "down": 2, "left": 3}[way]
-    points = [(0, -1), (0.7, -0.1), (0.25, -0.1), (0.25, 1), (-0.25, 1), (-0.25, -0.1), (-0.7, -0.1)]
+    points = [
+        (0, -1),
+        (0.7, -0.1),
+        (0.25, -0.1),
+        (0.25, 1),
+        (-0.25, 1),
+        (-0.25, -0.1),
+        (-0.7, -0.1),
+    ]
     for _ in range(turn):
         points = [(-dy, dx) for dx, dy in points]
     pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in points], colour)
@@ -229,8 +246,14 @@ def _form(random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[in
         left = width * random.choice((0.37, 0.69))
         box = (left, y - tall, left + width * 0.26, y + tall)
         pen.line((width * 0.36, y + tall * 1.3, width * 0.94, y + tall * 1.3), (120, 120, 120), 4)
-        _write(random, pen, item.text, box, _shade(random, item.colour) if item.colour not in (
-            "white", "yellow") else ink, 0.9)
+        _write(
+            random,
+            pen,
+            item.text,
+            box,
+            _shade(random, item.colour) if item.colour not in ("white", "yellow") else ink,
+            0.9,
+        )
 
 
 def _marks(random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[int, int]) -> None:

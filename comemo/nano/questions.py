@@ -174,8 +174,11 @@ def _other(random: Random, text: str) -> str:
         digits = [str(random.randint(1, 9)), str(random.randint(0, 9))]
         changed = digits[0] + text[1] if random.random() < 0.5 else text[0] + digits[1]
         return changed if changed != text else _other(random, text)
-    pool = [w for w in WORDS if w != text] if len(text) > 1 else [
-        c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c != text]
+    pool = (
+        [w for w in WORDS if w != text]
+        if len(text) > 1
+        else [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c != text]
+    )
     return random.choice(pool)
 
 
@@ -186,14 +189,18 @@ def _sign(scene: Scene, random: Random) -> Iterator[Question]:
     yield Question("detail", "What does the sign say?", word)
     yield Question("colour", "Which colour is the sign?", colour)
     yield Question("place", "Where does the arrow point?", arrow)
-    yield Question("caption", "Describe the picture.", f"{with_article(colour)} sign that says {word}")
+    yield Question(
+        "caption", "Describe the picture.", f"{with_article(colour)} sign that says {word}"
+    )
     yield from _yes_no(
         random, lambda yes: f"Does the sign say {word if yes else _other(random, word)}?"
     )
     yield from _yes_no(
         random,
-        lambda yes: "Does the arrow point "
-        f"{arrow if yes else random.choice([way for way in DIRECTIONS if way != arrow])}?",
+        lambda yes: (
+            "Does the arrow point "
+            f"{arrow if yes else random.choice([way for way in DIRECTIONS if way != arrow])}?"
+        ),
     )
 
 
@@ -212,8 +219,10 @@ def _chart(scene: Scene, random: Random) -> Iterator[Question]:
     low, high = sorted(random.sample(bars, 2), key=lambda bar: bar.value)
     yield from _yes_no(
         random,
-        lambda yes: f"Is the {(high if yes else low).colour} bar higher than the"
-        f" {(low if yes else high).colour} bar?",
+        lambda yes: (
+            f"Is the {(high if yes else low).colour} bar higher than the"
+            f" {(low if yes else high).colour} bar?"
+        ),
     )
 
 

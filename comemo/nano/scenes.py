@@ -195,7 +195,9 @@ def _form(seed: int, random: Random) -> Scene:
 
 
 def _marks(seed: int, random: Random) -> Scene:
-    scene = Scene(seed, "marks", "square", random.choice(GROUNDS[:2]), side=random.choice((3, 3, 4)))
+    scene = Scene(
+        seed, "marks", "square", random.choice(GROUNDS[:2]), side=random.choice((3, 3, 4))
+    )
     places = [(row, col) for row in range(scene.side) for col in range(scene.side)]
     crosses = random.randint(0, 4)
     chosen = random.sample(places, crosses + 1 + random.randint(1, 3))

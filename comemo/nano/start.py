@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 
 from comemo import prompts
-from comemo.cli.tiny_checkpoint import save_tokenizer
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig
 from comemo.nano.questions import questions_about, questions_about_pair
 from comemo.nano.scenes import make_pair, make_scene
 from comemo.nano.words import COLOURS, DIRECTIONS, FIELDS, LETTERS, SHAPES, WORDS
+from comemo.processing.new_tokenizer import save_tokenizer
 
 VOCABULARY = 1000  # at most
 
@@ -28,9 +29,14 @@ def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     vocab_size = save_tokenizer(
-        directory, _sentences(), VOCABULARY, split_digits=True, max_sentencepiece_length=48, add_dummy_prefix=False
+        directory,
+        _sentences(),
+        VOCABULARY,
+        split_digits=True,
+        max_sentencepiece_length=48,
+        add_dummy_prefix=False,
     )
-    parts = {
+    parts: dict[str, dict[str, Any]] = {
         "llm_config": {
             "architectures": ["InternLM2ForCausalLM"],
             "vocab_size": vocab_size,
