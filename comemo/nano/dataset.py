@@ -10,7 +10,7 @@ from PIL import Image
 
 from comemo.nano.drawing import draw, draw_item
 from comemo.nano.questions import Question, questions_about, questions_about_pair
-from comemo.nano.scenes import SEEDS, Item, Scene, make_item, make_pair, make_scene
+from comemo.nano.scenes import SEEDS, Item, Scene, make_item, make_page, make_pair, make_scene
 
 ROUND = 256  # pictures that a process draws before it takes others
 PAIRS = 6  # every so manyth sample is a pair
@@ -25,6 +25,17 @@ def write_items(folder: str | Path, count: int, first: int = 0) -> None:
         first: the first seed, in `SEEDS["train"]`.
     """
     _write(Path(folder), "items", count, first)
+
+
+def write_pages(folder: str | Path, count: int, first: int = 0) -> None:
+    """Write pictures that are full of text, with lists of what they show: pages.jsonl.
+
+    Args:
+        folder: is created.
+        count: of pictures.
+        first: the first seed, in `SEEDS["train"]`.
+    """
+    _write(Path(folder), "pages", count, first)
 
 
 def write_pictures(folder: str | Path, count: int, first: int = 0) -> None:
@@ -56,7 +67,7 @@ def _write(folder: Path, name: str, count: int, first: int) -> None:
 
 def _write_round(task: tuple[Path, str, range]) -> list[str]:
     folder, name, seeds = task
-    sample = {"items": _item_sample, "pictures": _picture_sample}[name]
+    sample = {"items": _item_sample, "pages": _page_sample, "pictures": _picture_sample}[name]
     lines = []
     for seed in seeds:
         images, asked = sample(seed)
@@ -92,6 +103,15 @@ def _about_item(item: Item, random: Random) -> Question:
     if form < 0.2:
         return Question("detail", f"Which {item.kind} is in the picture?", item.text)
     return Question("caption", "Describe the picture.", item.phrase())
+
+
+def _page_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
+    random = Random(f"page sample {seed}")
+    scene = make_page(seed)
+    asked = questions_about(scene, random)
+    whole = [question for question in asked if question.kind in ("list", "caption")]
+    others = [question for question in asked if question.kind in ("place", "detail", "colour")]
+    return [_reduce(draw(scene))], others[:3] + whole
 
 
 def _picture_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:

@@ -122,9 +122,9 @@ def make_scene(seed: int, layout: str | None = None) -> Scene:
     return LAYOUTS[layout](seed, random)
 
 
-def make_item(random: Random) -> Item:
-    """Any one thing."""
-    kind = random.choices(("shape", "word", "letter", "number"), (5, 3, 1, 2))[0]
+def make_item(random: Random, weights: tuple[int, ...] = (5, 3, 1, 2)) -> Item:
+    """Any one thing, the kinds with these weights."""
+    kind = random.choices(("shape", "word", "letter", "number"), weights)[0]
     colour = random.choice(list(COLOURS))
     text = {
         "shape": random.choice(SHAPES),
@@ -142,6 +142,21 @@ def _objects(seed: int, random: Random, sizes: tuple[str, ...] = tuple(SIZES)) -
     count = random.randint(1, 4) if random.random() < 0.4 else random.randint(4, most)
     for place in sorted(random.sample(places, count)):
         scene.items[place] = make_item(random)
+    return scene
+
+
+def make_page(seed: int) -> Scene:
+    """A picture of "objects" with something, mostly text, at nearly every place.
+
+    Reading is the hardest to learn, and one list of many things teaches it in the fewest tokens.
+    """
+    random = Random(f"page {seed}")
+    size = random.choice(("square", "landscape", "portrait", "panorama"))
+    scene = Scene(seed, "objects", size, random.choice(GROUNDS))
+    for row in range(scene.shape[0]):
+        for col in range(scene.shape[1]):
+            if random.random() < 0.9:
+                scene.items[row, col] = make_item(random, (2, 5, 2, 3))
     return scene
 
 
