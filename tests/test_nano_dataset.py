@@ -8,14 +8,14 @@ from nano_truth import answers_about_pair, answers_to
 from PIL import Image
 
 from comemo.nano import dataset
-from comemo.nano.dataset import write_items, write_pictures
-from comemo.nano.scenes import SEEDS, make_pair, make_scene
+from comemo.nano.dataset import write_items, write_pages, write_pictures
+from comemo.nano.scenes import SEEDS, make_page, make_pair, make_scene
 from comemo.nano.start import make_start
 from comemo.nano.words import COLOURS, LETTERS, SHAPES, WORDS
 from comemo.train.recipe import check
 from comemo.train.settings import DataSettings, StageSettings, StartSettings, TrainSettings
 
-WRITERS = {"items": write_items, "pictures": write_pictures}
+WRITERS = {"items": write_items, "pages": write_pages, "pictures": write_pictures}
 FIRST = 6  # the seed of a pair
 
 
@@ -35,7 +35,7 @@ def test_every_line_has_its_pictures(written):
     for path in named:
         with Image.open(folder / path) as image:
             assert image.mode == "RGB"
-            assert name == "pictures" or image.size == (128, 128)
+            assert (image.size == (128, 128)) == (name == "items")
     for seed, line in enumerate(lines, FIRST):
         assert len(_paths(line)) == (2 if name == "pictures" and seed % dataset.PAIRS == 0 else 1)
         turns = line["conversations"]
@@ -45,19 +45,25 @@ def test_every_line_has_its_pictures(written):
         assert not any("<image>" in later for later in asked[1:])
 
 
-def test_answers_about_pictures_are_right_and_lists_come_last(tmp_path):
-    write_pictures(tmp_path, 12, FIRST)
-    for seed, line in enumerate(map(json.loads, (tmp_path / "pictures.jsonl").open()), FIRST):
+@pytest.mark.parametrize("name", ["pages", "pictures"])
+def test_answers_are_right_and_lists_come_last(name, tmp_path):
+    WRITERS[name](tmp_path, 12, FIRST)
+    for seed, line in enumerate(map(json.loads, (tmp_path / f"{name}.jsonl").open()), FIRST):
         asked = [turn["value"].replace("<image>\n", "") for turn in line["conversations"][::2]]
         given = [turn["value"] for turn in line["conversations"][1::2]]
-        pair, scene = make_pair(seed), make_scene(seed)
         for question, answer in zip(asked, given, strict=True):
-            if seed % dataset.PAIRS == 0:
-                assert answers_about_pair(pair, question) == [answer]
-            else:
-                assert answers_to(scene, question) == [answer]
+            assert right_answers(name, seed, question) == [answer]
         lists = [question.startswith("Describe") for question in asked]
         assert lists == sorted(lists)
+        assert any(lists) or name == "pictures"
+
+
+def right_answers(name, seed, question):
+    if name == "pages":
+        return answers_to(make_page(seed), question)
+    if seed % dataset.PAIRS == 0:
+        return answers_about_pair(make_pair(seed), question)
+    return answers_to(make_scene(seed), question)
 
 
 def test_items_are_named_by_known_words(tmp_path):
@@ -86,7 +92,7 @@ def test_training_accepts_it(written, tmp_path):
         data=DataSettings(
             train=str(folder / f"{name}.jsonl"),
             max_tokens=2048,
-            max_dynamic_patch={"items": 1, "pictures": 12}[name],
+            max_dynamic_patch=1 if name == "items" else 12,
             bad_data="stop",
             too_long="refuse",
             workers=0,
