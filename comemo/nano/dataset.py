@@ -57,8 +57,11 @@ def _write(folder: Path, name: str, count: int, first: int) -> None:
         )
     (folder / name).mkdir(parents=True, exist_ok=True)
     rounds = [(folder, name, seeds[start : start + ROUND]) for start in range(0, count, ROUND)]
-    with get_context("spawn").Pool(os.cpu_count()) as pool:
-        lines = [line for own in pool.imap(_write_round, rounds) for line in own]
+    if len(rounds) == 1:  # starting processes takes longer
+        lines = _write_round(rounds[0])
+    else:
+        with get_context("spawn").Pool(os.cpu_count()) as pool:
+            lines = [line for own in pool.imap(_write_round, rounds) for line in own]
     (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
