@@ -27,10 +27,23 @@ NEWEST_TESTS := $(addprefix tests/test_, \
 WEEK := $(shell date +%G-%V)
 READY_NEWEST := $(VENV)/newest/$(subst =,,$(NEWEST))-$(WEEK)
 
-.PHONY: demo test test-all lint kernels newest aot bench gpu-check gpu-bench clean
+# Trains comemo-nano again, from drawing its pictures on: hours on two cores.
+NANO ?= runs/nano
+NANO_TRAIN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone \
+	--nproc-per-node 2 -m comemo train
+
+.PHONY: demo nano test test-all lint kernels newest aot bench gpu-check gpu-bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/comemo demo
+
+nano: $(VENV)/ready
+	$(BIN)/python -m comemo.nano prepare $(NANO)
+	for part in items albums see; do \
+		$(NANO_TRAIN) examples/nano/$$part.yaml || exit; \
+	done
+	$(BIN)/python -m comemo.nano export $(NANO)/see/model $(NANO)/checkpoint
+	$(BIN)/comemo eval nano --model $(NANO)/checkpoint
 
 # The gate of every change.
 test: $(VENV)/ready

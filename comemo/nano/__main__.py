@@ -10,17 +10,18 @@ from pathlib import Path
 import torch
 
 from comemo.conditional_generation import CoMemoForConditionalGeneration
-from comemo.nano.dataset import write_items, write_pictures
+from comemo.nano.dataset import write_albums, write_items, write_pictures
 from comemo.nano.start import make_start
 from comemo.processor import CoMemoProcessor
 
 
-def prepare(folder: str | Path, items: int, pictures: int, seed: int) -> None:
+def prepare(folder: str | Path, items: int, albums: int, pictures: int, seed: int) -> None:
     """Write the untrained model and the data.
 
     Args:
         folder: gets start/ and data/.
         items: pictures of single things.
+        albums: conversations about single things.
         pictures: samples of whole pictures.
         seed: of the weights, and, times 10**8, where the seeds of pictures begin.
 
@@ -30,6 +31,7 @@ def prepare(folder: str | Path, items: int, pictures: int, seed: int) -> None:
     folder, first = Path(folder), seed * 10**8
     write_items(folder / "data", items, first + 10**7)
     write_pictures(folder / "data", pictures, first + 2 * 10**7)
+    write_albums(folder / "data", albums, first + 4 * 10**7)
     make_start(folder / "start", seed)
 
 
@@ -53,7 +55,8 @@ def _main() -> None:
     added = commands.add_parser("prepare", help="write the untrained model and the data")
     added.add_argument("folder")
     added.add_argument("--items", type=int, default=40000)
-    added.add_argument("--pictures", type=int, default=24000)
+    added.add_argument("--albums", type=int, default=5000)
+    added.add_argument("--pictures", type=int, default=20000)
     added.add_argument("--seed", type=int, default=0)
     added = commands.add_parser("export", help="write a trained model in bfloat16")
     added.add_argument("model")

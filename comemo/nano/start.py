@@ -17,6 +17,8 @@ from comemo.nano.words import COLOURS, DIRECTIONS, FIELDS, LETTERS, SHAPES, WORD
 from comemo.processing.new_tokenizer import save_tokenizer
 
 VOCABULARY = 1000  # at most
+# The usual 1e6 is for long texts: most of its angles hardly differ within an image of 16 ids.
+THETA = 1e4
 
 
 def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
@@ -48,7 +50,7 @@ def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
             "num_key_value_heads": 4,
             "max_position_embeddings": 32768,
             "rms_norm_eps": 1e-5,
-            "rope_theta": 1e6,
+            "rope_theta": THETA,
             "bias": False,
         },
         "vision_config": {
@@ -66,6 +68,7 @@ def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
             "num_heads": 4,
             "intermediate_size": 256,
             "mixin_every_n_layers": 2,
+            "rope_theta": THETA,
         },
     }
     config = CoMemoConfig(**{name: own | changes.get(name, {}) for name, own in parts.items()})
