@@ -56,7 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", nargs="?", help="default: several, with their right answers")
     parser.add_argument("--image", metavar="PATH", help="default: a picture that is drawn")
     add_seed(parser)
-    parser.add_argument("--tiles", type=number(int, 1, 40), default=12, metavar="N", help="at most")
+    parser.add_argument(
+        "--tiles",
+        type=number(int, 1, 40),
+        metavar="N",
+        help="at most; 1: the thumbnail alone, which hides details",
+    )
     parser.add_argument("--keep", metavar="DIR", help="write the picture there")
     parser.add_argument(
         "--model", default=NANO, metavar="DIR", help="another checkpoint, trained to be like nano"
@@ -92,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
         shown = _draw(choose_seed(args.seed), args.keep, args.question)
     show_preview(shown.picture)
     config = model.config
-    tiles = images.load_image(shown.picture, config.vision_config.image_size[0], args.tiles)
+    most = args.tiles or config.max_dynamic_patch
+    tiles = images.load_image(shown.picture, config.vision_config.image_size[0], most)
     tell(f"   {shown.name}\n   {_tiling(config, shown.picture, tiles[1])}")
     _show_all(model, processor, shown, tiles)
     return 0

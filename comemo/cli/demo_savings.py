@@ -42,8 +42,8 @@ def show_store(
         )
     seconds = [statistics.median(first for first, _ in ways) for ways in (known, new)]
     tell(
-        f"\n4. A known picture costs no vision work\n   A store has its image memory, {kept:,} bytes."
-        " New conversations, until the first token:"
+        f"\n4. A known picture costs no vision work\n   A store has its image memory, {kept:,}"
+        " bytes. New conversations, until the first token:"
         f"\n   without a store {1e3 * seconds[1]:6.1f} ms, {new[0][1]} vision layers run"
         f"\n   with it         {1e3 * seconds[0]:6.1f} ms, {known[0][1]} vision layers run"
     )

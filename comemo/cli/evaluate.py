@@ -86,9 +86,9 @@ def table(result: Evaluation) -> str:
     Returns:
         Lines of text.
     """
-    tiles = f"up to {result.tiles} tiles" if result.tiles > 1 else "the thumbnail alone"
+    tiles = f"up to {result.tiles} tiles each" if result.tiles > 1 else "the thumbnail alone"
     lines = [
-        f"{_count(len(result.examples), 'question')} about held-out pictures, {tiles} of each",
+        f"{_count(len(result.examples), 'question')} about held-out pictures, {tiles}",
         "",
         f"{'kind':10}{'n':>7}{'right':>7}{'accuracy':>11}   {'95 % interval':16}{'chance':>8}",
     ]

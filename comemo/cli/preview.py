@@ -15,11 +15,15 @@ def show_preview(image: Image.Image, columns: int = 40) -> None:
     if not terminal.shows_colours():
         return
     rows = max(1, round(columns * image.height / image.width / 2))  # a character is half as wide
-    pixels = image.resize((columns, 2 * rows), Image.Resampling.BOX).load()
-    assert pixels is not None
+    pixels = image.resize((columns, 2 * rows), Image.Resampling.BOX).tobytes()
+
+    def colour(col: int, row: int) -> terminal.Colour:
+        first = 3 * (row * columns + col)
+        return pixels[first], pixels[first + 1], pixels[first + 2]
+
     terminal.paint(
         [
-            [(pixels[col, 2 * row], pixels[col, 2 * row + 1]) for col in range(columns)]
+            [(colour(col, 2 * row), colour(col, 2 * row + 1)) for col in range(columns)]
             for row in range(rows)
         ]
     )
