@@ -12,7 +12,6 @@ from PIL import Image
 
 from comemo.cli import demo, demo_savings, terminal
 from comemo.cli.arguments import shipped_checkpoint
-from comemo.cli.checkpoints import load_checkpoint
 from comemo.images import load_image
 from comemo.nano.drawing import draw
 from comemo.nano.showing import one_of_each_kind, shown_questions, shown_scene
@@ -68,6 +67,7 @@ def test_demo_prints_what_happened(capsys, tmp_path, watched):
     assert last.read_tokens < 60 < last.prompt_tokens
     assert f"read {first.read_tokens:,} of {first.prompt_tokens:,} prompt tokens" in out
     assert f"The last one read {last.read_tokens:,} of {last.prompt_tokens:,}" in out
+    assert re.search(r"has its image memory, \d{1,3}(,\d{3})+ bytes", out)
     assert re.search(r"without a store +[\d.]+ ms, 4 vision layers run", out)
     assert re.search(r"with it +[\d.]+ ms, 0 vision layers run", out)
     assert re.search(r"reused +[\d.]+ ms a token, +0 computed anew", out)
@@ -82,18 +82,6 @@ def test_demo_prints_what_happened(capsys, tmp_path, watched):
     os.remove(path)
     os.rmdir(os.path.dirname(path))
     assert "File exists" in run(capsys, "demo", "--seed", "4", "--keep", tmp_path / "kept")[2]
-
-
-def test_savings_are_measured(capsys):
-    model, processor = load_checkpoint(shipped_checkpoint())
-    tiles = load_image(draw(shown_scene(2)), 64, 12)
-    question = "Is there a red star?"
-    (reused, none), (rebuilt, builds) = demo_savings.time_tokens(model, processor, question, tiles)
-    assert (none, builds) == (0, 3 * demo_savings.STEPS)
-    assert reused > 0
-    assert rebuilt > 0
-    demo_savings.show_store(model, processor, question, tiles)
-    assert re.search(r"has its image memory, \d{1,3}(,\d{3})* bytes", capsys.readouterr().out)
 
 
 def test_an_image_of_ones_own(capsys, tmp_path, watched):
