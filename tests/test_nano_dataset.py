@@ -1,0 +1,155 @@
+"""Training data of comemo-nano: what `comemo train` reads, from seeds for training alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+from nano_truth import answers_about_pair, answers_to
+from PIL import Image
+
+from comemo.nano import dataset
+from comemo.nano.dataset import write_items, write_pages, write_pictures
+from comemo.nano.scenes import SEEDS, make_page, make_pair, make_scene
+from comemo.nano.start import make_start
+from comemo.nano.words import COLOURS, LETTERS, SHAPES, WORDS
+from comemo.train.recipe import check
+from comemo.train.settings import DataSettings, StageSettings, StartSettings, TrainSettings
+
+WRITERS = {"items": write_items, "pages": write_pages, "pictures": write_pictures}
+FIRST = 6  # the seed of a pair
+
+
+@pytest.fixture(scope="module", params=WRITERS)
+def written(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "new" / "folder"
+    WRITERS[request.param](folder, 12, FIRST)
+    lines = (folder / f"{request.param}.jsonl").read_text("utf-8").splitlines()
+    return request.param, folder, [json.loads(line) for line in lines]
+
+
+def test_every_line_has_its_pictures(written):
+    name, folder, lines = written
+    assert len(lines) == 12
+    named = [path for line in lines for path in _paths(line)]
+    assert sorted(named) == sorted(str(p.relative_to(folder)) for p in folder.rglob("*.jpg"))
+    for path in named:
+        with Image.open(folder / path) as image:
+            assert image.mode == "RGB"
+            assert (image.size == (128, 128)) == (name == "items")
+    for seed, line in enumerate(lines, FIRST):
+        assert len(_paths(line)) == (2 if name == "pictures" and seed % dataset.PAIRS == 0 else 1)
+        turns = line["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        asked = [turn["value"] for turn in turns[::2]]
+        assert asked[0].count("<image>\n") == len(_paths(line))
+        assert not any("<image>" in later for later in asked[1:])
+
+
+@pytest.mark.parametrize("name", ["pages", "pictures"])
+def test_answers_are_right_and_lists_come_last(name, tmp_path):
+    WRITERS[name](tmp_path, 12, FIRST)
+    for seed, line in enumerate(map(json.loads, (tmp_path / f"{name}.jsonl").open()), FIRST):
+        asked = [turn["value"].replace("<image>\n", "") for turn in line["conversations"][::2]]
+        given = [turn["value"] for turn in line["conversations"][1::2]]
+        for question, answer in zip(asked, given, strict=True):
+            assert right_answers(name, seed, question) == [answer]
+        lists = [question.startswith("Describe") for question in asked]
+        assert lists == sorted(lists)
+        assert any(lists) or name == "pictures"
+
+
+def right_answers(name, seed, question):
+    if name == "pages":
+        return answers_to(make_page(seed), question)
+    if seed % dataset.PAIRS == 0:
+        return answers_about_pair(make_pair(seed), question)
+    return answers_to(make_scene(seed), question)
+
+
+def test_items_are_named_by_known_words(tmp_path):
+    write_items(tmp_path, 60)
+    known = {*COLOURS, *SHAPES, *LETTERS, *WORDS, *map(str, range(10, 100))}
+    asked = set()
+    for line in map(json.loads, (tmp_path / "items.jsonl").open()):
+        question, answer = (turn["value"] for turn in line["conversations"])
+        asked.add(question.removeprefix("<image>\n").split()[0])
+        *rest, last = answer.split()
+        assert last in known
+        assert {*rest} <= {"a", "an", "the", "word", "letter", "number", *COLOURS}
+    assert asked == {"Describe", "Which"}
+
+
+def _paths(line):
+    return [line["image"]] if isinstance(line["image"], str) else line["image"]
+
+
+def test_training_accepts_it(written, tmp_path):
+    """Every line, whole."""
+    name, folder, lines = written
+    make_start(tmp_path / "start")
+    settings = TrainSettings(
+        start=StartSettings(checkpoint=str(tmp_path / "start")),
+        data=DataSettings(
+            train=str(folder / f"{name}.jsonl"),
+            max_tokens=2048,
+            max_dynamic_patch=1 if name == "items" else 12,
+            bad_data="stop",
+            too_long="refuse",
+            workers=0,
+        ),
+        run=("one",),
+        stages={"one": StageSettings(epochs=1.0)},
+    )
+    plan = check(settings)
+    assert plan.samples == len(lines)
+    assert plan.faults.total == 0
+
+
+@pytest.mark.parametrize("write", WRITERS.values())
+def test_the_same_seeds_give_the_same_files(write, tmp_path, monkeypatch):
+    """One after the other, in one process or in several."""
+    write(tmp_path / "a", 4)
+    write(tmp_path / "b", 2)
+    first, same = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in _files(tmp_path / name)}
+        for name in "ab"
+    )
+    kept = {path: data for path, data in same.items() if path.suffix == ".jpg"}
+    assert kept
+    assert kept.items() <= first.items()
+    (lines,) = (data for path, data in same.items() if path.suffix == ".jsonl")
+    assert next(d for p, d in first.items() if p.suffix == ".jsonl").startswith(lines)
+
+
+@pytest.mark.slow
+def test_several_processes_write_the_same(tmp_path, monkeypatch):
+    write_items(tmp_path / "one", 6)
+    monkeypatch.setattr(dataset, "ROUND", 2)
+    write_items(tmp_path / "several", 6)
+    names = {path.relative_to(tmp_path / "one") for path in _files(tmp_path / "one")}
+    assert len(names) == 7
+    for name in names:
+        one, several = (tmp_path / folder / name for folder in ("one", "several"))
+        assert one.read_bytes() == several.read_bytes()
+
+
+def _files(folder: Path):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("write", WRITERS.values())
+@pytest.mark.parametrize(
+    ("count", "first"),
+    [
+        (0, 0),
+        (-1, 0),
+        (1, -1),
+        (1, SEEDS["held-out"].start),
+        (1, SEEDS["demo"].start),
+        (2, SEEDS["train"].stop - 1),
+    ],
+)
+def test_other_seeds_are_refused(write, count, first, tmp_path):
+    with pytest.raises(ValueError, match=rf"{write.__name__}: the seeds must be in .*{first}"):
+        write(tmp_path / "data", count, first)
+    assert not (tmp_path / "data").exists()

@@ -1,0 +1,201 @@
+"""Drawn pictures and questions about them: the same for a seed, right for the scene, all inside."""
+
+from itertools import pairwise
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from comemo.images import choose_grid
+from comemo.nano import dataset, drawing, words
+from comemo.nano.drawing import draw, draw_item
+from comemo.nano.questions import questions_about
+from comemo.nano.scenes import LAYOUTS, SEEDS, SIZES, make_item, make_page, make_pair, make_scene
+
+TILE = 64
+LAYOUT = st.sampled_from([None, *LAYOUTS])
+SEED = st.one_of(*(st.integers(seeds[0], seeds[-1]) for seeds in SEEDS.values()))
+
+
+# --- the same for a seed ---
+
+
+@given(seed=SEED, layout=LAYOUT)
+def test_a_seed_gives_one_scene_and_its_questions(seed, layout):
+    scene, again = (make_scene(seed, layout) for _ in range(2))
+    assert scene == again
+    assert questions_about(scene, Random(seed)) == questions_about(again, Random(seed))
+    assert make_pair(seed) == make_pair(seed)
+    assert make_page(seed) == make_page(seed)
+    assert layout in (None, make_scene(seed, layout).layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_seed_gives_the_same_pixels(layout):
+    first, again, other = (draw(make_scene(seed, layout)) for seed in (7, 7, 8))
+    assert first.mode == "RGB"
+    assert first.tobytes() == again.tobytes()
+    assert first.tobytes() != other.tobytes()
+
+
+def test_items_alone_are_squares_of_the_same_pixels():
+    item = make_item(Random(1))
+    first, again, other = (draw_item(item, seed) for seed in (3, 3, 4))
+    assert (first.size, first.mode) == ((320, 320), "RGB")
+    assert first.tobytes() == again.tobytes() != other.tobytes()
+
+
+def test_no_seed_is_in_two_ranges():
+    ranges = sorted(SEEDS.values(), key=lambda seeds: seeds.start)
+    assert all(low.stop <= high.start for low, high in pairwise(ranges))
+    assert SEEDS.keys() == {"train", "held-out", "demo"}
+    assert all(len(seeds) > 10**9 for seeds in ranges)
+
+
+# --- sizes ---
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("most", [12, 6])
+def test_a_place_is_about_a_tile(size, most):
+    """Of every size with 12 tiles, of the sizes of pairs with 6; reduced pictures as well."""
+    width, height, rows, cols = SIZES[size]
+    assert max(width, height) >= 1000
+    assert rows * cols <= 12
+    if most == 12 or size in {half.size for seed in range(50) for half in make_pair(seed)}:
+        assert choose_grid(width, height, 1, most, TILE) == (cols, rows)
+        small = dataset._reduce(Image.new("RGB", (width, height)))
+        assert choose_grid(*small.size, 1, most, TILE) == (cols, rows)
+        assert min(small.width / cols, small.height / rows) >= TILE
+
+
+def test_pictures_have_the_size_of_their_scene():
+    drawn = {}
+    for seed in range(60):
+        for scene in (make_scene(seed), *make_pair(seed)):
+            if scene.size not in drawn:
+                drawn[scene.size] = draw(scene).size
+    assert drawn == {name: (width, height) for name, (width, height, _, _) in SIZES.items()}
+
+
+# --- what is drawn ---
+
+
+class Spy:
+    """Notes what text is written where, in place of a method of Pillow."""
+
+    def __init__(self, monkeypatch):
+        self.written = []
+        original = ImageDraw.ImageDraw.text
+
+        def text(pen, at, words, *rest, **options):
+            self.written.append((words, pen.textbbox(at, words, *rest[1:], **options)))
+            return original(pen, at, words, *rest, **options)
+
+        monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+
+
+def texts_of(scene):
+    if scene.layout == "sign":
+        return [scene.sign["word"], scene.sign["number"]]
+    if scene.layout == "chart":
+        return [part for bar in scene.bars for part in (str(bar.value), bar.letter)]
+    if scene.layout == "form":
+        return [part for name, item in scene.fields.items() for part in (name, item.text)]
+    return [item.text for item in scene.items.values() if item.kind in ("word", "number", "letter")]
+
+
+@pytest.mark.parametrize("layout", ["objects", "sign", "chart", "form", "page"])
+def test_texts_are_whole_and_do_not_touch(layout, monkeypatch):
+    spy = Spy(monkeypatch)
+    for seed in range(20):
+        scene = make_page(seed) if layout == "page" else make_scene(seed, layout)
+        spy.written.clear()
+        width, height = draw(scene).size
+        assert [text for text, _ in spy.written] == texts_of(scene)
+        for text, (left, top, right, bottom) in spy.written:
+            assert 0 <= left < right <= width, (seed, text)
+            assert 0 <= top < bottom <= height, (seed, text)
+        for index, (one, a) in enumerate(spy.written):
+            for two, b in spy.written[:index]:
+                apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+                assert apart, (seed, one, two)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_things_stay_in_their_places(seed):
+    """Where nothing is, the picture is that of the scene without any thing."""
+    scene = make_scene(seed, "objects")
+    ground = drawing._ground(
+        Random(f"pixels {seed} {scene.size} {len(scene.items)}"),
+        scene.ground,
+        SIZES[scene.size][:2],
+    )
+    image = draw(scene)
+    rows, cols = scene.shape
+    wide, high = image.width / cols, image.height / rows
+    for row, col in scene.places():
+        corners = (col * wide, row * high, (col + 1) * wide, (row + 1) * high)
+        box = tuple(map(round, corners))
+        same = image.crop(box).tobytes() == ground.crop(box).tobytes()
+        assert same == ((row, col) not in scene.items), (row, col)
+
+
+def test_pages_are_full_of_text():
+    shares = []
+    for seed in range(40):
+        page = make_page(seed)
+        shares.append(len(texts_of(page)) / len(page.places()))
+        assert len(page.places()) >= 8
+    assert 0.6 < sum(shares) / len(shares) < 0.9
+
+
+# --- places ---
+
+
+@pytest.mark.parametrize("rows", range(1, 5))
+@pytest.mark.parametrize("cols", range(1, 5))
+def test_names_of_places_name_one(rows, cols):
+    names = words.place_names(rows, cols)
+    assert len(names) == rows * cols
+    every = [name for own in names.values() for name in own]
+    assert len(set(every)) == len(every)
+    assert all(
+        own[-1] == f"in row {row + 1}, column {col + 1}" for (row, col), own in names.items()
+    )
+
+
+def test_names_of_places_in_words():
+    named = {place: own[0] for place, own in words.place_names(3, 3).items()}
+    assert named[0, 0] == "at the top left"
+    assert named[0, 1] == "at the top"
+    assert named[1, 1] == "in the middle"
+    assert named[1, 2] == "at the right"
+    assert named[2, 2] == "at the bottom right"
+    assert words.place_names(2, 3)[1, 1][0] == "at the bottom"
+    assert words.place_names(3, 4)[2, 3] == ("in row 3, column 4",)
+
+
+def test_phrases():
+    assert [words.with_article(word) for word in ("orange star", "red star")] == [
+        "an orange star",
+        "a red star",
+    ]
+    assert [words.listed(list("abc"[:count])) for count in range(4)] == [
+        "",
+        "a",
+        "a and b",
+        "a, b and c",
+    ]
+
+
+def test_what_scenes_refuse():
+    for seed in (-1, 2**42, 1.5, "7", None):
+        with pytest.raises(ValueError, match=r"make_scene: the seed must be in one of .*, got"):
+            make_scene(seed)
+    with pytest.raises(
+        ValueError, match=r"make_scene: the layout must be of .*'sign'.*, got 'map'"
+    ):
+        make_scene(1, "map")
