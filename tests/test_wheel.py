@@ -23,9 +23,10 @@ USE = """
 import importlib, pkgutil, sys
 from pathlib import Path
 
+from PIL import Image
+
 import comemo, comemo_kernels
 from comemo.cli import tiny_checkpoint
-from comemo.cli import demo
 
 target, checkpoint = sys.argv[1:]
 for package in (comemo, comemo_kernels):
@@ -37,7 +38,7 @@ tiny_checkpoint.make_checkpoint(checkpoint)
 model = comemo.CoMemoForConditionalGeneration.from_pretrained(checkpoint)
 processor = comemo.CoMemoProcessor.from_pretrained(checkpoint)
 session = comemo.ChatSession(model, processor, max_new_tokens=3)
-session.ask("What is in this picture?", demo.draw_picture(300, 300))
+session.ask("What is in this picture?", Image.new("RGB", (300, 300)))
 assert session.report.new_tokens == 3
 """
 
@@ -82,6 +83,10 @@ def test_the_wheel_holds_both_packages_and_the_licences(wheel):
         for name in PACKAGES
         for file in (ROOT / name).rglob("*.py")
     } | {f"{name}/py.typed" for name in PACKAGES}
+    nano = ROOT / "comemo" / "nano"
+    data = [path for name in ("checkpoint", "photographs") for path in (nano / name).iterdir()]
+    assert {"model.safetensors", "rocket.jpg"} <= {path.name for path in data}
+    wanted |= {path.relative_to(ROOT).as_posix() for path in data}
     assert {name for name in held if ".dist-info/" not in name} == wanted
     for name in ("LICENSE", "THIRD_PARTY_NOTICES.md"):
         assert any(".dist-info/" in path and path.endswith(f"/{name}") for path in held), name
@@ -108,5 +113,8 @@ def test_the_installed_wheel_works_in_an_empty_folder(wheel, tmp_path):
     ours = {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     options = {"cwd": empty, "env": {**os.environ, **ours}}
     run(sys.executable, "-c", USE, target, tmp_path / "checkpoint", **options)
+    assert " right; comemo eval nano" in run(
+        sys.executable, target / "bin" / "comemo", "demo", **options
+    )
     version = run(sys.executable, target / "bin" / "comemo", "--version", **options)
     assert version == f"comemo {comemo.__version__}\n"
