@@ -10,28 +10,28 @@ from pathlib import Path
 import torch
 
 from comemo.conditional_generation import CoMemoForConditionalGeneration
-from comemo.nano.dataset import write_albums, write_items, write_pictures
+from comemo.nano.dataset import write_albums, write_lessons, write_pictures
 from comemo.nano.start import make_start
 from comemo.processor import CoMemoProcessor
 
 
-def prepare(folder: str | Path, items: int, albums: int, pictures: int, seed: int) -> None:
+def prepare(folder: str | Path, albums: int, lessons: int, pictures: int, seed: int) -> None:
     """Write the untrained model and the data.
 
     Args:
         folder: gets start/ and data/.
-        items: pictures of single things.
         albums: conversations about single things.
-        pictures: samples of whole pictures.
+        lessons: pictures of few places.
+        pictures: whole pictures.
         seed: of the weights, and, times 10**8, where the seeds of pictures begin.
 
     Raises:
         ValueError: a seed whose pictures are not for training.
     """
     folder, first = Path(folder), seed * 10**8
-    write_items(folder / "data", items, first + 10**7)
     write_pictures(folder / "data", pictures, first + 2 * 10**7)
     write_albums(folder / "data", albums, first + 4 * 10**7)
+    write_lessons(folder / "data", lessons, first + 5 * 10**7)
     make_start(folder / "start", seed)
 
 
@@ -54,15 +54,18 @@ def _main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     added = commands.add_parser("prepare", help="write the untrained model and the data")
     added.add_argument("folder")
-    added.add_argument("--items", type=int, default=40000)
     added.add_argument("--albums", type=int, default=5000)
+    added.add_argument("--lessons", type=int, default=8000)
     added.add_argument("--pictures", type=int, default=20000)
     added.add_argument("--seed", type=int, default=0)
     added = commands.add_parser("export", help="write a trained model in bfloat16")
     added.add_argument("model")
     added.add_argument("folder")
     given = vars(parser.parse_args())
-    {"prepare": prepare, "export": export}[given.pop("command")](**given)
+    if given.pop("command") == "prepare":
+        prepare(**given)
+    else:
+        export(**given)
 
 
 if __name__ == "__main__":

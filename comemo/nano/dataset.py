@@ -16,13 +16,14 @@ from comemo.nano.scenes import (
     Item,
     Scene,
     make_item,
-    make_page,
+    make_lesson,
     make_pair,
     make_scene,
 )
 
 ROUND = 256  # pictures that a process draws before it takes others
 ALBUM = 12  # pictures of an album
+ALONE = 0.2  # share of pictures that are described and nothing else
 PAIRS = 6  # every so manyth sample is a pair
 
 
@@ -51,15 +52,15 @@ def write_albums(folder: str | Path, count: int, first: int = 0) -> None:
     _write(Path(folder), "albums", count, first)
 
 
-def write_pages(folder: str | Path, count: int, first: int = 0) -> None:
-    """Write pictures that are full of text, with lists of what they show: pages.jsonl.
+def write_lessons(folder: str | Path, count: int, first: int = 0) -> None:
+    """Write pictures of two or four places, with conversations: lessons.jsonl and its images.
 
     Args:
         folder: is created.
         count: of pictures.
         first: the first seed, in `SEEDS["train"]`.
     """
-    _write(Path(folder), "pages", count, first)
+    _write(Path(folder), "lessons", count, first)
 
 
 def write_pictures(folder: str | Path, count: int, first: int = 0) -> None:
@@ -94,7 +95,7 @@ def _write_round(task: tuple[Path, str, range]) -> list[str]:
     sample = {
         "items": _item_sample,
         "albums": _album_sample,
-        "pages": _page_sample,
+        "lessons": _lesson_sample,
         "pictures": _picture_sample,
     }[name]
     lines = []
@@ -146,13 +147,10 @@ def _about_item(item: Item, random: Random) -> Question:
     return Question("caption", "Describe the picture.", item.phrase())
 
 
-def _page_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
-    random = Random(f"page sample {seed}")
-    scene = make_page(seed)
-    asked = questions_about(scene, random)
-    whole = [question for question in asked if question.kind in ("list", "caption")]
-    others = [question for question in asked if question.kind in ("place", "detail", "colour")]
-    return [_reduce(draw(scene))], others[:3] + whole
+def _lesson_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
+    random = Random(f"lesson sample {seed}")
+    scene = make_lesson(seed)
+    return [_reduce(draw(scene))], _in_turn(questions_about(scene, random), random)
 
 
 def _picture_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
@@ -163,9 +161,15 @@ def _picture_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
     else:
         scenes = (make_scene(seed),)
         asked = questions_about(scenes[0], random)
-    # A list answers the other questions, so it comes last: it must be read from the picture.
-    asked.sort(key=lambda question: question.kind in ("list", "caption"))
-    return [_reduce(draw(scene)) for scene in scenes], asked
+    return [_reduce(draw(scene)) for scene in scenes], _in_turn(asked, random)
+
+
+def _in_turn(asked: list[Question], random: Random) -> list[Question]:
+    """The questions with the caption last, which answers all others; sometimes it alone."""
+    whole = [question for question in asked if question.kind in ("list", "caption")]
+    if whole and random.random() < ALONE:
+        return whole
+    return [question for question in asked if question not in whole] + whole
 
 
 def _reduce(image: Image.Image) -> Image.Image:

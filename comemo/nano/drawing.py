@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from comemo.nano.scenes import SIZES, Item, Scene
+from comemo.nano.scenes import Item, Scene
 from comemo.nano.words import COLOURS
 
 PHOTOGRAPHS = Path(__file__).parent / "photographs"
@@ -27,7 +27,7 @@ def draw(scene: Scene) -> Image.Image:
         An RGB image of 1,000 pixels and more.
     """
     random = Random(f"pixels {scene.seed} {scene.size} {len(scene.items)}")
-    width, height = SIZES[scene.size][:2]
+    width, height = scene.extent[:2]
     image = _ground(random, scene.ground, (width, height))
     pen = ImageDraw.Draw(image)
     {"objects": _objects, "sign": _sign, "chart": _chart, "form": _form, "marks": _marks}[

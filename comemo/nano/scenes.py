@@ -33,6 +33,12 @@ SIZES = {
 }
 # How often things are a shape, word, letter or number: in pictures, and where reading is learnt.
 ITEMS, TEXTS = (5, 3, 1, 2), (2, 5, 2, 3)
+# Of pictures that are cut into four tiles at most, to begin with.
+LESSONS = {
+    "across": (1200, 600, 1, 2),
+    "down": (600, 1200, 2, 1),
+    "four": (1152, 1152, 2, 2),
+}
 GROUNDS = ("plain", "gradient", "stripes", "noise", "photograph")
 
 Place = tuple[int, int]  # row, column, from 0
@@ -75,7 +81,7 @@ class Scene:
     Attributes:
         seed: gives the scene and, with it, the pixels.
         layout: a key of `LAYOUTS`.
-        size: a key of `SIZES`.
+        size: a key of `SIZES` or `LESSONS`.
         ground: one of `GROUNDS`.
         items: place -> what is there; of "objects" and "marks".
         bars: of a "chart", from left to right.
@@ -97,7 +103,12 @@ class Scene:
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and columns of the places."""
-        return (self.side, self.side) if self.side else SIZES[self.size][2:]
+        return (self.side, self.side) if self.side else self.extent[2:]
+
+    @property
+    def extent(self) -> tuple[int, int, int, int]:
+        """Width and height in pixels, rows and columns that the image processor chooses."""
+        return (SIZES | LESSONS)[self.size]
 
     def places(self) -> dict[Place, tuple[str, ...]]:
         """The names of all places."""
@@ -147,18 +158,14 @@ def _objects(seed: int, random: Random, sizes: tuple[str, ...] = tuple(SIZES)) -
     return scene
 
 
-def make_page(seed: int) -> Scene:
-    """A picture of "objects" with something, mostly text, at nearly every place.
-
-    Reading is the hardest to learn, and one list of many things teaches it in the fewest tokens.
-    """
-    random = Random(f"page {seed}")
-    size = random.choice(("square", "landscape", "portrait", "panorama"))
-    scene = Scene(seed, "objects", size, random.choice(GROUNDS))
-    for row in range(scene.shape[0]):
-        for col in range(scene.shape[1]):
-            if random.random() < 0.9:
-                scene.items[row, col] = make_item(random, TEXTS)
+def make_lesson(seed: int) -> Scene:
+    """A picture of "objects" with two or four places, one of them empty at times."""
+    random = Random(f"lesson {seed}")
+    scene = Scene(seed, "objects", random.choice(list(LESSONS)), random.choice(GROUNDS))
+    rows, cols = scene.shape
+    for place in [(row, col) for row in range(rows) for col in range(cols)]:
+        if random.random() < 0.8 or (not scene.items and place == (rows - 1, cols - 1)):
+            scene.items[place] = make_item(random)
     return scene
 
 
