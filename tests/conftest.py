@@ -13,12 +13,13 @@ from types import ModuleType
 import pytest
 import torch
 import virtual_gpu  # before comemo: it replaces how operators are registered
+from harbour import draw_harbour
 from hypothesis import Phase, settings
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
 import comemo
-from comemo.cli import demo
+from comemo.cli.tiny_checkpoint import make_checkpoint
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
@@ -263,9 +264,9 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def demo_checkpoint(tmp_path_factory):
-    """The tiny checkpoint that `comemo demo` makes."""
+    """A tiny untrained checkpoint in the published layout."""
     directory = tmp_path_factory.mktemp("demo") / "checkpoint"
-    demo.make_checkpoint(directory)
+    make_checkpoint(directory)
     return directory
 
 
@@ -290,9 +291,9 @@ def fresh(core):
 
 @pytest.fixture(scope="session")
 def picture_file(tmp_path_factory):
-    """A PNG of the image that `comemo demo` draws."""
+    """A PNG of a drawing."""
     path = tmp_path_factory.mktemp("pictures") / "harbour.png"
-    demo.draw_picture(320, 300).save(path)
+    draw_harbour(320, 300).save(path)
     return path
 
 

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from harbour import draw_harbour
 from transformers import AutoProcessor
 
 import comemo_kernels as ops
 from bench.counting import count_calls
 from bench.recompute import RecomputedMemory, recomputing
-from comemo.cli import demo
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def drawn(demo_checkpoint, loaded):
     """Model, prompt and the image memory of a drawn image, nothing built yet."""
     model, processor = loaded[0], AutoProcessor.from_pretrained(demo_checkpoint)
-    prompt = processor(images=demo.draw_picture(900, 500), text="<image>\nwhat is it?", max_num=2)
+    prompt = processor(images=draw_harbour(900, 500), text="<image>\nwhat is it?", max_num=2)
     ids, core = prompt["input_ids"], model.model
     mask = core.find_image_tokens(ids)
     positions = core.prompt_position_ids(mask, torch.ones_like(ids), prompt["tile_grid"])

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harbour import draw_harbour
 from PIL import Image
 
 import comemo
 import comemo_kernels
-from comemo.cli import demo
 from comemo.cli import main as cli
 
 pytestmark = [
@@ -58,7 +58,7 @@ def reader(demo_checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "CoMemo-2B").symlink_to(demo_checkpoint)
-    image = demo.draw_picture(300, 300)  # one tile
+    image = draw_harbour(300, 300)  # one tile
     for name in ("street.jpg", "other.jpg", "a.jpg", "b.jpg", "harbour.png"):
         image.save(name)
     (tmp_path / "examples").symlink_to(ROOT / "examples")

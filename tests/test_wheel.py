@@ -25,7 +25,8 @@ from pathlib import Path
 
 import comemo, comemo_kernels
 from comemo.cli import tiny_checkpoint
-from comemo.cli import demo
+from comemo.nano.drawing import draw
+from comemo.nano.showing import shown_scene
 
 target, checkpoint = sys.argv[1:]
 for package in (comemo, comemo_kernels):
@@ -37,7 +38,7 @@ tiny_checkpoint.make_checkpoint(checkpoint)
 model = comemo.CoMemoForConditionalGeneration.from_pretrained(checkpoint)
 processor = comemo.CoMemoProcessor.from_pretrained(checkpoint)
 session = comemo.ChatSession(model, processor, max_new_tokens=3)
-session.ask("What is in this picture?", demo.draw_picture(300, 300))
+session.ask("What is in this picture?", draw(shown_scene(0)).resize((300, 300)))
 assert session.report.new_tokens == 3
 """
 

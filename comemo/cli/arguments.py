@@ -1,9 +1,14 @@
-"""Arguments that several commands share, and readers of numbers for `argparse`."""
+"""Arguments that several commands share: models by name, numbers, pixels."""
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from typing import Any
+
+from comemo import nano
+
+NANO = "nano"  # in place of a directory
 
 
 def number(
@@ -41,3 +46,43 @@ def add_published_pixels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--published-pixels", action="store_true", help="ignore the EXIF orientation of photographs"
     )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL, for `find_checkpoint`."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help=f"directory of a checkpoint; {NANO}: the one in this package, unless there is a"
+        " directory of this name",
+    )
+
+
+def find_checkpoint(name: str) -> str:
+    """The directory that MODEL means.
+
+    Args:
+        name: a directory, or "nano". A directory of this name that exists wins.
+
+    Returns:
+        `name`, or the directory of comemo-nano.
+
+    Raises:
+        ValueError: see `shipped_checkpoint`.
+    """
+    return shipped_checkpoint() if name == NANO and not os.path.isdir(name) else name
+
+
+def shipped_checkpoint() -> str:
+    """The directory of comemo-nano.
+
+    Raises:
+        ValueError: this copy of the package has none.
+    """
+    directory = nano.checkpoint()
+    if not (directory / "config.json").is_file():
+        raise ValueError(
+            f"shipped_checkpoint: wanted comemo-nano in {str(directory)!r}, got no config.json:"
+            " this copy of the package is not complete"
+        )
+    return str(directory)

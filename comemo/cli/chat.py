@@ -15,7 +15,7 @@ from torch import Tensor
 from comemo import images, prompts
 from comemo.chat.published import check_tokenizer
 from comemo.chat.session import ChatSession
-from comemo.cli.arguments import add_published_pixels, number
+from comemo.cli.arguments import add_model, add_published_pixels, find_checkpoint, number
 from comemo.cli.info import read_config
 from comemo.cli.progress import AnswerStreamer, reading_bar
 from comemo.cli.store import add_store_options, open_store, show_store_warnings
@@ -46,7 +46,7 @@ LONGEST_LINE = 2**20  # characters; nobody types so many, and stdin may never en
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of the command."""
     many, tiles, beams = (number(int, 1, most) for most in (10**6, images.MAX_TILES, 256))
-    parser.add_argument("model", metavar="MODEL", help="directory of a checkpoint")
+    add_model(parser)
     parser.add_argument("question", nargs="?", help="without it: a conversation, line by line")
     parser.add_argument(
         "--image", action="append", default=[], metavar="PATH", help="an image; may be repeated"
@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("the question is empty")
     check_text("question", args.question or "")
     check_text("system message", args.system or "")
+    args.model = find_checkpoint(args.model)
     talk = _load(args)
     if args.question is None:
         return talk.converse()

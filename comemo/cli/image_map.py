@@ -5,10 +5,12 @@ Every token shows its position id and the colour of the thumbnail cell with that
 """
 
 import os
+import string
 import uuid
 from pathlib import Path
 from typing import TypeAlias, cast
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from comemo.images import Grid, Source, open_image, split_tiles
 from comemo.safety.regular import check_regular
 from comemo_kernels import image_position_ids
 
+_LETTERS = string.ascii_uppercase + string.ascii_lowercase
 Colour: TypeAlias = tuple[int, int, int]
 
 # side of one token in pixels: 14 x 14 patches, folded two by two
@@ -54,6 +57,23 @@ def token_ids(
     """
     ids = image_position_ids(grid, side, tile_order, bias, use_thumbnail)
     return ids.view(-1, side, side)
+
+
+def cell_letters(grid: Grid, side: int, tile_order: str) -> list[str]:
+    """Draw the token raster of the thumbnail in letters.
+
+    Args:
+        grid: (cols, rows) of more than one tile.
+        side: tokens along the side of a tile.
+        tile_order: "row" or "column".
+
+    Returns:
+        `side` lines; the letter of a cell names the tile with the most tokens of its id.
+    """
+    ids = token_ids(grid, side, tile_order, use_thumbnail=False).flatten(1)
+    shares = torch.stack([tile.bincount(minlength=side * side) for tile in ids])
+    letters = [_LETTERS[t % len(_LETTERS)] for t in shares.argmax(0).tolist()]
+    return [" ".join(letters[row * side : (row + 1) * side]) for row in range(side)]
 
 
 def draw_map(

@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from comemo.cli.arguments import add_model, find_checkpoint
 from comemo.cli.terminal import plain, tell
 from comemo.config import CoMemoConfig
 from comemo.safety.regular import check_checkpoint, check_path, read_json
@@ -26,7 +27,7 @@ PARTS = {  # part -> pattern of its weights' names, published or transformers' o
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of the command."""
-    parser.add_argument("model", metavar="MODEL", help="directory of a checkpoint")
+    add_model(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -36,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: see `describe_checkpoint`.
     """
-    facts = describe_checkpoint(args.model)
+    facts = describe_checkpoint(find_checkpoint(args.model))
     tell(json.dumps(facts, indent=2) if args.json else table(facts))
     return 0
 

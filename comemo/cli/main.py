@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import NoReturn
 
 from comemo import __version__
-from comemo.cli import chat, demo, info, map, starting, store, terminal, train
+from comemo.cli import chat, demo, draw, evaluate, info, map, starting, store, terminal, train
 from comemo.cli.progress import hushed, unhushed
 
 # Each module has a SUMMARY, `add_arguments(parser)` and `run(args)`, which returns the exit status.
@@ -18,6 +18,8 @@ COMMANDS: dict[str, ModuleType] = {
     "info": info,
     "store": store,
     "demo": demo,
+    "draw": draw,
+    "eval": evaluate,
     "map": map,
     "train": train,
 }
@@ -93,8 +95,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
         given = ["train", *options]
     args, rest = parser.parse_known_args(given)
     args.words = settings
-    # argparse does not match an optional positional once an option follows MODEL.
-    if args.command == "chat" and args.question is None and rest and rest[0][:1] != "-":
+    # argparse does not match an optional positional once an option was there.
+    if getattr(args, "question", "") is None and rest and rest[0][:1] != "-":
         args.question, *rest = rest
     if rest:
         words = " ".join(rest)

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Sequence
 from typing import TextIO
 
 from safetensors import SafetensorError
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 # C0 and C1 control characters, lone surrogates (bytes that are not text), and characters that
 # reorder or end a line
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+Colour = tuple[int, int, int]  # red, green, blue
 _FULL = re.compile("out of memory|not enough memory|can't allocate memory")
 # Errors about a file that the user can correct.
 _USERS_ERRNO = {
@@ -90,6 +92,28 @@ def show(text: str, out: TextIO) -> None:
     """Write a part of an answer; line breaks and tabs are not escaped."""
     out.write(plain(text, "\n\t"))
     out.flush()
+
+
+def shows_colours() -> bool:
+    """Whether stdout is a terminal that names itself able to show 24-bit colours, as wanted.
+
+    The environment says so: COLORTERM or TERM, and NO_COLOR if the user wants none.
+    """
+    if os.environ.get("NO_COLOR") or not sys.stdout.isatty():
+        return False
+    names = {os.environ.get("COLORTERM", ""), *os.environ.get("TERM", "").split("-")[1:]}
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    return unicode and not names.isdisjoint({"truecolor", "24bit", "direct"})
+
+
+def paint(rows: Sequence[Sequence[tuple[Colour, Colour]]]) -> None:
+    """Draw rows of cells on stdout, if `shows_colours`: each has an upper and a lower colour."""
+    for row in rows:
+        cells = "".join(
+            f"\x1b[38;2;{r};{g};{b}m\x1b[48;2;{s};{t};{u}m\u2580" for (r, g, b), (s, t, u) in row
+        )
+        sys.stdout.write(f"   {cells}\x1b[0m\n")
+    sys.stdout.flush()
 
 
 def is_watched(verbose: bool = False) -> bool:
