@@ -20,7 +20,11 @@ setup(
     license_files=["LICENSE", "THIRD_PARTY_NOTICES.md"],
     python_requires=">=3.10",
     packages=find_packages(include=["comemo", "comemo.*", "comemo_kernels", "comemo_kernels.*"]),
-    package_data={"comemo": ["py.typed"], "comemo_kernels": ["py.typed"]},
+    package_data={
+        "comemo": ["py.typed"],
+        "comemo.nano": ["photographs/*.jpg", "checkpoint/*"],
+        "comemo_kernels": ["py.typed"],
+    },
     entry_points={"console_scripts": ["comemo = comemo.cli.main:main"]},
     install_requires=[
         "torch>=2.6",
