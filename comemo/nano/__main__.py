@@ -1,4 +1,4 @@
-"""`python -m comemo.nano`: what the training of comemo-nano begins with, and the checkpoint it ends with.
+"""What the training of comemo-nano begins with, and the checkpoint it ends with: two commands.
 
 Nothing here is needed to use the model; examples/nano has the whole recipe.
 """

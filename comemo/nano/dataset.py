@@ -10,9 +10,19 @@ from PIL import Image
 
 from comemo.nano.drawing import draw, draw_item
 from comemo.nano.questions import Question, questions_about, questions_about_pair
-from comemo.nano.scenes import SEEDS, Item, Scene, make_item, make_page, make_pair, make_scene
+from comemo.nano.scenes import (
+    SEEDS,
+    TEXTS,
+    Item,
+    Scene,
+    make_item,
+    make_page,
+    make_pair,
+    make_scene,
+)
 
 ROUND = 256  # pictures that a process draws before it takes others
+ALBUM = 12  # pictures of an album
 PAIRS = 6  # every so manyth sample is a pair
 
 
@@ -25,6 +35,20 @@ def write_items(folder: str | Path, count: int, first: int = 0) -> None:
         first: the first seed, in `SEEDS["train"]`.
     """
     _write(Path(folder), "items", count, first)
+
+
+def write_albums(folder: str | Path, count: int, first: int = 0) -> None:
+    """Write conversations in which each turn shows another single thing: albums.jsonl.
+
+    Most of the things are text: reading is the hardest to learn, and here it is all there is to
+    learn, since a question is right behind its picture.
+
+    Args:
+        folder: is created.
+        count: of conversations, of `ALBUM` pictures each.
+        first: the first seed, in `SEEDS["train"]`.
+    """
+    _write(Path(folder), "albums", count, first)
 
 
 def write_pages(folder: str | Path, count: int, first: int = 0) -> None:
@@ -67,13 +91,18 @@ def _write(folder: Path, name: str, count: int, first: int) -> None:
 
 def _write_round(task: tuple[Path, str, range]) -> list[str]:
     folder, name, seeds = task
-    sample = {"items": _item_sample, "pages": _page_sample, "pictures": _picture_sample}[name]
+    sample = {
+        "items": _item_sample,
+        "albums": _album_sample,
+        "pages": _page_sample,
+        "pictures": _picture_sample,
+    }[name]
     lines = []
     for seed in seeds:
         images, asked = sample(seed)
         paths = []
         for index, image in enumerate(images):
-            path = f"{name}/{seed}{'ab'[index] if len(images) > 1 else ''}.jpg"
+            path = f"{name}/{seed}{'abcdefghijkl'[index] if len(images) > 1 else ''}.jpg"
             image.save(folder / path, quality=92, subsampling=0)
             paths.append(path)
         lines.append(json.dumps(_line(paths, asked)) + "\n")
@@ -81,9 +110,11 @@ def _write_round(task: tuple[Path, str, range]) -> list[str]:
 
 
 def _line(paths: list[str], asked: list[Question]) -> dict:
-    turns = []
+    turns, first = [], len(paths)
+    if len(paths) == len(asked):  # each about its own picture
+        first = 1
     for index, question in enumerate(asked):
-        marks = "<image>\n" * len(paths) if index == 0 else ""
+        marks = "<image>\n" * (first if index == 0 else first == 1 < len(paths))
         turns.append({"from": "human", "value": marks + question.text})
         turns.append({"from": "gpt", "value": question.answer})
     return {"image": paths[0] if len(paths) == 1 else paths, "conversations": turns}
@@ -94,6 +125,16 @@ def _item_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
     item = make_item(random)
     image = draw_item(item, seed).resize((128, 128), Image.Resampling.LANCZOS)
     return [image], [_about_item(item, random)]
+
+
+def _album_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
+    images, asked = [], []
+    for own in range(seed * ALBUM, (seed + 1) * ALBUM):
+        random = Random(f"album sample {own}")
+        item = make_item(random, TEXTS)
+        images.append(draw_item(item, own).resize((128, 128), Image.Resampling.LANCZOS))
+        asked.append(_about_item(item, random))
+    return images, asked
 
 
 def _about_item(item: Item, random: Random) -> Question:

@@ -12,6 +12,7 @@ from comemo.nano.scenes import SIZES, Item, Scene
 from comemo.nano.words import COLOURS
 
 PHOTOGRAPHS = Path(__file__).parent / "photographs"
+JITTER = 0.03  # how far from the middle of its place text is, as a share of the place
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 Colour = tuple[int, ...]
 
@@ -112,17 +113,17 @@ def _item(random: Random, pen: ImageDraw.ImageDraw, item: Item, box: Box) -> Non
         y = random.uniform(top + radius * 1.1, bottom - radius * 1.1)
         _shape(pen, item.text, x, y, radius, colour)
         return
-    wide = least * (random.uniform(0.7, 0.92) if item.kind == "word" else random.uniform(0.4, 0.6))
-    high = wide * (random.uniform(0.38, 0.5) if item.kind == "word" else random.uniform(0.7, 1))
-    x = random.uniform(left + wide / 2 + 4, right - wide / 2 - 4)
-    y = random.uniform(top + high / 2 + 4, bottom - high / 2 - 4)
+    wide = least * (0.9 if item.kind == "word" else 0.6)
+    high = least * (0.4 if item.kind == "word" else 0.55)
+    # Text is in the middle: letters that are always somewhere else take far longer to learn.
+    x = (left + right) / 2 + least * random.uniform(-JITTER, JITTER)
+    y = (top + bottom) / 2 + least * random.uniform(-JITTER, JITTER)
     plate = (x - wide / 2, y - high / 2, x + wide / 2, y + high / 2)
     pen.rounded_rectangle(plate, high * 0.12, colour, _contrast(colour), 3)
-    _write(random, pen, item.text, plate, _contrast(colour))
+    _write(pen, item.text, plate, _contrast(colour))
 
 
 def _write(
-    random: Random,
     pen: ImageDraw.ImageDraw,
     text: str,
     box: Box,
@@ -131,12 +132,11 @@ def _write(
 ) -> None:
     """Write the text as large as fits into the box, in the middle of it."""
     wide, high = (box[2] - box[0]) * fill, (box[3] - box[1]) * fill
-    bold = random.choice((0, 0, 1))
-    trial = _font(100).getbbox(text, stroke_width=2 * bold)
+    trial = _font(100).getbbox(text)
     scale = min(wide / (trial[2] - trial[0]), high / (trial[3] - trial[1]))
     size = max(8, int(100 * scale))
     middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-    pen.text(middle, text, colour, _font(size), "mm", stroke_width=bold * size // 40)
+    pen.text(middle, text, colour, _font(size), "mm")
 
 
 def _shape(
@@ -183,17 +183,18 @@ def _sign(random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[in
     width, height = size
     colour = _shade(random, scene.sign["colour"])
     ink = _contrast(colour)
-    wide, high = width * random.uniform(0.6, 0.85), height * random.uniform(0.55, 0.75)
-    left, top = random.uniform(20, width - wide - 20), random.uniform(20, height - high - 20)
+    wide, high = width * random.choice((0.7, 0.85)), height * 0.7
+    left = (width - wide) / 2 + width * random.uniform(-JITTER, JITTER)
+    top = (height - high) / 2 + height * random.uniform(-JITTER, JITTER)
     pen.rounded_rectangle((left, top, left + wide, top + high), 30, colour, ink, 8)
     word = (left, top + high * 0.05, left + wide, top + high * 0.6)
-    _write(random, pen, scene.sign["word"], word, ink)
+    _write(pen, scene.sign["word"], word, ink)
     tall = high * 0.26  # the small line: an arrow and a number
     middle = top + high * 0.8
     arrow_x, number_x = left + wide * 0.3, left + wide * 0.7
     _arrow(pen, scene.sign["arrow"], arrow_x, middle, tall * 0.5, ink)
     box = (number_x - tall, middle - tall * 0.36, number_x + tall, middle + tall * 0.36)
-    _write(random, pen, scene.sign["number"], box, ink, 1)
+    _write(pen, scene.sign["number"], box, ink, 1)
 
 
 def _arrow(
@@ -217,17 +218,17 @@ def _arrow(
 def _chart(random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[int, int]) -> None:
     width, height = size
     step = width / len(scene.bars)
-    floor, text = height * 0.85, height * 0.1
+    floor = height * 0.85
     ink = (20, 20, 24)
     pen.rectangle((0, 0, width, height), _pale(random))
     pen.line((width * 0.02, floor, width * 0.98, floor), ink, 6)
     for index, bar in enumerate(scene.bars):
         x, wide = (index + 0.5) * step, step * random.uniform(0.22, 0.3)
-        top = floor - (floor - height * 0.16) * bar.value / 99
+        top = floor - (floor - height * 0.2) * bar.value / 99
         colour = _shade(random, bar.colour)
         pen.rectangle((x - wide, top, x + wide, floor), colour, ink, 3)
-        _write(random, pen, str(bar.value), (x - step, top - text * 1.15, x + step, top - 6), ink)
-        _write(random, pen, bar.letter, (x - step, floor + 10, x + step, height - 10), ink)
+        _write(pen, str(bar.value), (x - step, height * 0.03, x + step, height * 0.15), ink)
+        _write(pen, bar.letter, (x - step, floor + 10, x + step, height - 10), ink)
 
 
 def _pale(random: Random) -> Colour:
@@ -240,14 +241,13 @@ def _form(random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[in
     pen.rectangle((margin, margin, width - margin, height - margin), _pale(random), (90, 90, 90), 4)
     step, ink = height / len(scene.fields), (25, 25, 30)
     for index, (name, item) in enumerate(scene.fields.items()):
-        y = (index + 0.5) * step + random.uniform(-0.1, 0.1) * step
+        y = (index + 0.5) * step + random.uniform(-JITTER, JITTER) * step
         tall = min(step * 0.16, width * 0.055)
-        _write(random, pen, name, (width * 0.06, y - tall, width * 0.31, y + tall), ink, 0.9)
+        _write(pen, name, (width * 0.06, y - tall, width * 0.31, y + tall), ink, 0.9)
         left = width * random.choice((0.37, 0.69))
         box = (left, y - tall, left + width * 0.26, y + tall)
         pen.line((width * 0.36, y + tall * 1.3, width * 0.94, y + tall * 1.3), (120, 120, 120), 4)
         _write(
-            random,
             pen,
             item.text,
             box,
@@ -266,8 +266,8 @@ def _marks(random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[i
         pen.line((0, index * step, width, index * step), (140, 140, 150), 5)
     for (row, col), item in scene.items.items():
         radius = width * random.uniform(0.03, 0.045)
-        x = (col + 0.5) * step + random.uniform(-0.2, 0.2) * step
-        y = (row + 0.5) * step + random.uniform(-0.2, 0.2) * step
+        x = (col + 0.5) * step + random.uniform(-0.08, 0.08) * step
+        y = (row + 0.5) * step + random.uniform(-0.08, 0.08) * step
         box = (x - radius, y - radius, x + radius, y + radius)
         thick = int(radius * 0.45)
         if item.text == "cross":

@@ -31,6 +31,8 @@ SIZES = {
     "portrait": (960, 1280, 4, 3),
     "panorama": (1280, 640, 2, 4),
 }
+# How often things are a shape, word, letter or number: in pictures, and where reading is learnt.
+ITEMS, TEXTS = (5, 3, 1, 2), (2, 5, 2, 3)
 GROUNDS = ("plain", "gradient", "stripes", "noise", "photograph")
 
 Place = tuple[int, int]  # row, column, from 0
@@ -59,7 +61,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of a chart: its colour, the letter below it and the number above it."""
+    """One bar of a chart: its colour, the letter below it and the number at the top."""
 
     colour: str
     letter: str
@@ -122,7 +124,7 @@ def make_scene(seed: int, layout: str | None = None) -> Scene:
     return LAYOUTS[layout](seed, random)
 
 
-def make_item(random: Random, weights: tuple[int, ...] = (5, 3, 1, 2)) -> Item:
+def make_item(random: Random, weights: tuple[int, ...] = ITEMS) -> Item:
     """Any one thing, the kinds with these weights."""
     kind = random.choices(("shape", "word", "letter", "number"), weights)[0]
     colour = random.choice(list(COLOURS))
@@ -156,7 +158,7 @@ def make_page(seed: int) -> Scene:
     for row in range(scene.shape[0]):
         for col in range(scene.shape[1]):
             if random.random() < 0.9:
-                scene.items[row, col] = make_item(random, (2, 5, 2, 3))
+                scene.items[row, col] = make_item(random, TEXTS)
     return scene
 
 
@@ -190,7 +192,7 @@ def _sign(seed: int, random: Random) -> Scene:
 def _chart(seed: int, random: Random) -> Scene:
     size = random.choice(("wide", "landscape"))
     scene = Scene(seed, "chart", size, random.choice(GROUNDS[:2]))
-    count = random.randint(3, 4) if size == "landscape" else 3
+    count = SIZES[size][3]  # so that each bar has a column of tiles
     colours = random.sample([c for c in COLOURS if c != "white"], count)
     letters = random.sample(LETTERS, count)
     heights = random.sample(range(2, 10), count)
