@@ -10,13 +10,12 @@ from pathlib import Path
 from PIL import Image
 
 from comemo.cli import main as cli
-from comemo.cli.demo import draw_picture
 
 
 def main(path: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        image, drawing = Path(folder) / "harbour.png", Path(folder) / "map.png"
-        draw_picture().save(image)  # 1024 x 768 pixels
+        image, drawing = Path(folder) / "shapes.png", Path(folder) / "map.png"
+        cli.main(["draw", str(image), "--seed", "16", "--layout", "objects"])  # 1152 x 1152 pixels
         cli.main(["map", str(image), "-o", str(drawing), "--max-tiles", "4"])
         reduced = Image.open(drawing).quantize(128, dither=Image.Dither.NONE)
         reduced.save(path, optimize=True)

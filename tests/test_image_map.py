@@ -8,7 +8,7 @@ from pictures import COFFEE
 from PIL import Image
 
 import comemo.cli.image_map as image_map
-from comemo.cli.image_map import draw_map, save_map, token_ids
+from comemo.cli.image_map import cell_letters, draw_map, save_map, token_ids
 from comemo.images import load_image
 
 
@@ -216,3 +216,9 @@ def test_errors(options, message):
 def test_errors_of_images():
     with pytest.raises(ValueError, match=r"open_image: .* is not an image"):
         draw_map(b"no picture")
+
+
+def test_letters_are_the_tiles_places():
+    assert cell_letters((2, 1), 4, "row") == ["A A B B"] * 4
+    assert cell_letters((2, 2), 4, "row") == ["A A B B"] * 2 + ["C C D D"] * 2
+    assert cell_letters((2, 2), 4, "column") == ["A A C C"] * 2 + ["B B D D"] * 2

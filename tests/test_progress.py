@@ -1,6 +1,7 @@
 """Progress bars and streamed answers."""
 
 import io
+import math
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import DEVICE
 
 import comemo
+from comemo.chat.streamers import TokenClock
 from comemo.cli import progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,3 +131,12 @@ def test_a_long_word_comes_before_its_end():
     for value in ([[1]], list(b"a" * 100)):
         streamer.put(torch.tensor(value))
     assert len(out.getvalue()) > 50
+
+
+def test_clock_of_a_single_token():
+    clock = TokenClock()
+    clock.put(torch.tensor([[1, 2]]))
+    clock.put(torch.tensor([3]))
+    clock.end()
+    assert clock.first >= 0
+    assert math.isnan(clock.per_token)

@@ -90,17 +90,17 @@ def table(result: Evaluation) -> str:
     lines = [
         f"{_count(len(result.examples), 'question')} about held-out pictures, {tiles}",
         "",
-        f"{'kind':10}{'n':>7}{'right':>7}{'accuracy':>11}   {'95 % interval':16}{'chance':>8}",
+        f"{'kind':10}{'n':>7}{'right':>7}{'accuracy':>11}  {'95 % interval':>16}{'chance':>10}",
     ]
     rows = [*result.kinds.items(), ("overall", result.overall)]
     return "\n".join([*lines, *(_row(name, score) for name, score in rows)])
 
 
 def _row(name: str, score: Score) -> str:
-    interval = f"{100 * score.low:5.1f} - {100 * score.high:5.1f} %"
+    interval = f"{100 * score.low:.1f} - {100 * score.high:.1f} %"
     return (
-        f"{name:10}{score.n:7,}{score.right:7,}{100 * score.accuracy:9.1f} %   {interval:16}"
-        f"{100 * score.chance:6.1f} %"
+        f"{name:10}{score.n:7,}{score.right:7,}{100 * score.accuracy:9.1f} %  {interval:>16}"
+        f"{100 * score.chance:8.1f} %"
     )
 
 
