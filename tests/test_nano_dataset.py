@@ -8,14 +8,19 @@ from nano_truth import answers_about_pair, answers_to
 from PIL import Image
 
 from comemo.nano import dataset
-from comemo.nano.dataset import write_items, write_pages, write_pictures
+from comemo.nano.dataset import write_albums, write_items, write_pages, write_pictures
 from comemo.nano.scenes import SEEDS, make_page, make_pair, make_scene
 from comemo.nano.start import make_start
 from comemo.nano.words import COLOURS, LETTERS, SHAPES, WORDS
 from comemo.train.recipe import check
 from comemo.train.settings import DataSettings, StageSettings, StartSettings, TrainSettings
 
-WRITERS = {"items": write_items, "pages": write_pages, "pictures": write_pictures}
+WRITERS = {
+    "items": write_items,
+    "albums": write_albums,
+    "pages": write_pages,
+    "pictures": write_pictures,
+}
 FIRST = 6  # the seed of a pair
 
 
@@ -35,14 +40,17 @@ def test_every_line_has_its_pictures(written):
     for path in named:
         with Image.open(folder / path) as image:
             assert image.mode == "RGB"
-            assert (image.size == (128, 128)) == (name == "items")
+            assert (image.size == (128, 128)) == (name in ("items", "albums"))
     for seed, line in enumerate(lines, FIRST):
-        assert len(_paths(line)) == (2 if name == "pictures" and seed % dataset.PAIRS == 0 else 1)
         turns = line["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-        asked = [turn["value"] for turn in turns[::2]]
-        assert asked[0].count("<image>\n") == len(_paths(line))
-        assert not any("<image>" in later for later in asked[1:])
+        marks = [turn["value"].count("<image>\n") for turn in turns[::2]]
+        assert len(_paths(line)) == sum(marks)
+        if name == "albums":
+            assert marks == [1] * dataset.ALBUM
+        else:
+            pair = name == "pictures" and seed % dataset.PAIRS == 0
+            assert marks == [1 + pair] + [0] * (len(marks) - 1)
 
 
 @pytest.mark.parametrize("name", ["pages", "pictures"])
@@ -66,16 +74,18 @@ def right_answers(name, seed, question):
     return answers_to(make_scene(seed), question)
 
 
-def test_items_are_named_by_known_words(tmp_path):
-    write_items(tmp_path, 60)
+@pytest.mark.parametrize("name", ["items", "albums"])
+def test_items_are_named_by_known_words(name, tmp_path):
+    WRITERS[name](tmp_path, 60 if name == "items" else 6)
     known = {*COLOURS, *SHAPES, *LETTERS, *WORDS, *map(str, range(10, 100))}
     asked = set()
-    for line in map(json.loads, (tmp_path / "items.jsonl").open()):
-        question, answer = (turn["value"] for turn in line["conversations"])
-        asked.add(question.removeprefix("<image>\n").split()[0])
-        *rest, last = answer.split()
-        assert last in known
-        assert {*rest} <= {"a", "an", "the", "word", "letter", "number", *COLOURS}
+    for line in map(json.loads, (tmp_path / f"{name}.jsonl").open()):
+        told = [turn["value"] for turn in line["conversations"]]
+        for question, answer in zip(told[::2], told[1::2], strict=True):
+            asked.add(question.removeprefix("<image>\n").split()[0])
+            *rest, last = answer.split()
+            assert last in known
+            assert {*rest} <= {"a", "an", "the", "word", "letter", "number", *COLOURS}
     assert asked == {"Describe", "Which"}
 
 
@@ -92,7 +102,7 @@ def test_training_accepts_it(written, tmp_path):
         data=DataSettings(
             train=str(folder / f"{name}.jsonl"),
             max_tokens=2048,
-            max_dynamic_patch=1 if name == "items" else 12,
+            max_dynamic_patch=1 if name in ("items", "albums") else 12,
             bad_data="stop",
             too_long="refuse",
             workers=0,
