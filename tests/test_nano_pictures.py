@@ -191,10 +191,16 @@ def test_phrases():
     ]
 
 
-def test_what_scenes_refuse():
+@pytest.mark.parametrize("make", [make_scene, make_pair, make_page])
+def test_other_seeds_are_refused(make):
     for seed in (-1, 2**42, 1.5, "7", None):
-        with pytest.raises(ValueError, match=r"make_scene: the seed must be in one of .*, got"):
-            make_scene(seed)
+        with pytest.raises(
+            ValueError, match=rf"{make.__name__}: the seed must be in one of .*, got"
+        ):
+            make(seed)
+
+
+def test_an_unknown_layout_is_refused():
     with pytest.raises(
         ValueError, match=r"make_scene: the layout must be of .*'sign'.*, got 'map'"
     ):
