@@ -163,3 +163,19 @@ def test_other_seeds_are_refused(write, count, first, tmp_path):
     with pytest.raises(ValueError, match=rf"{write.__name__}: the seeds must be in .*{first}"):
         write(tmp_path / "data", count, first)
     assert not (tmp_path / "data").exists()
+
+
+def test_every_thing_of_an_album_is_of_a_training_seed(tmp_path):
+    last = SEEDS["train"].stop // dataset.ALBUM
+    with pytest.raises(ValueError, match="write_albums: the seeds must be in "):
+        write_albums(tmp_path / "data", 1, last)
+    write_albums(tmp_path / "data", 1, last - 1)
+
+
+def test_a_pair_with_two_questions_is_no_album(monkeypatch, tmp_path):
+    asked = dataset.questions_about_pair
+    monkeypatch.setattr(dataset, "questions_about_pair", lambda *given: asked(*given)[:2])
+    write_pictures(tmp_path, 1, FIRST)
+    (line,) = map(json.loads, (tmp_path / "pictures.jsonl").open())
+    told = [turn["value"].count("<image>") for turn in line["conversations"][::2]]
+    assert told == [2, 0]
