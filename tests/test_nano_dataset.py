@@ -24,17 +24,22 @@ WRITERS = {
 FIRST = 6  # the seed of a pair
 
 
-@pytest.fixture(scope="module", params=WRITERS)
+SLOW = pytest.mark.slow
+EVERY = ["pictures", *(pytest.param(name, marks=SLOW) for name in WRITERS if name != "pictures")]
+LINES = 7  # two of them are pairs
+
+
+@pytest.fixture(scope="module", params=EVERY)
 def written(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "new" / "folder"
-    WRITERS[request.param](folder, 12, FIRST)
+    WRITERS[request.param](folder, LINES, FIRST)
     lines = (folder / f"{request.param}.jsonl").read_text("utf-8").splitlines()
     return request.param, folder, [json.loads(line) for line in lines]
 
 
 def test_every_line_has_its_pictures(written):
     name, folder, lines = written
-    assert len(lines) == 12
+    assert len(lines) == LINES
     named = [path for line in lines for path in _paths(line)]
     assert sorted(named) == sorted(str(p.relative_to(folder)) for p in folder.rglob("*.jpg"))
     for path in named:
@@ -55,7 +60,7 @@ def test_every_line_has_its_pictures(written):
 
 @pytest.mark.parametrize("name", ["pages", "pictures"])
 def test_answers_are_right_and_lists_come_last(name, tmp_path):
-    WRITERS[name](tmp_path, 12, FIRST)
+    WRITERS[name](tmp_path, LINES, FIRST)
     for seed, line in enumerate(map(json.loads, (tmp_path / f"{name}.jsonl").open()), FIRST):
         asked = [turn["value"].replace("<image>\n", "") for turn in line["conversations"][::2]]
         given = [turn["value"] for turn in line["conversations"][1::2]]
@@ -131,7 +136,7 @@ def test_the_same_seeds_give_the_same_files(write, tmp_path, monkeypatch):
     assert next(d for p, d in first.items() if p.suffix == ".jsonl").startswith(lines)
 
 
-@pytest.mark.slow
+@SLOW
 def test_several_processes_write_the_same(tmp_path, monkeypatch):
     write_items(tmp_path / "one", 6)
     monkeypatch.setattr(dataset, "ROUND", 2)

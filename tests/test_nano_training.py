@@ -88,8 +88,8 @@ def learn(folder, items, **stage):
 
 
 def test_the_loss_falls_from_the_first_steps(tmp_path):
-    _, losses = learn(tmp_path, 250, steps=15, warmup=5.0)
-    assert len(losses) == 15
+    _, losses = learn(tmp_path, 160, steps=12, warmup=4.0)
+    assert len(losses) == 12
     assert max(losses[-3:]) < 0.75 * losses[0]
 
 
