@@ -21,7 +21,8 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["comemo", "comemo.*", "comemo_kernels", "comemo_kernels.*"]),
     package_data={
-        "comemo": ["py.typed", "nano/checkpoint/*", "nano/photographs/*"],
+        "comemo": ["py.typed"],
+        "comemo.nano": ["photographs/*.jpg", "checkpoint/*"],
         "comemo_kernels": ["py.typed"],
     },
     entry_points={"console_scripts": ["comemo = comemo.cli.main:main"]},

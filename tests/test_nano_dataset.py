@@ -8,46 +8,59 @@ from nano_truth import answers_about_pair, answers_to
 from PIL import Image
 
 from comemo.nano import dataset
-from comemo.nano.dataset import write_items, write_pages, write_pictures
-from comemo.nano.scenes import SEEDS, make_page, make_pair, make_scene
+from comemo.nano.dataset import write_albums, write_items, write_lessons, write_pictures
+from comemo.nano.scenes import SEEDS, make_lesson, make_pair, make_scene
 from comemo.nano.start import make_start
 from comemo.nano.words import COLOURS, LETTERS, SHAPES, WORDS
 from comemo.train.recipe import check
 from comemo.train.settings import DataSettings, StageSettings, StartSettings, TrainSettings
 
-WRITERS = {"items": write_items, "pages": write_pages, "pictures": write_pictures}
+WRITERS = {
+    "items": write_items,
+    "albums": write_albums,
+    "lessons": write_lessons,
+    "pictures": write_pictures,
+}
 FIRST = 6  # the seed of a pair
 
 
-@pytest.fixture(scope="module", params=WRITERS)
+SLOW = pytest.mark.slow
+EVERY = ["pictures", *(pytest.param(name, marks=SLOW) for name in WRITERS if name != "pictures")]
+LINES = 7  # two of them are pairs
+
+
+@pytest.fixture(scope="module", params=EVERY)
 def written(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "new" / "folder"
-    WRITERS[request.param](folder, 12, FIRST)
+    WRITERS[request.param](folder, LINES, FIRST)
     lines = (folder / f"{request.param}.jsonl").read_text("utf-8").splitlines()
     return request.param, folder, [json.loads(line) for line in lines]
 
 
 def test_every_line_has_its_pictures(written):
     name, folder, lines = written
-    assert len(lines) == 12
+    assert len(lines) == LINES
     named = [path for line in lines for path in _paths(line)]
     assert sorted(named) == sorted(str(p.relative_to(folder)) for p in folder.rglob("*.jpg"))
     for path in named:
         with Image.open(folder / path) as image:
             assert image.mode == "RGB"
-            assert (image.size == (128, 128)) == (name == "items")
+            assert (image.size == (128, 128)) == (name in ("items", "albums"))
     for seed, line in enumerate(lines, FIRST):
-        assert len(_paths(line)) == (2 if name == "pictures" and seed % dataset.PAIRS == 0 else 1)
         turns = line["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
-        asked = [turn["value"] for turn in turns[::2]]
-        assert asked[0].count("<image>\n") == len(_paths(line))
-        assert not any("<image>" in later for later in asked[1:])
+        marks = [turn["value"].count("<image>\n") for turn in turns[::2]]
+        assert len(_paths(line)) == sum(marks)
+        if name == "albums":
+            assert marks == [1] * dataset.ALBUM
+        else:
+            pair = name == "pictures" and seed % dataset.PAIRS == 0
+            assert marks == [1 + pair] + [0] * (len(marks) - 1)
 
 
-@pytest.mark.parametrize("name", ["pages", "pictures"])
+@pytest.mark.parametrize("name", ["lessons", "pictures"])
 def test_answers_are_right_and_lists_come_last(name, tmp_path):
-    WRITERS[name](tmp_path, 12, FIRST)
+    WRITERS[name](tmp_path, LINES, FIRST)
     for seed, line in enumerate(map(json.loads, (tmp_path / f"{name}.jsonl").open()), FIRST):
         asked = [turn["value"].replace("<image>\n", "") for turn in line["conversations"][::2]]
         given = [turn["value"] for turn in line["conversations"][1::2]]
@@ -59,23 +72,25 @@ def test_answers_are_right_and_lists_come_last(name, tmp_path):
 
 
 def right_answers(name, seed, question):
-    if name == "pages":
-        return answers_to(make_page(seed), question)
+    if name == "lessons":
+        return answers_to(make_lesson(seed), question)
     if seed % dataset.PAIRS == 0:
         return answers_about_pair(make_pair(seed), question)
     return answers_to(make_scene(seed), question)
 
 
-def test_items_are_named_by_known_words(tmp_path):
-    write_items(tmp_path, 60)
+@pytest.mark.parametrize("name", ["items", "albums"])
+def test_items_are_named_by_known_words(name, tmp_path):
+    WRITERS[name](tmp_path, 60 if name == "items" else 6)
     known = {*COLOURS, *SHAPES, *LETTERS, *WORDS, *map(str, range(10, 100))}
     asked = set()
-    for line in map(json.loads, (tmp_path / "items.jsonl").open()):
-        question, answer = (turn["value"] for turn in line["conversations"])
-        asked.add(question.removeprefix("<image>\n").split()[0])
-        *rest, last = answer.split()
-        assert last in known
-        assert {*rest} <= {"a", "an", "the", "word", "letter", "number", *COLOURS}
+    for line in map(json.loads, (tmp_path / f"{name}.jsonl").open()):
+        told = [turn["value"] for turn in line["conversations"]]
+        for question, answer in zip(told[::2], told[1::2], strict=True):
+            asked.add(question.removeprefix("<image>\n").split()[0])
+            *rest, last = answer.split()
+            assert last in known
+            assert {*rest} <= {"a", "an", "the", "word", "letter", "number", *COLOURS}
     assert asked == {"Describe", "Which"}
 
 
@@ -92,7 +107,7 @@ def test_training_accepts_it(written, tmp_path):
         data=DataSettings(
             train=str(folder / f"{name}.jsonl"),
             max_tokens=2048,
-            max_dynamic_patch=1 if name == "items" else 12,
+            max_dynamic_patch=1 if name in ("items", "albums") else 12,
             bad_data="stop",
             too_long="refuse",
             workers=0,
@@ -121,7 +136,7 @@ def test_the_same_seeds_give_the_same_files(write, tmp_path, monkeypatch):
     assert next(d for p, d in first.items() if p.suffix == ".jsonl").startswith(lines)
 
 
-@pytest.mark.slow
+@SLOW
 def test_several_processes_write_the_same(tmp_path, monkeypatch):
     write_items(tmp_path / "one", 6)
     monkeypatch.setattr(dataset, "ROUND", 2)
@@ -153,3 +168,19 @@ def test_other_seeds_are_refused(write, count, first, tmp_path):
     with pytest.raises(ValueError, match=rf"{write.__name__}: the seeds must be in .*{first}"):
         write(tmp_path / "data", count, first)
     assert not (tmp_path / "data").exists()
+
+
+def test_every_thing_of_an_album_is_of_a_training_seed(tmp_path):
+    last = SEEDS["train"].stop // dataset.ALBUM
+    with pytest.raises(ValueError, match="write_albums: the seeds must be in "):
+        write_albums(tmp_path / "data", 1, last)
+    write_albums(tmp_path / "data", 1, last - 1)
+
+
+def test_a_pair_with_two_questions_is_no_album(monkeypatch, tmp_path):
+    asked = dataset.questions_about_pair
+    monkeypatch.setattr(dataset, "questions_about_pair", lambda *given: asked(*given)[:2])
+    write_pictures(tmp_path, 1, FIRST)
+    (line,) = map(json.loads, (tmp_path / "pictures.jsonl").open())
+    told = [turn["value"].count("<image>") for turn in line["conversations"][::2]]
+    assert told == [2, 0]

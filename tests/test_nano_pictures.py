@@ -12,7 +12,7 @@ from comemo.images import choose_grid
 from comemo.nano import dataset, drawing, words
 from comemo.nano.drawing import draw, draw_item
 from comemo.nano.questions import questions_about
-from comemo.nano.scenes import LAYOUTS, SEEDS, SIZES, make_item, make_page, make_pair, make_scene
+from comemo.nano.scenes import LAYOUTS, SEEDS, SIZES, make_item, make_lesson, make_pair, make_scene
 
 TILE = 64
 LAYOUT = st.sampled_from([None, *LAYOUTS])
@@ -28,7 +28,7 @@ def test_a_seed_gives_one_scene_and_its_questions(seed, layout):
     assert scene == again
     assert questions_about(scene, Random(seed)) == questions_about(again, Random(seed))
     assert make_pair(seed) == make_pair(seed)
-    assert make_page(seed) == make_page(seed)
+    assert make_lesson(seed) == make_lesson(seed)
     assert layout in (None, make_scene(seed, layout).layout)
 
 
@@ -107,11 +107,11 @@ def texts_of(scene):
     return [item.text for item in scene.items.values() if item.kind in ("word", "number", "letter")]
 
 
-@pytest.mark.parametrize("layout", ["objects", "sign", "chart", "form", "page"])
+@pytest.mark.parametrize("layout", ["objects", "sign", "chart", "form", "lesson"])
 def test_texts_are_whole_and_do_not_touch(layout, monkeypatch):
     spy = Spy(monkeypatch)
     for seed in range(20):
-        scene = make_page(seed) if layout == "page" else make_scene(seed, layout)
+        scene = make_lesson(seed) if layout == "lesson" else make_scene(seed, layout)
         spy.written.clear()
         width, height = draw(scene).size
         assert [text for text, _ in spy.written] == texts_of(scene)
@@ -146,7 +146,7 @@ def test_things_stay_in_their_places(seed):
 def test_pages_are_full_of_text():
     shares = []
     for seed in range(40):
-        page = make_page(seed)
+        page = make_lesson(seed)
         shares.append(len(texts_of(page)) / len(page.places()))
         assert len(page.places()) >= 8
     assert 0.6 < sum(shares) / len(shares) < 0.9
@@ -191,10 +191,16 @@ def test_phrases():
     ]
 
 
-def test_what_scenes_refuse():
+@pytest.mark.parametrize("make", [make_scene, make_pair, make_lesson])
+def test_other_seeds_are_refused(make):
     for seed in (-1, 2**42, 1.5, "7", None):
-        with pytest.raises(ValueError, match=r"make_scene: the seed must be in one of .*, got"):
-            make_scene(seed)
+        with pytest.raises(
+            ValueError, match=rf"{make.__name__}: the seed must be in one of .*, got"
+        ):
+            make(seed)
+
+
+def test_an_unknown_layout_is_refused():
     with pytest.raises(
         ValueError, match=r"make_scene: the layout must be of .*'sign'.*, got 'map'"
     ):

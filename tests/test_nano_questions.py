@@ -15,7 +15,7 @@ from comemo.nano.words import COLOURS
 
 SEED = st.one_of(*(st.integers(seeds[0], seeds[-1]) for seeds in SEEDS.values()))
 NUMBER = st.integers(0, 2**32)
-MANY = 3000  # questions of a form
+MANY = 1500  # questions of a form
 
 
 @given(seed=SEED, asking=NUMBER, layout=st.sampled_from(list(LAYOUTS)))
@@ -50,6 +50,7 @@ def many():
     return found
 
 
+@pytest.mark.slow
 def test_a_few_thousand_are_right_as_well(many):
     for _, scene, question in many:
         assert answers_to(scene, question.text) == [question.answer], (scene, question)

@@ -88,8 +88,8 @@ def learn(folder, items, **stage):
 
 
 def test_the_loss_falls_from_the_first_steps(tmp_path):
-    _, losses = learn(tmp_path, 250, steps=15, warmup=5.0)
-    assert len(losses) == 15
+    _, losses = learn(tmp_path, 160, steps=12, warmup=4.0)
+    assert len(losses) == 12
     assert max(losses[-3:]) < 0.75 * losses[0]
 
 
@@ -122,6 +122,5 @@ def test_colours_are_learnt_in_a_minute(tmp_path):
     own = tokens[:, inputs["input_ids"].shape[1] :]
     answers = [text.strip() for text in processor.batch_decode(own, skip_special_tokens=True)]
     right = sum(answer == item.colour for answer, item in zip(answers, items, strict=True))
-    print(f"{right} of {ASKED} colours right, loss {losses[0]:.2f} to {losses[-1]:.2f}")
     assert len({item.colour for item in items}) == len(COLOURS)
-    assert right > 0.6 * ASKED
+    assert right > 0.8 * ASKED

@@ -10,7 +10,6 @@ import torch
 from nano_words import (
     BEAMS,
     CLEAR,
-    PAIR,
     RECORD,
     TURNS,
     by_session,
@@ -45,9 +44,9 @@ def record(model, processor):
                 [int(token), round(float(value), 4)] for value, token in zip(*top, strict=True)
             ]
             cases.append(case)
-    for case in cases:
-        if case["pictures"][-1:] == [[PAIR, "pair", 1]] or case is cases[0]:
-            case["beams"] = by_session(model, processor, case, **BEAMS)
+    of_pair = next(case for case in cases if len(case["pictures"]) == 2)
+    for case in (cases[0], of_pair):
+        case["beams"] = by_session(model, processor, case, **BEAMS)
     return cases
 
 

@@ -76,7 +76,9 @@ def write_pictures(folder: str | Path, count: int, first: int = 0) -> None:
 
 def _write(folder: Path, name: str, count: int, first: int) -> None:
     seeds = range(first, first + count)
-    if count < 1 or seeds[0] not in SEEDS["train"] or seeds[-1] not in SEEDS["train"]:
+    each = ALBUM if name == "albums" else 1  # seeds that a line uses up
+    ends = (first * each, (first + count) * each - 1)
+    if count < 1 or any(seed not in SEEDS["train"] for seed in ends):
         raise ValueError(
             f"write_{name}: the seeds must be in {SEEDS['train']}, got {count} from {first}"
         )
@@ -106,16 +108,15 @@ def _write_round(task: tuple[Path, str, range]) -> list[str]:
             path = f"{name}/{seed}{'abcdefghijkl'[index] if len(images) > 1 else ''}.jpg"
             image.save(folder / path, quality=92, subsampling=0)
             paths.append(path)
-        lines.append(json.dumps(_line(paths, asked)) + "\n")
+        lines.append(json.dumps(_line(paths, asked, name == "albums")) + "\n")
     return lines
 
 
-def _line(paths: list[str], asked: list[Question]) -> dict:
-    turns, first = [], len(paths)
-    if len(paths) == len(asked):  # each about its own picture
-        first = 1
+def _line(paths: list[str], asked: list[Question], one_each: bool) -> dict:
+    """A line of the data; the pictures come all with the first question, or one with each."""
+    turns = []
     for index, question in enumerate(asked):
-        marks = "<image>\n" * (first if index == 0 else first == 1 < len(paths))
+        marks = "<image>\n" * (1 if one_each else len(paths) if index == 0 else 0)
         turns.append({"from": "human", "value": marks + question.text})
         turns.append({"from": "gpt", "value": question.answer})
     return {"image": paths[0] if len(paths) == 1 else paths, "conversations": turns}

@@ -125,14 +125,19 @@ def make_scene(seed: int, layout: str | None = None) -> Scene:
     Raises:
         ValueError: a seed outside `SEEDS`, or an unknown layout.
     """
-    if not any(seed in seeds for seeds in SEEDS.values()):
-        raise ValueError(f"make_scene: the seed must be in one of {SEEDS}, got {seed!r}")
+    _check_seed("make_scene", seed)
     if layout is not None and layout not in LAYOUTS:
         raise ValueError(f"make_scene: the layout must be of {sorted(LAYOUTS)}, got {layout!r}")
     random = Random(seed)
     if layout is None:
         layout = random.choices(list(LAYOUTS), (8, 2, 3, 2, 3))[0]
     return LAYOUTS[layout](seed, random)
+
+
+def _check_seed(caller: str, seed: int) -> None:
+    # Python looks for a number that is no integer in a range one by one, which takes hours.
+    if not isinstance(seed, int) or not any(seed in seeds for seeds in SEEDS.values()):
+        raise ValueError(f"{caller}: the seed must be in one of {SEEDS}, got {seed!r}")
 
 
 def make_item(random: Random, weights: tuple[int, ...] = ITEMS) -> Item:
@@ -159,7 +164,12 @@ def _objects(seed: int, random: Random, sizes: tuple[str, ...] = tuple(SIZES)) -
 
 
 def make_lesson(seed: int) -> Scene:
-    """A picture of "objects" with two or four places, one of them empty at times."""
+    """A picture of "objects" with two or four places, one of them empty at times.
+
+    Raises:
+        ValueError: a seed outside `SEEDS`.
+    """
+    _check_seed("make_lesson", seed)
     random = Random(f"lesson {seed}")
     scene = Scene(seed, "objects", random.choice(list(LESSONS)), random.choice(GROUNDS))
     rows, cols = scene.shape
@@ -170,7 +180,12 @@ def make_lesson(seed: int) -> Scene:
 
 
 def make_pair(seed: int) -> tuple[Scene, Scene]:
-    """Two pictures of few objects each, to be compared; they differ in some."""
+    """Two pictures of few objects each, to be compared; they differ in some.
+
+    Raises:
+        ValueError: a seed outside `SEEDS`.
+    """
+    _check_seed("make_pair", seed)
     random = Random(f"pair {seed}")
     sizes = ("wide", "tall")
     return _pairs_half(seed, random, sizes), _pairs_half(seed, random, sizes)
