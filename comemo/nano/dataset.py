@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -20,10 +21,13 @@ from comemo.nano.scenes import (
     make_pair,
     make_scene,
 )
+from comemo.nano.words import SHAPES
 
 ROUND = 256  # pictures that a process draws before it takes others
 ALBUM = 12  # pictures of an album
-ALONE = 0.2  # share of pictures that are described and nothing else
+# Shapes, also many of them; words, letters and numbers of two digits.
+_NAMES = re.compile(rf"\b(?:{'|'.join(SHAPES)})(?=(?:e?s)?\b)|\b(?:[A-Z]+|\d\d)\b")
+ALONE = 0.25  # share of pictures that are described and nothing else
 PAIRS = 6  # every so manyth sample is a pair
 
 
@@ -151,7 +155,7 @@ def _about_item(item: Item, random: Random) -> Question:
 def _lesson_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
     random = Random(f"lesson sample {seed}")
     scene = make_lesson(seed)
-    return [_reduce(draw(scene))], _in_turn(questions_about(scene, random), random)
+    return [_reduce(draw(scene))], _in_turn(questions_about(scene, random), random, scene.places())
 
 
 def _picture_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
@@ -162,15 +166,38 @@ def _picture_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
     else:
         scenes = (make_scene(seed),)
         asked = questions_about(scenes[0], random)
-    return [_reduce(draw(scene)) for scene in scenes], _in_turn(asked, random)
+    places = {} if len(scenes) > 1 else scenes[0].places()
+    return [_reduce(draw(scene)) for scene in scenes], _in_turn(asked, random, places)
 
 
-def _in_turn(asked: list[Question], random: Random) -> list[Question]:
-    """The questions with the caption last, which answers all others; sometimes it alone."""
+def _in_turn(asked: list[Question], random: Random, places: dict) -> list[Question]:
+    """Questions of which none answers another: looking back at text is easier than seeing."""
     whole = [question for question in asked if question.kind in ("list", "caption")]
     if whole and random.random() < ALONE:
         return whole
-    return [question for question in asked if question not in whole] + whole
+    chosen, named = [], set[object]()
+    for question in asked:
+        own = _names(question, places)
+        if question not in whole and not own & named:
+            chosen.append(question)
+            named |= own
+    return chosen or whole
+
+
+def _names(question: Question, places: dict) -> set[object]:
+    """The shapes, texts and places that a question or its answer names."""
+    text = f"{question.text} {question.answer}"
+    found: set[object] = set(_NAMES.findall(text))
+    found |= {place for place, own in places.items() for name in own if _has(text, name)}
+    if "arrow" in text:
+        found.add("arrow")
+    if question.kind == "count":  # one is enough
+        found.add("count")
+    return found
+
+
+def _has(text: str, name: str) -> bool:
+    return re.search(rf"{name}(?! (?:left|right))\b", text) is not None
 
 
 def _reduce(image: Image.Image) -> Image.Image:
