@@ -1,5 +1,6 @@
 """One configuration from its pictures to its results; each in a process of its own."""
 
+import itertools
 import json
 import time
 from dataclasses import asdict
@@ -16,9 +17,9 @@ from examples.long_context.paths import PATHS, ROPES, make_model
 from examples.long_context.pictures import Wanted, read_pictures, write_pictures
 from examples.long_context.training import Recipe, train
 
-CUTS = (1, 4, 9)  # most tiles of a picture
-LEARNT = (4, 4, 9, 4, 4, 9, 4, 4, 9, 1)  # of pictures to learn from, by turns
-SHORT, LONG = (2, 3), (6, 6)  # shapes of pictures for a caption and for a list
+CUTS = (1, 4, 9)  # most tiles of the pictures that are asked about over tiles
+# Sides and most tiles of pictures to learn from, by turns: mostly a tile for each place.
+LEARNT = ((2, 4), (3, 9), (2, 4), (1, 1), (2, 4), (3, 9), (2, 4), (2, 9), (2, 4), (2, 1))
 
 
 class Configuration(NamedTuple):
@@ -51,18 +52,16 @@ def wanted_pictures(learnt: int, asked: int) -> tuple[list[Wanted], list[Wanted]
         asked: pictures of each set.
     """
     first = SEEDS["train"][0]
-    train = [Wanted(first + i, None, LEARNT[i % len(LEARNT)]) for i in range(learnt)]
+    train = [
+        Wanted(first + i, side, None, tiles)
+        for i, (side, tiles) in zip(range(learnt), itertools.cycle(LEARNT), strict=False)
+    ]
     held = SEEDS["held-out"][0]
     own = range(held, held + asked)
-    parts = {"any": [Wanted(seed, None, 4) for seed in own]}
-    parts |= {f"tiles {cut}": [Wanted(seed, None, cut) for seed in own] for cut in CUTS}
-    parts |= {
-        name: [Wanted(seed, counts[seed % len(counts)], 4) for seed in range(start, start + asked)]
-        for name, counts, start in (
-            ("short", SHORT, held + asked),
-            ("long", LONG, held + 2 * asked),
-        )
-    }
+    parts = {"any": [Wanted(seed, 2, None, 4) for seed in own]}
+    parts |= {f"tiles {cut}": [Wanted(seed, 2, None, cut) for seed in own] for cut in CUTS}
+    parts["short"] = [Wanted(seed + asked, 2, 2 + seed % 2, 4) for seed in own]
+    parts["long"] = [Wanted(seed + 2 * asked, 3, 6, 9) for seed in own]
     sets, whole = dict[str, range](), list[Wanted]()
     for name, pictures in parts.items():
         sets[name] = range(len(whole), len(whole) + len(pictures))

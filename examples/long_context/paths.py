@@ -25,6 +25,7 @@ class Inputs(NamedTuple):
         ids: [B, N], 0 at image tokens and padding.
         labels: [B, N].
         image_mask: bool [B, N], True at image tokens.
+        text_mask: bool [B, N], True at words, False at padding.
         features: [image tokens of all, channels], row by row.
         grids: (cols, rows) of each picture.
         lengths: image tokens of each row.
@@ -34,6 +35,7 @@ class Inputs(NamedTuple):
     ids: Tensor
     labels: Tensor
     image_mask: Tensor
+    text_mask: Tensor
     features: Tensor
     grids: list[tuple[int, int]]
     lengths: list[int]
@@ -73,17 +75,19 @@ def collate(samples: Sequence[Sample], pictures: Pictures) -> Inputs:
     longest = max(len(sample.ids) for sample in samples)
     ids = torch.full((len(samples), longest), 0)
     labels = torch.full((len(samples), longest), IGNORED)
-    mask = torch.zeros(len(samples), longest, dtype=torch.bool)
+    mask, text = torch.zeros(2, len(samples), longest, dtype=torch.bool)
     shown = [index for sample in samples for index in sample.pictures]
     for row, sample in enumerate(samples):
         own = torch.tensor(sample.ids)
         mask[row, : len(own)] = own == IMAGE
+        text[row, : len(own)] = own != IMAGE
         ids[row, : len(own)] = own.clamp(min=0)
         labels[row, : len(own)] = torch.tensor(sample.labels)
     return Inputs(
         ids,
         labels,
         mask,
+        text,
         torch.cat([pictures.tokens(index) for index in shown]).float(),
         [pictures.grids[index] for index in shown],
         mask.sum(1).tolist(),
@@ -121,7 +125,7 @@ def arguments(
     if path != "memory":
         embeds = embeds.masked_scatter(mask[..., None], media)
     else:
-        text = [(~row).nonzero().squeeze(1) for row in mask]
+        text = [row.nonzero().squeeze(1) for row in inputs.text_mask]
         kept = nn.utils.rnn.pad_sequence(text, batch_first=True, padding_value=-1)
         padded = kept < 0  # rows with fewer tokens of text
         kept = kept.clamp(min=0)

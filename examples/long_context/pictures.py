@@ -19,6 +19,7 @@ from comemo.nano.scenes import GROUNDS, SEEDS, Item, Place, Scene
 from comemo.nano.words import COLOURS, SHAPES
 from comemo_kernels import fold_tiles
 
+COUNTS = {1: (1, 1), 2: (2, 4), 3: (4, 7)}  # side of a picture -> fewest and most shapes
 ROUND = 32  # pictures that are drawn and encoded together
 
 
@@ -26,11 +27,12 @@ class Wanted(NamedTuple):
     """A picture to draw.
 
     Attributes:
-        seed, count: of `make_shapes`.
+        seed, side, count: of `make_shapes`.
         tiles: at most; two or more get a thumbnail in addition.
     """
 
     seed: int
+    side: int
     count: int | None
     tiles: int
 
@@ -59,22 +61,25 @@ class Pictures(NamedTuple):
         return (self.starts[index + 1] - self.starts[index]) * self.features.shape[1]
 
 
-def make_shapes(seed: int, count: int | None = None) -> Scene:
-    """A picture of shapes of any colour at 3 x 3 places, no shape twice.
+def make_shapes(seed: int, side: int = 2, count: int | None = None) -> Scene:
+    """A square picture of shapes of any colour, no shape twice.
 
     Args:
         seed: in one of `SEEDS`.
-        count: of shapes, 1 to 7; None for any from 2 to 7.
+        side: 1 to 3: the picture has `side` x `side` places.
+        count: of shapes; None for any number of `COUNTS`.
 
     Raises:
-        ValueError: a seed outside `SEEDS`.
+        ValueError: a seed outside `SEEDS`, another side, or more shapes than there are.
     """
     if not any(seed in seeds for seeds in SEEDS.values()):
         raise ValueError(f"make_shapes: the seed must be in one of {SEEDS}, got {seed!r}")
-    random = Random(f"shapes {seed}")
-    places: list[Place] = [(row, col) for row in range(3) for col in range(3)]
-    count = random.randint(2, len(SHAPES)) if count is None else count
-    scene = Scene(seed, "objects", "square", random.choice(GROUNDS))
+    if side not in COUNTS or not (count is None or 1 <= count <= COUNTS[side][1]):
+        raise ValueError(f"make_shapes: side and count must fit {COUNTS}, got {side}, {count}")
+    random = Random(f"shapes {seed} {side}")
+    places: list[Place] = [(row, col) for row in range(side) for col in range(side)]
+    count = random.randint(*COUNTS[side]) if count is None else count
+    scene = Scene(seed, "objects", "square", random.choice(GROUNDS), side=side)
     chosen = sorted(random.sample(places, count))
     for place, shape in zip(chosen, random.sample(SHAPES, count), strict=True):
         scene.items[place] = Item("shape", shape, random.choice(list(COLOURS)))
@@ -97,7 +102,7 @@ def write_pictures(file: Path, checkpoint: Path, wanted: Sequence[Wanted]) -> No
     for first in range(0, len(wanted), ROUND):
         tiles = []
         for picture in wanted[first : first + ROUND]:
-            scene = make_shapes(picture.seed, picture.count)
+            scene = make_shapes(picture.seed, picture.side, picture.count)
             cut = processor(draw(scene), max_num=picture.tiles)
             tiles.append(cut["pixel_values"])
             grids.append(tuple(cut["tile_grid"][0].tolist()))
@@ -108,7 +113,7 @@ def write_pictures(file: Path, checkpoint: Path, wanted: Sequence[Wanted]) -> No
         x = fold_tiles(x, config.downsample_ratio, config.ps_version)
         parts.append(x.flatten(1, 2).half())
     whole = {
-        "made": [(picture.seed, picture.count) for picture in wanted],
+        "made": [tuple(picture[:3]) for picture in wanted],
         "grids": grids,
         "features": torch.cat(parts),
         "starts": starts,
@@ -121,5 +126,5 @@ def write_pictures(file: Path, checkpoint: Path, wanted: Sequence[Wanted]) -> No
 def read_pictures(file: Path) -> Pictures:
     """Pictures of `write_pictures`; features stay on the disk until they are used."""
     whole = torch.load(file, mmap=True)
-    scenes = [make_shapes(seed, count) for seed, count in whole["made"]]
+    scenes = [make_shapes(*made) for made in whole["made"]]
     return Pictures(scenes, whole["grids"], whole["features"], whole["starts"])

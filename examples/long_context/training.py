@@ -1,5 +1,6 @@
 """Train one configuration: first short conversations, then ones with much between."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -98,12 +99,15 @@ def make_batch(writer: Writer, chosen: range, random: Random, near: bool) -> lis
         random: chooses.
         near: only conversations about one picture, with nothing between.
     """
+    kind = "near" if near else random.choice(("near", "text", "pictures"))
+    between = 0 if kind == "near" else round(2 ** random.uniform(5, math.log2(LONGEST)))
+    like = writer.pictures.count(random.choice(chosen))  # image tokens of all pictures of a step
 
     def other() -> int:
-        return random.choice(chosen)
+        while writer.pictures.count(index := random.choice(chosen)) != like:
+            pass
+        return index
 
-    kind = "near" if near else random.choice(("near", "text", "pictures"))
-    tokens = 0 if kind == "near" else round(2 ** random.uniform(5, 10))  # 32 to LONGEST
     samples: list[Sample] = []
     while not samples or (len(samples) + 1) * max(len(s.ids) for s in samples) < TOKENS * 1.05:
         sample, index = Sample(), other()
@@ -114,10 +118,10 @@ def make_batch(writer: Writer, chosen: range, random: Random, near: bool) -> lis
             else:
                 writer.ask(sample, index, random)
         elif kind == "text":
-            writer.fill(sample, random, tokens)
+            writer.fill(sample, random, between)
             writer.ask(sample, index, random)
         else:
-            writer.chat(sample, random, tokens, other)
+            writer.chat(sample, random, between, other)
             writer.ask(sample, index, random, FIRST)
         samples.append(sample)
     return samples
