@@ -13,7 +13,7 @@ from examples.long_context.evaluation import DISTANCES
 from examples.long_context.reports import write_reports
 from examples.long_context.training import Recipe
 
-LEARNT, ASKED = 3000, 96  # pictures
+LEARNT, ASKED = 2000, 96  # pictures
 
 
 def main() -> None:

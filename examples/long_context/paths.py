@@ -15,6 +15,9 @@ from examples.long_context.pictures import Pictures
 PATHS = ("context", "memory", "both")
 ROPES = ("dhr", "original")
 LAYERS, MIXIN_EVERY = 4, 2
+SPREAD = (
+    0.05  # standard deviation of new weights; of large models 0.02, too little for a width of 128
+)
 GATE = 1.0  # of a new mixin layer, before its tanh
 
 
@@ -54,6 +57,7 @@ def make_model(checkpoint: Path, rope: str, seed: int) -> CoMemoForConditionalGe
     config = CoMemoConfig.from_pretrained(checkpoint)
     config.rope = rope
     config.text_config.num_hidden_layers = LAYERS
+    config.text_config.initializer_range = SPREAD
     config.mixin_config.mixin_every_n_layers = MIXIN_EVERY
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

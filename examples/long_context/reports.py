@@ -1,6 +1,7 @@
 """Results as a table, plots and a summary."""
 
 import csv
+import math
 import platform
 import statistics
 from collections.abc import Callable, Iterable
@@ -66,11 +67,13 @@ def accuracy(one: dict, wanted: Callable[[str, int], bool]) -> float:
         wanted: task, at -> whether it counts. Each `task, at` counts alike.
     """
     shares = [r["right"] / r["asked"] for r in one["results"] if wanted(r["task"], r["at"])]
-    return statistics.fmean(shares) if shares else float("nan")
+    return statistics.fmean(shares) if shares else math.nan
 
 
 def across_seeds(values: list[float]) -> tuple[float, float]:
-    """Mean and standard error; the error of one value is 0."""
+    """Mean and standard error; the error of one value is 0, and NaN stays NaN."""
+    if any(map(math.isnan, values)):
+        return math.nan, math.nan
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return statistics.fmean(values), error
 
@@ -137,7 +140,7 @@ def _gain(found: list[dict], wanted: Callable[[str, int], bool], rope: str, base
     gains = [
         100 * (accuracy(one, wanted) / bases[one["seed"]] - 1)
         for one in _of(found, "both", rope)
-        if bases.get(one["seed"])
+        if bases.get(one["seed"], 0) > 0
     ]
     if not gains:
         return ""

@@ -32,6 +32,13 @@ class Recipe:
     lr: float = 3e-3
     warmup: float = 0.05
 
+    def share(self, step: int) -> float:
+        """Of the highest learning rate, at a step counted from 0."""
+        done = (step + 1) / (self.steps + 1)
+        if done < self.warmup:
+            return done / self.warmup
+        return 0.5 + 0.5 * math.cos(math.pi * (done - self.warmup) / (1 - self.warmup))
+
 
 def train(
     model: CoMemoForConditionalGeneration,
@@ -61,13 +68,7 @@ def train(
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        recipe.lr,
-        total_steps=recipe.steps,
-        pct_start=max(recipe.warmup, 1 / recipe.steps),
-        cycle_momentum=False,
-    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, recipe.share)
     random = Random(f"conversations {seed}")
     curve, losses, begin = [], [], time.perf_counter()
     every = max(1, recipe.steps // 40)
@@ -80,8 +81,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step < recipe.steps:
-            schedule.step()
+        schedule.step()
         losses.append(loss.detach())
         if step % every == 0 or step == recipe.steps:
             curve.append((step, float(torch.stack(losses).mean())))
