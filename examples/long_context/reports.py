@@ -112,7 +112,7 @@ def _summary(found: list[dict]) -> str:
         cells = []
         for path, rope in columns:
             mean, error = across_seeds([accuracy(one, wanted) for one in _of(found, path, rope)])
-            cells.append(f"{100 * mean:.1f} ± {100 * error:.1f}")
+            cells.append("" if math.isnan(mean) else f"{100 * mean:.1f} ± {100 * error:.1f}")
         lines.append(_row([task, *cells]))
     lines += ["", "Relative gain over the context path of the same seed, in percent:", ""]
     heads = ["both, dhr", "both, original", "both, dhr, over context, original", "paper"]
@@ -124,7 +124,7 @@ def _summary(found: list[dict]) -> str:
     machine = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
     machine += f", transformers {transformers.__version__}, {platform.machine()}"
     first = found[0]
-    hours = sum(sum(one["seconds"].values()) for one in found) / 3600
+    hours = sum(sum(one["seconds"].values()) for one in found) / 3600  # without the pictures
     lines += ["", f"{len(found)} trainings of {first['recipe']['steps']} steps, {hours:.1f} hours"]
     lines[-1] += f" of one core. {machine}."
     return "\n".join(lines) + "\n"

@@ -28,7 +28,7 @@ class Recipe:
         warmup: share of the steps until it is reached; it then falls to 0 by a cosine.
     """
 
-    steps: int = 1000
+    steps: int = 900
     lr: float = 3e-3
     warmup: float = 0.05
 
