@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 
+from comemo.nano.words import COLOURS as GUESSES
 from examples.long_context.evaluation import FILLERS
 from examples.long_context.paths import PATHS, ROPES
 from examples.long_context.training import LONGEST
@@ -170,13 +171,15 @@ def _curves(axes: Any, found: list[dict], task: str, ropes: tuple[str, ...] = RO
                 label=f"{NAMES[path]}, {'RoPE-DHR' if rope == 'dhr' else 'original RoPE'}",
             )
     axes.set_ylim(0, 102)
+    if task.startswith(("distance", "tiles")):
+        axes.axhline(100 / len(GUESSES), color="black", linewidth=0.8, linestyle=":")
     axes.grid(alpha=0.3)
 
 
 def _plot_distances(folder: Path, found: list[dict]) -> Path:
     from matplotlib import pyplot
 
-    figure, both = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True)
+    figure, both = pyplot.subplots(1, 2, figsize=(11, 4.8), sharey=True)
     titles = ("text between", "conversations about other pictures between")
     for axes, filler, title in zip(both, FILLERS, titles, strict=True):
         _curves(axes, found, f"distance {filler}")
@@ -187,14 +190,13 @@ def _plot_distances(folder: Path, found: list[dict]) -> Path:
         axes.set_title(title)
         axes.set_xlabel("tokens between picture and question")
     both[0].set_ylabel("right answers, %")
-    both[0].legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 0.06))
     return _save(figure, folder / "distances.png")
 
 
 def _plot_rest(folder: Path, found: list[dict]) -> Path:
     from matplotlib import pyplot
 
-    figure, all_axes = pyplot.subplots(1, 3, figsize=(13, 4), sharey=True)
+    figure, all_axes = pyplot.subplots(1, 3, figsize=(13, 4.8), sharey=True)
     tasks = ("tiles", "long generation", "caption")
     labels = (
         "tiles at most (a thumbnail in addition)",
@@ -208,11 +210,12 @@ def _plot_rest(folder: Path, found: list[dict]) -> Path:
         places = {r["at"] for one in found for r in one["results"] if r["task"] == task}
         axes.set_xticks(sorted(places))
     all_axes[0].set_ylabel("right answers, %")
-    all_axes[0].legend(fontsize=7, loc="lower right")
     return _save(figure, folder / "tiles_and_lists.png")
 
 
 def _save(figure: Any, file: Path) -> Path:
-    figure.tight_layout()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="lower center", ncols=len(PATHS))
+    figure.tight_layout(rect=(0, 0.11, 1, 1))
     figure.savefig(file, dpi=110, metadata={"Software": None})
     return file
