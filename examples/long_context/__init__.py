@@ -1,0 +1,1 @@
+"""The paper's claim at small scale: does the image memory help when text lies between?"""
