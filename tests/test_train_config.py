@@ -24,6 +24,7 @@ from comemo.train.config.layers import flatten
 from comemo.train.settings import LoraSettings, StageSettings, TrainSettings
 
 ROOT = Path(__file__).parents[1]
+THETA = {"rope_theta": 10_000.0}
 
 
 # --- presets ---
@@ -125,6 +126,9 @@ def test_the_command_line_overrides_the_file_and_the_file_the_preset(write):
         (["unfreeze_vit_layers=-2"], "stages.finetune.unfreeze_vit_layers", -2),
         (["--unfreeze-vit-layers", "-2"], "stages.finetune.unfreeze_vit_layers", -2),
         (["start.model.tile_order=row"], "start.model", {"tile_order": "row"}),
+        (["start.model.mixin_config.rope_theta=1e4"], "start.model", {"mixin_config": THETA}),
+        (["start.model={mixin_config: {rope_theta: 1e4}}"], "start.model", {"mixin_config": THETA}),
+        (["data.mixing.a=1e1", "data.mixing.b=0.5"], "data.mixing", {"a": 10.0, "b": 0.5}),
         (["data.mixing.a=2", "data.mixing.b=0.5"], "data.mixing", {"a": 2, "b": 0.5}),
         (["data={max_tokens: 99}"], "data.max_tokens", 99),
     ],

@@ -4,8 +4,10 @@ Nothing here is needed to use the model; examples/nano has the whole recipe.
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +15,15 @@ from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.nano.dataset import write_albums, write_lessons, write_pictures
 from comemo.nano.start import make_start
 from comemo.processor import CoMemoProcessor
+
+TILES = {"albums": 1, "lessons": 4, "pictures": 12}  # most of a picture
+# Run -> datasets, and how often each is read in an epoch. What was learnt before is not forgotten
+# if some of it comes again.
+SHARES = {
+    "albums": {"albums": 1},
+    "lessons": {"albums": 0.2, "lessons": 1},
+    "see": {"albums": 0.1, "lessons": 0.6, "pictures": 1},
+}
 
 
 def prepare(folder: str | Path, albums: int, lessons: int, pictures: int, seed: int) -> None:
@@ -32,7 +43,23 @@ def prepare(folder: str | Path, albums: int, lessons: int, pictures: int, seed: 
     write_pictures(folder / "data", pictures, first + 2 * 10**7)
     write_albums(folder / "data", albums, first + 4 * 10**7)
     write_lessons(folder / "data", lessons, first + 5 * 10**7)
+    for stage, shares in SHARES.items():
+        text = json.dumps(_datasets(folder / "data", shares), indent=2)
+        (folder / "data" / f"{stage}.json").write_text(text + "\n", encoding="utf-8")
     make_start(folder / "start", seed)
+
+
+def _datasets(folder: Path, shares: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """A meta file of `comemo train`."""
+    return {
+        name: {
+            "root": str(folder),
+            "annotation": str(folder / f"{name}.jsonl"),
+            "max_dynamic_patch": TILES[name],
+            "repeat_time": share,
+        }
+        for name, share in shares.items()
+    }
 
 
 def export(model: str | Path, folder: str | Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import types
 from collections.abc import Callable
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -25,6 +26,7 @@ SECTIONS: dict[str, type] = {
     "answers": AnswerSettings,
 }
 PARTS = ("vision", "projector", "mixin", "language")
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 NOTHING = ("None", "none", "null", "~")  # on a command line
 
 Rule = tuple[str, Callable[[Any], bool]]  # what is wanted, and a test of a converted value
@@ -221,7 +223,7 @@ def anything(value: Any) -> bool:
 def _as_kind(kind: Any, value: Any, text: str | None) -> Any:
     """Raises TypeError or ValueError for a value of another kind."""
     if kind is Any:
-        return value
+        return _with_numbers(value)
     if kind is str and text is not None:
         return text
     if kind in (int, float):
@@ -236,7 +238,14 @@ def _as_kind(kind: Any, value: Any, text: str | None) -> Any:
         return tuple(_as_kind(item, entry, None) for entry in value)
     if not isinstance(value, origin):
         raise TypeError
-    return value
+    return {name: _with_numbers(own) for name, own in value.items()} if origin is dict else value
+
+
+def _with_numbers(value: Any) -> Any:
+    """A value of any kind, where `1e4`, which YAML reads as a text, is a number."""
+    if isinstance(value, dict):
+        return {name: _with_numbers(own) for name, own in value.items()}
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def _as_number(kind: type, value: Any) -> Any:
