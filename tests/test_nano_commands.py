@@ -154,11 +154,11 @@ def test_nano_is_a_checkpoint_unless_a_directory_has_its_name(
     assert facts == info.describe_checkpoint(nano.checkpoint())
     assert facts["total"]["parameters"] < 3_000_000
     picture = tmp_path / "picture.png"
-    assert run(capsys, "draw", picture, "--seed", "3", "--layout", "sign")[0] == 0
+    assert run(capsys, "draw", picture, "--seed", "41", "--layout", "sign")[0] == 0
     words = ("chat", "nano", "Which colour is the sign?", "--image", picture, *QUICK)
     status, out, err = run(capsys, *words)
     assert (status, err) == (0, "")
-    assert out.strip() == shown_scene(3, "sign").sign["colour"]
+    assert out.strip() == shown_scene(41, "sign").sign["colour"]
     Path("nano").symlink_to(demo_checkpoint)
     assert json.loads(run(capsys, "info", "nano", "--json")[1])["directory"] == "nano"
     assert arguments.find_checkpoint("nano") == "nano"
