@@ -29,7 +29,10 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("bench/*.md")])
 }
-QUICK = ["--max-new-tokens", "3", "--dtype", "float32", "--device", "cpu"]
+QUICK = {  # command -> options that make it so
+    "chat": ["--max-new-tokens", "3", "--dtype", "float32", "--device", "cpu"],
+    "eval": ["--questions", "7"],
+}
 MAP = ROOT / "docs" / "images" / "position_map.png"
 EXAMPLES = {  # and their arguments
     "chat_with_store.py": ["CoMemo-2B", "street.jpg", "known"],
@@ -143,7 +146,7 @@ def run_command(line, monkeypatch):
         assert words[1] in make_targets(), line
     elif words[0] == "comemo":
         monkeypatch.setattr(sys, "stdin", io.StringIO())
-        assert cli.main(words[1:] + (QUICK if words[1] == "chat" else [])) == 0, line
+        assert cli.main(words[1:] + QUICK.get(words[1], [])) == 0, line
     elif words[:2] == ["python", "-m"]:
         module = "bench.__main__" if words[2] == "bench" else words[2]
         monkeypatch.setattr(sys, "argv", words[2:])

@@ -171,8 +171,8 @@ def _attend_spans(
             read = _attend(pieces[0][0], k[start:end], v[start:end])
         else:
             read, found = _attend_pieces(pieces, k, v[start:end])
-            lse = found if rows is None else lse.index_copy_(0, rows, found)
-        out = read if rows is None else out.index_copy_(0, rows, read)
+            lse = found if rows is None else lse.index_copy(0, rows, found)
+        out = read if rows is None else out.index_copy(0, rows, read)
     return out.view(B, N, H, D), lse.view(B, N, H) if return_lse else None
 
 
