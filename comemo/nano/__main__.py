@@ -19,7 +19,7 @@ from comemo.processor import CoMemoProcessor
 TILES = {"albums": 1, "lessons": 4, "pictures": 12}  # most of a picture
 # Run -> datasets, and how often each is read in an epoch. What was learnt before is not forgotten
 # if some of it comes again.
-SHARES = {
+SHARES: dict[str, dict[str, float]] = {
     "albums": {"albums": 1},
     "lessons": {"albums": 0.2, "lessons": 1},
     "see": {"albums": 0.1, "lessons": 0.6, "pictures": 1},
