@@ -198,6 +198,7 @@ def test_paths_learn_from_the_same_conversations(writer, near):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.slow
 def test_a_configuration_learns_a_picture(checkpoint, writer, path, monkeypatch):
     monkeypatch.setattr(training, "TOKENS", 300)
     model = make_model(checkpoint, "dhr", 0)

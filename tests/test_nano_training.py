@@ -87,6 +87,7 @@ def learn(folder, items, **stage):
     return model, [entry["loss"] for entry in entries if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_the_loss_falls_from_the_first_steps(tmp_path):
     _, losses = learn(tmp_path, 160, steps=12, warmup=4.0)
     assert len(losses) == 12
