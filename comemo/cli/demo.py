@@ -32,7 +32,8 @@ DESCRIBE = "Describe the picture."
 TAUGHT = (
     f"It was taught drawn pictures alone: {len(SHAPES)} shapes in {len(COLOURS)} colours,"
     f" {len(WORDS)} words, letters, numbers of two\ndigits, signs, bar charts, forms and marks on"
-    " grids. Photographs are beyond it."
+    " grids. Photographs are beyond it. It is an\nearly checkpoint: about half of its answers are"
+    " wrong, see docs/nano.md."
 )
 
 
