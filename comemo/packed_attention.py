@@ -16,7 +16,7 @@ class SampleGroups(NamedTuple):
     """Where each token is computed.
 
     Attributes:
-        shapes: (samples, tokens of the longest one) of each group; `slots` are all their places.
+        shapes: (samples, tokens of the longest one) of each group; their products are its slots.
         slot: int64 [tokens], the slot of each token.
         token: int64 [slots], the token of each slot; the number of tokens for padding.
     """

@@ -8,6 +8,7 @@ from nano_truth import answers_about_pair, answers_to
 from PIL import Image
 
 from comemo.nano import dataset
+from comemo.nano.__main__ import export
 from comemo.nano.dataset import write_albums, write_items, write_lessons, write_pictures
 from comemo.nano.scenes import SEEDS, make_lesson, make_pair, make_scene
 from comemo.nano.start import make_start
@@ -177,6 +178,13 @@ def test_every_thing_of_an_album_is_of_a_training_seed(tmp_path):
     with pytest.raises(ValueError, match="write_albums: the seeds must be in "):
         write_albums(tmp_path / "data", 1, last)
     write_albums(tmp_path / "data", 1, last - 1)
+
+
+def test_export_deletes_nothing(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"^export: the folder must be new or empty"):
+        export(tmp_path / "model", tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def test_a_pair_with_two_questions_is_no_album(monkeypatch, tmp_path):

@@ -5,7 +5,6 @@ Nothing here is needed to use the model; examples/nano has the whole recipe.
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +66,15 @@ def export(model: str | Path, folder: str | Path) -> None:
 
     Args:
         model: the folder of the trained model.
-        folder: is replaced.
+        folder: new or empty.
+
+    Raises:
+        ValueError: there is something in the folder.
     """
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise ValueError(f"export: the folder must be new or empty, got {str(folder)!r}")
     loaded = CoMemoForConditionalGeneration.from_pretrained(model, dtype=torch.bfloat16)
     processor = CoMemoProcessor.from_pretrained(model)
-    shutil.rmtree(folder, ignore_errors=True)
     loaded.save_pretrained(folder)
     processor.save_pretrained(folder)
 

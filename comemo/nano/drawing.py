@@ -21,10 +21,10 @@ def draw(scene: Scene) -> Image.Image:
     """Draw a scene.
 
     Args:
-        scene: of `make_scene` or `make_pair`.
+        scene: of `make_scene`, `make_pair` or `make_lesson`.
 
     Returns:
-        An RGB image of 1,000 pixels and more.
+        An RGB image, 1,152 to 1,280 pixels on its longer side.
     """
     random = Random(f"pixels {scene.seed} {scene.size} {len(scene.items)}")
     width, height = scene.extent[:2]

@@ -9,6 +9,7 @@ from comemo.nano.scenes import Item, Scene
 from comemo.nano.words import (
     COLOURS,
     DIRECTIONS,
+    LETTERS,
     SHAPES,
     WORDS,
     listed,
@@ -174,11 +175,7 @@ def _other(random: Random, text: str) -> str:
         digits = [str(random.randint(1, 9)), str(random.randint(0, 9))]
         changed = digits[0] + text[1] if random.random() < 0.5 else text[0] + digits[1]
         return changed if changed != text else _other(random, text)
-    pool = (
-        [w for w in WORDS if w != text]
-        if len(text) > 1
-        else [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c != text]
-    )
+    pool = [w for w in WORDS if w != text] if len(text) > 1 else [c for c in LETTERS if c != text]
     return random.choice(pool)
 
 
