@@ -67,9 +67,13 @@ def test_answers_are_right_and_give_no_other_away(name, tmp_path):
         given = [turn["value"] for turn in line["conversations"][1::2]]
         for question, answer in zip(asked, given, strict=True):
             assert right_answers(name, seed, question) == [answer]
-        # What names everything stands alone, and no shape or text is named in two turns.
-        assert len(asked) == 1 or not any(question.startswith("Describe") for question in asked)
-        turns = [f"{one} {two}" for one, two in zip(asked, given, strict=True)]
+        assert len(asked) == len(set(asked))
+        # What names everything comes last, and before it no shape or text is named in two turns.
+        wholes = [question.startswith("Describe") for question in asked]
+        assert not any(wholes[:-1])
+        turns = [
+            f"{one} {two}" for one, two, whole in zip(asked, given, wholes, strict=True) if not whole
+        ]
         named = [name for turn in turns for name in set(dataset._NAMES.findall(turn))]
         assert len(named) == len(set(named)), turns
 

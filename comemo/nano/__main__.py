@@ -20,8 +20,8 @@ TILES = {"albums": 1, "lessons": 4, "pictures": 12}  # most of a picture
 # if some of it comes again.
 SHARES: dict[str, dict[str, float]] = {
     "albums": {"albums": 1},
-    "lessons": {"albums": 0.2, "lessons": 1},
-    "see": {"albums": 0.1, "lessons": 0.6, "pictures": 1},
+    "lessons": {"albums": 0.5, "lessons": 1},
+    "see": {"albums": 0.5, "lessons": 0.6, "pictures": 1},
 }
 
 

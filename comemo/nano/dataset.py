@@ -28,6 +28,8 @@ ALBUM = 12  # pictures of an album
 # Shapes, also many of them; words, letters and numbers of two digits.
 _NAMES = re.compile(rf"\b(?:{'|'.join(SHAPES)})(?=(?:e?s)?\b)|\b(?:[A-Z]+|\d\d)\b")
 ALONE = 0.25  # share of pictures that are described and nothing else
+# How many times questions are made, so that most things of a picture are asked for.
+TIMES = {"objects": 3, "marks": 2}
 PAIRS = 6  # every so manyth sample is a pair
 
 
@@ -155,33 +157,47 @@ def _about_item(item: Item, random: Random) -> Question:
 def _lesson_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
     random = Random(f"lesson sample {seed}")
     scene = make_lesson(seed)
-    return [_reduce(draw(scene))], _in_turn(questions_about(scene, random), random, scene.places())
+    return [_reduce(draw(scene))], _in_turn(_asked(scene, random), random, scene.places())
 
 
 def _picture_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
     random = Random(f"picture sample {seed}")
     if seed % PAIRS == 0:
         scenes: tuple[Scene, ...] = make_pair(seed)
-        asked = questions_about_pair(scenes[0], scenes[1], random)
+        asked = [
+            question
+            for _ in range(TIMES["objects"])
+            for question in questions_about_pair(scenes[0], scenes[1], random)
+        ]
     else:
         scenes = (make_scene(seed),)
-        asked = questions_about(scenes[0], random)
+        asked = _asked(scenes[0], random)
     places = {} if len(scenes) > 1 else scenes[0].places()
     return [_reduce(draw(scene)) for scene in scenes], _in_turn(asked, random, places)
 
 
+def _asked(scene: Scene, random: Random) -> list[Question]:
+    times = range(TIMES.get(scene.layout, 1))
+    return [question for _ in times for question in questions_about(scene, random)]
+
+
 def _in_turn(asked: list[Question], random: Random, places: dict) -> list[Question]:
-    """Questions of which none answers another: looking back at text is easier than seeing."""
-    whole = [question for question in asked if question.kind in ("list", "caption")]
+    """Questions of which none answers another: looking back at text is easier than seeing.
+
+    What names everything comes last, or alone.
+    """
+    asked = list(dict.fromkeys(asked))
+    random.shuffle(asked)
+    whole = [question for question in asked if question.kind in ("list", "caption")][:1]
     if whole and random.random() < ALONE:
         return whole
     chosen, named = [], set[object]()
     for question in asked:
         own = _names(question, places)
-        if question not in whole and not own & named:
+        if question.kind not in ("list", "caption") and not own & named:
             chosen.append(question)
             named |= own
-    return chosen or whole
+    return chosen + whole
 
 
 def _names(question: Question, places: dict) -> set[object]:

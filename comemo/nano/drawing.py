@@ -183,17 +183,16 @@ def _sign(random: Random, pen: ImageDraw.ImageDraw, scene: Scene, size: tuple[in
     width, height = size
     colour = _shade(random, scene.sign["colour"])
     ink = _contrast(colour)
-    wide, high = width * random.choice((0.7, 0.85)), height * 0.7
-    left = (width - wide) / 2 + width * random.uniform(-JITTER, JITTER)
-    top = (height - high) / 2 + height * random.uniform(-JITTER, JITTER)
-    pen.rounded_rectangle((left, top, left + wide, top + high), 30, colour, ink, 8)
-    word = (left, top + high * 0.05, left + wide, top + high * 0.6)
-    _write(pen, scene.sign["word"], word, ink)
-    tall = high * 0.26  # the small line: an arrow and a number
-    middle = top + high * 0.8
-    arrow_x, number_x = left + wide * 0.3, left + wide * 0.7
-    _arrow(pen, scene.sign["arrow"], arrow_x, middle, tall * 0.5, ink)
-    box = (number_x - tall, middle - tall * 0.36, number_x + tall, middle + tall * 0.36)
+    left, right = width * random.uniform(0.01, 0.03), width * random.uniform(0.97, 0.99)
+    top, bottom = height * random.uniform(0.01, 0.04), height * random.uniform(0.96, 0.99)
+    pen.rounded_rectangle((left, top, right, bottom), 30, colour, ink, 8)
+    rows, cols = scene.shape
+    tile = min(width / cols, height / rows)
+    middle = height * (rows - 0.5) / rows  # an arrow and a number, each in the middle of a place
+    _write(pen, scene.sign["word"], (left, top, right, middle - tile * 0.35), ink)
+    _arrow(pen, scene.sign["arrow"], width * 0.5 / cols, middle, tile * 0.25, ink)
+    x, high = width * (cols - 0.5) / cols, tile * random.uniform(0.3, 0.45)
+    box = (x - high, middle - high / 2, x + high, middle + high / 2)
     _write(pen, scene.sign["number"], box, ink, 1)
 
 

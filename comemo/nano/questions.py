@@ -108,7 +108,8 @@ def _objects(scene: Scene, random: Random) -> Iterator[Question]:
     own = [item for item in shapes if item.text == shape]
     once = [s for s, count in Counter(item.text for item in shapes).items() if count == 1]
     if once:
-        own = [item for item in shapes if item.text == random.choice(once)] or own
+        chosen = random.choice(once)
+        own = [item for item in shapes if item.text == chosen]
         if len(own) == 1:
             yield Question("colour", f"Which colour is the {own[0].text}?", own[0].colour)
     coloured = [place for place, item in items.items() if item.kind == "shape"]

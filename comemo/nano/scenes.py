@@ -32,7 +32,7 @@ SIZES = {
     "panorama": (1280, 640, 2, 4),
 }
 # How often things are a shape, word, letter or number: in pictures, and where reading is learnt.
-ITEMS, TEXTS = (5, 3, 1, 2), (2, 5, 2, 3)
+ITEMS, TEXTS = (5, 3, 1, 2), (4, 5, 2, 3)
 # Of pictures that are cut into four tiles at most, to begin with.
 LESSONS = {
     "across": (1200, 600, 1, 2),
