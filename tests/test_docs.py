@@ -89,7 +89,7 @@ def check_readme(scope):
     assert isinstance(scope["answer"], str)
     assert len(scope["history"]) == 1
     assert isinstance(scope["memory"], comemo.ImageMemory)
-    assert scope["model"].dtype == scope["torch"].bfloat16
+    assert scope["model"].dtype == scope["torch"].float32
     assert scope["k"].shape == (1, 3424, 8, 128)
 
 
