@@ -10,7 +10,13 @@ from random import Random
 from PIL import Image
 
 from comemo.nano.drawing import draw, draw_item
-from comemo.nano.questions import Question, questions_about, questions_about_pair
+from comemo.nano.questions import (
+    Question,
+    questions_about,
+    questions_about_colours,
+    questions_about_pair,
+    questions_about_places,
+)
 from comemo.nano.scenes import (
     SEEDS,
     TEXTS,
@@ -30,7 +36,10 @@ _NAMES = re.compile(rf"\b(?:{'|'.join(SHAPES)})(?=(?:e?s)?\b)|\b(?:[A-Z]+|\d\d)\
 ALONE = 0.25  # share of pictures that are described and nothing else
 # How many times questions are made, so that most things of a picture are asked for.
 TIMES = {"objects": 3, "marks": 2}
+AGAIN = {"colours": 2, "lessons": 3, "places": 2}  # conversations about a picture
 PAIRS = 6  # every so manyth sample is a pair
+
+Conversations = dict[str, list[list[Question]]]  # of a picture or two, by the file they are for
 
 
 def write_items(folder: str | Path, count: int, first: int = 0) -> None:
@@ -59,7 +68,9 @@ def write_albums(folder: str | Path, count: int, first: int = 0) -> None:
 
 
 def write_lessons(folder: str | Path, count: int, first: int = 0) -> None:
-    """Write pictures of two or four places, with conversations: lessons.jsonl and its images.
+    """Write pictures of two or four places, with conversations: lessons/ and two files about them.
+
+    colours.jsonl asks for colours of things, lessons.jsonl for what is where.
 
     Args:
         folder: is created.
@@ -70,7 +81,9 @@ def write_lessons(folder: str | Path, count: int, first: int = 0) -> None:
 
 
 def write_pictures(folder: str | Path, count: int, first: int = 0) -> None:
-    """Write whole pictures, some in pairs, with conversations: pictures.jsonl and its images.
+    """Write whole pictures, some in pairs, with conversations: pictures/ and two files about them.
+
+    places.jsonl asks for what is where, pictures.jsonl for everything.
 
     Args:
         folder: is created.
@@ -91,14 +104,17 @@ def _write(folder: Path, name: str, count: int, first: int) -> None:
     (folder / name).mkdir(parents=True, exist_ok=True)
     rounds = [(folder, name, seeds[start : start + ROUND]) for start in range(0, count, ROUND)]
     if len(rounds) == 1:  # starting processes takes longer
-        lines = _write_round(rounds[0])
+        written = [_write_round(rounds[0])]
     else:
         with get_context("spawn").Pool(os.cpu_count()) as pool:
-            lines = [line for own in pool.imap(_write_round, rounds) for line in own]
-    (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            written = pool.map(_write_round, rounds, chunksize=1)
+    for file in written[0]:
+        lines = [line for own in written for line in own[file]]
+        (folder / f"{file}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-def _write_round(task: tuple[Path, str, range]) -> list[str]:
+def _write_round(task: tuple[Path, str, range]) -> dict[str, list[str]]:
+    """Draw some pictures; the lines of the files about them."""
     folder, name, seeds = task
     sample = {
         "items": _item_sample,
@@ -106,15 +122,17 @@ def _write_round(task: tuple[Path, str, range]) -> list[str]:
         "lessons": _lesson_sample,
         "pictures": _picture_sample,
     }[name]
-    lines = []
+    lines: dict[str, list[str]] = {}
     for seed in seeds:
-        images, asked = sample(seed)
+        images, conversations = sample(seed)
         paths = []
         for index, image in enumerate(images):
             path = f"{name}/{seed}{'abcdefghijkl'[index] if len(images) > 1 else ''}.jpg"
             image.save(folder / path, quality=92, subsampling=0)
             paths.append(path)
-        lines.append(json.dumps(_line(paths, asked, name == "albums")) + "\n")
+        for file, asked in conversations.items():
+            own = lines.setdefault(file, [])
+            own += [json.dumps(_line(paths, one, name == "albums")) + "\n" for one in asked if one]
     return lines
 
 
@@ -128,21 +146,21 @@ def _line(paths: list[str], asked: list[Question], one_each: bool) -> dict:
     return {"image": paths[0] if len(paths) == 1 else paths, "conversations": turns}
 
 
-def _item_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
+def _item_sample(seed: int) -> tuple[list[Image.Image], Conversations]:
     random = Random(f"item sample {seed}")
     item = make_item(random)
     image = draw_item(item, seed).resize((128, 128), Image.Resampling.LANCZOS)
-    return [image], [_about_item(item, random)]
+    return [image], {"items": [[_about_item(item, random)]]}
 
 
-def _album_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
+def _album_sample(seed: int) -> tuple[list[Image.Image], Conversations]:
     images, asked = [], []
     for own in range(seed * ALBUM, (seed + 1) * ALBUM):
         random = Random(f"album sample {own}")
         item = make_item(random, TEXTS)
         images.append(draw_item(item, own).resize((128, 128), Image.Resampling.LANCZOS))
         asked.append(_about_item(item, random))
-    return images, asked
+    return images, {"albums": [asked]}
 
 
 def _about_item(item: Item, random: Random) -> Question:
@@ -154,13 +172,16 @@ def _about_item(item: Item, random: Random) -> Question:
     return Question("caption", "Describe the picture.", item.phrase())
 
 
-def _lesson_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
+def _lesson_sample(seed: int) -> tuple[list[Image.Image], Conversations]:
     random = Random(f"lesson sample {seed}")
     scene = make_lesson(seed)
-    return [_reduce(draw(scene))], _in_turn(_asked(scene, random), random, scene.places())
+    return [_reduce(draw(scene))], {
+        "colours": [questions_about_colours(scene, random) for _ in range(AGAIN["colours"])],
+        "lessons": [questions_about_places(scene, random) for _ in range(AGAIN["lessons"])],
+    }
 
 
-def _picture_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
+def _picture_sample(seed: int) -> tuple[list[Image.Image], Conversations]:
     random = Random(f"picture sample {seed}")
     if seed % PAIRS == 0:
         scenes: tuple[Scene, ...] = make_pair(seed)
@@ -173,7 +194,11 @@ def _picture_sample(seed: int) -> tuple[list[Image.Image], list[Question]]:
         scenes = (make_scene(seed),)
         asked = _asked(scenes[0], random)
     places = {} if len(scenes) > 1 else scenes[0].places()
-    return [_reduce(draw(scene)) for scene in scenes], _in_turn(asked, random, places)
+    conversations = {"pictures": [_in_turn(asked, random, places)], "places": []}
+    if len(scenes) == 1 and scenes[0].layout == "objects":
+        times = range(AGAIN["places"])
+        conversations["places"] = [questions_about_places(scenes[0], random) for _ in times]
+    return [_reduce(draw(scene)) for scene in scenes], conversations
 
 
 def _asked(scene: Scene, random: Random) -> list[Question]:
@@ -204,7 +229,7 @@ def _names(question: Question, places: dict) -> set[object]:
     """The shapes, texts and places that a question or its answer names."""
     text = f"{question.text} {question.answer}"
     found: set[object] = set(_NAMES.findall(text))
-    found |= {place for place, own in places.items() for name in own if _has(text, name)}
+    found |= {place for place, name in places.items() if _has(text, name)}
     if "arrow" in text:
         found.add("arrow")
     if question.kind == "count":  # one is enough

@@ -110,7 +110,7 @@ class Scene:
         """Width and height in pixels, rows and columns that the image processor chooses."""
         return (SIZES | LESSONS)[self.size]
 
-    def places(self) -> dict[Place, tuple[str, ...]]:
+    def places(self) -> dict[Place, str]:
         """The names of all places."""
         return place_names(*self.shape)
 

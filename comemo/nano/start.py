@@ -19,6 +19,10 @@ from comemo.processing.new_tokenizer import save_tokenizer
 VOCABULARY = 1000  # at most
 # The usual 1e6 is for long texts: most of its angles hardly differ within an image of 16 ids.
 THETA = 1e4
+# How many ids back the heads of the first layer look to begin with. Before an image there are 16
+# tokens that are always the same, and with RoPE-DHR an image has 16 ids: so two heads tell each
+# token of a tile where in the picture it is. The other two copy the words before.
+BACK = (16, 13, 1, 2)
 
 
 def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
@@ -76,6 +80,7 @@ def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
         torch.manual_seed(seed)
         model = CoMemoForConditionalGeneration(config)
         _spread_weights(model)
+        _look_back(model)
     model.save_pretrained(directory)
 
 
@@ -97,6 +102,37 @@ def _spread_weights(model: CoMemoForConditionalGeneration) -> None:
         elif weight.ndim > 1 and "cls_token" not in name and "mask_token" not in name:
             last = name.split(".")[-2] in ("o_proj", "down_proj", "fc2", "projection_layer")
             weight.normal_(0, (0.3 if last else 1) / math.sqrt(weight[0].numel()))
+
+
+@torch.no_grad()
+def _look_back(model: CoMemoForConditionalGeneration) -> None:
+    """Make each head of the first layer copy the token so many ids back.
+
+    A language model learns such heads from long texts. Here it would have to learn them from the
+    few questions that need them, and at first knows no place for thousands of these.
+    """
+    language, projector = model.model.language_model, model.model.multi_modal_projector
+    embeddings, layer = language.embed_tokens.weight, language.layers[0].self_attn
+    width, size = embeddings.shape[1], layer.head_dim
+    # All tokens and images share one direction, which gives queries and keys that are the same
+    # everywhere before they are rotated.
+    shared = torch.randn(width)
+    shared *= 4 / shared.norm()
+    embeddings += shared - (embeddings @ shared)[:, None] * shared / shared.dot(shared)
+    projector[-1].bias += shared
+    scale = embeddings.pow(2).mean().sqrt()
+    read = 5 * scale * shared / shared.dot(shared)  # 5 for what is normalised
+    theta = language.config.rope_parameters["rope_theta"]
+    angles = theta ** (-torch.arange(0, size, 2) / size)
+    key = torch.cat([torch.ones(size // 2), torch.zeros(size // 2)])
+    from_, to = (torch.linalg.qr(torch.randn(width, width))[0] for _ in range(2))
+    for head, back in zip(range(language.config.num_attention_heads), BACK, strict=False):
+        rows = slice(head * size, (head + 1) * size)
+        query = torch.cat([torch.cos(back * angles), -torch.sin(back * angles)])
+        layer.q_proj.weight[rows] = query[:, None] * read
+        layer.k_proj.weight[rows] = key[:, None] * read
+        layer.v_proj.weight[rows] = from_[rows] * scale
+        layer.o_proj.weight[:, rows] = to[:, rows]
 
 
 def _sentences() -> Iterator[str]:

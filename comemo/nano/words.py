@@ -26,29 +26,29 @@ _ROWS = {1: ("",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 _COLUMNS = {1: ("",), 2: ("left", "right"), 3: ("left", "middle", "right")}
 
 
-def place_names(rows: int, cols: int) -> dict[tuple[int, int], tuple[str, ...]]:
+def place_names(rows: int, cols: int) -> dict[tuple[int, int], str]:
     """The names of the places of a picture that is divided into rows and columns.
 
     Args:
         rows, cols: of the picture.
 
     Returns:
-        (row, col), counted from 0 -> names that follow "What is ...?": "at the top left",
-        "in row 1, column 1". Pictures of more than three rows or columns have numbers alone.
+        (row, col), counted from 0 -> a name that follows "What is ...?": "at the top left". In
+        pictures of more than three rows or columns it has numbers: "in row 1, column 1".
     """
-    names: dict[tuple[int, int], tuple[str, ...]] = {}
+    names = {}
     for row in range(rows):
         for col in range(cols):
-            own = [f"in row {row + 1}, column {col + 1}"]
-            if rows in _ROWS and cols in _COLUMNS:
-                words = [_ROWS[rows][row], _COLUMNS[cols][col]]
-                words = [word for word in dict.fromkeys(words) if word]
-                if len(words) > 1 and rows == 3 and words[0] == "middle":
-                    words = words[1:]  # the middle row's left is "left"
-                if len(words) > 1 and cols == 3 and words[1] == "middle":
-                    words = words[:1]
-                own.insert(0, f"{'in' if words == ['middle'] else 'at'} the {' '.join(words)}")
-            names[row, col] = tuple(own)
+            if rows not in _ROWS or cols not in _COLUMNS:
+                names[row, col] = f"in row {row + 1}, column {col + 1}"
+                continue
+            words = [_ROWS[rows][row], _COLUMNS[cols][col]]
+            words = [word for word in dict.fromkeys(words) if word]
+            if len(words) > 1 and rows == 3 and words[0] == "middle":
+                words = words[1:]  # the middle row's left is "left"
+            if len(words) > 1 and cols == 3 and words[1] == "middle":
+                words = words[:1]
+            names[row, col] = f"{'in' if words == ['middle'] else 'at'} the {' '.join(words)}"
     return names
 
 
