@@ -128,7 +128,7 @@ def test_texts_are_whole_and_do_not_touch(layout, monkeypatch):
 def test_things_stay_in_their_places(seed):
     """Where nothing is, the picture is that of the scene without any thing."""
     scene = make_scene(seed, "objects")
-    ground = drawing._ground(
+    ground = drawing.draw_ground(
         Random(f"pixels {seed} {scene.size} {len(scene.items)}"),
         scene.ground,
         SIZES[scene.size][:2],

@@ -26,6 +26,7 @@ from comemo.nano.scenes import (
     make_lesson,
     make_pair,
     make_scene,
+    make_shapes,
 )
 from comemo.nano.words import SHAPES
 
@@ -36,7 +37,7 @@ _NAMES = re.compile(rf"\b(?:{'|'.join(SHAPES)})(?=(?:e?s)?\b)|\b(?:[A-Z]+|\d\d)\
 ALONE = 0.25  # share of pictures that are described and nothing else
 # How many times questions are made, so that most things of a picture are asked for.
 TIMES = {"objects": 3, "marks": 2}
-AGAIN = {"colours": 2, "lessons": 3, "places": 2}  # conversations about a picture
+AGAIN = {"shapes": 2, "colours": 2, "lessons": 3, "places": 2}  # conversations about a picture
 PAIRS = 6  # every so manyth sample is a pair
 
 Conversations = dict[str, list[list[Question]]]  # of a picture or two, by the file they are for
@@ -65,6 +66,17 @@ def write_albums(folder: str | Path, count: int, first: int = 0) -> None:
         first: the first seed, in `SEEDS["train"]`.
     """
     _write(Path(folder), "albums", count, first)
+
+
+def write_shapes(folder: str | Path, count: int, first: int = 0) -> None:
+    """Write pictures of four shapes, with conversations about their colours: shapes.jsonl.
+
+    Args:
+        folder: is created.
+        count: of pictures.
+        first: the first seed, in `SEEDS["train"]`.
+    """
+    _write(Path(folder), "shapes", count, first)
 
 
 def write_lessons(folder: str | Path, count: int, first: int = 0) -> None:
@@ -119,6 +131,7 @@ def _write_round(task: tuple[Path, str, range]) -> dict[str, list[str]]:
     sample = {
         "items": _item_sample,
         "albums": _album_sample,
+        "shapes": _shapes_sample,
         "lessons": _lesson_sample,
         "pictures": _picture_sample,
     }[name]
@@ -156,11 +169,20 @@ def _item_sample(seed: int) -> tuple[list[Image.Image], Conversations]:
 def _album_sample(seed: int) -> tuple[list[Image.Image], Conversations]:
     images, asked = [], []
     for own in range(seed * ALBUM, (seed + 1) * ALBUM):
-        random = Random(f"album sample {own}")
-        item = make_item(random, TEXTS)
+        item, random = album_item(own)
         images.append(draw_item(item, own).resize((128, 128), Image.Resampling.LANCZOS))
         asked.append(_about_item(item, random))
     return images, {"albums": [asked]}
+
+
+def album_item(seed: int) -> tuple[Item, Random]:
+    """The thing of one picture of an album, and what chooses the question about it.
+
+    Args:
+        seed: of the picture: albums have `ALBUM` each, one after the other.
+    """
+    random = Random(f"album sample {seed}")
+    return make_item(random, TEXTS), random
 
 
 def _about_item(item: Item, random: Random) -> Question:
@@ -170,6 +192,14 @@ def _about_item(item: Item, random: Random) -> Question:
     if form < 0.2:
         return Question("detail", f"Which {item.kind} is in the picture?", item.text)
     return Question("caption", "Describe the picture.", item.phrase())
+
+
+def _shapes_sample(seed: int) -> tuple[list[Image.Image], Conversations]:
+    random = Random(f"shapes sample {seed}")
+    scene = make_shapes(seed)
+    times = range(AGAIN["shapes"])
+    asked = [questions_about_colours(scene, random) for _ in times]
+    return [_reduce(draw(scene))], {"shapes": asked}
 
 
 def _lesson_sample(seed: int) -> tuple[list[Image.Image], Conversations]:

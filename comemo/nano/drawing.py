@@ -12,6 +12,7 @@ from comemo.nano.scenes import Item, Scene
 from comemo.nano.words import COLOURS
 
 PHOTOGRAPHS = Path(__file__).parent / "photographs"
+GROUNDS_OF_ONE = ("plain", "gradient", "noise", "photograph")  # of a thing alone
 JITTER = 0.03  # how far from the middle of its place text is, as a share of the place
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 Colour = tuple[int, ...]
@@ -28,7 +29,7 @@ def draw(scene: Scene) -> Image.Image:
     """
     random = Random(f"pixels {scene.seed} {scene.size} {len(scene.items)}")
     width, height = scene.extent[:2]
-    image = _ground(random, scene.ground, (width, height))
+    image = draw_ground(random, scene.ground, (width, height))
     pen = ImageDraw.Draw(image)
     {"objects": _objects, "sign": _sign, "chart": _chart, "form": _form, "marks": _marks}[
         scene.layout
@@ -39,12 +40,13 @@ def draw(scene: Scene) -> Image.Image:
 def draw_item(item: Item, seed: int) -> Image.Image:
     """Draw one item alone, as large as a place: a RGB image of 320 x 320 pixels."""
     random = Random(f"item {seed}")
-    image = _ground(random, random.choice(("plain", "gradient", "noise", "photograph")), (320, 320))
+    image = draw_ground(random, random.choice(GROUNDS_OF_ONE), (320, 320))
     _item(random, ImageDraw.Draw(image), item, (0, 0, 320, 320))
     return image
 
 
-def _ground(random: Random, kind: str, size: tuple[int, int]) -> Image.Image:
+def draw_ground(random: Random, kind: str, size: tuple[int, int]) -> Image.Image:
+    """What is behind everything: one of `scenes.GROUNDS`, of width and height in pixels."""
     pale = random.random() < 0.75
     low, high = (185, 235) if pale else (60, 110)
 

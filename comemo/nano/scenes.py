@@ -179,6 +179,20 @@ def make_lesson(seed: int) -> Scene:
     return scene
 
 
+def make_shapes(seed: int) -> Scene:
+    """A picture of "objects" with four different shapes in four places.
+
+    Raises:
+        ValueError: a seed outside `SEEDS`.
+    """
+    _check_seed("make_shapes", seed)
+    random = Random(f"shapes {seed}")
+    scene = Scene(seed, "objects", "four", random.choice(GROUNDS))
+    for place, shape in zip(scene.places(), random.sample(SHAPES, 4), strict=True):
+        scene.items[place] = Item("shape", shape, random.choice(list(COLOURS)))
+    return scene
+
+
 def make_pair(seed: int) -> tuple[Scene, Scene]:
     """Two pictures of few objects each, to be compared; they differ in some.
 

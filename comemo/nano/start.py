@@ -123,6 +123,9 @@ def _look_back(model: CoMemoForConditionalGeneration) -> None:
     scale = embeddings.pow(2).mean().sqrt()
     read = 5 * scale * shared / shared.dot(shared)  # 5 for what is normalised
     theta = language.config.rope_parameters["rope_theta"]
+    # Output weights like the embeddings: what a model sees is then what it says.
+    own = embeddings - (embeddings @ shared)[:, None] * shared / shared.dot(shared)
+    model.lm_head.weight.copy_(own * 2 / math.sqrt(width))
     angles = theta ** (-torch.arange(0, size, 2) / size)
     key = torch.cat([torch.ones(size // 2), torch.zeros(size // 2)])
     from_, to = (torch.linalg.qr(torch.randn(width, width))[0] for _ in range(2))

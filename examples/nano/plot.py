@@ -9,11 +9,11 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-STAGES = ("albums", "lessons", "see")
+STAGES = ("colours", "places", "see")
 
 
 def main(folder: Path) -> None:
-    """Write curve.png beside the logs albums.jsonl, lessons.jsonl and see.jsonl."""
+    """Write curve.png beside the logs colours.jsonl, places.jsonl and see.jsonl."""
     figure, (loss, gates) = pyplot.subplots(1, 2, figsize=(10, 3.6))
     before = 0
     for stage in STAGES:

@@ -1,0 +1,201 @@
+"""Teach the vision tower of comemo-nano to name what a tile shows, before it meets text.
+
+CoMemo begins with a tower that was trained before, InternViT. Without one, a language model learns
+to read a tile from all its tokens together, and then cannot find the tile that has a given thing:
+no token by itself says what is in its tile. So here each image token alone must name it.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from comemo.conditional_generation import CoMemoForConditionalGeneration
+from comemo.nano.dataset import ALBUM, album_item
+from comemo.nano.drawing import GROUNDS_OF_ONE, draw_ground
+from comemo.nano.scenes import Item
+from comemo.processor import CoMemoProcessor
+from comemo_kernels import fold_tiles
+
+SIDE, GRID = 64, 4  # pixels and image tokens on a side of a tile
+EMPTY, MOSAIC = 0.08, 0.25  # shares of tiles that show nothing, and four small things
+SHARP = 12.0  # logits are this times the product of image tokens and output weights
+MOST = 12  # ids that name a thing, at most
+SHARES = {"shape": 3, "word": 4, "letter": 2, "number": 3}  # how often things are shown
+
+
+def teach_tower(
+    start: str | Path,
+    data: str | Path,
+    pictures: range,
+    steps: int = 1400,
+    batch: int = 128,
+    lr: float = 1.5e-3,
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Train the tower and the projector of a model in place.
+
+    Args:
+        start: of `make_start`.
+        data: a folder with the albums of `write_albums`.
+        pictures: seeds of their pictures.
+        steps, batch, lr: of the training.
+        seed: of the order.
+        say: told of the progress.
+    """
+    model = CoMemoForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    processor = CoMemoProcessor.from_pretrained(start)
+    items = [album_item(own)[0] for own in pictures]
+    counts = Counter(item.kind for item in items)
+    shares = torch.tensor([SHARES[item.kind] / counts[item.kind] for item in items])
+    empty = round(len(items) * EMPTY)
+    shares = torch.cat([shares, torch.full((empty,), EMPTY * shares.sum() / empty)])
+    tiles = _read(Path(data) / "albums", pictures, empty)
+    named, names = _names([*items, *[None] * empty], processor.tokenizer)
+    trained = [
+        weight
+        for name, weight in model.named_parameters()
+        if "vision" in name or "projector" in name
+    ]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
+    generator = torch.Generator().manual_seed(seed)
+    output = SHARP * model.lm_head.weight.detach()[named]
+    losses = []
+    for step in range(1, steps + 1):
+        pixels, ids = make_batch(tiles, names, shares, batch, generator)
+        log_shares = (_image_tokens(model, processor, pixels) @ output.T).log_softmax(-1)
+        # The mean over what names the thing; -1 where there is nothing more. 0 if all are alike.
+        own = log_shares.gather(-1, ids.clamp(min=0)).where(ids >= 0, 0.0)
+        count = (ids >= 0).sum(-1)
+        loss = -(own.sum(-1) / count + count.log()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        if step % 50 == 0 or step == steps:
+            say(f"tower {step}/{steps}  loss {sum(losses) / len(losses):.3f}")
+            losses = []
+    model.save_pretrained(start)
+
+
+def make_batch(
+    tiles: Tensor, names: Tensor, shares: Tensor, batch: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Tiles, some of them with four small things, and what each of their tokens shows.
+
+    Args:
+        tiles: uint8 [things, side, side, 3].
+        names: int64 [things, grid + 1, most]: what names the thing in each column, and a small one.
+        shares: float [things]: how often each is chosen.
+        batch: tiles.
+        generator: chooses.
+
+    Returns:
+        uint8 [batch, side, side, 3]; int64 [batch, tokens, most].
+    """
+    few = round(batch * MOSAIC)
+    chosen = torch.multinomial(shares, batch + 3 * few, generator=generator)
+    one, four = chosen[: batch - few], chosen[batch - few :].view(few, 2, 2)
+    small = tiles[four][..., ::2, ::2, :].float() + tiles[four][..., 1::2, 1::2, :]
+    small = (small / 2).to(torch.uint8)  # [few, 2, 2, side / 2, side / 2, 3]
+    small = small.permute(0, 1, 3, 2, 4, 5).flatten(1, 2).flatten(2, 3)
+    whole = names[one, :GRID].repeat(1, GRID, 1)
+    parts = names[four, GRID].repeat_interleave(GRID // 2, 1).repeat_interleave(GRID // 2, 2)
+    return torch.cat([tiles[one], small]), torch.cat([whole, parts.flatten(1, 2)])
+
+
+def _image_tokens(model: Any, processor: CoMemoProcessor, pixels: Tensor) -> Tensor:
+    """uint8 [B, side, side, 3] -> [B, tokens, width]."""
+    images = processor.image_processor
+    mean, std = torch.tensor(images.image_mean), torch.tensor(images.image_std)
+    x = ((pixels / 255 - mean) / std).permute(0, 3, 1, 2)
+    x = model.get_image_features(x).last_hidden_state[:, 1:]
+    x = x.unflatten(1, (round(x.shape[1] ** 0.5), -1))
+    x = fold_tiles(x, model.config.downsample_ratio, model.config.ps_version)
+    return model.model.multi_modal_projector(x.flatten(1, 2))
+
+
+def _read(folder: Path, pictures: range, empty: int) -> Tensor:
+    """uint8 [things, side, side, 3]: the pictures of albums, and tiles that show nothing."""
+    with get_context("spawn").Pool() as pool:
+        paths = [f"{folder}/{own // ALBUM}{'abcdefghijkl'[own % ALBUM]}.jpg" for own in pictures]
+        found = pool.map(_read_one, paths, chunksize=256)
+        found += pool.map(_draw_empty, [f"ground {index}" for index in range(empty)])
+    tiles = torch.frombuffer(bytearray(b"".join(found)), dtype=torch.uint8)
+    return tiles.view(-1, SIDE, SIDE, 3)
+
+
+def _read_one(path: str) -> bytes:
+    with Image.open(path) as image:
+        return image.resize((SIDE, SIDE), Image.Resampling.BICUBIC).tobytes()
+
+
+def _draw_empty(name: str) -> bytes:
+    random = Random(name)
+    return draw_ground(random, random.choice(GROUNDS_OF_ONE), (SIDE, SIDE)).tobytes()
+
+
+def _names(items: list[Item | None], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """What names things.
+
+    Returns:
+        Ids of the vocabulary that name anything; int64 [things, grid + 1, most] of places in these:
+        what names the thing in each column of its tile, and a small one. -1 fills.
+    """
+    known: dict[str, list[int]] = {}
+    numbers: dict[int, int] = {}
+    rows = []
+    for item in items:
+        for words in _said(item):
+            for word in words:
+                if word not in known:
+                    ids = _ids(word, tokenizer)
+                    known[word] = [numbers.setdefault(own, len(numbers)) for own in ids]
+            own = [number for word in words for number in known[word]]
+            rows.append(own + [-1] * (MOST - len(own)))
+    return torch.tensor(list(numbers)), torch.tensor(rows).view(len(items), GRID + 1, MOST)
+
+
+def _said(item: Item | None) -> list[list[str]]:
+    """The words that name a thing in each column of its tile, and a small one."""
+    if item is None:
+        return [["nothing"]] * (GRID + 1)
+    if item.kind == "shape":
+        return [[item.colour, item.text]] * (GRID + 1)
+    small = [item.kind, item.colour]  # too small to be read
+    if item.kind == "letter":
+        return [[*small, item.text]] * GRID + [small]
+    if item.kind == "number":  # a digit on either side
+        return [[*small, item.text[column // (GRID // 2)]] for column in range(GRID)] + [small]
+    columns = []
+    for column in range(GRID):
+        # Text takes about three quarters of the width.
+        middles = [0.5 + 0.77 * ((i + 0.5) / len(item.text) - 0.5) for i in range(len(item.text))]
+        letters = [
+            letter
+            for letter, x in zip(item.text, middles, strict=True)
+            if column / GRID - 0.06 < x < (column + 1) / GRID + 0.06
+        ]
+        columns.append([*small, item.text, *dict.fromkeys(letters)])
+    return [*columns, small]
+
+
+def _ids(word: str, tokenizer: Any) -> list[int]:
+    """Two ids of a word: as an answer begins with it, and after a space; those that are one token.
+
+    Two equal ones if there is one: each word counts alike.
+    """
+    spaced = tokenizer("a " + word, add_special_tokens=False)["input_ids"][1:]
+    first = tokenizer(word, add_special_tokens=False)["input_ids"]
+    ids = [own[0] for own in (first, spaced) if len(own) == 1]
+    return ids * (2 // len(ids))
