@@ -81,6 +81,7 @@ def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
         model = CoMemoForConditionalGeneration(config)
         _spread_weights(model)
         _look_back(model)
+        _look_for_the_same(model)
     model.save_pretrained(directory)
 
 
@@ -136,6 +137,28 @@ def _look_back(model: CoMemoForConditionalGeneration) -> None:
         layer.k_proj.weight[rows] = key[:, None] * read
         layer.v_proj.weight[rows] = from_[rows] * scale
         layer.o_proj.weight[:, rows] = to[:, rows]
+
+
+@torch.no_grad()
+def _look_for_the_same(model: CoMemoForConditionalGeneration) -> None:
+    """Make a head of later layers look at the tokens that are about the same thing.
+
+    Queries like keys: "star" finds the image token that the tower has named so. Only angles that
+    are slow to turn take part, so it hardly matters how far away the token is.
+    """
+    language = model.model.language_model
+    shared = language.embed_tokens.weight.mean(0)
+    shared /= shared.norm()
+    for layer in language.layers[1:-1]:
+        attention = layer.self_attn
+        size, half = attention.head_dim, attention.head_dim // 2
+        end = attention.q_proj.weight.shape[0]
+        slow = torch.cat([torch.arange(half // 2, half), torch.arange(half + half // 2, size)])
+        read = torch.linalg.qr(torch.randn(len(shared), len(shared)))[0][:half]
+        read = 3.5 * (read - (read @ shared)[:, None] * shared)
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight[end - size :] *= 0.3
+            projection.weight[end - size + slow] = read
 
 
 def _sentences() -> Iterator[str]:

@@ -96,7 +96,7 @@ def make_batch(
     Args:
         tiles: uint8 [things, side, side, 3].
         names: int64 [things, grid + 1, most]: what names the thing in each column, and a small one.
-        shares: float [things]: how often each is chosen.
+        shares: float [things]: how often each is chosen, relative to others; at most once here.
         batch: tiles.
         generator: chooses.
 
