@@ -15,17 +15,20 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.nano.dataset import ALBUM, album_item
 from comemo.nano.drawing import GROUNDS_OF_ONE, draw_ground
 from comemo.nano.scenes import Item
+from comemo.nano.start import mark_images
 from comemo.processor import CoMemoProcessor
 from comemo_kernels import fold_tiles
 
 SIDE, GRID = 64, 4  # pixels and image tokens on a side of a tile
 EMPTY, MOSAIC = 0.08, 0.25  # shares of tiles that show nothing, and four small things
-SHARP = 12.0  # logits are this times the product of image tokens and output weights
+SHARP = 20.0  # logits are this times the cosine of image tokens and embeddings of words
+LENGTH = 0.1  # weight of the loss for image tokens that are not as long as words
 MOST = 12  # ids that name a thing, at most
 SHARES = {"shape": 3, "word": 4, "letter": 2, "number": 3}  # how often things are shown
 
@@ -67,15 +70,22 @@ def teach_tower(
     optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.05)
     generator = torch.Generator().manual_seed(seed)
-    output = SHARP * model.lm_head.weight.detach()[named]
+    words = model.get_input_embeddings().weight.detach()
+    shared = F.normalize(words.mean(0), dim=0)
+    own = words[named] - (words[named] @ shared)[:, None] * shared
+    length = own.norm(dim=-1).mean()
+    output = SHARP * F.normalize(own, dim=-1)
     losses = []
     for step in range(1, steps + 1):
         pixels, ids = make_batch(tiles, names, shares, batch, generator)
-        log_shares = (_image_tokens(model, processor, pixels) @ output.T).log_softmax(-1)
+        seen = _image_tokens(model, processor, pixels)
+        seen = seen - (seen @ shared)[..., None] * shared
+        log_shares = (F.normalize(seen, dim=-1) @ output.T).log_softmax(-1)
         # The mean over what names the thing; -1 where there is nothing more. 0 if all are alike.
         own = log_shares.gather(-1, ids.clamp(min=0)).where(ids >= 0, 0.0)
         count = (ids >= 0).sum(-1)
         loss = -(own.sum(-1) / count + count.log()).mean()
+        loss = loss + LENGTH * (seen.norm(dim=-1) / length - 1).square().mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -85,6 +95,7 @@ def teach_tower(
         if step % 50 == 0 or step == steps:
             say(f"tower {step}/{steps}  loss {sum(losses) / len(losses):.3f}")
             losses = []
+    mark_images(model)
     model.save_pretrained(start)
 
 
