@@ -161,13 +161,13 @@ def test_answers_are_what_is_learnt(writer):
     start = len(sample.ids)
     assert start == len("<img></img>\n") + writer.pictures.count(4) + 37
     assert set(sample.labels) == {IGNORED}
-    writer.ask(sample, 4, Random(0), " in the first picture")
+    writer.ask(sample, 4, Random(0), "in the first picture")
     scene = writer.pictures.scenes[4]
     text = "".join(chr(i - 1) for i in sample.ids[start:])
     asked = text.splitlines()
     told = dict(zip(asked[::2], asked[1::2], strict=True))
     assert told == {
-        f"Which colour is the {item.text} in the first picture?": item.colour
+        f"In the first picture, which colour is the {item.text}?": item.colour
         for item in scene.items.values()
     }
     counted = ["".join(chr(i - 1) for i in sample.ids[slice(*a)]) for a in sample.answers]

@@ -54,7 +54,11 @@ def test_shares_say_how_often_a_thing_is_shown():
         (Item("shape", "star", "red"), ["red", "star"], ["red", "star"]),
         (Item("letter", "Q", "blue"), ["letter", "blue", "Q"], ["letter", "blue", "Q"]),
         (Item("number", "37", "blue"), ["number", "blue", "3"], ["number", "blue", "7"]),
-        (Item("word", "FOX", "red"), ["word", "red", "FOX", "F"], ["word", "red", "FOX", "X"]),
+        (
+            Item("word", "FOX", "red"),
+            ["word", "red", "FOX", "FOX", "F"],
+            ["word", "red", "FOX", "FOX", "X"],
+        ),
         (None, ["nothing"], ["nothing"]),
     ],
 )

@@ -7,12 +7,11 @@ from random import Random
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from comemo import prompts
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig
+from comemo.nano.heads import add_heads, share_directions
 from comemo.nano.questions import questions_about, questions_about_pair
 from comemo.nano.scenes import make_pair, make_scene
 from comemo.nano.words import COLOURS, DIRECTIONS, FIELDS, LETTERS, SHAPES, WORDS
@@ -22,12 +21,6 @@ from comemo.tokenizer import InternLM2Tokenizer
 VOCABULARY = 1000  # at most
 # The usual 1e6 is for long texts: most of its angles hardly differ within an image of 16 ids.
 THETA = 1e4
-# How many ids back the heads of the first layer look to begin with. Before an image there are 16
-# tokens that are always the same, and with RoPE-DHR an image has 16 ids: so two heads tell each
-# token of a tile where in the picture it is. The other two copy the words before.
-BACK = (16, 13, 1, 2)
-SHARED = 4.0  # how much of the direction that all words and images share
-COPIED = 0.5  # how much of what they copy, relative to the words
 SPACE, ALIKE = "\u2581", 0.9  # cosine of a word and the same word after a space
 
 
@@ -85,14 +78,15 @@ def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CoMemoForConditionalGeneration(config)
-        _spread_weights(model)
+        spread_weights(model)
         _liken_words(model, directory)
-        _add_heads(model, _after_question(directory))
+        share_directions(model)
+        add_heads(model, _after_question(directory))
     model.save_pretrained(directory)
 
 
 @torch.no_grad()
-def _spread_weights(model: CoMemoForConditionalGeneration) -> None:
+def spread_weights(model: CoMemoForConditionalGeneration) -> None:
     """Weights that keep the scale of activations, and open gates.
 
     The usual 0.02 is for wide models: at this width a tower learns nothing for hundreds of steps.
@@ -121,124 +115,6 @@ def _liken_words(model: CoMemoForConditionalGeneration, directory: Path) -> None
         if (spaced := ids.get(SPACE + word)) is not None:
             embeddings[spaced] *= math.sqrt(1 - ALIKE**2)
             embeddings[spaced] += ALIKE * embeddings[index]
-
-
-@torch.no_grad()
-def mark_images(model: CoMemoForConditionalGeneration) -> None:
-    """Give all image tokens the same part along the directions of `_shared` and `_mark`.
-
-    So heads can ask for "so many ids back" and "an image". It is done again after the projector
-    was trained.
-    """
-    projector = model.model.multi_modal_projector[-1]
-    for own in (_shared(model), _mark(model)):
-        projector.weight -= own[:, None] * (own @ projector.weight)
-        projector.bias += (SHARED - projector.bias @ own) * own
-
-
-def _shared(model: CoMemoForConditionalGeneration) -> Tensor:
-    """The direction [width] that all words and images share."""
-    return F.normalize(model.get_input_embeddings().weight.mean(0), dim=0)
-
-
-def _mark(model: CoMemoForConditionalGeneration) -> Tensor:
-    """The direction [width] that images have and words do not."""
-    shared = _shared(model)
-    mark = torch.randn(len(shared), generator=torch.Generator().manual_seed(0))
-    return F.normalize(mark - (mark @ shared) * shared, dim=0)
-
-
-@torch.no_grad()
-def _add_heads(model: CoMemoForConditionalGeneration, asked: int) -> None:
-    """Make some heads do what a language model learns from long texts.
-
-    Here it would have to learn it from the few questions that need it, and at first knows no use
-    for it for thousands of these. In the first layer each token copies those `BACK` ids back. After
-    it, a word copies from the image tokens that are about the same thing, and the end of a prompt
-    copies the end of the question.
-
-    Args:
-        model: new.
-        asked: tokens from the last word of a question to the end of the prompt.
-    """
-    language, embeddings = model.model.language_model, model.get_input_embeddings().weight
-    width = embeddings.shape[1]
-    shared = torch.randn(width)
-    shared /= shared.norm()
-    embeddings += (SHARED - embeddings @ shared)[:, None] * shared
-    shared, mark = _shared(model), _mark(model)
-    embeddings -= (embeddings @ mark)[:, None] * mark
-    mark_images(model)
-    words = shared - mark  # nothing of an image
-    own = embeddings - (embeddings @ shared)[:, None] * shared
-    # Output weights like the embeddings: what a model sees is then what it says.
-    model.lm_head.weight.copy_(own * 2 / math.sqrt(width))
-    first, *others, last = (layer.self_attn for layer in language.layers)
-    theta = language.config.rope_parameters["rope_theta"]
-    usual = embeddings.pow(2).mean().sqrt() / SHARED  # normalised: 1 / usual of either direction
-    from_, to = (torch.linalg.qr(torch.randn(width, width))[0] for _ in range(2))
-    for head, back in zip(range(language.config.num_attention_heads), BACK, strict=False):
-        rows = _look_back(first, head, back, 5 * usual * shared, 5 * usual * words, theta)
-        scale = COPIED * embeddings.pow(2).mean().sqrt()
-        first.v_proj.weight[rows] = from_[rows] * scale
-        first.o_proj.weight[:, rows] = to[:, rows]
-    for index, attention in enumerate([*others, last]):
-        # What a layer found is copied to the end of the prompt by the next.
-        if index % 2 == 0:
-            copied = torch.linalg.qr(torch.randn(width, width))[0][: attention.head_dim]
-            for direction in (shared, mark):
-                copied = copied - (copied @ direction)[:, None] * direction
-        both = []
-        if attention is not last:
-            both.append(_look_for_the_same(attention, usual * shared, usual * mark))
-        if index:
-            back = asked + (index + 1) % 2
-            read = 10 * usual * shared, 10 * usual * words
-            both.append(_look_back(attention, -2, back, *read, theta))
-        for rows in both:
-            attention.v_proj.weight[rows] = copied
-            attention.o_proj.weight[:, rows] = COPIED * copied.T
-
-
-def _look_back(
-    attention: Any, head: int, back: int, queries: Tensor, keys: Tensor, theta: float
-) -> slice:
-    """Make a head look so many ids back, along these directions; its rows."""
-    rows, size = _rows(attention, head), attention.head_dim
-    angles = theta ** (-torch.arange(0, size, 2) / size)
-    query = torch.cat([torch.cos(back * angles), -torch.sin(back * angles)])
-    key = torch.cat([torch.ones(size // 2), torch.zeros(size // 2)])
-    attention.q_proj.weight[rows] = query[:, None] * queries
-    attention.k_proj.weight[rows] = key[:, None] * keys
-    return rows
-
-
-def _look_for_the_same(attention: Any, shared: Tensor, mark: Tensor) -> slice:
-    """Make the last head look at image tokens that are about the same thing; its rows.
-
-    Queries like keys: "star" finds the image tokens that the tower has named so. Only angles that
-    are slow to turn take part, so it hardly matters how far away they are. Without the mark of
-    images a word finds itself first.
-    """
-    rows, size = _rows(attention, -1), attention.head_dim
-    half, width = size // 2, len(shared)
-    slow = torch.cat([torch.arange(half // 2, half - 1), torch.arange(half + half // 2, size - 1)])
-    read = torch.linalg.qr(torch.randn(width, width))[0][: len(slow)]
-    for own in (shared, mark):
-        read = read - (read @ own)[:, None] * own / own.dot(own)
-    for weight, own in ((attention.q_proj.weight, shared), (attention.k_proj.weight, mark)):
-        weight[rows] *= 0.3
-        weight[rows.start + slow] = 3 * read
-        weight[rows.start + half - 1] = math.sqrt(80 * math.sqrt(size)) * own
-        weight[rows.stop - 1] = 0
-    return rows
-
-
-def _rows(attention: Any, head: int) -> slice:
-    size = attention.head_dim
-    count = attention.q_proj.weight.shape[0] // size
-    first = head % count * size
-    return slice(first, first + size)
 
 
 def _after_question(directory: Path) -> int:

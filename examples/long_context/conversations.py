@@ -65,12 +65,14 @@ class Writer:
             sample: to add to.
             index: of the picture.
             random: chooses the order.
-            which: names the picture: " in the first picture".
+            which: names the picture: "in the first picture".
             most: questions.
         """
         items = list(self.pictures.scenes[index].items.values())
         for item in random.sample(items, min(most, len(items))):
-            self.say(sample, f"Which colour is the {item.text}{which}?\n")
+            question = f"which colour is the {item.text}?\n"
+            question = f"{which}, {question}" if which else question
+            self.say(sample, question[0].upper() + question[1:])
             self._answer(sample, item.colour)
             self.say(sample, "\n", learnt=True)
 

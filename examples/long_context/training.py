@@ -15,7 +15,7 @@ from examples.long_context.paths import arguments, collate
 LONGEST = 1024  # tokens between a picture and questions about it, at most
 TOKENS = 1600  # of a step, about
 NEAR = 0.5  # share of the steps that have nothing between
-FIRST = " in the first picture"
+FIRST = "in the first picture"
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Recipe:
         warmup: share of the steps until it is reached; it then falls to 0 by a cosine.
     """
 
-    steps: int = 900
-    lr: float = 3e-3
+    steps: int = 500
+    lr: float = 6e-4
     warmup: float = 0.05
 
     def share(self, step: int) -> float:

@@ -1,0 +1,165 @@
+"""Attention heads that an untrained comemo-nano begins with.
+
+A language model learns such heads from long texts. Here it would have to learn them from the few
+questions that need them, and for thousands of these it knows no use for them.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from comemo.conditional_generation import CoMemoForConditionalGeneration
+
+# How many ids back the heads of the first layer look. Before an image there are 16 tokens that are
+# always the same, and with RoPE-DHR an image has 16 ids: so two heads tell each token of a tile
+# where in the picture it is. The other two copy the words before.
+BACK = (16, 13, 1, 2)
+SHARED = 4.0  # how much of the direction that all words and images share
+FAST = 4  # angles that tell how many ids back
+COPIED = 0.5  # how much of what a head finds is added to a token, relative to the token
+
+
+@torch.no_grad()
+def share_directions(model: CoMemoForConditionalGeneration) -> None:
+    """Give words and images directions that heads can ask for, and say what is seen.
+
+    All words and images get the same part along one direction, which gives queries and keys that
+    are the same everywhere before they are rotated. Images have a direction for themselves. Output
+    weights become like the embeddings.
+    """
+    embeddings = model.get_input_embeddings().weight
+    shared = F.normalize(torch.randn(embeddings.shape[1]), dim=0)
+    embeddings += (SHARED - embeddings @ shared)[:, None] * shared
+    shared, mark = _directions(model)
+    embeddings -= (embeddings @ mark)[:, None] * mark
+    own = embeddings - (embeddings @ shared)[:, None] * shared
+    own *= (own.norm(dim=-1).mean() / own.norm(dim=-1))[:, None]  # no word is louder than others
+    embeddings.copy_(own + SHARED * shared)
+    model.lm_head.weight.copy_(own * 2 / math.sqrt(len(shared)))
+    mark_images(model)
+
+
+@torch.no_grad()
+def mark_images(model: CoMemoForConditionalGeneration) -> None:
+    """Give all image tokens their part of the directions, also after the projector was trained."""
+    projector = model.model.multi_modal_projector[-1]
+    for own in _directions(model):
+        projector.weight -= own[:, None] * (own @ projector.weight)
+        projector.bias += (SHARED - projector.bias @ own) * own
+
+
+def _directions(model: CoMemoForConditionalGeneration) -> tuple[Tensor, Tensor]:
+    """Unit vectors [width]: what words and images share, and what images have alone."""
+    shared = F.normalize(model.get_input_embeddings().weight.mean(0), dim=0)
+    mark = torch.randn(len(shared), generator=torch.Generator().manual_seed(0))
+    return shared, F.normalize(mark - (mark @ shared) * shared, dim=0)
+
+
+@torch.no_grad()
+def add_heads(
+    model: CoMemoForConditionalGeneration, asked: int, backs: tuple[int, ...] = BACK
+) -> None:
+    """Make some heads do what questions about images need.
+
+    In the first layer each token copies those before it. In the layers after it, and in the
+    mixin layers, a word copies from the image tokens that are about the same thing; and the end of
+    a prompt copies the end of the question, with what was found for it.
+
+    Args:
+        model: of `share_directions`.
+        asked: tokens from the last word of a question to the end of the prompt.
+        backs: how many ids back the heads of the first layer look.
+    """
+    language, embeddings = model.model.language_model, model.get_input_embeddings().weight
+    width, scale = embeddings.shape[1], embeddings.pow(2).mean().sqrt()
+    shared, mark = _directions(model)
+    # Of what is normalised, this gives 1 for either direction.
+    shared, mark = shared * scale / SHARED, mark * scale / SHARED
+    theta = language.config.rope_parameters["rope_theta"]
+    from_, to = (torch.linalg.qr(torch.randn(width, width))[0] for _ in range(2))
+    first = language.layers[0].self_attn
+    for head, back in zip(range(language.config.num_attention_heads), backs, strict=False):
+        rows = _look_back(first, head, back, 8 * shared, 8 * (shared - mark), theta)
+        first.v_proj.weight[rows] = from_[rows] * scale * COPIED
+        first.o_proj.weight[:, rows] = to[:, rows]
+    copies = []
+    for index, layer in enumerate(language.layers[1:]):
+        attention = layer.self_attn
+        if index % 2 == 0:  # what a layer finds, the next layer copies to the end of the prompt
+            copied = torch.linalg.qr(torch.randn(width, width))[0][: attention.head_dim]
+            copied = _without(copied, shared, mark)
+        copies.append(copied)
+        found = []
+        if index < len(language.layers) - 2:
+            weights = attention.q_proj.weight, attention.k_proj.weight
+            rows = _look_for_the_same(attention, *weights, shared, mark)
+            # Without the mark of images a word finds itself first.
+            end = rows.start + attention.head_dim // 2 - 1
+            for weight, own in zip(weights, (shared, mark), strict=True):
+                weight[end] = math.sqrt(80 * math.sqrt(attention.head_dim)) * own
+            found.append(rows)
+        if index:
+            back = asked + (index + 1) % 2
+            found.append(_look_back(attention, -2, back, 10 * shared, 10 * (shared - mark), theta))
+        for rows in found:
+            attention.v_proj.weight[rows] = copied
+            attention.o_proj.weight[:, rows] = COPIED * copied.T
+    for layer, copied in zip(language.layers[1:], copies, strict=True):
+        if (mixin := layer.mixin) is not None:
+            keys, values = mixin.kv_proj.weight.chunk(2)
+            rows = _look_for_the_same(mixin, mixin.q_proj.weight, keys, shared, mark)
+            values[rows] = copied
+            mixin.o_proj.weight[:, rows] = COPIED * copied.T
+
+
+def _look_back(
+    attention: Any, head: int, back: int, queries: Tensor, keys: Tensor, theta: float
+) -> slice:
+    """Make a head look so many ids back, along these directions; its rows."""
+    rows, size = _rows(attention, attention.q_proj.weight, head), attention.head_dim
+    half = size // 2
+    angles = theta ** (-torch.arange(FAST) / half)  # slow ones hardly tell neighbours apart
+    for weight, direction, cos, sin in (
+        (attention.q_proj.weight, queries, torch.cos(back * angles), -torch.sin(back * angles)),
+        (attention.k_proj.weight, keys, torch.ones(FAST), torch.zeros(FAST)),
+    ):
+        weight[rows] = 0
+        weight[rows.start : rows.start + FAST] = cos[:, None] * direction
+        weight[rows.start + half : rows.start + half + FAST] = sin[:, None] * direction
+    return rows
+
+
+def _look_for_the_same(
+    attention: Any, queries: Tensor, keys: Tensor, shared: Tensor, mark: Tensor
+) -> slice:
+    """Make the last head look at what is about the same thing; its rows.
+
+    Queries like keys: "star" finds the image tokens that the tower has named so. Only angles that
+    are slow to turn take part, so it hardly matters how far away they are.
+    """
+    rows, size = _rows(attention, queries, -1), attention.head_dim
+    half, width = size // 2, len(shared)
+    slow = torch.cat([torch.arange(half // 2, half - 1), torch.arange(half + half // 2, size - 1)])
+    read = torch.linalg.qr(torch.randn(width, width))[0][: len(slow)]
+    for weight in (queries, keys):
+        weight[rows] *= 0.3
+        weight[rows.start + slow] = 3 * _without(read, shared, mark)
+        weight[[rows.start + half - 1, rows.stop - 1]] = 0
+    return rows
+
+
+def _without(rows: Tensor, *directions: Tensor) -> Tensor:
+    """Rows [n, width] that read nothing along directions that are at right angles."""
+    for own in directions:
+        rows = rows - (rows @ own)[:, None] * own / own.dot(own)
+    return rows
+
+
+def _rows(attention: Any, weight: Tensor, head: int) -> slice:
+    """Of a head in a weight [heads * head_dim, width]; negative ones count from the last."""
+    size = attention.head_dim
+    first = head % (weight.shape[0] // size) * size
+    return slice(first, first + size)

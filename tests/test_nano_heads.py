@@ -1,0 +1,124 @@
+"""The heads that comemo-nano begins with attend to what they are made for."""
+
+import math
+
+import pytest
+import torch
+
+from comemo import CoMemoForConditionalGeneration, CoMemoProcessor, prompts
+from comemo.nano.heads import BACK, SHARED, _directions, mark_images
+from comemo.nano.start import make_start
+from comemo_kernels import reference
+
+THINGS = ["red star", "blue circle", "green ring", "yellow square"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("start")
+    make_start(folder)
+    model = CoMemoForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = CoMemoProcessor.from_pretrained(folder).tokenizer
+    return model, lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def weights_of(query, key, ids, theta, size):
+    """Causal attention weights [heads, n, n] of queries and keys [n, heads * size]."""
+    angles = ids[:, None] * theta ** (-torch.arange(0, size, 2) / size)
+    cos, sin = (f(angles)[None] for f in (torch.cos, torch.sin))
+    query, key = (x.unflatten(-1, (-1, size)) for x in (query, key))
+    query, key = reference.apply_rotary(query[None], key[None], cos, sin)
+    scores = torch.einsum("qhd,khd->hqk", query[0], key[0]) / math.sqrt(size)
+    return scores.masked_fill(torch.ones_like(scores[0]).triu(1).bool(), -torch.inf).softmax(-1)
+
+
+def attend(model, layer, x, ids):
+    own = model.model.language_model.layers[layer]
+    x, attention = own.input_layernorm(x), own.self_attn
+    theta = model.config.text_config.rope_parameters["rope_theta"]
+    return weights_of(attention.q_proj(x), attention.k_proj(x), ids, theta, attention.head_dim)
+
+
+@torch.no_grad()
+def conversations(model, encode):
+    """Words, four image tokens of each thing, and a question for one of them.
+
+    Yields:
+        Embeddings [n, width], the range of all image tokens and of the right ones, and the place of
+        the word that names them.
+    """
+    words = model.get_input_embeddings().weight
+    shared, mark = _directions(model)
+    first, images = encode("system\nYou are"), []
+    for thing in THINGS:
+        x = words[encode("a " + thing)[1:]].sum(0)
+        images.append((x - (x @ shared) * shared + SHARED * (shared + mark)).expand(4, -1))
+    begin, end = len(first), len(first) + 4 * len(THINGS)
+    for number, thing in enumerate(THINGS):
+        question = encode(f"Which colour is the {thing.split()[1]}?\n")
+        at = end + question.index(encode("a " + thing)[-1])
+        x = torch.cat([words[first], *images, words[question]])
+        yield x, range(begin, end), range(begin + 4 * number, begin + 4 * number + 4), at
+
+
+@torch.no_grad()
+def test_the_first_layer_looks_back_at_words(start):
+    model, encode = start
+    words = encode("Which colour is the star? Is there a blue circle at the left of the red ring?")
+    assert len(words) > max(BACK)
+    x = model.get_input_embeddings().weight[words]
+    found = attend(model, 0, x, torch.arange(len(words)))
+    for head, back in enumerate(BACK):
+        for i in range(max(BACK), len(words)):
+            assert found[head, i].argmax() == i - back
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [1, 2, 3, 4])
+def test_a_word_finds_the_image_tokens_it_names(start, layer):
+    shares = []
+    for x, _, right, at in conversations(*start):
+        found = attend(start[0], layer, x, torch.arange(len(x)))[-1, at]
+        shares.append(found[list(right)].sum())
+    assert sum(shares) / len(shares) > 0.6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [1, 3, 5])
+def test_mixin_layers_find_them_too(start, layer):
+    model, _ = start
+    mixin = model.model.language_model.layers[layer].mixin
+    theta = model.config.mixin_config.rope_theta
+    shares = []
+    for x, images, right, at in conversations(*start):
+        x = mixin.attn_norm(x)
+        key = mixin.kv_proj(x).chunk(2, -1)[0]
+        found = weights_of(mixin.q_proj(x), key, torch.arange(len(x)), theta, mixin.head_dim)
+        shares.append(found[-1, at, list(right)].sum() / found[-1, at, list(images)].sum())
+    assert sum(shares) / len(shares) > 0.6
+
+
+@torch.no_grad()
+def test_the_end_of_a_prompt_looks_at_the_end_of_the_question(start):
+    model, encode = start
+    words = encode(prompts.build_prompt([("Is there a red star?", None)], "internlm2-chat"))
+    star = len(words) - 1 - words[::-1].index(encode("a star")[-1])
+    x = model.get_input_embeddings().weight[words]
+    ids = torch.arange(len(x))
+    for layer, back in ((2, 0), (3, 1), (4, 0), (5, 1)):
+        assert attend(model, layer, x, ids)[-2, -1].argmax() == star - back
+
+
+@torch.no_grad()
+def test_images_are_marked_after_any_training(start):
+    model, _ = start
+    projector = model.model.multi_modal_projector
+    before = projector[-1].bias.clone()
+    projector[-1].bias += 1
+    projector[-1].weight += 0.1
+    mark_images(model)
+    seen = projector(torch.randn(5, projector[0].weight.shape[0]))
+    for own in _directions(model):
+        torch.testing.assert_close(seen @ own, torch.full((5,), SHARED))
+        assert (model.get_input_embeddings().weight @ own).std() < 0.01 * SHARED
+    projector[-1].bias.copy_(before)
