@@ -54,7 +54,7 @@ def talk(writer, *indices):
     sample = Sample()
     for index in indices:
         writer.show(sample, index)
-        writer.ask(sample, index, Random(0), most=2)
+        writer.ask(sample, writer.choose(index, Random(0), 2))
     return sample
 
 
@@ -161,13 +161,13 @@ def test_answers_are_what_is_learnt(writer):
     start = len(sample.ids)
     assert start == len("<img></img>\n") + writer.pictures.count(4) + 37
     assert set(sample.labels) == {IGNORED}
-    writer.ask(sample, 4, Random(0), "in the first picture")
+    writer.ask(sample, writer.choose(4, Random(0)))
     scene = writer.pictures.scenes[4]
     text = "".join(chr(i - 1) for i in sample.ids[start:])
     asked = text.splitlines()
     told = dict(zip(asked[::2], asked[1::2], strict=True))
     assert told == {
-        f"In the first picture, which colour is the {item.text}?": item.colour
+        f"Which colour is the {item.text}?": item.colour
         for item in scene.items.values()
     }
     counted = ["".join(chr(i - 1) for i in sample.ids[slice(*a)]) for a in sample.answers]

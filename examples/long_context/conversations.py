@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from comemo.nano.scenes import Scene
+from comemo.nano.scenes import Item, Scene
 from comemo.nano.words import DIRECTIONS, SHAPES, WORDS
 from examples.long_context.pictures import Pictures
 
@@ -56,23 +56,15 @@ class Writer:
         sample.pictures.append(index)
         self.say(sample, "</img>\n")
 
-    def ask(
-        self, sample: Sample, index: int, random: Random, which: str = "", most: int = 7
-    ) -> None:
-        """Ask for the colours of a picture's shapes, each once: no answer helps another.
-
-        Args:
-            sample: to add to.
-            index: of the picture.
-            random: chooses the order.
-            which: names the picture: "in the first picture".
-            most: questions.
-        """
+    def choose(self, index: int, random: Random, most: int = 7) -> list[Item]:
+        """Things of a picture to ask for, in any order."""
         items = list(self.pictures.scenes[index].items.values())
-        for item in random.sample(items, min(most, len(items))):
-            question = f"which colour is the {item.text}?\n"
-            question = f"{which}, {question}" if which else question
-            self.say(sample, question[0].upper() + question[1:])
+        return random.sample(items, min(most, len(items)))
+
+    def ask(self, sample: Sample, items: list[Item]) -> None:
+        """Ask for the colours of shapes, each once: no answer helps another."""
+        for item in items:
+            self.say(sample, f"Which colour is the {item.text}?\n")
             self._answer(sample, item.colour)
             self.say(sample, "\n", learnt=True)
 
@@ -92,20 +84,36 @@ class Writer:
             self.say(sample, _sentence(random))
         del sample.ids[end:], sample.labels[end:]
 
-    def chat(self, sample: Sample, random: Random, tokens: int, others: Callable[[], int]) -> None:
+    def chat(
+        self,
+        sample: Sample,
+        random: Random,
+        tokens: int,
+        others: Callable[[], int],
+        asked: Item,
+    ) -> None:
         """Add about so many tokens, at least, of conversations about other pictures.
 
         Args:
             sample: to add to.
             random: chooses.
             tokens: at least, if more than 0.
-            others: the index of another picture.
+            others: the index of another picture; called until that has no such shape as `asked`.
+            asked: what will be asked for after it: the first picture alone has the answer.
+
+        Raises:
+            ValueError: it is called in vain a thousand times.
         """
         end = len(sample.ids) + tokens
         while len(sample.ids) < end:
-            index = others()
+            for _ in range(1000):
+                items = self.pictures.scenes[index := others()].items.values()
+                if all(item.text != asked.text for item in items):
+                    break
+            else:
+                raise ValueError(f"chat: wanted pictures without a {asked.text}, found none")
             self.show(sample, index)
-            self.ask(sample, index, random)
+            self.ask(sample, self.choose(index, random))
 
     def _answer(self, sample: Sample, text: str) -> None:
         start = len(sample.ids)

@@ -15,7 +15,6 @@ from examples.long_context.paths import arguments, collate
 LONGEST = 1024  # tokens between a picture and questions about it, at most
 TOKENS = 1600  # of a step, about
 NEAR = 0.5  # share of the steps that have nothing between
-FIRST = "in the first picture"
 
 
 @dataclass(frozen=True)
@@ -116,12 +115,13 @@ def make_batch(writer: Writer, chosen: range, random: Random, near: bool) -> lis
             if random.random() < 0.5:
                 writer.describe(sample, index)
             else:
-                writer.ask(sample, index, random)
+                writer.ask(sample, writer.choose(index, random))
         elif kind == "text":
             writer.fill(sample, random, between)
-            writer.ask(sample, index, random)
+            writer.ask(sample, writer.choose(index, random))
         else:
-            writer.chat(sample, random, between, other)
-            writer.ask(sample, index, random, FIRST)
+            (asked,) = writer.choose(index, random, 1)
+            writer.chat(sample, random, between, other, asked)
+            writer.ask(sample, [asked])
         samples.append(sample)
     return samples
