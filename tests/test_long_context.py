@@ -233,7 +233,7 @@ def test_results_are_reported(checkpoint, writer, tmp_path, monkeypatch, capsys)
     sets = {"any": range(4), "tiles 4": range(2), "short": range(2), "long": range(2)}
     results = evaluate(make_model(checkpoint, "dhr", 0), "memory", writer, sets, (0, 20))
     asked = {(r.task, r.at): r.asked for r in results}
-    count = sum(len(scene.items) for scene in writer.pictures.scenes[:4])
+    count = sum(min(len(scene.items), training.MOST) for scene in writer.pictures.scenes[:4])
     assert asked["distance text", 20] == asked["distance pictures", 20] == count
     found = []
     for chosen in configurations(2):

@@ -65,12 +65,41 @@ def conversations(model, encode):
 def test_the_first_layer_looks_back_at_words(start):
     model, encode = start
     words = encode("Which colour is the star? Is there a blue circle at the left of the red ring?")
-    assert len(words) > max(BACK)
+    assert len(words) > 17
     x = model.get_input_embeddings().weight[words]
     found = attend(model, 0, x, torch.arange(len(words)))
-    for head, back in enumerate(BACK):
-        for i in range(max(BACK), len(words)):
+    for head, back in enumerate((16, 17, *BACK)):
+        for i in range(17, len(words)):
             assert found[head, i].argmax() == i - back
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [2, 4])
+def test_image_tokens_get_the_names_of_their_places(start, rows):
+    """After the first layer; those of a grid of 2 x 2 places and of 4 x 4."""
+    model, encode = start
+    words, attention = model.get_input_embeddings().weight, model.model.language_model.layers[0]
+    shared, mark = _directions(model)
+    prompt = prompts.build_prompt([("<image>", None)], "internlm2-chat").split("<image>")[0]
+    before = [model.config.text_config.bos_token_id, *encode(prompt + "<img>")]
+    assert len(before) == 16
+    image = (SHARED * (shared + mark)).expand(16, -1)  # shows nothing
+    x = torch.cat([words[before], image])
+    weights = attend(model, 0, x, torch.arange(32))
+    norm, own = attention.input_layernorm, attention.self_attn
+    values = own.v_proj(norm(x)).unflatten(-1, (4, -1))
+    seen = own.o_proj(torch.einsum("hqk,khd->qhd", weights, values).flatten(1))[16:]
+    names = {
+        2: [["top", "bottom"], ["left", "right"]],
+        4: [[f"{line} {i}" for i in range(1, 5)] for line in ("row", "column")],
+    }[rows]
+    right = 0
+    for token, x in enumerate(seen):
+        for line, at in zip(names, divmod(token, 4), strict=True):
+            ids = [encode("at " + name)[-1] for name in line]
+            scores = (words[ids] - (words[ids] @ shared)[:, None] * shared) @ x
+            right += int(scores.argmax()) == at * rows // 4
+    assert right >= {2: 30, 4: 22}[rows]  # of 32; some are on a border of a grid of three
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def write_shapes(folder: str | Path, count: int, first: int = 0) -> None:
 
 
 def write_lessons(folder: str | Path, count: int, first: int = 0) -> None:
-    """Write pictures of two or four places, with conversations: lessons/ and two files about them.
+    """Write pictures of four places, with conversations: lessons/ and two files about them.
 
     colours.jsonl asks for colours of things, lessons.jsonl for what is where.
 

@@ -5,6 +5,7 @@ questions that need them, and for thousands of these it knows no use for them.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,12 +14,10 @@ from torch.nn import functional as F
 
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 
-# How many ids back the heads of the first layer look. Before an image there are 16 tokens that are
-# always the same, and with RoPE-DHR an image has 16 ids: so two heads tell each token of a tile
-# where in the picture it is. The other two copy the words before.
-BACK = (16, 13, 1, 2)
+BACK = (1, 2)  # how many ids back heads of the first layer look, to copy the words before
 SHARED = 4.0  # how much of the direction that all words and images share
 FAST = 4  # angles that tell how many ids back
+NAMED = 0.5  # how much of the names of its place is added to an image token
 COPIED = 0.5  # how much of what a head finds is added to a token, relative to the token
 
 
@@ -60,37 +59,45 @@ def _directions(model: CoMemoForConditionalGeneration) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def add_heads(
-    model: CoMemoForConditionalGeneration, asked: int, backs: tuple[int, ...] = BACK
+    model: CoMemoForConditionalGeneration,
+    places: Mapping[int, Mapping[int, Mapping[int, float]]],
+    asked: int,
 ) -> None:
     """Make some heads do what questions about images need.
 
-    In the first layer each token copies those before it. In the layers after it, and in the
-    mixin layers, a word copies from the image tokens that are about the same thing; and the end of
-    a prompt copies the end of the question, with what was found for it.
+    In the first layer each image token gets the words that name its place, and each word copies
+    those before it. In the layers after it, and in the mixin layers, a word copies from the image
+    tokens that are about the same thing; and the end of a prompt copies the end of the question,
+    with what was found for it.
 
     Args:
         model: of `share_directions`.
+        places: so many ids back -> ids of words that are there before an image -> {id: weight} of
+            the words that name the place. Before an image there are always the same tokens, and
+            with RoPE-DHR every tile has the ids of the thumbnail.
         asked: tokens from the last word of a question to the end of the prompt.
-        backs: how many ids back the heads of the first layer look.
     """
     language, embeddings = model.model.language_model, model.get_input_embeddings().weight
-    width, scale = embeddings.shape[1], embeddings.pow(2).mean().sqrt()
+    scale = embeddings.pow(2).mean().sqrt()
     shared, mark = _directions(model)
     # Of what is normalised, this gives 1 for either direction.
     shared, mark = shared * scale / SHARED, mark * scale / SHARED
     theta = language.config.rope_parameters["rope_theta"]
-    from_, to = (torch.linalg.qr(torch.randn(width, width))[0] for _ in range(2))
     first = language.layers[0].self_attn
-    for head, back in zip(range(language.config.num_attention_heads), backs, strict=False):
+    for head, back in enumerate((*places, *BACK)[: language.config.num_attention_heads]):
         rows = _look_back(first, head, back, 8 * shared, 8 * (shared - mark), theta)
-        first.v_proj.weight[rows] = from_[rows] * scale * COPIED
-        first.o_proj.weight[:, rows] = to[:, rows]
+        if back in places:
+            read, written = _names(first, embeddings, places[back])
+        else:
+            read = _part(first, shared, mark)
+            written = COPIED * read.T
+        first.v_proj.weight[rows] = read
+        first.o_proj.weight[:, rows] = written
     copies = []
     for index, layer in enumerate(language.layers[1:]):
         attention = layer.self_attn
         if index % 2 == 0:  # what a layer finds, the next layer copies to the end of the prompt
-            copied = torch.linalg.qr(torch.randn(width, width))[0][: attention.head_dim]
-            copied = _without(copied, shared, mark)
+            copied = _part(attention, shared, mark)
         copies.append(copied)
         found = []
         if index < len(language.layers) - 2:
@@ -113,6 +120,23 @@ def add_heads(
             rows = _look_for_the_same(mixin, mixin.q_proj.weight, keys, shared, mark)
             values[rows] = copied
             mixin.o_proj.weight[:, rows] = COPIED * copied.T
+
+
+def _names(
+    attention: Any, embeddings: Tensor, named: Mapping[int, Mapping[int, float]]
+) -> tuple[Tensor, Tensor]:
+    """What a head reads [head_dim, width] and writes [width, head_dim] to name words by others."""
+    found = embeddings[list(named)]
+    found = found / found.pow(2).mean(-1, keepdim=True).sqrt()
+    read = torch.zeros(attention.head_dim, embeddings.shape[1])
+    read[: len(found)] = torch.linalg.pinv(found).T  # 1 for one of them, 0 for the others
+    written = torch.zeros_like(read.T)
+    shared = F.normalize(embeddings.mean(0), dim=0)
+    for column, names in enumerate(named.values()):
+        for index, weight in names.items():
+            own = embeddings[index]
+            written[:, column] += weight * (own - (own @ shared) * shared)
+    return read, NAMED * written
 
 
 def _look_back(
@@ -149,6 +173,12 @@ def _look_for_the_same(
         weight[rows.start + slow] = 3 * _without(read, shared, mark)
         weight[[rows.start + half - 1, rows.stop - 1]] = 0
     return rows
+
+
+def _part(attention: Any, *directions: Tensor) -> Tensor:
+    """A part [head_dim, width] of what is to be copied, by chance."""
+    rows = torch.linalg.qr(torch.randn(2 * directions[0].shape))[0][: attention.head_dim]
+    return _without(rows, *directions)
 
 
 def _without(rows: Tensor, *directions: Tensor) -> Tensor:

@@ -33,12 +33,8 @@ SIZES = {
 }
 # How often things are a shape, word, letter or number: in pictures, and where reading is learnt.
 ITEMS, TEXTS = (5, 3, 1, 2), (4, 5, 2, 3)
-# Of pictures that are cut into four tiles at most, to begin with.
-LESSONS = {
-    "across": (1200, 600, 1, 2),
-    "down": (600, 1200, 2, 1),
-    "four": (1152, 1152, 2, 2),
-}
+# Of pictures that are cut into four tiles, to begin with.
+LESSONS = {"four": (1152, 1152, 2, 2)}
 GROUNDS = ("plain", "gradient", "stripes", "noise", "photograph")
 
 Place = tuple[int, int]  # row, column, from 0
@@ -164,14 +160,14 @@ def _objects(seed: int, random: Random, sizes: tuple[str, ...] = tuple(SIZES)) -
 
 
 def make_lesson(seed: int) -> Scene:
-    """A picture of "objects" with two or four places, one of them empty at times.
+    """A picture of "objects" with four places, some of them empty at times.
 
     Raises:
         ValueError: a seed outside `SEEDS`.
     """
     _check_seed("make_lesson", seed)
     random = Random(f"lesson {seed}")
-    scene = Scene(seed, "objects", random.choice(list(LESSONS)), random.choice(GROUNDS))
+    scene = Scene(seed, "objects", "four", random.choice(GROUNDS))
     rows, cols = scene.shape
     for place in [(row, col) for row in range(rows) for col in range(cols)]:
         if random.random() < 0.8 or (not scene.items and place == (rows - 1, cols - 1)):

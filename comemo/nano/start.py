@@ -15,13 +15,14 @@ from comemo.nano.heads import add_heads, share_directions
 from comemo.nano.questions import questions_about, questions_about_pair
 from comemo.nano.scenes import make_pair, make_scene
 from comemo.nano.words import COLOURS, DIRECTIONS, FIELDS, LETTERS, SHAPES, WORDS
-from comemo.processing.new_tokenizer import save_tokenizer
+from comemo.processing.new_tokenizer import SPACE, save_tokenizer
 from comemo.tokenizer import InternLM2Tokenizer
 
 VOCABULARY = 1000  # at most
 # The usual 1e6 is for long texts: most of its angles hardly differ within an image of 16 ids.
 THETA = 1e4
-SPACE, ALIKE = "\u2581", 0.9  # cosine of a word and the same word after a space
+SIDE = 4  # rows and columns of the tokens of an image
+ALIKE = 0.9  # cosine of a word and the same word after a space
 
 
 def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
@@ -38,6 +39,7 @@ def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
         directory,
         _sentences(),
         VOCABULARY,
+        [f" {line} {number}" for line in ("row", "column") for number in range(1, 5)],
         split_digits=True,
         max_sentencepiece_length=48,
         add_dummy_prefix=False,
@@ -81,7 +83,7 @@ def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
         spread_weights(model)
         _liken_words(model, directory)
         share_directions(model)
-        add_heads(model, _after_question(directory))
+        add_heads(model, _places(directory), _after_question(directory))
     model.save_pretrained(directory)
 
 
@@ -115,6 +117,41 @@ def _liken_words(model: CoMemoForConditionalGeneration, directory: Path) -> None
         if (spaced := ids.get(SPACE + word)) is not None:
             embeddings[spaced] *= math.sqrt(1 - ALIKE**2)
             embeddings[spaced] += ALIKE * embeddings[index]
+
+
+def _places(directory: Path) -> dict[int, dict[int, dict[int, float]]]:
+    """What is before an image tells where in it a token is: `places` of `add_heads`."""
+    tokenizer = InternLM2Tokenizer.from_pretrained(directory)
+    prompt = prompts.build_prompt([("<image>", None)], "internlm2-chat")
+    before = tokenizer(prompt.split("<image>")[0] + "<img>")["input_ids"]
+    vocabulary, count = tokenizer.get_vocab(), SIDE * SIDE
+    assert len(before) == count, "an image has as many ids as there are tokens before it"
+    found: dict[int, dict[int, dict[int, float]]] = {count: {}, count + 1: {}}
+    for index, token in enumerate(before):
+        lines = _lines("row", index // SIDE) | _lines("column", index % SIDE)
+        named = {vocabulary[SPACE + name.replace(" ", SPACE)]: lines[name] for name in lines}
+        if before.count(token) == 1:
+            found[count][token] = named
+        else:  # the one before it is not there twice
+            found[count + 1][before[index - 1]] = named
+    return found
+
+
+def _lines(line: str, at: int) -> dict[str, float]:
+    """The names of one of `SIDE` rows or columns, and in how many grids they are right."""
+    ends = ("top", "bottom") if line == "row" else ("left", "right")
+    names = {ends[0]: 1 - at / (SIDE - 1), ends[1]: at / (SIDE - 1)}
+    for count in range(2, SIDE + 1):
+        for number in range(count):
+            # How much of it is in this one of so many.
+            begin, end = (
+                max(at / SIDE, number / count),
+                min((at + 1) / SIDE, (number + 1) / count),
+            )
+            if end > begin:
+                name = f"{line} {number + 1}"
+                names[name] = names.get(name, 0) + (end - begin) * SIDE / (SIDE - 1)
+    return {name: share for name, share in names.items() if share > 0}
 
 
 def _after_question(directory: Path) -> int:

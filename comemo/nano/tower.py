@@ -30,6 +30,7 @@ SIDE, GRID = 64, 4  # pixels and image tokens on a side of a tile
 EMPTY, MOSAIC = 0.08, 0.25  # shares of tiles that show nothing, and four small things
 SHARP = 20.0  # logits are this times the cosine of image tokens and embeddings of words
 LENGTH = 0.1  # weight of the loss for image tokens that are not as long as words
+DIGITS = ("first", "second")  # which of a number is on the left
 MOST = 16  # ids that name a thing, at most
 SHARES = {"shape": 2, "word": 6, "letter": 2, "number": 3}  # how often things are shown
 
@@ -202,7 +203,8 @@ def _said(item: Item | None) -> list[list[str]]:
     if item.kind == "letter":
         return [[*small, item.text]] * GRID + [small]
     if item.kind == "number":  # a digit on either side
-        return [[*small, item.text[column // (GRID // 2)]] for column in range(GRID)] + [small]
+        digits = [[*small, digit, at] for digit, at in zip(item.text, DIGITS, strict=True)]
+        return [digits[column // (GRID // 2)] for column in range(GRID)] + [small]
     columns = []
     for column in range(GRID):
         # Text takes about three quarters of the width.

@@ -85,35 +85,31 @@ class Writer:
         del sample.ids[end:], sample.labels[end:]
 
     def chat(
-        self,
-        sample: Sample,
-        random: Random,
-        tokens: int,
-        others: Callable[[], int],
-        asked: Item,
+        self, sample: Sample, tokens: int, others: Callable[[], int], asked: list[Item]
     ) -> None:
-        """Add about so many tokens, at least, of conversations about other pictures.
+        """Add about so many tokens, at least, of other pictures and lists of what is in them.
 
         Args:
             sample: to add to.
-            random: chooses.
             tokens: at least, if more than 0.
-            others: the index of another picture; called until that has no such shape as `asked`.
-            asked: what will be asked for after it: the first picture alone has the answer.
+            others: the index of another picture; called until that has no shape that is `asked`.
+            asked: what will be asked for after it: the first picture alone has the answers.
 
         Raises:
             ValueError: it is called in vain a thousand times.
         """
-        end = len(sample.ids) + tokens
+        end, kept = len(sample.ids) + tokens, {item.text for item in asked}
         while len(sample.ids) < end:
             for _ in range(1000):
-                items = self.pictures.scenes[index := others()].items.values()
-                if all(item.text != asked.text for item in items):
+                scene = self.pictures.scenes[index := others()]
+                if kept.isdisjoint(item.text for item in scene.items.values()):
                     break
             else:
-                raise ValueError(f"chat: wanted pictures without a {asked.text}, found none")
+                raise ValueError(f"chat: wanted pictures without {sorted(kept)}, found none")
             self.show(sample, index)
-            self.ask(sample, self.choose(index, random))
+            *most, last = listing(scene)
+            listed = f"{', '.join(most)} and {last}" if most else last
+            self.say(sample, f"Describe everything in the picture.\n{listed}\n")
 
     def _answer(self, sample: Sample, text: str) -> None:
         start = len(sample.ids)

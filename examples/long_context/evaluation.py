@@ -12,10 +12,11 @@ import torch
 from comemo import CoMemoForConditionalGeneration
 from examples.long_context.conversations import Sample, Writer
 from examples.long_context.paths import arguments, collate
+from examples.long_context.training import MOST
 
 DISTANCES = (0, 64, 256, 512, 1024, 2048, 4096)
 FILLERS = ("text", "pictures")
-ASKED = 64  # pictures at each distance up to 1,024; fewer beyond, which take long
+ASKED = 48  # pictures at each distance up to 1,024; fewer beyond, which take long
 AT_ONCE = 6000  # tokens of a forward, about
 
 
@@ -104,16 +105,14 @@ def _distant(writer: Writer, chosen: range, filler: str, distance: int) -> Itera
     count = ASKED if distance <= 1024 else ASKED * 1024 // distance
     for index in chosen[:count]:
         random = Random(f"{filler} {distance} {index}")
-        sample, asked = Sample(), writer.choose(index, random)
+        sample, asked = Sample(), writer.choose(index, random, MOST)
         writer.show(sample, index)
         if filler == "text":
             writer.fill(sample, random, distance)
             writer.ask(sample, asked)
         else:
-            # One shape, which no other picture has.
-            writer.chat(sample, random, distance, lambda r=random: r.choice(chosen), asked[0])
-            sample.answers.clear()  # only the one about the first picture counts
-            writer.ask(sample, asked[:1])
+            writer.chat(sample, distance, lambda r=random: r.choice(chosen), asked)
+            writer.ask(sample, asked)
         yield sample
 
 
