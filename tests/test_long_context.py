@@ -123,8 +123,8 @@ def test_a_seed_has_one_start_for_all(checkpoint):
         make_model(checkpoint, *a) for a in (("dhr", 1), ("original", 1), ("dhr", 2))
     )
     assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))
-    query = "model.language_model.layers.0.self_attn.q_proj.weight"
-    assert not torch.equal(one.state_dict()[query], other.state_dict()[query])
+    new = "model.language_model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(one.state_dict()[new], other.state_dict()[new])
     trained = CoMemoForConditionalGeneration.from_pretrained(checkpoint)
     assert torch.equal(one.lm_head.weight, trained.lm_head.weight)
     assert torch.equal(
@@ -167,8 +167,7 @@ def test_answers_are_what_is_learnt(writer):
     asked = text.splitlines()
     told = dict(zip(asked[::2], asked[1::2], strict=True))
     assert told == {
-        f"Which colour is the {item.text}?": item.colour
-        for item in scene.items.values()
+        f"Which colour is the {item.text}?": item.colour for item in scene.items.values()
     }
     counted = ["".join(chr(i - 1) for i in sample.ids[slice(*a)]) for a in sample.answers]
     assert counted == asked[1::2]
@@ -184,6 +183,21 @@ def test_lists_are_counted_thing_by_thing(writer):
     text = "".join(chr(i - 1) for i in sample.labels if i != IGNORED)
     assert text.count(" and ") == 1
     assert text.endswith(things[-1] + "\n")
+
+
+def test_other_pictures_lack_what_is_asked_for(writer):
+    for index in range(6):
+        sample, asked = Sample(), writer.choose(index, Random(index), 3)
+        others = iter([*range(6)] * 1000)
+        writer.chat(sample, 200, lambda others=others: next(others), asked)
+        assert 1 <= len(asked) <= 3
+        assert sample.pictures
+        for other in sample.pictures:
+            shown = {item.text for item in writer.pictures.scenes[other].items.values()}
+            assert shown.isdisjoint(item.text for item in asked)
+        assert not sample.answers
+    with pytest.raises(ValueError, match="chat: wanted pictures without a"):
+        writer.chat(Sample(), 200, lambda: 4, writer.choose(4, Random(0)))
 
 
 @pytest.mark.parametrize("near", [True, False])
@@ -234,7 +248,8 @@ def test_results_are_reported(checkpoint, writer, tmp_path, monkeypatch, capsys)
     results = evaluate(make_model(checkpoint, "dhr", 0), "memory", writer, sets, (0, 20))
     asked = {(r.task, r.at): r.asked for r in results}
     count = sum(min(len(scene.items), training.MOST) for scene in writer.pictures.scenes[:4])
-    assert asked["distance text", 20] == asked["distance pictures", 20] == count
+    assert asked["distance text", 20] == count
+    assert 4 <= asked["distance pictures", 20] <= count  # few pictures lack more than one shape
     found = []
     for chosen in configurations(2):
         share = {"context": 0.5, "memory": 0.6, "both": 0.7 + chosen.seed / 10}[chosen.path]

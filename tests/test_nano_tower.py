@@ -53,7 +53,11 @@ def test_shares_say_how_often_a_thing_is_shown():
     [
         (Item("shape", "star", "red"), ["red", "star"], ["red", "star"]),
         (Item("letter", "Q", "blue"), ["letter", "blue", "Q"], ["letter", "blue", "Q"]),
-        (Item("number", "37", "blue"), ["number", "blue", "3"], ["number", "blue", "7"]),
+        (
+            Item("number", "37", "blue"),
+            ["number", "blue", "3", "first"],
+            ["number", "blue", "7", "second"],
+        ),
         (
             Item("word", "FOX", "red"),
             ["word", "red", "FOX", "FOX", "F"],

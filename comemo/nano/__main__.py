@@ -28,20 +28,20 @@ TILES = {"albums": 1, "shapes": 4, "colours": 4, "lessons": 4, "places": 12, "pi
 # Run -> datasets, and how often each is read in an epoch. What was learnt before is not forgotten
 # if some of it comes again.
 SHARES: dict[str, dict[str, float]] = {
-    "colours": {"albums": 0.7, "shapes": 0.6, "colours": 1, "lessons": 0.4},
+    "colours": {"albums": 0.5, "shapes": 0.3, "colours": 0.5, "lessons": 1},
     "places": {
         "albums": 0.2,
-        "shapes": 0.15,
+        "shapes": 0.1,
         "colours": 0.2,
-        "lessons": 0.6,
-        "places": 0.7,
-        "pictures": 0.5,
+        "lessons": 0.4,
+        "places": 1,
+        "pictures": 0.6,
     },
     "see": {
         "albums": 0.1,
         "shapes": 0.05,
         "colours": 0.1,
-        "lessons": 0.15,
+        "lessons": 0.1,
         "places": 0.4,
         "pictures": 1,
     },

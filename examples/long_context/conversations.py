@@ -93,23 +93,30 @@ class Writer:
             sample: to add to.
             tokens: at least, if more than 0.
             others: the index of another picture; called until that has no shape that is `asked`.
-            asked: what will be asked for after it: the first picture alone has the answers.
+            asked: what will be asked for after it: the first picture alone has the answers. Loses
+                its last if there is no such other picture.
 
         Raises:
-            ValueError: it is called in vain a thousand times.
+            ValueError: all others have the last that is left.
         """
-        end, kept = len(sample.ids) + tokens, {item.text for item in asked}
+        end = len(sample.ids) + tokens
         while len(sample.ids) < end:
-            for _ in range(1000):
-                scene = self.pictures.scenes[index := others()]
-                if kept.isdisjoint(item.text for item in scene.items.values()):
-                    break
-            else:
-                raise ValueError(f"chat: wanted pictures without {sorted(kept)}, found none")
+            index = self._without(others, asked)
+            scene = self.pictures.scenes[index]
             self.show(sample, index)
             *most, last = listing(scene)
             listed = f"{', '.join(most)} and {last}" if most else last
             self.say(sample, f"Describe everything in the picture.\n{listed}\n")
+
+    def _without(self, others: Callable[[], int], asked: list[Item]) -> int:
+        while asked:
+            for _ in range(1000):
+                index = others()
+                shown = {item.text for item in self.pictures.scenes[index].items.values()}
+                if shown.isdisjoint(item.text for item in asked):
+                    return index
+            lost = asked.pop()
+        raise ValueError(f"chat: wanted pictures without a {lost.text}, found none")
 
     def _answer(self, sample: Sample, text: str) -> None:
         start = len(sample.ids)

@@ -72,8 +72,8 @@ def make_model(checkpoint: Path, rope: str, seed: int) -> CoMemoForConditionalGe
             (model.lm_head, trained.lm_head),
         ):
             own.load_state_dict(taken.state_dict())
-        # Without the heads that tell where in an image a token is: RoPE-DHR alone can use them.
-        add_heads(model, ASKED, backs=())
+        # Nothing names the places of image tokens: with RoPE-DHR alone it would be right.
+        add_heads(model, {}, ASKED)
     core.vision_tower = nn.Identity()  # features of pictures are given
     for index in config.mixin_layers:  # all weights are new: the paths start alike
         mixin = core.language_model.layers[index].mixin
