@@ -66,7 +66,7 @@ def test_a_place_is_about_a_tile(size, most):
     assert rows * cols <= 12
     if most == 12 or size in {half.size for seed in range(50) for half in make_pair(seed)}:
         assert choose_grid(width, height, 1, most, TILE) == (cols, rows)
-        small = dataset._reduce(Image.new("RGB", (width, height)))
+        small = dataset.reduce(Image.new("RGB", (width, height)))
         assert choose_grid(*small.size, 1, most, TILE) == (cols, rows)
         assert min(small.width / cols, small.height / rows) >= TILE
 

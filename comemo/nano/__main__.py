@@ -25,6 +25,7 @@ from comemo.processor import CoMemoProcessor
 
 # Most tiles of a picture.
 TILES = {"albums": 1, "shapes": 4, "colours": 4, "lessons": 4, "places": 12, "pictures": 12}
+WHOLE = 4000  # pictures whose tiles the tower learns from, at most
 # Run -> datasets, and how often each is read in an epoch. What was learnt before is not forgotten
 # if some of it comes again.
 SHARES: dict[str, dict[str, float]] = {
@@ -56,6 +57,7 @@ def prepare(
     lessons: int = 8000,
     pictures: int = 20000,
     tower: int = 2200,
+    parts: int = 1500,
 ) -> None:
     """Write the data, and the model that training begins with.
 
@@ -67,6 +69,7 @@ def prepare(
         lessons: pictures of few places.
         pictures: whole pictures.
         tower: steps in which the vision tower learns to name single things.
+        parts: steps in which it then also learns what is where in whole pictures.
 
     Raises:
         ValueError: a seed whose pictures are not for training.
@@ -81,7 +84,10 @@ def prepare(
         text = json.dumps(_datasets(data, shares), indent=2)
         (data / f"{stage}.json").write_text(text + "\n", encoding="utf-8")
     make_start(start, seed)
-    teach_tower(start, data, range(own * ALBUM, (own + albums) * ALBUM), tower, seed=seed)
+    single, whole = range(own * ALBUM, (own + albums) * ALBUM), first + 2 * 10**7
+    teach_tower(start, data, single, tower, seed=seed)
+    scenes = range(whole, whole + min(pictures, WHOLE))
+    teach_tower(start, data, single, parts, lr=1e-3, seed=seed + 1, scenes=scenes)
 
 
 def _datasets(folder: Path, shares: dict[str, float]) -> dict[str, dict[str, Any]]:

@@ -199,13 +199,13 @@ def _shapes_sample(seed: int) -> tuple[list[Image.Image], Conversations]:
     scene = make_shapes(seed)
     times = range(AGAIN["shapes"])
     asked = [questions_about_colours(scene, random) for _ in times]
-    return [_reduce(draw(scene))], {"shapes": asked}
+    return [reduce(draw(scene))], {"shapes": asked}
 
 
 def _lesson_sample(seed: int) -> tuple[list[Image.Image], Conversations]:
     random = Random(f"lesson sample {seed}")
     scene = make_lesson(seed)
-    return [_reduce(draw(scene))], {
+    return [reduce(draw(scene))], {
         "colours": [questions_about_colours(scene, random) for _ in range(AGAIN["colours"])],
         "lessons": [questions_about_places(scene, random) for _ in range(AGAIN["lessons"])],
     }
@@ -228,7 +228,7 @@ def _picture_sample(seed: int) -> tuple[list[Image.Image], Conversations]:
     if len(scenes) == 1 and scenes[0].layout == "objects":
         times = range(AGAIN["places"])
         conversations["places"] = [questions_about_places(scenes[0], random) for _ in times]
-    return [_reduce(draw(scene)) for scene in scenes], conversations
+    return [reduce(draw(scene)) for scene in scenes], conversations
 
 
 def _asked(scene: Scene, random: Random) -> list[Question]:
@@ -271,6 +271,6 @@ def _has(text: str, name: str) -> bool:
     return re.search(rf"{name}(?! (?:left|right))\b", text) is not None
 
 
-def _reduce(image: Image.Image) -> Image.Image:
+def reduce(image: Image.Image) -> Image.Image:
     """At two fifths, still twice as wide as the tiles that nano sees, so that reading is quick."""
     return image.resize((image.width * 2 // 5, image.height * 2 // 5), Image.Resampling.LANCZOS)

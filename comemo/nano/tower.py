@@ -19,20 +19,23 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from comemo.conditional_generation import CoMemoForConditionalGeneration
-from comemo.nano.dataset import ALBUM, album_item
-from comemo.nano.drawing import GROUNDS_OF_ONE, draw_ground
+from comemo.image_processor import CoMemoImageProcessor
+from comemo.nano.dataset import ALBUM, album_item, reduce
+from comemo.nano.drawing import GROUNDS_OF_ONE, draw_ground, draw_parts
 from comemo.nano.heads import mark_images
-from comemo.nano.scenes import Item
+from comemo.nano.parts import DIGITS, GRID, SIDE, words_of_tiles
+from comemo.nano.scenes import Item, make_scene
 from comemo.processor import CoMemoProcessor
 from comemo_kernels import fold_tiles
 
-SIDE, GRID = 64, 4  # pixels and image tokens on a side of a tile
 EMPTY, MOSAIC = 0.08, 0.25  # shares of tiles that show nothing, and four small things
 SHARP = 20.0  # logits are this times the cosine of image tokens and embeddings of words
 LENGTH = 0.1  # weight of the loss for image tokens that are not as long as words
-DIGITS = ("first", "second")  # which of a number is on the left
-MOST = 16  # ids that name a thing, at most
+MOST = 24  # ids that name a thing, at most
 SHARES = {"shape": 2, "word": 6, "letter": 2, "number": 3}  # how often things are shown
+# How often tiles of pictures are shown: of other layouts than "objects" 1, of nothing, all others.
+NOTHING, OBJECTS = 0.1, 0.5
+TILES = 12  # of a picture, at most
 
 
 def teach_tower(
@@ -43,6 +46,7 @@ def teach_tower(
     batch: int = 128,
     lr: float = 1.5e-3,
     seed: int = 0,
+    scenes: range = range(0),
     say: Callable[[str], None] = print,
 ) -> None:
     """Train the tower and the projector of a model in place.
@@ -53,6 +57,7 @@ def teach_tower(
         pictures: seeds of their pictures.
         steps, batch, lr: of the training.
         seed: of the order.
+        scenes: seeds of whole pictures. If there are any, half of a batch are tiles of them.
         say: told of the progress.
     """
     model = CoMemoForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
@@ -63,7 +68,13 @@ def teach_tower(
     empty = round(len(items) * EMPTY)
     shares = torch.cat([shares, torch.full((empty,), EMPTY * shares.sum() / empty)])
     tiles = _read(Path(data) / "albums", pictures, empty)
-    named, names = _names([*items, *[None] * empty], processor.tokenizer)
+    vocabulary = Vocabulary(processor.tokenizer)
+    said = [words for item in [*items, *[None] * empty] for words in _said(item)]
+    names = vocabulary.number(said).view(len(tiles), GRID + 1, MOST)
+    if scenes:
+        batch //= 2
+        cut, shown, often = _cut(scenes, vocabulary)
+    named = torch.tensor(list(vocabulary.places))
     trained = [
         weight
         for name, weight in model.named_parameters()
@@ -80,6 +91,10 @@ def teach_tower(
         with sdpa_kernel(SDPBackend.MATH):
             for step in range(1, steps + 1):
                 pixels, ids = make_batch(tiles, names, shares, batch, generator)
+                if scenes:
+                    chosen = torch.multinomial(often, batch, generator=generator)
+                    pixels = torch.cat([pixels, cut[chosen]])
+                    ids = torch.cat([ids, shown[chosen]])
                 loss = _loss(_image_tokens(model, processor, pixels), words, named, ids)
                 optimizer.zero_grad()
                 loss.backward()
@@ -172,25 +187,63 @@ def _draw_empty(name: str) -> bytes:
     return draw_ground(random, random.choice(GROUNDS_OF_ONE), (SIDE, SIDE)).tobytes()
 
 
-def _names(items: list[Item | None], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """What names things.
+def _cut(scenes: range, vocabulary: "Vocabulary") -> tuple[Tensor, Tensor, Tensor]:
+    """Tiles of whole pictures.
 
     Returns:
-        Ids of the vocabulary that name anything; int64 [things, grid + 1, most] of places in these:
-        what names the thing in each column of its tile, and a small one. -1 fills.
+        uint8 [tiles, side, side, 3]; what each token shows, int64 [tiles, tokens, most]; float
+        [tiles]: how often each is chosen.
     """
-    known: dict[str, list[int]] = {}
-    numbers: dict[int, int] = {}
-    rows = []
-    for item in items:
-        for words in _said(item):
+    with get_context("spawn").Pool() as pool:
+        found = pool.map(_cut_one, scenes, chunksize=32)
+    pixels = bytearray(b"".join(own for own, _, _ in found))
+    tiles = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, SIDE, SIDE, 3)
+    said = [words for _, one, _ in found for tile in one for words in tile]
+    often = [
+        NOTHING if all(words == ["nothing"] for words in tile) else OBJECTS if objects else 1.0
+        for _, one, objects in found
+        for tile in one
+    ]
+    return tiles, vocabulary.number(said).view(len(tiles), GRID * GRID, MOST), torch.tensor(often)
+
+
+def _cut_one(seed: int) -> tuple[bytes, list[list[list[str]]], bool]:
+    torch.set_num_threads(1)
+    scene = make_scene(seed)
+    image, parts = draw_parts(scene)
+    processor = CoMemoImageProcessor(input_size=SIDE, do_rescale=False, do_normalize=False)
+    cut = processor(reduce(image), max_num=TILES)
+    words = words_of_tiles(parts, image.size, tuple(cut["tile_grid"][0].tolist()))
+    pixels = cut["pixel_values"].permute(0, 2, 3, 1).round().to(torch.uint8)
+    return pixels.numpy().tobytes(), words, scene.layout == "objects"
+
+
+class Vocabulary:
+    """Numbers for the words that name anything, as they come.
+
+    Args:
+        tokenizer: of the model.
+
+    Attributes:
+        places: id of the tokenizer -> number.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self._known = tokenizer, dict[str, list[int]]()
+        self.places: dict[int, int] = {}
+
+    def number(self, said: list[list[str]]) -> Tensor:
+        """int64 [len(said), most] of numbers; -1 fills."""
+        rows = []
+        for words in said:
+            row: list[int] = []
             for word in words:
-                if word not in known:
-                    ids = _ids(word, tokenizer)
-                    known[word] = [numbers.setdefault(own, len(numbers)) for own in ids]
-            own = [number for word in words for number in known[word]]
-            rows.append(own + [-1] * (MOST - len(own)))
-    return torch.tensor(list(numbers)), torch.tensor(rows).view(len(items), GRID + 1, MOST)
+                if word not in self._known:
+                    ids = _ids(word, self._tokenizer)
+                    self._known[word] = [self.places.setdefault(i, len(self.places)) for i in ids]
+                row += self._known[word]
+            rows.append((row + [-1] * MOST)[:MOST])
+        return torch.tensor(rows)
 
 
 def _said(item: Item | None) -> list[list[str]]:
