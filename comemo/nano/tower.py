@@ -92,7 +92,7 @@ def teach_tower(
             for step in range(1, steps + 1):
                 pixels, ids = make_batch(tiles, names, shares, batch, generator)
                 if scenes:
-                    chosen = torch.multinomial(often, batch, generator=generator)
+                    chosen = torch.multinomial(often, batch, batch > len(cut), generator=generator)
                     pixels = torch.cat([pixels, cut[chosen]])
                     ids = torch.cat([ids, shown[chosen]])
                 loss = _loss(_image_tokens(model, processor, pixels), words, named, ids)
@@ -138,7 +138,8 @@ def make_batch(
     Args:
         tiles: uint8 [things, side, side, 3].
         names: int64 [things, grid + 1, most]: what names the thing in each column, and a small one.
-        shares: float [things]: how often each is chosen, relative to others; at most once here.
+        shares: float [things]: how often each is chosen, relative to others; at most once if there
+            are enough.
         batch: tiles.
         generator: chooses.
 
@@ -146,7 +147,9 @@ def make_batch(
         uint8 [batch, side, side, 3]; int64 [batch, tokens, most].
     """
     few = round(batch * MOSAIC)
-    chosen = torch.multinomial(shares, batch + 3 * few, generator=generator)
+    count = batch + 3 * few
+    again = count > (shares > 0).sum()  # there are too few things
+    chosen = torch.multinomial(shares, count, bool(again), generator=generator)
     one, four = chosen[: batch - few], chosen[batch - few :].view(few, 2, 2)
     small = tiles[four][..., ::2, ::2, :].float() + tiles[four][..., 1::2, 1::2, :]
     small = (small / 2).to(torch.uint8)  # [few, 2, 2, side / 2, side / 2, 3]
