@@ -1,7 +1,7 @@
 """The untrained comemo-nano: its sizes and its tokenizer."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,7 +14,16 @@ from comemo.config import CoMemoConfig
 from comemo.nano.heads import add_heads, share_directions
 from comemo.nano.questions import questions_about, questions_about_pair
 from comemo.nano.scenes import make_pair, make_scene
-from comemo.nano.words import COLOURS, DIRECTIONS, FIELDS, LETTERS, SHAPES, WORDS
+from comemo.nano.words import (
+    COLOURS,
+    COLUMNS,
+    DIRECTIONS,
+    FIELDS,
+    LETTERS,
+    ROWS,
+    SHAPES,
+    WORDS,
+)
 from comemo.processing.new_tokenizer import SPACE, save_tokenizer
 from comemo.tokenizer import InternLM2Tokenizer
 
@@ -39,7 +48,7 @@ def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
         directory,
         _sentences(),
         VOCABULARY,
-        [f" {line} {number}" for line in ("row", "column") for number in range(1, 5)],
+        [f" {name}" for name in (*ROWS, *COLUMNS)],
         split_digits=True,
         max_sentencepiece_length=48,
         add_dummy_prefix=False,
@@ -128,8 +137,8 @@ def _places(directory: Path) -> dict[int, dict[int, dict[int, float]]]:
     assert len(before) == count, "an image has as many ids as there are tokens before it"
     found: dict[int, dict[int, dict[int, float]]] = {count: {}, count + 1: {}}
     for index, token in enumerate(before):
-        lines = _lines("row", index // SIDE) | _lines("column", index % SIDE)
-        named = {vocabulary[SPACE + name.replace(" ", SPACE)]: lines[name] for name in lines}
+        lines = _lines(ROWS, index // SIDE) | _lines(COLUMNS, index % SIDE)
+        named = {vocabulary[SPACE + name]: lines[name] for name in lines}
         if before.count(token) == 1:
             found[count][token] = named
         else:  # the one before it is not there twice
@@ -137,21 +146,15 @@ def _places(directory: Path) -> dict[int, dict[int, dict[int, float]]]:
     return found
 
 
-def _lines(line: str, at: int) -> dict[str, float]:
-    """The names of one of `SIDE` rows or columns, and in how many grids they are right."""
-    ends = ("top", "bottom") if line == "row" else ("left", "right")
-    names = {ends[0]: 1 - at / (SIDE - 1), ends[1]: at / (SIDE - 1)}
-    for count in range(2, SIDE + 1):
-        for number in range(count):
-            # How much of it is in this one of so many.
-            begin, end = (
-                max(at / SIDE, number / count),
-                min((at + 1) / SIDE, (number + 1) / count),
-            )
-            if end > begin:
-                name = f"{line} {number + 1}"
-                names[name] = names.get(name, 0) + (end - begin) * SIDE / (SIDE - 1)
-    return {name: share for name, share in names.items() if share > 0}
+def _lines(names: Sequence[str], at: int) -> dict[str, float]:
+    """The names of one of `SIDE` rows or columns, and how well they fit."""
+    first, near, middle, far, last = names
+    return (
+        {first: 1.0},
+        {first: 0.3, near: 0.7, middle: 0.5},
+        {middle: 0.5, far: 0.7, last: 0.3},
+        {last: 1.0},
+    )[at]
 
 
 def _after_question(directory: Path) -> int:
@@ -173,7 +176,7 @@ def _sentences() -> Iterator[str]:
         for _ in range(400):
             yield f"the word {word}"
             yield word
-    for place in ("top", "bottom", "middle", "left", "right", "row", "column", "first", "second"):
+    for place in (*ROWS, *COLUMNS, "first", "second"):
         for _ in range(400):
             yield f"at the {place}"
     message = prompts.TEMPLATES["internlm2-chat"].system_message

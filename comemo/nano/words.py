@@ -22,34 +22,28 @@ WORDS = tuple(_WORDS.split())
 FIELDS = ("NAME", "CITY", "CODE", "DATE", "DESK", "TOTAL")
 DIRECTIONS = ("left", "right", "up", "down")
 
-_ROWS = {1: ("",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
-_COLUMNS = {1: ("",), 2: ("left", "right"), 3: ("left", "middle", "right")}
+ROWS = ("top", "upper", "middle", "lower", "bottom")
+COLUMNS = ("left", "centre-left", "centre", "centre-right", "right")
+_CHOSEN = {1: (2,), 2: (0, 4), 3: (0, 2, 4), 4: (0, 1, 3, 4)}  # of so many rows or columns
 
 
 def place_names(rows: int, cols: int) -> dict[tuple[int, int], str]:
     """The names of the places of a picture that is divided into rows and columns.
 
+    A name tells how far down and to the right a place is, whatever number of rows and columns there
+    are: with RoPE-DHR the tiles of 3 x 4 places have the same ids as those of 4 x 3.
+
     Args:
-        rows, cols: of the picture.
+        rows, cols: of the picture, 1 to 4.
 
     Returns:
-        (row, col), counted from 0 -> a name that follows "What is ...?": "at the top left". In
-        pictures of more than three rows or columns it has numbers: "in row 1, column 1".
+        (row, col), counted from 0 -> a name that follows "What is ...?": "at the top left".
     """
-    names = {}
-    for row in range(rows):
-        for col in range(cols):
-            if rows not in _ROWS or cols not in _COLUMNS:
-                names[row, col] = f"in row {row + 1}, column {col + 1}"
-                continue
-            words = [_ROWS[rows][row], _COLUMNS[cols][col]]
-            words = [word for word in dict.fromkeys(words) if word]
-            if len(words) > 1 and rows == 3 and words[0] == "middle":
-                words = words[1:]  # the middle row's left is "left"
-            if len(words) > 1 and cols == 3 and words[1] == "middle":
-                words = words[:1]
-            names[row, col] = f"{'in' if words == ['middle'] else 'at'} the {' '.join(words)}"
-    return names
+    return {
+        (row, col): f"at the {ROWS[down]} {COLUMNS[right]}"
+        for row, down in enumerate(_CHOSEN[rows])
+        for col, right in enumerate(_CHOSEN[cols])
+    }
 
 
 def with_article(phrase: str) -> str:
