@@ -110,7 +110,7 @@ def _mark_at(scene, place):
     return ["nothing" if found is None else f"a {found.text}"]
 
 
-PLACE = r"((?:in row \d, column \d|in the middle|at the [a-z ]+))"
+PLACE = r"(at the [a-z]+ [a-z-]+)"
 KIND = "(word|number|letter)"
 RULES = {
     "objects": {

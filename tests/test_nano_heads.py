@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comemo import CoMemoForConditionalGeneration, CoMemoProcessor, prompts
-from comemo.nano.heads import BACK, SHARED, _directions, mark_images
+from comemo.nano.heads import BACK, IMAGES, SHARED, _directions, mark_images
 from comemo.nano.start import make_start
 from comemo_kernels import reference
 
@@ -103,8 +103,8 @@ def test_image_tokens_get_the_names_of_their_places(start):
 def test_a_word_finds_the_image_tokens_it_names(start, layer):
     shares = []
     for x, _, right, at in conversations(*start):
-        found = attend(start[0], layer, x, torch.arange(len(x)))[-1, at]
-        shares.append(found[list(right)].sum())
+        found = attend(start[0], layer, x, torch.arange(len(x)))[list(IMAGES), at]
+        shares.append(found[:, list(right)].sum(-1).max())
     assert sum(shares) / len(shares) > 0.6
 
 
@@ -119,7 +119,9 @@ def test_mixin_layers_find_them_too(start, layer):
         x = mixin.attn_norm(x)
         key = mixin.kv_proj(x).chunk(2, -1)[0]
         found = weights_of(mixin.q_proj(x), key, torch.arange(len(x)), theta, mixin.head_dim)
-        shares.append(found[-1, at, list(right)].sum() / found[-1, at, list(images)].sum())
+        found = found[list(IMAGES), at]
+        seen = found[:, list(images)].sum(-1)
+        shares.append((found[:, list(right)].sum(-1) / seen).max())
     assert sum(shares) / len(shares) > 0.6
 
 

@@ -1,5 +1,6 @@
 """Drawn pictures and questions about them: the same for a seed, right for the scene, all inside."""
 
+import itertools
 from itertools import pairwise
 from random import Random
 
@@ -168,12 +169,24 @@ def test_names_of_places_name_one(rows, cols):
 def test_names_of_places_in_words():
     named = words.place_names(3, 3)
     assert named[0, 0] == "at the top left"
-    assert named[0, 1] == "at the top"
-    assert named[1, 1] == "in the middle"
-    assert named[1, 2] == "at the right"
+    assert named[0, 1] == "at the top centre"
+    assert named[1, 1] == "at the middle centre"
     assert named[2, 2] == "at the bottom right"
-    assert words.place_names(2, 3)[1, 1] == "at the bottom"
-    assert words.place_names(3, 4)[2, 3] == "in row 3, column 4"
+    assert words.place_names(2, 4)[1, 1] == "at the bottom centre-left"
+    assert words.place_names(4, 3)[1, 2] == "at the upper right"
+
+
+def test_a_name_tells_how_far_down_and_right_in_every_grid():
+    found = {}
+    for rows in range(1, 5):
+        for cols in range(1, 5):
+            for (row, col), name in words.place_names(rows, cols).items():
+                *_, down, right = name.split()
+                found.setdefault(down, set()).add((row + 0.5) / rows)
+                found.setdefault(right, set()).add((col + 0.5) / cols)
+    for names in (words.ROWS, words.COLUMNS):
+        ends = [(min(found[name]), max(found[name])) for name in names]
+        assert all(one[1] < other[0] for one, other in itertools.pairwise(ends))
 
 
 def test_phrases():

@@ -5,6 +5,7 @@ import torch
 
 from comemo import CoMemoForConditionalGeneration, CoMemoProcessor
 from comemo.nano.start import _lines, make_start
+from comemo.nano.words import COLUMNS, ROWS
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +20,13 @@ def tokenizer(folder):
     return CoMemoProcessor.from_pretrained(folder).tokenizer
 
 
-@pytest.mark.parametrize("text", ["in row 2, column 3", "What is in row 4, column 1?"])
-def test_rows_and_columns_are_one_token_each(tokenizer, text):
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("column", COLUMNS)
+def test_rows_and_columns_are_one_token_each(tokenizer, row, column):
+    text = f"What is at the {row} {column}?"
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert sum(piece[-1].isdigit() for piece in tokenizer.convert_ids_to_tokens(ids)) == 2
-    assert len(ids) == len(text.split()) - 2 + ("?" in text) + 1
+    *_, one, other, end = (piece.lstrip("\u2581") for piece in tokenizer.convert_ids_to_tokens(ids))
+    assert (one, other, end) == (row, column, "?")
     assert tokenizer.decode(ids) == text
 
 
@@ -49,10 +52,11 @@ def test_a_seed_gives_the_same_weights(folder, tmp_path):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_lines_are_named_by_how_much_of_them_fits():
-    """The second of four: in the lower half of the first of two, mostly the second of three."""
-    named = _lines("row", 1)
-    assert named == pytest.approx(
-        {"top": 2 / 3, "bottom": 1 / 3, "row 1": (1 + 1 / 3) / 3, "row 2": (2 / 3 + 1) / 3}
-    )
-    assert _lines("column", 0) == pytest.approx({"left": 1, "column 1": 1})
+def test_every_name_is_said_most_where_it_is():
+    """Of the four rows of image tokens: a place covers one or more of them."""
+    for names in (ROWS, COLUMNS):
+        lines = [_lines(names, at) for at in range(4)]
+        best = {name: max(range(4), key=lambda at, n=name: lines[at].get(n, 0)) for name in names}
+        assert list(best.values()) == [0, 1, 1, 2, 3]
+        middle = names[2]
+        assert lines[1][middle] == lines[2][middle]

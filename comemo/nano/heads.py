@@ -17,6 +17,9 @@ from comemo.conditional_generation import CoMemoForConditionalGeneration
 BACK = (1, 2)  # how many ids back heads of the first layer look, to copy the words before
 SHARED = 4.0  # how much of the direction that all words and images share
 FAST = 4  # angles that tell how many ids back
+# Heads that look for the same, each along other directions, and how much they prefer images. Else
+# a word finds itself first. With less it finds itself if no image is about it.
+IMAGES = {-1: 80.0, 0: 30.0}
 NAMED = 0.5  # how much of the names of its place is added to an image token
 COPIED = 0.5  # how much of what a head finds is added to a token, relative to the token
 
@@ -102,12 +105,12 @@ def add_heads(
         found = []
         if index < len(language.layers) - 2:
             weights = attention.q_proj.weight, attention.k_proj.weight
-            rows = _look_for_the_same(attention, *weights, shared, mark)
-            # Without the mark of images a word finds itself first.
-            end = rows.start + attention.head_dim // 2 - 1
-            for weight, own in zip(weights, (shared, mark), strict=True):
-                weight[end] = math.sqrt(80 * math.sqrt(attention.head_dim)) * own
-            found.append(rows)
+            for head, more in IMAGES.items():
+                rows = _look_for_the_same(attention, *weights, head, shared, mark)
+                end = rows.start + attention.head_dim // 2 - 1
+                for weight, own in zip(weights, (shared, mark), strict=True):
+                    weight[end] = math.sqrt(more * math.sqrt(attention.head_dim)) * own
+                found.append(rows)
         if index:
             back = asked + (index + 1) % 2
             found.append(_look_back(attention, -2, back, 10 * shared, 10 * (shared - mark), theta))
@@ -117,9 +120,10 @@ def add_heads(
     for layer, copied in zip(language.layers[1:], copies, strict=True):
         if (mixin := layer.mixin) is not None:
             keys, values = mixin.kv_proj.weight.chunk(2)
-            rows = _look_for_the_same(mixin, mixin.q_proj.weight, keys, shared, mark)
-            values[rows] = copied
-            mixin.o_proj.weight[:, rows] = COPIED * copied.T
+            for head in IMAGES:
+                rows = _look_for_the_same(mixin, mixin.q_proj.weight, keys, head, shared, mark)
+                values[rows] = copied
+                mixin.o_proj.weight[:, rows] = COPIED * copied.T
 
 
 def _names(
@@ -157,14 +161,14 @@ def _look_back(
 
 
 def _look_for_the_same(
-    attention: Any, queries: Tensor, keys: Tensor, shared: Tensor, mark: Tensor
+    attention: Any, queries: Tensor, keys: Tensor, head: int, shared: Tensor, mark: Tensor
 ) -> slice:
-    """Make the last head look at what is about the same thing; its rows.
+    """Make a head look at what is about the same thing; its rows.
 
     Queries like keys: "star" finds the image tokens that the tower has named so. Only angles that
     are slow to turn take part, so it hardly matters how far away they are.
     """
-    rows, size = _rows(attention, queries, -1), attention.head_dim
+    rows, size = _rows(attention, queries, head), attention.head_dim
     half, width = size // 2, len(shared)
     slow = torch.cat([torch.arange(half // 2, half - 1), torch.arange(half + half // 2, size - 1)])
     read = torch.linalg.qr(torch.randn(width, width))[0][: len(slow)]
