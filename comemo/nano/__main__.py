@@ -24,7 +24,15 @@ from comemo.nano.tower import teach_tower
 from comemo.processor import CoMemoProcessor
 
 # Most tiles of a picture.
-TILES = {"albums": 1, "shapes": 4, "colours": 4, "lessons": 4, "places": 12, "pictures": 12}
+TILES = {
+    "albums": 1,
+    "shapes": 4,
+    "colours": 4,
+    "lessons": 4,
+    "places": 12,
+    "layouts": 12,
+    "pictures": 12,
+}
 WHOLE = 4000  # pictures whose tiles the tower learns from, at most
 # Run -> datasets, and how often each is read in an epoch. What was learnt before is not forgotten
 # if some of it comes again.
@@ -36,7 +44,8 @@ SHARES: dict[str, dict[str, float]] = {
         "colours": 0.2,
         "lessons": 0.4,
         "places": 1,
-        "pictures": 0.6,
+        "layouts": 0.3,
+        "pictures": 0.4,
     },
     "see": {
         "albums": 0.1,
@@ -44,6 +53,7 @@ SHARES: dict[str, dict[str, float]] = {
         "colours": 0.1,
         "lessons": 0.1,
         "places": 0.4,
+        "layouts": 0.5,
         "pictures": 1,
     },
 }

@@ -37,7 +37,13 @@ _NAMES = re.compile(rf"\b(?:{'|'.join(SHAPES)})(?=(?:e?s)?\b)|\b(?:[A-Z]+|\d\d)\
 ALONE = 0.25  # share of pictures that are described and nothing else
 # How many times questions are made, so that most things of a picture are asked for.
 TIMES = {"objects": 3, "marks": 2}
-AGAIN = {"shapes": 2, "colours": 2, "lessons": 3, "places": 2}  # conversations about a picture
+AGAIN = {
+    "shapes": 2,
+    "colours": 2,
+    "lessons": 3,
+    "places": 2,
+    "layouts": 2,
+}  # conversations about a picture
 PAIRS = 6  # every so manyth sample is a pair
 
 Conversations = dict[str, list[list[Question]]]  # of a picture or two, by the file they are for
@@ -93,9 +99,10 @@ def write_lessons(folder: str | Path, count: int, first: int = 0) -> None:
 
 
 def write_pictures(folder: str | Path, count: int, first: int = 0) -> None:
-    """Write whole pictures, some in pairs, with conversations: pictures/ and two files about them.
+    """Write whole pictures, some in pairs, with conversations: pictures/ and files about them.
 
-    places.jsonl asks for what is where, pictures.jsonl for everything.
+    pictures.jsonl asks for everything; places.jsonl for what is where among objects, and
+    layouts.jsonl again for everything in pictures of other layouts.
 
     Args:
         folder: is created.
@@ -224,10 +231,14 @@ def _picture_sample(seed: int) -> tuple[list[Image.Image], Conversations]:
         scenes = (make_scene(seed),)
         asked = _asked(scenes[0], random)
     places = {} if len(scenes) > 1 else scenes[0].places()
-    conversations = {"pictures": [_in_turn(asked, random, places)], "places": []}
+    conversations: Conversations = {"pictures": [_in_turn(asked, random, places)]}
+    conversations |= {"places": [], "layouts": []}
     if len(scenes) == 1 and scenes[0].layout == "objects":
         times = range(AGAIN["places"])
         conversations["places"] = [questions_about_places(scenes[0], random) for _ in times]
+    elif len(scenes) == 1:
+        again = [_asked(scenes[0], random) for _ in range(AGAIN["layouts"])]
+        conversations["layouts"] = [_in_turn(one, random, places) for one in again]
     return [reduce(draw(scene)) for scene in scenes], conversations
 
 
@@ -268,7 +279,7 @@ def _names(question: Question, places: dict) -> set[object]:
 
 
 def _has(text: str, name: str) -> bool:
-    return re.search(rf"{name}(?! (?:left|right))\b", text) is not None
+    return re.search(rf"{name}(?![\w-])", text) is not None
 
 
 def reduce(image: Image.Image) -> Image.Image:
