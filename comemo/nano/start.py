@@ -134,7 +134,8 @@ def _places(directory: Path) -> dict[int, dict[int, dict[int, float]]]:
     prompt = prompts.build_prompt([("<image>", None)], "internlm2-chat")
     before = tokenizer(prompt.split("<image>")[0] + "<img>")["input_ids"]
     vocabulary, count = tokenizer.get_vocab(), SIDE * SIDE
-    assert len(before) == count, "an image has as many ids as there are tokens before it"
+    if len(before) != count:
+        raise ValueError(f"make_start: wanted {count} tokens before an image, got {len(before)}")
     found: dict[int, dict[int, dict[int, float]]] = {count: {}, count + 1: {}}
     for index, token in enumerate(before):
         lines = _lines(ROWS, index // SIDE) | _lines(COLUMNS, index % SIDE)

@@ -125,7 +125,7 @@ def _loss(seen: Tensor, words: Tensor, named: Tensor, ids: Tensor) -> Tensor:
     found = SHARP * F.normalize(seen, dim=-1) @ F.normalize(words, dim=-1).T
     own = found.log_softmax(-1).gather(-1, ids.clamp(min=0)).where(ids >= 0, 0.0)
     count = (ids >= 0).sum(-1)
-    unlike = -(own.sum(-1) / count + count.log())  # 0 if all are alike
+    unlike = -(own.sum(-1) / count + count.log())  # about 0 if nothing else is likely
     length = seen.norm(dim=-1) / words.norm(dim=-1).mean()
     return unlike.mean() + LENGTH * (length - 1).square().mean()
 
