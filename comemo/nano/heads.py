@@ -16,7 +16,8 @@ from comemo.conditional_generation import CoMemoForConditionalGeneration
 
 BACK = (1, 2)  # how many ids back heads of the first layer look, to copy the words before
 SHARED = 4.0  # how much of the direction that all words and images share
-FAST = 4  # angles that tell how many ids back
+FAST = range(4)  # angles that tell how many ids back
+NEAR = range(3, 6)  # angles that tell what is a few ids back from what is many
 # Heads that look for the same, each along other directions, and how much they prefer images. Else
 # a word finds itself first. With less it finds itself if no image is about it.
 IMAGES = {-1: 80.0, 0: 30.0}
@@ -65,13 +66,14 @@ def add_heads(
     model: CoMemoForConditionalGeneration,
     places: Mapping[int, Mapping[int, Mapping[int, float]]],
     asked: int,
+    end: int,
 ) -> None:
     """Make some heads do what questions about images need.
 
     In the first layer each image token gets the words that name its place, and each word copies
     those before it. In the layers after it, and in the mixin layers, a word copies from the image
     tokens that are about the same thing; and the end of a prompt copies the end of the question,
-    with what was found for it.
+    with what was found for it. In the last two layers each word of an answer copies it from there.
 
     Args:
         model: of `share_directions`.
@@ -79,11 +81,14 @@ def add_heads(
             the words that name the place. Before an image there are always the same tokens, and
             with RoPE-DHR every tile has the ids of the thumbnail.
         asked: tokens from the last word of a question to the end of the prompt.
+        end: the id of the last token of a prompt.
     """
     language, embeddings = model.model.language_model, model.get_input_embeddings().weight
     scale = embeddings.pow(2).mean().sqrt()
     shared, mark = _directions(model)
-    # Of what is normalised, this gives 1 for either direction.
+    (ended,) = _without(embeddings[end][None], shared)
+    # Of what is normalised, each of these gives 1 for its direction.
+    ended = ended * scale / ended.dot(ended)
     shared, mark = shared * scale / SHARED, mark * scale / SHARED
     theta = language.config.rope_parameters["rope_theta"]
     first = language.layers[0].self_attn
@@ -107,9 +112,9 @@ def add_heads(
             weights = attention.q_proj.weight, attention.k_proj.weight
             for head, more in IMAGES.items():
                 rows = _look_for_the_same(attention, *weights, head, shared, mark)
-                end = rows.start + attention.head_dim // 2 - 1
+                slowest = rows.start + attention.head_dim // 2 - 1
                 for weight, own in zip(weights, (shared, mark), strict=True):
-                    weight[end] = math.sqrt(more * math.sqrt(attention.head_dim)) * own
+                    weight[slowest] = math.sqrt(more * math.sqrt(attention.head_dim)) * own
                 found.append(rows)
         if index:
             back = asked + (index + 1) % 2
@@ -117,6 +122,10 @@ def add_heads(
         for rows in found:
             attention.v_proj.weight[rows] = copied
             attention.o_proj.weight[:, rows] = COPIED * copied.T
+        if index >= len(language.layers) - 3:
+            rows = _look_at(attention, 1, 10 * shared, 10 * ended, theta)
+            attention.v_proj.weight[rows] = copies[max(index - 2, 0)]
+            attention.o_proj.weight[:, rows] = COPIED * copies[max(index - 2, 0)].T
     for layer, copied in zip(language.layers[1:], copies, strict=True):
         if (mixin := layer.mixin) is not None:
             keys, values = mixin.kv_proj.weight.chunk(2)
@@ -147,16 +156,35 @@ def _look_back(
     attention: Any, head: int, back: int, queries: Tensor, keys: Tensor, theta: float
 ) -> slice:
     """Make a head look so many ids back, along these directions; its rows."""
+    # Slow angles hardly tell neighbours apart.
+    return _look(attention, head, back, queries, keys, theta, FAST)
+
+
+def _look_at(attention: Any, head: int, queries: Tensor, keys: Tensor, theta: float) -> slice:
+    """Make a head look at the nearest token before it that has these keys; its rows."""
+    return _look(attention, head, 0, queries, keys, theta, NEAR)
+
+
+def _look(
+    attention: Any,
+    head: int,
+    back: int,
+    queries: Tensor,
+    keys: Tensor,
+    theta: float,
+    turned: range,
+) -> slice:
+    """Make a head look so many ids back by these angles and no others; its rows."""
     rows, size = _rows(attention, attention.q_proj.weight, head), attention.head_dim
-    half = size // 2
-    angles = theta ** (-torch.arange(FAST) / half)  # slow ones hardly tell neighbours apart
+    first = rows.start + torch.tensor(turned)
+    angles = theta ** (-torch.tensor(turned) / (size // 2))
     for weight, direction, cos, sin in (
         (attention.q_proj.weight, queries, torch.cos(back * angles), -torch.sin(back * angles)),
-        (attention.k_proj.weight, keys, torch.ones(FAST), torch.zeros(FAST)),
+        (attention.k_proj.weight, keys, torch.ones(len(turned)), torch.zeros(len(turned))),
     ):
         weight[rows] = 0
-        weight[rows.start : rows.start + FAST] = cos[:, None] * direction
-        weight[rows.start + half : rows.start + half + FAST] = sin[:, None] * direction
+        weight[first] = cos[:, None] * direction
+        weight[first + size // 2] = sin[:, None] * direction
     return rows
 
 

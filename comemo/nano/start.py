@@ -23,6 +23,7 @@ from comemo.nano.words import (
     ROWS,
     SHAPES,
     WORDS,
+    place_name,
 )
 from comemo.processing.new_tokenizer import SPACE, save_tokenizer
 from comemo.tokenizer import InternLM2Tokenizer
@@ -30,6 +31,7 @@ from comemo.tokenizer import InternLM2Tokenizer
 VOCABULARY = 1000  # at most
 # The usual 1e6 is for long texts: most of its angles hardly differ within an image of 16 ids.
 THETA = 1e4
+PLACES = [place_name(row, column) for row in ROWS for column in COLUMNS]
 SIDE = 4  # rows and columns of the tokens of an image
 ALIKE = 0.9  # cosine of a word and the same word after a space
 
@@ -48,7 +50,7 @@ def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
         directory,
         _sentences(),
         VOCABULARY,
-        [f" {name}" for name in (*ROWS, *COLUMNS)],
+        [space + name for space in ("", " ") for name in PLACES],
         split_digits=True,
         max_sentencepiece_length=48,
         add_dummy_prefix=False,
@@ -92,7 +94,7 @@ def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
         spread_weights(model)
         _liken_words(model, directory)
         share_directions(model)
-        add_heads(model, _places(directory), _after_question(directory))
+        add_heads(model, _places(directory), *_after_question(directory))
     model.save_pretrained(directory)
 
 
@@ -138,8 +140,12 @@ def _places(directory: Path) -> dict[int, dict[int, dict[int, float]]]:
         raise ValueError(f"make_start: wanted {count} tokens before an image, got {len(before)}")
     found: dict[int, dict[int, dict[int, float]]] = {count: {}, count + 1: {}}
     for index, token in enumerate(before):
-        lines = _lines(ROWS, index // SIDE) | _lines(COLUMNS, index % SIDE)
-        named = {vocabulary[SPACE + name]: lines[name] for name in lines}
+        rows, columns = _lines(ROWS, index // SIDE), _lines(COLUMNS, index % SIDE)
+        named = {
+            vocabulary[(" " + place_name(row, column)).replace(" ", SPACE)]: down * right
+            for row, down in rows.items()
+            for column, right in columns.items()
+        }
         if before.count(token) == 1:
             found[count][token] = named
         else:  # the one before it is not there twice
@@ -152,17 +158,18 @@ def _lines(names: Sequence[str], at: int) -> dict[str, float]:
     first, near, middle, far, last = names
     return (
         {first: 1.0},
-        {first: 0.3, near: 0.7, middle: 0.5},
-        {middle: 0.5, far: 0.7, last: 0.3},
+        {first: 0.3, near: 0.7, middle: 0.7},
+        {middle: 0.7, far: 0.7, last: 0.3},
         {last: 1.0},
     )[at]
 
 
-def _after_question(directory: Path) -> int:
-    """Tokens from the last word of a question to the end of the prompt."""
+def _after_question(directory: Path) -> tuple[int, int]:
+    """Tokens from the last word of a question to the end of the prompt, and the id of the last."""
     prompt = prompts.build_prompt([("Which colour is the star?", None)], "internlm2-chat")
     encode = InternLM2Tokenizer.from_pretrained(directory)
-    return len(encode(prompt)["input_ids"]) - len(encode(prompt.split("?")[0])["input_ids"])
+    ids, before = (encode(text)["input_ids"] for text in (prompt, prompt.split("?")[0]))
+    return len(ids) - len(before), ids[-1]
 
 
 def _sentences() -> Iterator[str]:
@@ -177,9 +184,9 @@ def _sentences() -> Iterator[str]:
         for _ in range(400):
             yield f"the word {word}"
             yield word
-    for place in (*ROWS, *COLUMNS, "first", "second"):
+    for which in ("first", "second"):
         for _ in range(400):
-            yield f"at the {place}"
+            yield f"the {which}"
     message = prompts.TEMPLATES["internlm2-chat"].system_message
     for _ in range(3000):
         yield from (f"system\n{message}", "user\n", "assistant\n")

@@ -40,10 +40,15 @@ def place_names(rows: int, cols: int) -> dict[tuple[int, int], str]:
         (row, col), counted from 0 -> a name that follows "What is ...?": "at the top left".
     """
     return {
-        (row, col): f"at the {ROWS[down]} {COLUMNS[right]}"
+        (row, col): place_name(ROWS[down], COLUMNS[right])
         for row, down in enumerate(_CHOSEN[rows])
         for col, right in enumerate(_CHOSEN[cols])
     }
+
+
+def place_name(row: str, column: str) -> str:
+    """The name of a place by names of `ROWS` and `COLUMNS`."""
+    return f"at the {row} {column}"
 
 
 def with_article(phrase: str) -> str:
