@@ -22,6 +22,7 @@ from examples.long_context.reports import across_seeds, write_reports
 from examples.long_context.training import Recipe, make_batch, train
 
 TILES = (1, 5, 10)  # with thumbnails
+END = 11  # a new line
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def talk(writer, *indices):
 
 
 def given_for(checkpoint, writer, path, rope, *samples):
-    model = make_model(checkpoint, rope, 0)
+    model = make_model(checkpoint, rope, 0, END)
     return model, *arguments(model, collate(samples, writer.pictures), path)
 
 
@@ -120,7 +121,7 @@ def test_ropes_differ_in_ids_alone(checkpoint, writer, path):
 def test_a_seed_has_one_start_for_all(checkpoint):
     """New layers are those of the seed; projector and words are the trained ones."""
     one, two, other = (
-        make_model(checkpoint, *a) for a in (("dhr", 1), ("original", 1), ("dhr", 2))
+        make_model(checkpoint, *a, END) for a in (("dhr", 1), ("original", 1), ("dhr", 2))
     )
     assert all(map(torch.equal, one.state_dict().values(), two.state_dict().values()))
     new = "model.language_model.layers.0.mlp.up_proj.weight"
@@ -215,14 +216,14 @@ def test_paths_learn_from_the_same_conversations(writer, near):
 @pytest.mark.slow
 def test_a_configuration_learns_a_picture(checkpoint, writer, path, monkeypatch):
     monkeypatch.setattr(training, "TOKENS", 300)
-    model = make_model(checkpoint, "dhr", 0)
+    model = make_model(checkpoint, "dhr", 0, END)
     curve = train(model, path, writer, range(1, 2), 0, Recipe(steps=20, lr=1e-2))
     assert curve[-1][1] < 0.7 * curve[0][1]
 
 
 def test_grades_are_those_of_a_model_that_knows(checkpoint, writer, monkeypatch):
     """All right if each label is the likeliest token; one wrong token makes its answer wrong."""
-    model = make_model(checkpoint, "dhr", 0)
+    model = make_model(checkpoint, "dhr", 0, END)
     samples = [talk(writer, 1), talk(writer, 2, 0)]
 
     for path in PATHS:
@@ -245,7 +246,7 @@ def test_results_are_reported(checkpoint, writer, tmp_path, monkeypatch, capsys)
     """Numbers of the table and of the summary are right; no plots are no fault."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     sets = {"any": range(4), "tiles 4": range(2), "short": range(2), "long": range(2)}
-    results = evaluate(make_model(checkpoint, "dhr", 0), "memory", writer, sets, (0, 20))
+    results = evaluate(make_model(checkpoint, "dhr", 0, END), "memory", writer, sets, (0, 20))
     asked = {(r.task, r.at): r.asked for r in results}
     count = sum(min(len(scene.items), training.MOST) for scene in writer.pictures.scenes[:4])
     assert asked["distance text", 20] == count

@@ -158,8 +158,8 @@ def _lines(names: Sequence[str], at: int) -> dict[str, float]:
     first, near, middle, far, last = names
     return (
         {first: 1.0},
-        {first: 0.3, near: 0.7, middle: 0.7},
-        {middle: 0.7, far: 0.7, last: 0.3},
+        {first: 0.5, near: 0.7, middle: 0.7},
+        {middle: 0.7, far: 0.7, last: 0.5},
         {last: 1.0},
     )[at]
 

@@ -45,7 +45,9 @@ class Inputs(NamedTuple):
     sizes: list[int]
 
 
-def make_model(checkpoint: Path, rope: str, seed: int) -> CoMemoForConditionalGeneration:
+def make_model(
+    checkpoint: Path, rope: str, seed: int, end: int
+) -> CoMemoForConditionalGeneration:
     """An untrained language model with mixin layers, and the projector and words of a trained one.
 
     Self-attention and mixin layers have the same heads that find what a word names, see
@@ -55,6 +57,7 @@ def make_model(checkpoint: Path, rope: str, seed: int) -> CoMemoForConditionalGe
         checkpoint: comemo-nano.
         rope: of `ROPES`.
         seed: the same seed gives the same weights for any `rope`.
+        end: id of the last token of a question.
     """
     trained = CoMemoForConditionalGeneration.from_pretrained(checkpoint)
     config = CoMemoConfig.from_pretrained(checkpoint)
@@ -73,7 +76,7 @@ def make_model(checkpoint: Path, rope: str, seed: int) -> CoMemoForConditionalGe
         ):
             own.load_state_dict(taken.state_dict())
         # Nothing names the places of image tokens: with RoPE-DHR alone it would be right.
-        add_heads(model, {}, ASKED)
+        add_heads(model, {}, ASKED, end)
     core.vision_tower = nn.Identity()  # features of pictures are given
     for index in config.mixin_layers:  # all weights are new: the paths start alike
         mixin = core.language_model.layers[index].mixin
