@@ -96,7 +96,7 @@ def test_image_tokens_get_the_names_of_their_places(start):
         scores = (words[ids] - (words[ids] @ shared)[:, None] * shared) @ seen.T
         rows, columns = torch.arange(16) // 4 * side // 4, torch.arange(16) % 4 * side // 4
         right.append(scores.argmax(0) == rows * side + columns)
-    assert right[0].sum() >= 13  # of 16
+    assert right[0].sum() >= 15  # of 16
     assert right[1].sum() >= 15
 
 

@@ -78,8 +78,8 @@ def add_heads(
     Args:
         model: of `share_directions`.
         places: so many ids back -> ids of words that are there before an image -> {id: weight} of
-            the words that name the place. Before an image there are always the same tokens, and
-            with RoPE-DHR every tile has the ids of the thumbnail.
+            the words that name the place; {} if another head names it. Before an image there are
+            always the same tokens, and with RoPE-DHR every tile has the ids of the thumbnail.
         asked: tokens from the last word of a question to the end of the prompt.
         end: the id of the last token of a prompt.
     """

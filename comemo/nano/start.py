@@ -124,6 +124,9 @@ def _liken_words(model: CoMemoForConditionalGeneration, directory: Path) -> None
     tokenizer = InternLM2Tokenizer.from_pretrained(directory)
     ids = tokenizer.get_vocab()
     embeddings = model.model.language_model.embed_tokens.weight
+    places = [ids[place.replace(" ", SPACE)] for place in PLACES]
+    apart = torch.linalg.qr(embeddings[places].T)[0].T  # no place is like another
+    embeddings[places] = apart * embeddings.norm(dim=-1).mean()
     for word, index in ids.items():
         if (spaced := ids.get(SPACE + word)) is not None:
             embeddings[spaced] *= math.sqrt(1 - ALIKE**2)
@@ -138,7 +141,9 @@ def _places(directory: Path) -> dict[int, dict[int, dict[int, float]]]:
     vocabulary, count = tokenizer.get_vocab(), SIDE * SIDE
     if len(before) != count:
         raise ValueError(f"make_start: wanted {count} tokens before an image, got {len(before)}")
-    found: dict[int, dict[int, dict[int, float]]] = {count: {}, count + 1: {}}
+    # Both heads know all of these tokens, to read nothing of the other's.
+    found: dict[int, dict[int, dict[int, float]]]
+    found = {back: {token: {} for token in before} for back in (count, count + 1)}
     for index, token in enumerate(before):
         rows, columns = _lines(ROWS, index // SIDE), _lines(COLUMNS, index % SIDE)
         named = {
@@ -158,8 +163,8 @@ def _lines(names: Sequence[str], at: int) -> dict[str, float]:
     first, near, middle, far, last = names
     return (
         {first: 1.0},
-        {first: 0.5, near: 0.7, middle: 0.7},
-        {middle: 0.7, far: 0.7, last: 0.5},
+        {first: 0.5, near: 0.8, middle: 0.7},
+        {middle: 0.7, far: 0.8, last: 0.5},
         {last: 1.0},
     )[at]
 

@@ -45,9 +45,7 @@ class Inputs(NamedTuple):
     sizes: list[int]
 
 
-def make_model(
-    checkpoint: Path, rope: str, seed: int, end: int
-) -> CoMemoForConditionalGeneration:
+def make_model(checkpoint: Path, rope: str, seed: int, end: int) -> CoMemoForConditionalGeneration:
     """An untrained language model with mixin layers, and the projector and words of a trained one.
 
     Self-attention and mixin layers have the same heads that find what a word names, see
