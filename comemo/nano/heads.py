@@ -5,7 +5,7 @@ questions that need them, and for thousands of these it knows no use for them.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,25 +21,36 @@ NEAR = range(3, 6)  # angles that tell what is a few ids back from what is many
 # Heads that look for the same, each along other directions, and how much they prefer images. Else
 # a word finds itself first. With less it finds itself if no image is about it.
 IMAGES = {-1: 80.0, 0: 30.0}
+LINES = 10  # rows and columns that name places
+OWN = 0.9  # of the name of a place: its row and column; the rest is like no other word
 NAMED = 0.5  # how much of the names of its place is added to an image token
+PLACED = 12.0  # how clearly the words for a place find it
 COPIED = 0.5  # how much of what a head finds is added to a token, relative to the token
 
 
 @torch.no_grad()
-def share_directions(model: CoMemoForConditionalGeneration) -> None:
+def share_directions(
+    model: CoMemoForConditionalGeneration, places: Mapping[int, Sequence[int]]
+) -> None:
     """Give words and images directions that heads can ask for, and say what is seen.
 
     All words and images get the same part along one direction, which gives queries and keys that
-    are the same everywhere before they are rotated. Images have a direction for themselves. Output
-    weights become like the embeddings.
+    are the same everywhere before they are rotated. Images have a direction for themselves, and so
+    has each row and column that names a place. Output weights become like the embeddings.
+
+    Args:
+        model: is changed.
+        places: id of the name of a place -> its row and column, of `LINES`.
     """
     embeddings = model.get_input_embeddings().weight
     shared = F.normalize(torch.randn(embeddings.shape[1]), dim=0)
     embeddings += (SHARED - embeddings @ shared)[:, None] * shared
-    shared, mark = _directions(model)
-    embeddings -= (embeddings @ mark)[:, None] * mark
-    own = embeddings - (embeddings @ shared)[:, None] * shared
-    own *= (own.norm(dim=-1).mean() / own.norm(dim=-1))[:, None]  # no word is louder than others
+    shared, mark, *lines = _directions(model)
+    own = F.normalize(_without(embeddings, shared, mark, *lines), dim=-1)
+    for index, named in places.items():
+        names = F.normalize(sum(lines[line] for line in named), dim=0)
+        own[index] = OWN * names + math.sqrt(1 - OWN**2) * own[index]
+    own *= _loud(embeddings, shared)  # no word is louder than others
     embeddings.copy_(own + SHARED * shared)
     model.lm_head.weight.copy_(own * 2 / math.sqrt(len(shared)))
     mark_images(model)
@@ -49,16 +60,23 @@ def share_directions(model: CoMemoForConditionalGeneration) -> None:
 def mark_images(model: CoMemoForConditionalGeneration) -> None:
     """Give all image tokens their part of the directions, also after the projector was trained."""
     projector = model.model.multi_modal_projector[-1]
-    for own in _directions(model):
+    for index, own in enumerate(_directions(model)):
+        part = SHARED if index < 2 else 0.0  # nothing seen is a place
         projector.weight -= own[:, None] * (own @ projector.weight)
-        projector.bias += (SHARED - projector.bias @ own) * own
+        projector.bias += (part - projector.bias @ own) * own
 
 
-def _directions(model: CoMemoForConditionalGeneration) -> tuple[Tensor, Tensor]:
-    """Unit vectors [width]: what words and images share, and what images have alone."""
+def _directions(model: CoMemoForConditionalGeneration) -> tuple[Tensor, ...]:
+    """Unit vectors [width]: what words and images share, what images have alone, and `LINES`."""
     shared = F.normalize(model.get_input_embeddings().weight.mean(0), dim=0)
-    mark = torch.randn(len(shared), generator=torch.Generator().manual_seed(0))
-    return shared, F.normalize(mark - (mark @ shared) * shared, dim=0)
+    others = torch.randn(1 + LINES, len(shared), generator=torch.Generator().manual_seed(0))
+    found, signs = torch.linalg.qr(torch.stack([shared, *others]).T)
+    return tuple((found * signs.diagonal().sign()).T)
+
+
+def _loud(embeddings: Tensor, shared: Tensor) -> Tensor:
+    """How long what is own of a word is."""
+    return _without(embeddings, shared).norm(dim=-1).mean()
 
 
 @torch.no_grad()
@@ -77,27 +95,32 @@ def add_heads(
 
     Args:
         model: of `share_directions`.
-        places: so many ids back -> ids of words that are there before an image -> {id: weight} of
-            the words that name the place; {} if another head names it. Before an image there are
-            always the same tokens, and with RoPE-DHR every tile has the ids of the thumbnail.
+        places: so many ids back -> ids of words that are there before an image -> {line: weight},
+            the rows and columns, of `LINES`, that name the place; {} if another head names it.
+            Before an image there are always the same tokens, and with RoPE-DHR every tile has the
+            ids of the thumbnail.
         asked: tokens from the last word of a question to the end of the prompt.
         end: the id of the last token of a prompt.
     """
     language, embeddings = model.model.language_model, model.get_input_embeddings().weight
     scale = embeddings.pow(2).mean().sqrt()
-    shared, mark = _directions(model)
+    shared, mark, *lines = _directions(model)
+    lines = lines if places else []
     (ended,) = _without(embeddings[end][None], shared)
+    loud = _loud(embeddings, shared)
     # Of what is normalised, each of these gives 1 for its direction.
     ended = ended * scale / ended.dot(ended)
     shared, mark = shared * scale / SHARED, mark * scale / SHARED
+    placed = [line * scale * math.sqrt(2) / (OWN * loud) for line in lines]
     theta = language.config.rope_parameters["rope_theta"]
     first = language.layers[0].self_attn
     for head, back in enumerate((*places, *BACK)[: language.config.num_attention_heads]):
-        rows = _look_back(first, head, back, 8 * shared, 8 * (shared - mark), theta)
+        asking = mark if back in places else shared
+        rows = _look_back(first, head, back, 8 * asking, 8 * (shared - mark), theta)
         if back in places:
-            read, written = _names(first, embeddings, places[back])
+            read, written = _names(first, embeddings, places[back], [loud * line for line in lines])
         else:
-            read = _part(first, shared, mark)
+            read = _part(first, shared, mark, *lines)
             written = COPIED * read.T
         first.v_proj.weight[rows] = read
         first.o_proj.weight[:, rows] = written
@@ -105,17 +128,19 @@ def add_heads(
     for index, layer in enumerate(language.layers[1:]):
         attention = layer.self_attn
         if index % 2 == 0:  # what a layer finds, the next layer copies to the end of the prompt
-            copied = _part(attention, shared, mark)
+            copied = _part(attention, shared, mark, *lines)
         copies.append(copied)
         found = []
         if index < len(language.layers) - 2:
             weights = attention.q_proj.weight, attention.k_proj.weight
             for head, more in IMAGES.items():
-                rows = _look_for_the_same(attention, *weights, head, shared, mark)
+                rows = _look_for_the_same(attention, *weights, head, shared, mark, *lines)
                 slowest = rows.start + attention.head_dim // 2 - 1
                 for weight, own in zip(weights, (shared, mark), strict=True):
                     weight[slowest] = math.sqrt(more * math.sqrt(attention.head_dim)) * own
                 found.append(rows)
+        if index < len(language.layers) - 3 and places:
+            found.append(_look_for_places(attention, 1, placed, mark))
         if index:
             back = asked + (index + 1) % 2
             found.append(_look_back(attention, -2, back, 10 * shared, 10 * (shared - mark), theta))
@@ -130,26 +155,49 @@ def add_heads(
         if (mixin := layer.mixin) is not None:
             keys, values = mixin.kv_proj.weight.chunk(2)
             for head in IMAGES:
-                rows = _look_for_the_same(mixin, mixin.q_proj.weight, keys, head, shared, mark)
+                rows = _look_for_the_same(
+                    mixin, mixin.q_proj.weight, keys, head, shared, mark, *lines
+                )
                 values[rows] = copied
                 mixin.o_proj.weight[:, rows] = COPIED * copied.T
 
 
 def _names(
-    attention: Any, embeddings: Tensor, named: Mapping[int, Mapping[int, float]]
+    attention: Any,
+    embeddings: Tensor,
+    named: Mapping[int, Mapping[int, float]],
+    lines: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """What a head reads [head_dim, width] and writes [width, head_dim] to name words by others."""
+    """What a head reads [head_dim, width] and writes [width, head_dim] to name places by words."""
     found = embeddings[list(named)]
     found = found / found.pow(2).mean(-1, keepdim=True).sqrt()
     read = torch.zeros(attention.head_dim, embeddings.shape[1])
     read[: len(found)] = torch.linalg.pinv(found).T  # 1 for one of them, 0 for the others
     written = torch.zeros_like(read.T)
-    shared = F.normalize(embeddings.mean(0), dim=0)
     for column, names in enumerate(named.values()):
-        for index, weight in names.items():
-            own = embeddings[index]
-            written[:, column] += weight * (own - (own @ shared) * shared)
+        for line, weight in names.items():
+            written[:, column] += weight / math.sqrt(2) * lines[line]
     return read, NAMED * written
+
+
+def _look_for_places(
+    attention: Any, head: int, placed: Sequence[Tensor], mark: Tensor
+) -> slice:
+    """Make a head look from the words for a place at the image tokens that have them; its rows.
+
+    Other words look everywhere.
+    """
+    rows, size = _rows(attention, attention.q_proj.weight, head), attention.head_dim
+    slowest, half = rows.start + size // 2 - 1, len(placed) // 2
+    wanted = PLACED * torch.stack(list(placed))
+    for weight in (attention.q_proj.weight, attention.k_proj.weight):
+        weight[rows] = 0
+        weight[slowest - half : slowest] = wanted[:half]
+        weight[slowest - half + size // 2 : slowest + size // 2] = wanted[half:]
+    # Else it finds itself.
+    attention.q_proj.weight[slowest] = 2 * wanted[:half].sum(0)
+    attention.k_proj.weight[slowest] = PLACED * mark
+    return rows
 
 
 def _look_back(
@@ -189,7 +237,7 @@ def _look(
 
 
 def _look_for_the_same(
-    attention: Any, queries: Tensor, keys: Tensor, head: int, shared: Tensor, mark: Tensor
+    attention: Any, queries: Tensor, keys: Tensor, head: int, *directions: Tensor
 ) -> slice:
     """Make a head look at what is about the same thing; its rows.
 
@@ -197,20 +245,20 @@ def _look_for_the_same(
     are slow to turn take part, so it hardly matters how far away they are.
     """
     rows, size = _rows(attention, queries, head), attention.head_dim
-    half, width = size // 2, len(shared)
+    half, width = size // 2, queries.shape[1]
     slow = torch.cat([torch.arange(half // 2, half - 1), torch.arange(half + half // 2, size - 1)])
     read = torch.linalg.qr(torch.randn(width, width))[0][: len(slow)]
     for weight in (queries, keys):
         weight[rows] *= 0.3
-        weight[rows.start + slow] = 3 * _without(read, shared, mark)
+        weight[rows.start + slow] = 3 * _without(read, *directions)
         weight[[rows.start + half - 1, rows.stop - 1]] = 0
     return rows
 
 
-def _part(attention: Any, *directions: Tensor) -> Tensor:
-    """A part [head_dim, width] of what is to be copied, by chance."""
-    rows = torch.linalg.qr(torch.randn(2 * directions[0].shape))[0][: attention.head_dim]
-    return _without(rows, *directions)
+def _part(attention: Any, shared: Tensor, mark: Tensor, *lines: Tensor) -> Tensor:
+    """A part [head_dim, width] of what is to be copied: places, and others by chance."""
+    rows = torch.linalg.qr(torch.randn(2 * shared.shape))[0][: attention.head_dim - len(lines)]
+    return torch.stack([*lines, *_without(rows, shared, mark, *lines)])
 
 
 def _without(rows: Tensor, *directions: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
         model = CoMemoForConditionalGeneration(config)
         spread_weights(model)
         _liken_words(model, directory)
-        share_directions(model)
+        share_directions(model, _names(directory))
         add_heads(model, _places(directory), *_after_question(directory))
     model.save_pretrained(directory)
 
@@ -124,9 +124,6 @@ def _liken_words(model: CoMemoForConditionalGeneration, directory: Path) -> None
     tokenizer = InternLM2Tokenizer.from_pretrained(directory)
     ids = tokenizer.get_vocab()
     embeddings = model.model.language_model.embed_tokens.weight
-    places = [ids[place.replace(" ", SPACE)] for place in PLACES]
-    apart = torch.linalg.qr(embeddings[places].T)[0].T  # no place is like another
-    embeddings[places] = apart * embeddings.norm(dim=-1).mean()
     for word, index in ids.items():
         if (spaced := ids.get(SPACE + word)) is not None:
             embeddings[spaced] *= math.sqrt(1 - ALIKE**2)
@@ -138,19 +135,14 @@ def _places(directory: Path) -> dict[int, dict[int, dict[int, float]]]:
     tokenizer = InternLM2Tokenizer.from_pretrained(directory)
     prompt = prompts.build_prompt([("<image>", None)], "internlm2-chat")
     before = tokenizer(prompt.split("<image>")[0] + "<img>")["input_ids"]
-    vocabulary, count = tokenizer.get_vocab(), SIDE * SIDE
+    count = SIDE * SIDE
     if len(before) != count:
         raise ValueError(f"make_start: wanted {count} tokens before an image, got {len(before)}")
     # Both heads know all of these tokens, to read nothing of the other's.
     found: dict[int, dict[int, dict[int, float]]]
     found = {back: {token: {} for token in before} for back in (count, count + 1)}
     for index, token in enumerate(before):
-        rows, columns = _lines(ROWS, index // SIDE), _lines(COLUMNS, index % SIDE)
-        named = {
-            vocabulary[(" " + place_name(row, column)).replace(" ", SPACE)]: down * right
-            for row, down in rows.items()
-            for column, right in columns.items()
-        }
+        named = _lines(index // SIDE, 0) | _lines(index % SIDE, len(ROWS))
         if before.count(token) == 1:
             found[count][token] = named
         else:  # the one before it is not there twice
@@ -158,15 +150,21 @@ def _places(directory: Path) -> dict[int, dict[int, dict[int, float]]]:
     return found
 
 
-def _lines(names: Sequence[str], at: int) -> dict[str, float]:
-    """The names of one of `SIDE` rows or columns, and how well they fit."""
-    first, near, middle, far, last = names
-    return (
-        {first: 1.0},
-        {first: 0.5, near: 0.8, middle: 0.7},
-        {middle: 0.7, far: 0.8, last: 0.5},
-        {last: 1.0},
-    )[at]
+def _lines(at: int, first: int) -> dict[int, float]:
+    """How well each of five rows or columns, counted from `first`, names one of `SIDE`."""
+    fitting = ({0: 1.0}, {0: 0.4, 1: 1.0, 2: 0.7}, {2: 0.7, 3: 1.0, 4: 0.4}, {4: 1.0})[at]
+    return {first + line: weight for line, weight in fitting.items()}
+
+
+def _names(directory: Path) -> dict[int, tuple[int, int]]:
+    """Id of the name of a place -> its row and column, as `share_directions` counts them."""
+    ids = InternLM2Tokenizer.from_pretrained(directory).get_vocab()
+    return {
+        ids[space + place_name(row, column).replace(" ", SPACE)]: (down, len(ROWS) + right)
+        for down, row in enumerate(ROWS)
+        for right, column in enumerate(COLUMNS)
+        for space in ("", SPACE)
+    }
 
 
 def _after_question(directory: Path) -> tuple[int, int]:
