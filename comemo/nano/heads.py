@@ -24,7 +24,7 @@ IMAGES = {-1: 80.0, 0: 30.0}
 LINES = 10  # rows and columns that name places
 OWN = 0.9  # of the name of a place: its row and column; the rest is like no other word
 NAMED = 0.5  # how much of the names of its place is added to an image token
-PLACED = 12.0  # how clearly the words for a place find it
+PLACED = 9.0
 COPIED = 0.5  # how much of what a head finds is added to a token, relative to the token
 
 
@@ -118,7 +118,7 @@ def add_heads(
         asking = mark if back in places else shared
         rows = _look_back(first, head, back, 8 * asking, 8 * (shared - mark), theta)
         if back in places:
-            read, written = _names(first, embeddings, places[back], [loud * line for line in lines])
+            read, written = _names(first, embeddings, places[back], shared, [loud * x for x in lines])
         else:
             read = _part(first, shared, mark, *lines)
             written = COPIED * read.T
@@ -166,11 +166,12 @@ def _names(
     attention: Any,
     embeddings: Tensor,
     named: Mapping[int, Mapping[int, float]],
+    shared: Tensor,
     lines: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """What a head reads [head_dim, width] and writes [width, head_dim] to name places by words."""
     found = embeddings[list(named)]
-    found = found / found.pow(2).mean(-1, keepdim=True).sqrt()
+    found = _without(found / found.pow(2).mean(-1, keepdim=True).sqrt(), shared)
     read = torch.zeros(attention.head_dim, embeddings.shape[1])
     read[: len(found)] = torch.linalg.pinv(found).T  # 1 for one of them, 0 for the others
     written = torch.zeros_like(read.T)
