@@ -1,11 +1,14 @@
 """The untrained comemo-nano: its tokenizer and its weights."""
 
+from collections import Counter
+
 import pytest
 import torch
 
 from comemo import CoMemoForConditionalGeneration, CoMemoProcessor
-from comemo.nano.start import PLACES, _lines, make_start
-from comemo.nano.words import COLUMNS, ROWS
+from comemo.nano.heads import _directions
+from comemo.nano.start import PLACES, _lines, _names, make_start
+from comemo.nano.words import _CHOSEN
 from comemo.processing.new_tokenizer import SPACE
 
 
@@ -52,11 +55,26 @@ def test_a_seed_gives_the_same_weights(folder, tmp_path):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
-def test_every_name_is_said_most_where_it_is():
-    """Of the four rows of image tokens: a place covers one or more of them."""
-    for names in (ROWS, COLUMNS):
-        lines = [_lines(names, at) for at in range(4)]
-        best = {name: max(range(4), key=lambda at, n=name: lines[at].get(n, 0)) for name in names}
-        assert list(best.values()) == [0, 1, 1, 2, 3]
-        middle = names[2]
-        assert lines[1][middle] == lines[2][middle]
+@pytest.mark.parametrize("sides", [2, 3, 4])
+def test_a_place_has_its_own_name_most(sides):
+    """The mean over the image tokens of a tile, in rows of so many tiles."""
+    ids = (torch.arange(4 * sides) + 0.5) / sides  # of the columns of all tiles, as RoPE-DHR has it
+    for tile, columns in enumerate(ids.long().view(sides, 4).tolist()):
+        said = Counter()
+        for column in columns:
+            said.update(_lines(column, 0))
+        assert said.most_common(1)[0][0] == _CHOSEN[sides][tile]
+
+
+def test_names_of_places_share_rows_and_columns(folder, tokenizer):
+    model = CoMemoForConditionalGeneration.from_pretrained(folder).float()
+    words, (shared, *_) = model.get_input_embeddings().weight.detach(), _directions(model)
+    words = words - (words @ shared)[:, None] * shared
+    ids = [tokenizer(f"is {place}", add_special_tokens=False)["input_ids"][-1] for place in PLACES]
+    found = words[ids] @ words[ids].T / words[ids[0]].norm() ** 2
+    for one in range(25):
+        for other in range(25):
+            alike = (one // 5 == other // 5) + (one % 5 == other % 5)
+            assert abs(found[one, other] - (0.0, 0.4, 1.0)[alike]) < 0.1
+    others = words[[i for i in range(len(words)) if i not in _names(folder)]]
+    assert (others @ words[ids].T / words[ids[0]].norm() ** 2).abs().max() < 0.2

@@ -118,7 +118,9 @@ def add_heads(
         asking = mark if back in places else shared
         rows = _look_back(first, head, back, 8 * asking, 8 * (shared - mark), theta)
         if back in places:
-            read, written = _names(first, embeddings, places[back], shared, [loud * x for x in lines])
+            read, written = _names(
+                first, embeddings, places[back], shared, [loud * x for x in lines]
+            )
         else:
             read = _part(first, shared, mark, *lines)
             written = COPIED * read.T
@@ -181,9 +183,7 @@ def _names(
     return read, NAMED * written
 
 
-def _look_for_places(
-    attention: Any, head: int, placed: Sequence[Tensor], mark: Tensor
-) -> slice:
+def _look_for_places(attention: Any, head: int, placed: Sequence[Tensor], mark: Tensor) -> slice:
     """Make a head look from the words for a place at the image tokens that have them; its rows.
 
     Other words look everywhere.

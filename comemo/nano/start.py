@@ -1,7 +1,7 @@
 """The untrained comemo-nano: its sizes and its tokenizer."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
