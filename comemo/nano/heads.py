@@ -138,11 +138,13 @@ def add_heads(
             for head, more in IMAGES.items():
                 rows = _look_for_the_same(attention, *weights, head, shared, mark, *lines)
                 slowest = rows.start + attention.head_dim // 2 - 1
-                for weight, own in zip(weights, (shared, mark), strict=True):
+                # What names a place is for another head, until that has found something.
+                asking = shared - sum(placed) if index == 0 else shared
+                for weight, own in zip(weights, (asking, mark), strict=True):
                     weight[slowest] = math.sqrt(more * math.sqrt(attention.head_dim)) * own
                 found.append(rows)
         if index < len(language.layers) - 3 and places:
-            found.append(_look_for_places(attention, 1, placed, mark))
+            found.append(_look_for_places(attention, 1, placed, shared, mark))
         if index:
             back = asked + (index + 1) % 2
             found.append(_look_back(attention, -2, back, 10 * shared, 10 * (shared - mark), theta))
@@ -183,10 +185,12 @@ def _names(
     return read, NAMED * written
 
 
-def _look_for_places(attention: Any, head: int, placed: Sequence[Tensor], mark: Tensor) -> slice:
+def _look_for_places(
+    attention: Any, head: int, placed: Sequence[Tensor], shared: Tensor, mark: Tensor
+) -> slice:
     """Make a head look from the words for a place at the image tokens that have them; its rows.
 
-    Other words look everywhere.
+    Other words look at no image.
     """
     rows, size = _rows(attention, attention.q_proj.weight, head), attention.head_dim
     slowest, half = rows.start + size // 2 - 1, len(placed) // 2
@@ -195,8 +199,8 @@ def _look_for_places(attention: Any, head: int, placed: Sequence[Tensor], mark: 
         weight[rows] = 0
         weight[slowest - half : slowest] = wanted[:half]
         weight[slowest - half + size // 2 : slowest + size // 2] = wanted[half:]
-    # Else it finds itself.
-    attention.q_proj.weight[slowest] = 2 * wanted[:half].sum(0)
+    # More than 0 for images and words for a place: else these find themselves.
+    attention.q_proj.weight[slowest] = 3 * wanted[:half].sum(0) - PLACED * shared
     attention.k_proj.weight[slowest] = PLACED * mark
     return rows
 
