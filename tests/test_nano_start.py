@@ -7,9 +7,10 @@ import torch
 
 from comemo import CoMemoForConditionalGeneration, CoMemoProcessor
 from comemo.nano.heads import _directions
-from comemo.nano.start import PLACES, _lines, _names, make_start
+from comemo.nano.start import PLACES, SIDE, _lines, _names, make_start
 from comemo.nano.words import _CHOSEN
 from comemo.processing.new_tokenizer import SPACE
+from comemo_kernels.reference import image_position_ids
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +58,13 @@ def test_a_seed_gives_the_same_weights(folder, tmp_path):
 
 @pytest.mark.parametrize("sides", [2, 3, 4])
 def test_a_place_has_its_own_name_most(sides):
-    """The mean over the image tokens of a tile, in rows of so many tiles."""
-    ids = (torch.arange(4 * sides) + 0.5) / sides  # of the columns of all tiles, as RoPE-DHR has it
-    for tile, columns in enumerate(ids.long().view(sides, 4).tolist()):
+    """Of the image tokens of a tile, in a row of so many: its column is said most often."""
+    ids = image_position_ids((sides, 1), SIDE, thumbnail=False)
+    for tile, own in zip(_CHOSEN[sides], ids.view(sides, -1).tolist(), strict=True):
         said = Counter()
-        for column in columns:
-            said.update(_lines(column, 0))
-        assert said.most_common(1)[0][0] == _CHOSEN[sides][tile]
+        for index in own:
+            said.update(_lines(index % SIDE, 0))
+        assert said.most_common(1)[0][0] == tile
 
 
 def test_names_of_places_share_rows_and_columns(folder, tokenizer):
