@@ -6,7 +6,7 @@ questions that need them, and for thousands of these it knows no use for them.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ IMAGES = {-1: 80.0, 0: 30.0}
 LINES = 10  # rows and columns that name places
 OWN = 0.9  # of the name of a place: its row and column; the rest is like no other word
 NAMED = 0.5  # how much of the names of its place is added to an image token
-PLACED = 9.0
+PLACED = 9.0  # how clearly the name of a place asks for it
 COPIED = 0.5  # how much of what a head finds is added to a token, relative to the token
 
 
@@ -102,68 +102,115 @@ def add_heads(
         asked: tokens from the last word of a question to the end of the prompt.
         end: the id of the last token of a prompt.
     """
-    language, embeddings = model.model.language_model, model.get_input_embeddings().weight
-    scale = embeddings.pow(2).mean().sqrt()
-    shared, mark, *lines = _directions(model)
-    lines = lines if places else []
-    (ended,) = _without(embeddings[end][None], shared)
-    loud = _loud(embeddings, shared)
-    # Of what is normalised, each of these gives 1 for its direction.
-    ended = ended * scale / ended.dot(ended)
-    shared, mark = shared * scale / SHARED, mark * scale / SHARED
-    placed = [line * scale * math.sqrt(2) / (OWN * loud) for line in lines]
+    language = model.model.language_model
+    asks = _asks(model, with_places=bool(places))
     theta = language.config.rope_parameters["rope_theta"]
-    first = language.layers[0].self_attn
-    for head, back in enumerate((*places, *BACK)[: language.config.num_attention_heads]):
-        asking = mark if back in places else shared
-        rows = _look_back(first, head, back, 8 * asking, 8 * (shared - mark), theta)
-        if back in places:
-            read, written = _names(
-                first, embeddings, places[back], shared, [loud * x for x in lines]
-            )
-        else:
-            read = _part(first, shared, mark, *lines)
-            written = COPIED * read.T
-        first.v_proj.weight[rows] = read
-        first.o_proj.weight[:, rows] = written
-    copies = []
-    for index, layer in enumerate(language.layers[1:]):
-        attention = layer.self_attn
+    first, *others = language.layers
+    _begin(first.self_attn, asks, places, model.get_input_embeddings().weight, theta)
+    copies: list[Tensor] = []
+    for index, layer in enumerate(others):
+        attention, left = layer.self_attn, len(others) - index
         if index % 2 == 0:  # what a layer finds, the next layer copies to the end of the prompt
-            copied = _part(attention, shared, mark, *lines)
+            copied = _part(attention, *asks.directions)
         copies.append(copied)
         found = []
-        if index < len(language.layers) - 2:
-            weights = attention.q_proj.weight, attention.k_proj.weight
+        if left > 1:
+            # What names a place is for another head, until that has found something.
+            asking = asks.shared - sum(asks.placed) if index == 0 else asks.shared
             for head, more in IMAGES.items():
-                rows = _look_for_the_same(attention, *weights, head, shared, mark, *lines)
+                weights = attention.q_proj.weight, attention.k_proj.weight
+                rows = _look_for_the_same(attention, *weights, head, *asks.directions)
                 slowest = rows.start + attention.head_dim // 2 - 1
-                # What names a place is for another head, until that has found something.
-                asking = shared - sum(placed) if index == 0 else shared
-                for weight, own in zip(weights, (asking, mark), strict=True):
+                for weight, own in zip(weights, (asking, asks.mark), strict=True):
                     weight[slowest] = math.sqrt(more * math.sqrt(attention.head_dim)) * own
                 found.append(rows)
-        if index < len(language.layers) - 3 and places:
-            found.append(_look_for_places(attention, 1, placed, shared, mark))
+        if left > 2 and places:
+            found.append(_look_for_places(attention, 1, asks))
         if index:
             back = asked + (index + 1) % 2
-            found.append(_look_back(attention, -2, back, 10 * shared, 10 * (shared - mark), theta))
+            found.append(_look_back(attention, -2, back, 10 * asks.shared, 10 * asks.word, theta))
         for rows in found:
-            attention.v_proj.weight[rows] = copied
-            attention.o_proj.weight[:, rows] = COPIED * copied.T
-        if index >= len(language.layers) - 3:
-            rows = _look_at(attention, 1, 10 * shared, 10 * ended, theta)
-            attention.v_proj.weight[rows] = copies[max(index - 2, 0)]
-            attention.o_proj.weight[:, rows] = COPIED * copies[max(index - 2, 0)].T
-    for layer, copied in zip(language.layers[1:], copies, strict=True):
+            _copy(attention, rows, copied)
+        if left <= 2:
+            ended = _own(model.get_input_embeddings().weight[end], asks)
+            rows = _look_at(attention, 1, 10 * asks.shared, 10 * ended, theta)
+            _copy(attention, rows, copies[max(index - 2, 0)])
+    for layer, copied in zip(others, copies, strict=True):
         if (mixin := layer.mixin) is not None:
             keys, values = mixin.kv_proj.weight.chunk(2)
             for head in IMAGES:
-                rows = _look_for_the_same(
-                    mixin, mixin.q_proj.weight, keys, head, shared, mark, *lines
-                )
+                weights = mixin.q_proj.weight, keys
+                rows = _look_for_the_same(mixin, *weights, head, *asks.directions)
                 values[rows] = copied
                 mixin.o_proj.weight[:, rows] = COPIED * copied.T
+
+
+class _Asks(NamedTuple):
+    """What queries and keys are made of: each [width] gives 1 for what has it.
+
+    Attributes:
+        directions: unit vectors of `_directions`; without lines if no place has a name.
+        shared, mark: for all words and images; for images.
+        word: for words, not for images.
+        placed: for names of places that have a line.
+        scale: of the embeddings.
+        loud: how long what is own of a word is.
+    """
+
+    directions: tuple[Tensor, ...]
+    shared: Tensor
+    mark: Tensor
+    word: Tensor
+    placed: list[Tensor]
+    scale: Tensor
+    loud: Tensor
+
+
+def _asks(model: CoMemoForConditionalGeneration, with_places: bool) -> _Asks:
+    embeddings = model.get_input_embeddings().weight
+    scale = embeddings.pow(2).mean().sqrt()
+    shared, mark, *lines = _directions(model)
+    lines = lines if with_places else []
+    loud = _loud(embeddings, shared)
+    placed = [line * scale * math.sqrt(2) / (OWN * loud) for line in lines]
+    directions = (shared, mark, *lines)
+    shared, mark = shared * scale / SHARED, mark * scale / SHARED
+    return _Asks(directions, shared, mark, shared - mark, placed, scale, loud)
+
+
+def _own(word: Tensor, asks: _Asks) -> Tensor:
+    """What gives 1 for this embedding [width] and about 0 for others."""
+    (own,) = _without(word[None], asks.directions[0])
+    return own * asks.scale / own.dot(own)
+
+
+def _begin(
+    attention: Any,
+    asks: _Asks,
+    places: Mapping[int, Mapping[int, Mapping[int, float]]],
+    embeddings: Tensor,
+    theta: float,
+) -> None:
+    """Make the heads of the first layer look back: images for their place, words for words."""
+    shared, _, *lines = asks.directions
+    heads = attention.q_proj.weight.shape[0] // attention.head_dim
+    for head, back in enumerate((*places, *BACK)[:heads]):
+        asking = asks.mark if back in places else asks.shared
+        rows = _look_back(attention, head, back, 8 * asking, 8 * asks.word, theta)
+        if back in places:
+            loud = [asks.loud * line for line in lines]
+            read, written = _names(attention, embeddings, places[back], shared, loud)
+        else:
+            read = _part(attention, *asks.directions)
+            written = COPIED * read.T
+        attention.v_proj.weight[rows] = read
+        attention.o_proj.weight[:, rows] = written
+
+
+def _copy(attention: Any, rows: slice, copied: Tensor) -> None:
+    """Make a head add this part [head_dim, width] of what it finds."""
+    attention.v_proj.weight[rows] = copied
+    attention.o_proj.weight[:, rows] = COPIED * copied.T
 
 
 def _names(
@@ -185,23 +232,21 @@ def _names(
     return read, NAMED * written
 
 
-def _look_for_places(
-    attention: Any, head: int, placed: Sequence[Tensor], shared: Tensor, mark: Tensor
-) -> slice:
+def _look_for_places(attention: Any, head: int, asks: _Asks) -> slice:
     """Make a head look from the words for a place at the image tokens that have them; its rows.
 
     Other words look at no image.
     """
     rows, size = _rows(attention, attention.q_proj.weight, head), attention.head_dim
-    slowest, half = rows.start + size // 2 - 1, len(placed) // 2
-    wanted = PLACED * torch.stack(list(placed))
+    slowest, half = rows.start + size // 2 - 1, len(asks.placed) // 2
+    wanted = PLACED * torch.stack(asks.placed)
     for weight in (attention.q_proj.weight, attention.k_proj.weight):
         weight[rows] = 0
         weight[slowest - half : slowest] = wanted[:half]
         weight[slowest - half + size // 2 : slowest + size // 2] = wanted[half:]
     # More than 0 for images and words for a place: else these find themselves.
-    attention.q_proj.weight[slowest] = 3 * wanted[:half].sum(0) - PLACED * shared
-    attention.k_proj.weight[slowest] = PLACED * mark
+    attention.q_proj.weight[slowest] = 3 * wanted[:half].sum(0) - PLACED * asks.shared
+    attention.k_proj.weight[slowest] = PLACED * asks.mark
     return rows
 
 
