@@ -138,7 +138,7 @@ def _item(random: Random, pen: Pen, item: Item, box: Box) -> Part:
         x = random.uniform(left + radius * 1.1, right - radius * 1.1)
         y = random.uniform(top + radius * 1.1, bottom - radius * 1.1)
         _shape(pen, item.text, x, y, radius, colour)
-        return Part(_around(x, y, radius), (item.colour, item.text))
+        return Part(_around(x, y, radius), (item.kind, item.colour, item.text))
     wide = least * (0.9 if item.kind == "word" else 0.6)
     high = least * (0.4 if item.kind == "word" else 0.55)
     # Text is in the middle: letters that are always somewhere else take far longer to learn.
@@ -218,9 +218,13 @@ def _sign(random: Random, pen: Pen, scene: Scene, size: tuple[int, int]) -> list
     pen.rounded_rectangle((left, top, right, bottom), 30, colour, ink, 8)
     rows, cols = scene.shape
     tile = min(width / cols, height / rows)
-    middle = height * (rows - 0.5) / rows  # an arrow and a number, each in the middle of a place
+    # A word, and below it an arrow and a number, each in the middle of a place.
     word, number = scene.sign["word"], scene.sign["number"]
-    written = _write(pen, word, (left, top, right, middle - tile * 0.35), ink)
+    x = width * (random.choice((cols - 1, cols)) // 2 + 0.5) / cols
+    y = height * (rows - 1.5) / rows
+    box = (x - tile * 0.45, y - tile * 0.2, x + tile * 0.45, y + tile * 0.2)
+    written = _write(pen, word, box, ink)
+    middle = height * (rows - 0.5) / rows
     way, across = scene.sign["arrow"], width * 0.5 / cols
     _arrow(pen, way, across, middle, tile * 0.25, ink)
     x, high = width * (cols - 0.5) / cols, tile * random.uniform(0.3, 0.45)

@@ -21,10 +21,13 @@ NEAR = range(3, 6)  # angles that tell what is a few ids back from what is many
 # Heads that look for the same, each along other directions, and how much they prefer images. Else
 # a word finds itself first. With less it finds itself if no image is about it.
 IMAGES = {-1: 80.0, 0: 30.0}
-LINES = 10  # rows and columns that name places
-OWN = 0.9  # of the name of a place: its row and column; the rest is like no other word
+LINES = 10  # five rows and five columns that name places
+BOTH, COLUMN, ROW = range(LINES), range(LINES // 2, LINES), range(LINES // 2)
+LOOKS = (BOTH, COLUMN, ROW)  # of the second layer and those after it
+OWN = 0.9  # of the name of a place: what it shares with others; the rest is like no other word
 NAMED = 0.5  # how much of the names of its place is added to an image token
 PLACED = 9.0  # how clearly the name of a place asks for it
+FOUND = 1.0  # how much more clearly what was found at a place asks for its row or column
 COPIED = 0.5  # how much of what a head finds is added to a token, relative to the token
 
 
@@ -36,7 +39,8 @@ def share_directions(
 
     All words and images get the same part along one direction, which gives queries and keys that
     are the same everywhere before they are rotated. Images have a direction for themselves, and so
-    has each row and column that names a place. Output weights become like the embeddings.
+    have names of places, and each row and column in them. Output weights become like the
+    embeddings.
 
     Args:
         model: is changed.
@@ -45,10 +49,10 @@ def share_directions(
     embeddings = model.get_input_embeddings().weight
     shared = F.normalize(torch.randn(embeddings.shape[1]), dim=0)
     embeddings += (SHARED - embeddings @ shared)[:, None] * shared
-    shared, mark, *lines = _directions(model)
-    own = F.normalize(_without(embeddings, shared, mark, *lines), dim=-1)
+    shared, mark, name, *lines = _directions(model)
+    own = F.normalize(_without(embeddings, shared, mark, name, *lines), dim=-1)
     for index, named in places.items():
-        names = F.normalize(sum(lines[line] for line in named), dim=0)
+        names = F.normalize(name + sum(lines[line] for line in named), dim=0)
         own[index] = OWN * names + math.sqrt(1 - OWN**2) * own[index]
     own *= _loud(embeddings, shared)  # no word is louder than others
     embeddings.copy_(own + SHARED * shared)
@@ -67,9 +71,9 @@ def mark_images(model: CoMemoForConditionalGeneration) -> None:
 
 
 def _directions(model: CoMemoForConditionalGeneration) -> tuple[Tensor, ...]:
-    """Unit vectors [width]: what words and images share, what images have alone, and `LINES`."""
+    """Unit vectors [width]: what all share, images have, names of places have; then `LINES`."""
     shared = F.normalize(model.get_input_embeddings().weight.mean(0), dim=0)
-    others = torch.randn(1 + LINES, len(shared), generator=torch.Generator().manual_seed(0))
+    others = torch.randn(2 + LINES, len(shared), generator=torch.Generator().manual_seed(0))
     found, signs = torch.linalg.qr(torch.stack([shared, *others]).T)
     return tuple((found * signs.diagonal().sign()).T)
 
@@ -107,16 +111,14 @@ def add_heads(
     theta = language.config.rope_parameters["rope_theta"]
     first, *others = language.layers
     _begin(first.self_attn, asks, places, model.get_input_embeddings().weight, theta)
-    copies: list[Tensor] = []
+    # What a layer finds, the next layer copies to the end of the prompt.
+    parts = [_part(first.self_attn, *asks.directions) for _ in others[::2]]
     for index, layer in enumerate(others):
-        attention, left = layer.self_attn, len(others) - index
-        if index % 2 == 0:  # what a layer finds, the next layer copies to the end of the prompt
-            copied = _part(attention, *asks.directions)
-        copies.append(copied)
+        attention, left, copied = layer.self_attn, len(others) - index, parts[index // 2]
         found = []
         if left > 1:
             # What names a place is for another head, until that has found something.
-            asking = asks.shared - sum(asks.placed) if index == 0 else asks.shared
+            asking = asks.shared - 2 * asks.name if index == 0 else asks.shared
             for head, more in IMAGES.items():
                 weights = attention.q_proj.weight, attention.k_proj.weight
                 rows = _look_for_the_same(attention, *weights, head, *asks.directions)
@@ -124,34 +126,38 @@ def add_heads(
                 for weight, own in zip(weights, (asking, asks.mark), strict=True):
                     weight[slowest] = math.sqrt(more * math.sqrt(attention.head_dim)) * own
                 found.append(rows)
-        if left > 2 and places:
-            found.append(_look_for_places(attention, 1, asks))
         if index:
             back = asked + (index + 1) % 2
             found.append(_look_back(attention, -2, back, 10 * asks.shared, 10 * asks.word, theta))
         for rows in found:
             _copy(attention, rows, copied)
+        if left > 2 and places:
+            # First what is at a place; then what is in the column, or row, of what was found.
+            lines, copied = LOOKS[index % len(LOOKS)], parts[(index + 1) // 2]
+            rows = _look_for_places(attention, 1, asks, lines)
+            _copy(attention, rows, copied if lines == BOTH else _seen(copied))
         if left <= 2:
             ended = _own(model.get_input_embeddings().weight[end], asks)
             rows = _look_at(attention, 1, 10 * asks.shared, 10 * ended, theta)
-            _copy(attention, rows, copies[max(index - 2, 0)])
-    for layer, copied in zip(others, copies, strict=True):
+            _copy(attention, rows, parts[max(index - 2, 0) // 2])
+    for index, layer in enumerate(others):
         if (mixin := layer.mixin) is not None:
             keys, values = mixin.kv_proj.weight.chunk(2)
             for head in IMAGES:
                 weights = mixin.q_proj.weight, keys
                 rows = _look_for_the_same(mixin, *weights, head, *asks.directions)
-                values[rows] = copied
-                mixin.o_proj.weight[:, rows] = COPIED * copied.T
+                values[rows] = parts[index // 2]
+                mixin.o_proj.weight[:, rows] = COPIED * parts[index // 2].T
 
 
 class _Asks(NamedTuple):
     """What queries and keys are made of: each [width] gives 1 for what has it.
 
     Attributes:
-        directions: unit vectors of `_directions`; without lines if no place has a name.
+        directions: unit vectors of `_directions`; the first two alone if no place has a name.
         shared, mark: for all words and images; for images.
         word: for words, not for images.
+        name: for names of places.
         placed: for names of places that have a line.
         scale: of the embeddings.
         loud: how long what is own of a word is.
@@ -161,6 +167,7 @@ class _Asks(NamedTuple):
     shared: Tensor
     mark: Tensor
     word: Tensor
+    name: Tensor
     placed: list[Tensor]
     scale: Tensor
     loud: Tensor
@@ -169,13 +176,12 @@ class _Asks(NamedTuple):
 def _asks(model: CoMemoForConditionalGeneration, with_places: bool) -> _Asks:
     embeddings = model.get_input_embeddings().weight
     scale = embeddings.pow(2).mean().sqrt()
-    shared, mark, *lines = _directions(model)
-    lines = lines if with_places else []
-    loud = _loud(embeddings, shared)
-    placed = [line * scale * math.sqrt(2) / (OWN * loud) for line in lines]
-    directions = (shared, mark, *lines)
-    shared, mark = shared * scale / SHARED, mark * scale / SHARED
-    return _Asks(directions, shared, mark, shared - mark, placed, scale, loud)
+    directions = _directions(model) if with_places else _directions(model)[:2]
+    loud = _loud(embeddings, directions[0])
+    shared, mark = (own * scale / SHARED for own in directions[:2])
+    placed = [own * scale * math.sqrt(3) / (OWN * loud) for own in directions[2:]]
+    name, *placed = placed or [torch.zeros_like(shared)]
+    return _Asks(directions, shared, mark, shared - mark, name, placed, scale, loud)
 
 
 def _own(word: Tensor, asks: _Asks) -> Tensor:
@@ -192,7 +198,7 @@ def _begin(
     theta: float,
 ) -> None:
     """Make the heads of the first layer look back: images for their place, words for words."""
-    shared, _, *lines = asks.directions
+    shared, lines = asks.directions[0], asks.directions[3:]
     heads = attention.q_proj.weight.shape[0] // attention.head_dim
     for head, back in enumerate((*places, *BACK)[:heads]):
         asking = asks.mark if back in places else asks.shared
@@ -232,20 +238,39 @@ def _names(
     return read, NAMED * written
 
 
-def _look_for_places(attention: Any, head: int, asks: _Asks) -> slice:
-    """Make a head look from the words for a place at the image tokens that have them; its rows.
+def _look_for_places(attention: Any, head: int, asks: _Asks, lines: range) -> slice:
+    """Make a head look for images at the place that a word names, or beside what it has found.
 
     Other words look at no image.
+
+    Args:
+        attention: of a layer.
+        head: of it.
+        asks: of the model.
+        lines: `BOTH` for names of places; a row or column for words that have found something.
+
+    Returns:
+        The rows of the head.
     """
     rows, size = _rows(attention, attention.q_proj.weight, head), attention.head_dim
-    slowest, half = rows.start + size // 2 - 1, len(asks.placed) // 2
+    slowest, half = rows.start + size // 2 - 1, LINES // 2
     wanted = PLACED * torch.stack(asks.placed)
-    for weight in (attention.q_proj.weight, attention.k_proj.weight):
+    wanted[[line for line in BOTH if line not in lines]] = 0
+    more = 1.0 if lines == BOTH else FOUND
+    for weight, own in (
+        (attention.q_proj.weight, more * wanted),
+        (attention.k_proj.weight, wanted),
+    ):
         weight[rows] = 0
-        weight[slowest - half : slowest] = wanted[:half]
-        weight[slowest - half + size // 2 : slowest + size // 2] = wanted[half:]
-    # More than 0 for images and words for a place: else these find themselves.
-    attention.q_proj.weight[slowest] = 3 * wanted[:half].sum(0) - PLACED * asks.shared
+        weight[slowest - half : slowest] = own[:half]
+        weight[slowest - half + size // 2 : slowest + size // 2] = own[half:]
+    # More than 0 for images, if a place is asked for: else it would find words that have it.
+    asking = wanted.sum(0) * half / len(lines)
+    if lines == BOTH:
+        asking = 3 * asking - PLACED * asks.shared
+    else:
+        asking = FOUND * (2 * asking - 12 * PLACED * asks.name) - PLACED * asks.shared
+    attention.q_proj.weight[slowest] = asking
     attention.k_proj.weight[slowest] = PLACED * asks.mark
     return rows
 
@@ -305,10 +330,20 @@ def _look_for_the_same(
     return rows
 
 
-def _part(attention: Any, shared: Tensor, mark: Tensor, *lines: Tensor) -> Tensor:
-    """A part [head_dim, width] of what is to be copied: places, and others by chance."""
+def _part(
+    attention: Any, shared: Tensor, mark: Tensor, name: Tensor | None = None, *lines: Tensor
+) -> Tensor:
+    """A part [head_dim, width] of what is to be copied: lines, and others by chance."""
     rows = torch.linalg.qr(torch.randn(2 * shared.shape))[0][: attention.head_dim - len(lines)]
-    return torch.stack([*lines, *_without(rows, shared, mark, *lines)])
+    names = () if name is None else (name,)
+    return torch.stack([*lines, *_without(rows, shared, mark, *names, *lines)])
+
+
+def _seen(part: Tensor) -> Tensor:
+    """Of a part, what is not lines."""
+    part = part.clone()
+    part[:LINES] = 0
+    return part
 
 
 def _without(rows: Tensor, *directions: Tensor) -> Tensor:

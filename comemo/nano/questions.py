@@ -165,7 +165,7 @@ def _objects(scene: Scene, random: Random) -> Iterator[Question]:
     if shapes and random.random() < 0.7:
         shape = random.choice(shapes).text
     count = sum(item.text == shape for item in shapes)
-    yield Question("count", f"How many {_plural(shape)} are there?", str(count))
+    yield Question("count", f"How many {plural(shape)} are there?", str(count))
     kind = random.choice(("word", "number", "letter"))
     count = sum(item.kind == kind for item in things)
     yield Question("count", f"How many {kind}s are there?", str(count))
@@ -216,8 +216,9 @@ def _count(things: list[Item], item: Item) -> int:
     return sum(thing.phrase() == item.phrase() for thing in things)
 
 
-def _plural(shape: str) -> str:
-    return shape + ("es" if shape == "cross" else "s")
+def plural(noun: str) -> str:
+    """More than one: "stars", "crosses"."""
+    return noun + ("es" if noun == "cross" else "s")
 
 
 def _other(random: Random, text: str) -> str:

@@ -12,7 +12,7 @@ from comemo import prompts
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig
 from comemo.nano.heads import add_heads, share_directions
-from comemo.nano.questions import questions_about, questions_about_pair
+from comemo.nano.questions import plural, questions_about, questions_about_pair
 from comemo.nano.scenes import make_pair, make_scene
 from comemo.nano.words import (
     COLOURS,
@@ -32,8 +32,9 @@ VOCABULARY = 1000  # at most
 # The usual 1e6 is for long texts: most of its angles hardly differ within an image of 16 ids.
 THETA = 1e4
 PLACES = [place_name(row, column) for row in ROWS for column in COLUMNS]
+COUNTED = (*SHAPES, "shape", "word", "letter", "number", "dot", "bar")
 SIDE = 4  # rows and columns of the tokens of an image
-ALIKE = 0.9  # cosine of a word and the same word after a space
+ALIKE = 0.9  # cosine of words that mean the same
 
 
 def make_start(directory: str | Path, seed: int = 0, **changes: dict) -> None:
@@ -120,14 +121,17 @@ def spread_weights(model: CoMemoForConditionalGeneration) -> None:
 
 @torch.no_grad()
 def _liken_words(model: CoMemoForConditionalGeneration, directory: Path) -> None:
-    """Make a word after a space much like the same word without: they are two tokens."""
-    tokenizer = InternLM2Tokenizer.from_pretrained(directory)
-    ids = tokenizer.get_vocab()
+    """Make words that mean the same much alike: "star", " star" and " stars" are three tokens."""
+    ids = InternLM2Tokenizer.from_pretrained(directory).get_vocab()
     embeddings = model.model.language_model.embed_tokens.weight
-    for word, index in ids.items():
-        if (spaced := ids.get(SPACE + word)) is not None:
-            embeddings[spaced] *= math.sqrt(1 - ALIKE**2)
-            embeddings[spaced] += ALIKE * embeddings[index]
+    alike = {ids.get(SPACE + word): index for word, index in ids.items()}
+    for noun in COUNTED:
+        one = ids[SPACE + noun]
+        alike[ids[SPACE + plural(noun)]] = alike.get(one, one)
+    for other, index in alike.items():
+        if other is not None:
+            embeddings[other] *= math.sqrt(1 - ALIKE**2)
+            embeddings[other] += ALIKE * embeddings[index]
 
 
 def _places(directory: Path) -> dict[int, dict[int, dict[int, float]]]:
@@ -152,7 +156,7 @@ def _places(directory: Path) -> dict[int, dict[int, dict[int, float]]]:
 
 def _lines(at: int, first: int) -> dict[int, float]:
     """How well each of five rows or columns, counted from `first`, names one of `SIDE`."""
-    fitting = ({0: 1.0}, {0: 0.4, 1: 1.0, 2: 0.7}, {2: 0.7, 3: 1.0, 4: 0.4}, {4: 1.0})[at]
+    fitting = ({0: 1.0}, {0: 0.3, 1: 0.8, 2: 0.5}, {2: 0.5, 3: 0.8, 4: 0.3}, {4: 1.0})[at]
     return {first + line: weight for line, weight in fitting.items()}
 
 

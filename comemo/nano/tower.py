@@ -7,6 +7,7 @@ no token by itself says what is in its tile. So here each image token alone must
 
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -33,8 +34,8 @@ SHARP = 20.0  # logits are this times the cosine of image tokens and embeddings 
 LENGTH = 0.1  # weight of the loss for image tokens that are not as long as words
 MOST = 24  # ids that name a thing, at most
 SHARES = {"shape": 2, "word": 6, "letter": 2, "number": 3}  # how often things are shown
-# How often tiles of pictures are shown: of other layouts than "objects" 1, of nothing, all others.
-NOTHING, OBJECTS = 0.1, 0.5
+# How often tiles of pictures are shown: that say at most two words, of "objects", others.
+LITTLE, OBJECTS, OTHERS = 0.1, 0.5, 2.0
 TILES = 12  # of a picture, at most
 
 
@@ -203,7 +204,7 @@ def _cut(scenes: range, vocabulary: "Vocabulary") -> tuple[Tensor, Tensor, Tenso
     tiles = torch.frombuffer(pixels, dtype=torch.uint8).view(-1, SIDE, SIDE, 3)
     said = [words for _, one, _ in found for tile in one for words in tile]
     often = [
-        NOTHING if all(words == ["nothing"] for words in tile) else OBJECTS if objects else 1.0
+        LITTLE if len({*chain(*tile)}) < 3 else OBJECTS if objects else OTHERS
         for _, one, objects in found
         for tile in one
     ]
@@ -254,7 +255,7 @@ def _said(item: Item | None) -> list[list[str]]:
     if item is None:
         return [["nothing"]] * (GRID + 1)
     if item.kind == "shape":
-        return [[item.colour, item.text]] * (GRID + 1)
+        return [[item.kind, item.colour, item.text]] * (GRID + 1)
     small = [item.kind, item.colour]  # too small to be read
     if item.kind == "letter":
         return [[*small, item.text]] * GRID + [small]
