@@ -51,7 +51,7 @@ def test_shares_say_how_often_a_thing_is_shown():
 @pytest.mark.parametrize(
     ("item", "first", "last"),
     [
-        (Item("shape", "star", "red"), ["red", "star"], ["red", "star"]),
+        (Item("shape", "star", "red"), ["shape", "red", "star"], ["shape", "red", "star"]),
         (Item("letter", "Q", "blue"), ["letter", "blue", "Q"], ["letter", "blue", "Q"]),
         (
             Item("number", "37", "blue"),

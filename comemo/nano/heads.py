@@ -201,12 +201,12 @@ def _begin(
     shared, lines = asks.directions[0], asks.directions[3:]
     heads = attention.q_proj.weight.shape[0] // attention.head_dim
     for head, back in enumerate((*places, *BACK)[:heads]):
-        asking = asks.mark if back in places else asks.shared
-        rows = _look_back(attention, head, back, 8 * asking, 8 * asks.word, theta)
         if back in places:
+            rows = _look_back(attention, head, back, 8 * asks.mark, 8 * asks.shared, theta)
             loud = [asks.loud * line for line in lines]
             read, written = _names(attention, embeddings, places[back], shared, loud)
         else:
+            rows = _look_back(attention, head, back, 8 * asks.shared, 8 * asks.word, theta)
             read = _part(attention, *asks.directions)
             written = COPIED * read.T
         attention.v_proj.weight[rows] = read

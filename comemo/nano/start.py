@@ -144,13 +144,13 @@ def _places(directory: Path) -> dict[int, dict[int, dict[int, float]]]:
         raise ValueError(f"make_start: wanted {count} tokens before an image, got {len(before)}")
     # Both heads know all of these tokens, to read nothing of the other's.
     found: dict[int, dict[int, dict[int, float]]]
-    found = {back: {token: {} for token in before} for back in (count, count + 1)}
+    found = {back: {token: {} for token in before} for back in (count, count - 1)}
     for index, token in enumerate(before):
         named = _lines(index // SIDE, 0) | _lines(index % SIDE, len(ROWS))
         if before.count(token) == 1:
             found[count][token] = named
-        else:  # the one before it is not there twice
-            found[count + 1][before[index - 1]] = named
+        else:  # the one after it is not there twice
+            found[count - 1][before[index + 1]] = named
     return found
 
 
