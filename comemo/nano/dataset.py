@@ -41,6 +41,7 @@ AGAIN = {
     "shapes": 2,
     "colours": 2,
     "lessons": 3,
+    "talks": 2,
     "places": 2,
     "layouts": 2,
 }  # conversations about a picture
@@ -86,9 +87,10 @@ def write_shapes(folder: str | Path, count: int, first: int = 0) -> None:
 
 
 def write_lessons(folder: str | Path, count: int, first: int = 0) -> None:
-    """Write pictures of four places, with conversations: lessons/ and two files about them.
+    """Write pictures of four places, with conversations: lessons/ and three files about them.
 
-    colours.jsonl asks for colours of things, lessons.jsonl for what is where.
+    colours.jsonl asks for colours of things, lessons.jsonl for what is where, talks.jsonl for
+    everything.
 
     Args:
         folder: is created.
@@ -215,6 +217,9 @@ def _lesson_sample(seed: int) -> tuple[list[Image.Image], Conversations]:
     return [reduce(draw(scene))], {
         "colours": [questions_about_colours(scene, random) for _ in range(AGAIN["colours"])],
         "lessons": [questions_about_places(scene, random) for _ in range(AGAIN["lessons"])],
+        "talks": [
+            _in_turn(_asked(scene, random), random, scene.places()) for _ in range(AGAIN["talks"])
+        ],
     }
 
 
