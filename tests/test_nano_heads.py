@@ -104,7 +104,7 @@ def test_image_tokens_get_the_names_of_their_places(start, side):
     words = model.get_input_embeddings().weight
     x, images = after_the_first_layer(model, encode, "")
     ids = [encode("is " + name)[-1] for name in place_names(side, side).values()]
-    lines = torch.stack(_directions(model)[3:])
+    lines = torch.stack(_directions(model)[4:])
     scores = (words[ids] @ lines.T) @ (x[list(images)] @ lines.T).T
     assert (scores.argmax(0) == cells(side)).sum() >= 15
 
@@ -126,7 +126,7 @@ def test_the_words_for_a_place_find_it(start, side):
 def test_what_was_found_finds_its_column_and_its_row(start, layer, lines):
     """The names of places themselves do not."""
     model, encode = start
-    directions = torch.stack(_directions(model)[3:])
+    directions = torch.stack(_directions(model)[4:])
     for place in range(16):
         x, images = after_the_first_layer(model, encode, "star")
         x[-1] += 0.5 * directions.T @ (directions @ x[images[place]])
@@ -171,7 +171,7 @@ def test_the_end_of_a_prompt_looks_at_the_end_of_the_question(start):
     star = len(words) - 1 - words[::-1].index(encode("a star")[-1])
     x = model.get_input_embeddings().weight[words]
     ids = torch.arange(len(x))
-    for layer, back in ((2, 0), (3, 1), (4, 0), (5, 1)):
+    for layer, back in ((2, 0), (3, 2), (4, 0), (5, 1)):
         assert attend(model, layer, x, ids)[-2, -1].argmax() == star - back
 
 

@@ -35,9 +35,11 @@ def test_a_place_is_one_token(tokenizer, place):
         assert tokenizer.decode(ids) == text
 
 
-def test_digits_are_tokens_of_their_own(tokenizer):
-    ids = tokenizer("the number 85", add_special_tokens=False)["input_ids"]
-    assert tokenizer.convert_ids_to_tokens(ids)[-2:] == ["8", "5"]
+@pytest.mark.parametrize("text", ["10", "85", "the number 85", "the number 99"])
+def test_a_number_is_one_token(tokenizer, text):
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids)[-1].lstrip(SPACE) == text[-2:]
+    assert tokenizer.decode(ids) == text
 
 
 def test_a_word_is_much_the_same_after_a_space(folder, tokenizer):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 
 BACK = (1, 2)  # how many ids back heads of the first layer look, to copy the words before
+BEFORE = (0, 2, 0, 1)  # words before the last of a question that the end of a prompt looks at
 SHARED = 4.0  # how much of the direction that all words and images share
 FAST = range(4)  # angles that tell how many ids back
 NEAR = range(3, 6)  # angles that tell what is a few ids back from what is many
@@ -28,6 +29,7 @@ OWN = 0.9  # of the name of a place: what it shares with others; the rest is lik
 NAMED = 0.5  # how much of the names of its place is added to an image token
 PLACED = 9.0  # how clearly the name of a place asks for it
 FOUND = 1.0  # how much more clearly what was found at a place asks for its row or column
+COUNTED = 8.0  # how clearly a noun asks for images of it
 COPIED = 0.5  # how much of what a head finds is added to a token, relative to the token
 
 
@@ -39,8 +41,8 @@ def share_directions(
 
     All words and images get the same part along one direction, which gives queries and keys that
     are the same everywhere before they are rotated. Images have a direction for themselves, and so
-    have names of places, and each row and column in them. Output weights become like the
-    embeddings.
+    have names of places, each row and column in them, and how much is seen of what a word names.
+    Output weights become like the embeddings.
 
     Args:
         model: is changed.
@@ -49,8 +51,8 @@ def share_directions(
     embeddings = model.get_input_embeddings().weight
     shared = F.normalize(torch.randn(embeddings.shape[1]), dim=0)
     embeddings += (SHARED - embeddings @ shared)[:, None] * shared
-    shared, mark, name, *lines = _directions(model)
-    own = F.normalize(_without(embeddings, shared, mark, name, *lines), dim=-1)
+    shared, mark, name, seen, *lines = _directions(model)
+    own = F.normalize(_without(embeddings, shared, mark, name, seen, *lines), dim=-1)
     for index, named in places.items():
         names = F.normalize(name + sum(lines[line] for line in named), dim=0)
         own[index] = OWN * names + math.sqrt(1 - OWN**2) * own[index]
@@ -71,9 +73,9 @@ def mark_images(model: CoMemoForConditionalGeneration) -> None:
 
 
 def _directions(model: CoMemoForConditionalGeneration) -> tuple[Tensor, ...]:
-    """Unit vectors [width]: what all share, images have, names of places have; then `LINES`."""
+    """Unit vectors [width]: what all share, images have, names of places have; `seen`; `LINES`."""
     shared = F.normalize(model.get_input_embeddings().weight.mean(0), dim=0)
-    others = torch.randn(2 + LINES, len(shared), generator=torch.Generator().manual_seed(0))
+    others = torch.randn(3 + LINES, len(shared), generator=torch.Generator().manual_seed(0))
     found, signs = torch.linalg.qr(torch.stack([shared, *others]).T)
     return tuple((found * signs.diagonal().sign()).T)
 
@@ -89,6 +91,7 @@ def add_heads(
     places: Mapping[int, Mapping[int, Mapping[int, float]]],
     asked: int,
     end: int,
+    nouns: Sequence[int] = (),
 ) -> None:
     """Make some heads do what questions about images need.
 
@@ -105,6 +108,7 @@ def add_heads(
             ids of the thumbnail.
         asked: tokens from the last word of a question to the end of the prompt.
         end: the id of the last token of a prompt.
+        nouns: ids of words for what is counted, at most 14.
     """
     language = model.model.language_model
     asks = _asks(model, with_places=bool(places))
@@ -127,15 +131,17 @@ def add_heads(
                     weight[slowest] = math.sqrt(more * math.sqrt(attention.head_dim)) * own
                 found.append(rows)
         if index:
-            back = asked + (index + 1) % 2
+            back = asked + BEFORE[(index - 1) % len(BEFORE)]
             found.append(_look_back(attention, -2, back, 10 * asks.shared, 10 * asks.word, theta))
         for rows in found:
             _copy(attention, rows, copied)
+        if index == 0 and nouns:
+            _count(attention, 0, asks, model.get_input_embeddings().weight[list(nouns)], copied)
         if left > 2 and places:
             # First what is at a place; then what is in the column, or row, of what was found.
             lines, copied = LOOKS[index % len(LOOKS)], parts[(index + 1) // 2]
             rows = _look_for_places(attention, 1, asks, lines)
-            _copy(attention, rows, copied if lines == BOTH else _seen(copied))
+            _copy(attention, rows, copied if lines == BOTH else _unplaced(copied))
         if left <= 2:
             ended = _own(model.get_input_embeddings().weight[end], asks)
             rows = _look_at(attention, 1, 10 * asks.shared, 10 * ended, theta)
@@ -180,7 +186,7 @@ def _asks(model: CoMemoForConditionalGeneration, with_places: bool) -> _Asks:
     loud = _loud(embeddings, directions[0])
     shared, mark = (own * scale / SHARED for own in directions[:2])
     placed = [own * scale * math.sqrt(3) / (OWN * loud) for own in directions[2:]]
-    name, *placed = placed or [torch.zeros_like(shared)]
+    name, _, *placed = placed or [torch.zeros_like(shared)] * 2
     return _Asks(directions, shared, mark, shared - mark, name, placed, scale, loud)
 
 
@@ -198,7 +204,7 @@ def _begin(
     theta: float,
 ) -> None:
     """Make the heads of the first layer look back: images for their place, words for words."""
-    shared, lines = asks.directions[0], asks.directions[3:]
+    shared, lines = asks.directions[0], asks.directions[4:]
     heads = attention.q_proj.weight.shape[0] // attention.head_dim
     for head, back in enumerate((*places, *BACK)[:heads]):
         if back in places:
@@ -275,6 +281,33 @@ def _look_for_places(attention: Any, head: int, asks: _Asks, lines: range) -> sl
     return rows
 
 
+def _count(attention: Any, head: int, asks: _Asks, nouns: Tensor, copied: Tensor) -> None:
+    """Make a head of a noun look at images of it, the more the more there are, and at itself.
+
+    The share of images becomes the part along `seen`. Other words look at no image.
+
+    Args:
+        attention: of a layer.
+        head: of it.
+        asks: of the model.
+        nouns: their embeddings [n, width].
+        copied: the part of what is found that is copied.
+    """
+    rows, size = _rows(attention, attention.q_proj.weight, head), attention.head_dim
+    read = torch.linalg.pinv(_without(nouns / asks.scale, asks.directions[0])).T
+    slowest, half = rows.start + size // 2 - 1, (len(nouns) + 1) // 2
+    for weight in (attention.q_proj.weight, attention.k_proj.weight):
+        weight[rows] = 0
+        weight[slowest - half : slowest] = COUNTED * read[:half]
+        first = slowest + size // 2 - half
+        weight[first : first + len(nouns) - half] = COUNTED * read[half:]
+    attention.q_proj.weight[slowest] = COUNTED * (0.3 * read.sum(0) - 0.2 * asks.shared)
+    attention.k_proj.weight[slowest] = COUNTED * asks.mark
+    _copy(attention, rows, copied)
+    attention.v_proj.weight[rows.start] = asks.mark
+    attention.o_proj.weight[:, rows.start] = asks.loud * asks.directions[3]
+
+
 def _look_back(
     attention: Any, head: int, back: int, queries: Tensor, keys: Tensor, theta: float
 ) -> slice:
@@ -331,18 +364,18 @@ def _look_for_the_same(
 
 
 def _part(
-    attention: Any, shared: Tensor, mark: Tensor, name: Tensor | None = None, *lines: Tensor
+    attention: Any, shared: Tensor, mark: Tensor, name: Tensor | None = None, *others: Tensor
 ) -> Tensor:
-    """A part [head_dim, width] of what is to be copied: lines, and others by chance."""
-    rows = torch.linalg.qr(torch.randn(2 * shared.shape))[0][: attention.head_dim - len(lines)]
+    """A part [head_dim, width] of what is to be copied: `seen` and lines, and more by chance."""
+    rows = torch.linalg.qr(torch.randn(2 * shared.shape))[0][: attention.head_dim - len(others)]
     names = () if name is None else (name,)
-    return torch.stack([*lines, *_without(rows, shared, mark, *names, *lines)])
+    return torch.stack([*others, *_without(rows, shared, mark, *names, *others)])
 
 
-def _seen(part: Tensor) -> Tensor:
-    """Of a part, what is not lines."""
+def _unplaced(part: Tensor) -> Tensor:
+    """A part without its lines."""
     part = part.clone()
-    part[:LINES] = 0
+    part[1 : 1 + LINES] = 0
     return part
 
 
