@@ -7,6 +7,7 @@ import torch
 
 from comemo import CoMemoForConditionalGeneration, CoMemoProcessor, prompts
 from comemo.nano.heads import BACK, COLUMN, IMAGES, ROW, SHARED, _directions, mark_images
+from comemo.nano.questions import plural
 from comemo.nano.start import make_start
 from comemo.nano.words import place_names
 from comemo_kernels import reference
@@ -119,6 +120,30 @@ def test_the_words_for_a_place_find_it(start, side):
         shares = torch.zeros(side * side).index_add(0, cells(side), found)
         assert shares.argmax() == place
         assert shares[place] > 2.5 / side**2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("noun", ["star", "letter", "dot"])
+def test_a_noun_sees_how_many_there_are(start, noun):
+    """More images of it have more of its attention, and less is left for itself."""
+    model, encode = start
+    language, words = model.model.language_model, model.get_input_embeddings().weight
+    shared, mark, _, seen, *_ = _directions(model)
+    first, layer = words[encode("system\nYou are")], language.layers[1]
+    question = words[encode(f"How many {plural(noun)}")]
+    named = {thing: words[encode(f"a red sign {thing}")[1:]].sum(0) for thing in (noun, "bar")}
+    found = []
+    for count in (0, 1, 2, 4, 8):
+        images = torch.stack([named[noun]] * count + [named["bar"]] * (12 - count)) / math.sqrt(3)
+        images += (SHARED - images @ shared)[:, None] * shared + SHARED * mark
+        x = torch.cat([first, images.repeat_interleave(16, 0), question])
+        weights = attend(model, 1, x, torch.arange(len(x)))
+        values = layer.self_attn.v_proj(layer.input_layernorm(x)).unflatten(-1, (4, -1))
+        given = torch.einsum("hk,khd->hd", weights[:, -1], values).flatten()
+        found.append((layer.self_attn.o_proj(given) @ seen).item())
+    assert found == sorted(found)
+    assert found[1] > 2 * found[0]
+    assert found[-1] > 1.2 * found[1]
 
 
 @torch.no_grad()
