@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from comemo import CoMemoForConditionalGeneration, CoMemoProcessor
-from comemo.nano.heads import _directions
+from comemo.nano.directions import directions_of
 from comemo.nano.questions import plural
 from comemo.nano.start import COUNTED, PLACES, SIDE, _lines, _names, make_start
 from comemo.nano.words import _CHOSEN
@@ -81,7 +81,7 @@ def test_a_place_has_its_own_name_most(sides):
 
 def test_names_of_places_are_alike_by_rows_and_columns(folder, tokenizer):
     model = CoMemoForConditionalGeneration.from_pretrained(folder).float()
-    words, (shared, *_) = model.get_input_embeddings().weight.detach(), _directions(model)
+    words, (shared, *_) = model.get_input_embeddings().weight.detach(), directions_of(model)
     words = words - (words @ shared)[:, None] * shared
     ids = [tokenizer(f"is {place}", add_special_tokens=False)["input_ids"][-1] for place in PLACES]
     found = words[ids] @ words[ids].T / words[ids[0]].norm() ** 2

@@ -10,79 +10,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from comemo.conditional_generation import CoMemoForConditionalGeneration
+from comemo.nano.directions import LINES, OWN, SHARED, directions_of, loudness, without
 
 BACK = (1, 2)  # how many ids back heads of the first layer look, to copy the words before
 BEFORE = (0, 2, 0, 1)  # words before the last of a question that the end of a prompt looks at
-SHARED = 4.0  # how much of the direction that all words and images share
 FAST = range(4)  # angles that tell how many ids back
 NEAR = range(3, 6)  # angles that tell what is a few ids back from what is many
 # Heads that look for the same, each along other directions, and how much they prefer images. Else
 # a word finds itself first. With less it finds itself if no image is about it.
 IMAGES = {-1: 80.0, 0: 30.0}
-LINES = 10  # five rows and five columns that name places
 BOTH, COLUMN, ROW = range(LINES), range(LINES // 2, LINES), range(LINES // 2)
 LOOKS = (BOTH, COLUMN, ROW)  # of the second layer and those after it
-OWN = 0.9  # of the name of a place: what it shares with others; the rest is like no other word
 NAMED = 0.5  # how much of the names of its place is added to an image token
 PLACED = 9.0  # how clearly the name of a place asks for it
 FOUND = 1.0  # how much more clearly what was found at a place asks for its row or column
 COUNTED = 8.0  # how clearly a noun asks for images of it
 COPIED = 0.5  # how much of what a head finds is added to a token, relative to the token
-
-
-@torch.no_grad()
-def share_directions(
-    model: CoMemoForConditionalGeneration, places: Mapping[int, Sequence[int]]
-) -> None:
-    """Give words and images directions that heads can ask for, and say what is seen.
-
-    All words and images get the same part along one direction, which gives queries and keys that
-    are the same everywhere before they are rotated. Images have a direction for themselves, and so
-    have names of places, each row and column in them, and how much is seen of what a word names.
-    Output weights become like the embeddings.
-
-    Args:
-        model: is changed.
-        places: id of the name of a place -> its row and column, of `LINES`.
-    """
-    embeddings = model.get_input_embeddings().weight
-    shared = F.normalize(torch.randn(embeddings.shape[1]), dim=0)
-    embeddings += (SHARED - embeddings @ shared)[:, None] * shared
-    shared, mark, name, seen, *lines = _directions(model)
-    own = F.normalize(_without(embeddings, shared, mark, name, seen, *lines), dim=-1)
-    for index, named in places.items():
-        names = F.normalize(name + sum(lines[line] for line in named), dim=0)
-        own[index] = OWN * names + math.sqrt(1 - OWN**2) * own[index]
-    own *= _loud(embeddings, shared)  # no word is louder than others
-    embeddings.copy_(own + SHARED * shared)
-    model.lm_head.weight.copy_(own * 2 / math.sqrt(len(shared)))
-    mark_images(model)
-
-
-@torch.no_grad()
-def mark_images(model: CoMemoForConditionalGeneration) -> None:
-    """Give all image tokens their part of the directions, also after the projector was trained."""
-    projector = model.model.multi_modal_projector[-1]
-    for index, own in enumerate(_directions(model)):
-        part = SHARED if index < 2 else 0.0  # nothing seen is a place
-        projector.weight -= own[:, None] * (own @ projector.weight)
-        projector.bias += (part - projector.bias @ own) * own
-
-
-def _directions(model: CoMemoForConditionalGeneration) -> tuple[Tensor, ...]:
-    """Unit vectors [width]: what all share, images have, names of places have; `seen`; `LINES`."""
-    shared = F.normalize(model.get_input_embeddings().weight.mean(0), dim=0)
-    others = torch.randn(3 + LINES, len(shared), generator=torch.Generator().manual_seed(0))
-    found, signs = torch.linalg.qr(torch.stack([shared, *others]).T)
-    return tuple((found * signs.diagonal().sign()).T)
-
-
-def _loud(embeddings: Tensor, shared: Tensor) -> Tensor:
-    """How long what is own of a word is."""
-    return _without(embeddings, shared).norm(dim=-1).mean()
 
 
 @torch.no_grad()
@@ -101,7 +46,7 @@ def add_heads(
     with what was found for it. In the last two layers each word of an answer copies it from there.
 
     Args:
-        model: of `share_directions`.
+        model: of `directions.share_directions`.
         places: so many ids back -> ids of words that are there before an image -> {line: weight},
             the rows and columns, of `LINES`, that name the place; {} if another head names it.
             Before an image there are always the same tokens, and with RoPE-DHR every tile has the
@@ -160,7 +105,7 @@ class _Asks(NamedTuple):
     """What queries and keys are made of: each [width] gives 1 for what has it.
 
     Attributes:
-        directions: unit vectors of `_directions`; the first two alone if no place has a name.
+        directions: unit vectors of `directions_of`; the first two alone if no place has a name.
         shared, mark: for all words and images; for images.
         word: for words, not for images.
         name: for names of places.
@@ -182,8 +127,8 @@ class _Asks(NamedTuple):
 def _asks(model: CoMemoForConditionalGeneration, with_places: bool) -> _Asks:
     embeddings = model.get_input_embeddings().weight
     scale = embeddings.pow(2).mean().sqrt()
-    directions = _directions(model) if with_places else _directions(model)[:2]
-    loud = _loud(embeddings, directions[0])
+    directions = directions_of(model) if with_places else directions_of(model)[:2]
+    loud = loudness(embeddings, directions[0])
     shared, mark = (own * scale / SHARED for own in directions[:2])
     placed = [own * scale * math.sqrt(3) / (OWN * loud) for own in directions[2:]]
     name, _, *placed = placed or [torch.zeros_like(shared)] * 2
@@ -192,7 +137,7 @@ def _asks(model: CoMemoForConditionalGeneration, with_places: bool) -> _Asks:
 
 def _own(word: Tensor, asks: _Asks) -> Tensor:
     """What gives 1 for this embedding [width] and about 0 for others."""
-    (own,) = _without(word[None], asks.directions[0])
+    (own,) = without(word[None], asks.directions[0])
     return own * asks.scale / own.dot(own)
 
 
@@ -234,7 +179,7 @@ def _names(
 ) -> tuple[Tensor, Tensor]:
     """What a head reads [head_dim, width] and writes [width, head_dim] to name places by words."""
     found = embeddings[list(named)]
-    found = _without(found / found.pow(2).mean(-1, keepdim=True).sqrt(), shared)
+    found = without(found / found.pow(2).mean(-1, keepdim=True).sqrt(), shared)
     read = torch.zeros(attention.head_dim, embeddings.shape[1])
     read[: len(found)] = torch.linalg.pinv(found).T  # 1 for one of them, 0 for the others
     written = torch.zeros_like(read.T)
@@ -294,7 +239,7 @@ def _count(attention: Any, head: int, asks: _Asks, nouns: Tensor, copied: Tensor
         copied: the part of what is found that is copied.
     """
     rows, size = _rows(attention, attention.q_proj.weight, head), attention.head_dim
-    read = torch.linalg.pinv(_without(nouns / asks.scale, asks.directions[0])).T
+    read = torch.linalg.pinv(without(nouns / asks.scale, asks.directions[0])).T
     slowest, half = rows.start + size // 2 - 1, (len(nouns) + 1) // 2
     for weight in (attention.q_proj.weight, attention.k_proj.weight):
         weight[rows] = 0
@@ -358,7 +303,7 @@ def _look_for_the_same(
     read = torch.linalg.qr(torch.randn(width, width))[0][: len(slow)]
     for weight in (queries, keys):
         weight[rows] *= 0.3
-        weight[rows.start + slow] = 3 * _without(read, *directions)
+        weight[rows.start + slow] = 3 * without(read, *directions)
         weight[[rows.start + half - 1, rows.stop - 1]] = 0
     return rows
 
@@ -369,7 +314,7 @@ def _part(
     """A part [head_dim, width] of what is to be copied: `seen` and lines, and more by chance."""
     rows = torch.linalg.qr(torch.randn(2 * shared.shape))[0][: attention.head_dim - len(others)]
     names = () if name is None else (name,)
-    return torch.stack([*others, *_without(rows, shared, mark, *names, *others)])
+    return torch.stack([*others, *without(rows, shared, mark, *names, *others)])
 
 
 def _unplaced(part: Tensor) -> Tensor:
@@ -377,13 +322,6 @@ def _unplaced(part: Tensor) -> Tensor:
     part = part.clone()
     part[1 : 1 + LINES] = 0
     return part
-
-
-def _without(rows: Tensor, *directions: Tensor) -> Tensor:
-    """Rows [n, width] that read nothing along directions that are at right angles."""
-    for own in directions:
-        rows = rows - (rows @ own)[:, None] * own / own.dot(own)
-    return rows
 
 
 def _rows(attention: Any, weight: Tensor, head: int) -> slice:

@@ -11,7 +11,8 @@ import torch
 from comemo import prompts
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CoMemoConfig
-from comemo.nano.heads import add_heads, share_directions
+from comemo.nano.directions import share_directions
+from comemo.nano.heads import add_heads
 from comemo.nano.questions import plural, questions_about, questions_about_pair
 from comemo.nano.scenes import make_pair, make_scene
 from comemo.nano.words import (

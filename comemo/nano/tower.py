@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.image_processor import CoMemoImageProcessor
 from comemo.nano.dataset import ALBUM, album_item, reduce
+from comemo.nano.directions import mark_images
 from comemo.nano.drawing import GROUNDS_OF_ONE, draw_ground, draw_parts
-from comemo.nano.heads import mark_images
 from comemo.nano.parts import GRID, SIDE, words_of_tiles
 from comemo.nano.scenes import Item, make_scene
 from comemo.processor import CoMemoProcessor
