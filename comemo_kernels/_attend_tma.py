@@ -9,11 +9,9 @@ image.
 Traffic on top of the attention's: 4 * rows * D bytes for the queries, and 4 * keys * G * D for the
 keys of several images, in bfloat16: 36 us for 13,312 keys of 16 heads at 3.0 TB/s.
 
-Two ways to overlap: by instruction order (the second GEMM of a block is waited for after the
-softmax of the next block), or by warp specialisation, with one producer warp group and two
-consumers. `attention.USE_TMA` enables the kernel; its first configuration has no warp
-specialisation.
-Source: FlashAttention-3 (arXiv:2407.08608) for both overlaps.
+They overlap by instruction order: the second GEMM of a block is waited for after the softmax of the
+next block. `attention.USE_TMA` enables the kernel.
+Source: FlashAttention-3 (arXiv:2407.08608) for the overlap.
 
 Letters: B batch, N tokens, H query heads, M memory, G key heads, D head dimension, I images.
 """
@@ -133,12 +131,10 @@ def _tma_kernel(
     scale_log2,
     D: tl.constexpr,
     SPLIT: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """One program attends BLOCK_M tokens of one head and batch row to a split of the row's span."""
-    # With an early return or a GEMM outside the loop the compiler does not specialise warps.
     pid = tl.program_id(0)
     blocks = tl.cdiv(num_tokens, BLOCK_M)
     pid_m, rest = pid % blocks, pid // blocks
@@ -166,29 +162,21 @@ def _tma_kernel(
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.full([BLOCK_M], 0.0, tl.float32)
-    if SPECIALIZE:
-        for i in tl.range(0, tl.cdiv(length, BLOCK_N), warp_specialize=True):
-            s = tl.dot(q, tl.trans(k_tiles.load([i * BLOCK_N, 0])))
-            s = tl.where((i * BLOCK_N + offs_n < length)[None, :], s, float("-inf"))
-            p, alpha, peak, total = _weigh(s, peak, total, scale_log2, False)
-            v = v_tiles.load([i * BLOCK_N, 0])
-            acc = tl.dot(p.to(q_ptr.dtype.element_ty), v, acc * alpha[:, None])
-    else:
-        # Scores are computed a block ahead. The compiler leaves the second GEMM of an iteration in
-        # flight until it waits for the first GEMM of the next, after the softmax.
-        s = tl.dot(q, tl.trans(k_tiles.load([0, 0])))
-        last = tl.maximum(tl.cdiv(length, BLOCK_N) - 1, 0)
-        for i in tl.range(0, last):
-            p, alpha, peak, total = _weigh(s, peak, total, scale_log2, False)
-            p = p.to(q_ptr.dtype.element_ty)
-            s = tl.dot(q, tl.trans(k_tiles.load([(i + 1) * BLOCK_N, 0])))
-            v = v_tiles.load([i * BLOCK_N, 0])
-            acc = tl.dot(p, v, acc * alpha[:, None])
-        # Only the last block has keys past the end.
-        s = tl.where((last * BLOCK_N + offs_n < length)[None, :], s, float("-inf"))
-        p, alpha, peak, total = _weigh(s, peak, total, scale_log2, True)
-        v = v_tiles.load([last * BLOCK_N, 0])
-        acc = tl.dot(p.to(q_ptr.dtype.element_ty), v, acc * alpha[:, None])
+    # Scores are computed a block ahead. The compiler leaves the second GEMM of an iteration in
+    # flight until it waits for the first GEMM of the next, after the softmax.
+    s = tl.dot(q, tl.trans(k_tiles.load([0, 0])))
+    last = tl.maximum(tl.cdiv(length, BLOCK_N) - 1, 0)
+    for i in tl.range(0, last):
+        p, alpha, peak, total = _weigh(s, peak, total, scale_log2, False)
+        p = p.to(q_ptr.dtype.element_ty)
+        s = tl.dot(q, tl.trans(k_tiles.load([(i + 1) * BLOCK_N, 0])))
+        v = v_tiles.load([i * BLOCK_N, 0])
+        acc = tl.dot(p, v, acc * alpha[:, None])
+    # Only the last block has keys past the end.
+    s = tl.where((last * BLOCK_N + offs_n < length)[None, :], s, float("-inf"))
+    p, alpha, peak, total = _weigh(s, peak, total, scale_log2, True)
+    v = v_tiles.load([last * BLOCK_N, 0])
+    acc = tl.dot(p.to(q_ptr.dtype.element_ty), v, acc * alpha[:, None])
 
     lse = peak + tl.math.log2(total)
     # The one row that was loaded for an empty span may hold anything.
@@ -214,10 +202,8 @@ turn = Kernel(_turn_kernel, [{"BLOCK_M": 32, "num_warps": 4}])
 attend_tma = Kernel(
     _tma_kernel,
     [
-        {"SPECIALIZE": 0, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
-        {"SPECIALIZE": 0, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-        {"SPECIALIZE": 1, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
-        {"SPECIALIZE": 1, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
     ],
 )
 
