@@ -39,6 +39,23 @@ def _load(ptrs, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _add_product(acc, x, w):
+    """acc + x w^T for blocks x [R, K] and w [O, K], K a multiple of 32.
+
+    In float32 a thread sums all products of an output one after another. So 32 at a time are
+    summed apart: as few roundings as PyTorch's sums have.
+    """
+    if w.dtype == tl.float32:
+        PARTS: tl.constexpr = w.shape[1] // 32
+        x = tl.permute(tl.reshape(x, [x.shape[0], PARTS, 32]), [1, 0, 2])
+        w = tl.permute(tl.reshape(w, [w.shape[0], PARTS, 32]), [1, 2, 0])
+        acc += tl.sum(tl.dot(x, w, input_precision="ieee"), 0)
+    else:
+        acc = tl.dot(x, w.T, acc)
+    return acc
+
+
+@triton.jit
 def _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
     """[R] float32: sums of squares of the rows that begin at `x_ptrs` [R, 1]."""
     offs_k = tl.arange(0, BLOCK_K)[None, :]
@@ -125,10 +142,10 @@ def _rows_kernel(
             x = (x.to(tl.float32) * scale).to(weight_ptr.dtype.element_ty).to(tl.float32)
             x = (x * norm.to(tl.float32)).to(weight_ptr.dtype.element_ty)
         w = _load(weight_ptrs + offs, mask_k, EVEN)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        acc = _add_product(acc, x, w)
         if SWIGLU:
             w = _load(up_ptrs + offs, mask_k, EVEN)
-            up = tl.dot(x, w.T, up, input_precision="ieee")
+            up = _add_product(up, x, w)
         if NORM and not WEIGHTED:  # after the products: before them it would cost registers
             square = x.to(tl.float32) * x.to(tl.float32)
             squares += tl.sum(tl.reshape(square, [BLOCK_R, BLOCK_K // WIDE, WIDE]), 2)
