@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from comemo_kernels._blocks import offset_of, prefetch, tanh
+from comemo_kernels._blocks import offset_of, tanh
 from comemo_kernels._op import Kernel, register
 
 ROWS = 16  # of one matrix instruction: more rows would multiply a weight more than once
@@ -68,14 +68,6 @@ def _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN: tl.constexpr, BLOCK_K: tl.c
     return tl.sum(squares, axis=1)
 
 
-@triton.jit
-def _prefetch_rows(weight_ptrs, num_inner, LINES: tl.constexpr, LINE: tl.constexpr):
-    """Prefetch LINES lines of LINE elements into L2, of the rows at `weight_ptrs` [O, 1]."""
-    # Lines after a row's end are replaced by its last element: no address is out of bounds.
-    offs = tl.minimum(tl.arange(0, LINES) * LINE, num_inner - 1)
-    prefetch(weight_ptrs + offs[None, :])
-
-
 STRIDES = ["x_stride_r", "weight_stride_o", "up_stride_o", "residual_stride_r"]
 SIZES = ["num_rows", "num_outputs", "num_inner"]
 
@@ -107,7 +99,6 @@ def _rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,  # of a row, in each step
-    AHEAD: tl.constexpr,  # bytes of a weight's row to prefetch during a weighted norm
 ):
     """One program computes BLOCK_O outputs of all rows."""
     BLOCK_K: tl.constexpr = BLOCK_BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
@@ -124,10 +115,6 @@ def _rows_kernel(
     up_ptrs = up_ptr + offset_of(row, up_stride_o, ALIGNED)[:, None]
 
     if WEIGHTED:
-        if AHEAD > 0:
-            _prefetch_rows(weight_ptrs, num_inner, AHEAD // 128, 8 * WIDE)
-            if SWIGLU:
-                _prefetch_rows(up_ptrs, num_inner, AHEAD // 128, 8 * WIDE)
         total = _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN, BLOCK_K)
         scale = tl.rsqrt(total / num_inner.to(tl.float32) + eps)[:, None]
     squares = tl.zeros([BLOCK_R, BLOCK_K // WIDE], tl.float32)
@@ -170,30 +157,32 @@ def _rows_kernel(
 one_weight_kernel = Kernel(
     _rows_kernel,
     [
-        {"BLOCK_O": o, "BLOCK_BYTES": 512, "AHEAD": ahead, "num_warps": w, "num_stages": n}
-        for o, ahead, w, n in (
-            (16, 0, 4, 5),
-            (16, 0, 4, 4),
-            (32, 0, 8, 3),
-            # Every warp reads all rows from shared memory, and two cover 16 outputs.
-            (16, 0, 2, 5),
-            # As much as memory delivers during a norm, by 128 programs.
-            (16, 4096, 4, 5),
-            (16, 4096, 2, 5),
+        {"BLOCK_O": o, "BLOCK_BYTES": size, "num_warps": warps, "num_stages": stages}
+        for o, size, warps, stages in (
+            (16, 512, 2, 5),
+            (16, 512, 4, 5),
+            (16, 512, 2, 6),
+            (16, 1024, 4, 3),
+            (16, 256, 2, 8),
+            (32, 512, 4, 4),
+            (32, 256, 4, 6),
         )
     ],
 )
 two_weights_kernel = Kernel(
     _rows_kernel,
     [
-        {"BLOCK_O": o, "BLOCK_BYTES": size, "AHEAD": ahead, "num_warps": w, "num_stages": n}
-        for o, size, ahead, w, n in (
-            (16, 512, 0, 4, 4),
-            (16, 512, 0, 4, 3),
-            (32, 256, 0, 4, 4),
-            (16, 512, 0, 2, 4),
-            (16, 512, 1024, 4, 4),
-            (16, 512, 1024, 2, 4),
+        {"BLOCK_O": o, "BLOCK_BYTES": size, "num_warps": warps, "num_stages": stages}
+        for o, size, warps, stages in (
+            (32, 256, 4, 4),
+            (32, 256, 4, 6),
+            (32, 256, 2, 5),
+            (32, 512, 4, 3),
+            (32, 512, 8, 3),
+            (16, 512, 2, 4),
+            (16, 256, 2, 6),
+            (64, 256, 4, 3),
+            (64, 256, 8, 3),
         )
     ],
 )

@@ -151,12 +151,12 @@ def test_the_plain_kernel_does_what_it_does_not_support(monkeypatch, launches, w
 
 @pytest.mark.gpu
 def test_the_same_bits(monkeypatch):
-    """Must pass, with a race check, before `USE_TMA` may become True."""
+    """A configuration that does not must not be used."""
     monkeypatch.undo()
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the build uses descriptors only on Hopper")
     inputs = make_inputs(3328, 2048, 3, 16, 128, dtype=torch.bfloat16, P=4096)
-    plain = built(build_memory, inputs, (16, 128))
+    plain = plainly(monkeypatch, inputs, (16, 128))
     monkeypatch.setattr(memory_build, "USE_TMA", True)
     for config in _memory_build_tma.project_tma.configs:
         with _memory_build_tma.project_tma.using(config):
