@@ -24,7 +24,7 @@ key head (B * N * H / G), P rows of the rotary table, I images, T tiles.
 
 import triton.language as tl
 
-from comemo_kernels._blocks import let_next_begin, offset_of
+from comemo_kernels._blocks import NEW, let_next_begin, offset_of
 from comemo_kernels._blocks_attention import (
     attend_keys,
     columns,
@@ -197,29 +197,21 @@ attend_many = Kernel(
     _attend_kernel,
     [
         {"BLOCK_M": 128, "BLOCK_N": 64, **PLAIN, "num_warps": 8, "num_stages": 3},
-        {"BLOCK_M": 128, "BLOCK_N": 64, **PLAIN, "num_warps": 8, "num_stages": 2},
     ],
 )
 attend_few = Kernel(
     _attend_kernel,
     [
         {"BLOCK_M": 16, "BLOCK_N": 64, **PLAIN, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 16, "BLOCK_N": 32, **PLAIN, "num_warps": 2, "num_stages": 4},
-        {"BLOCK_M": 16, "BLOCK_N": 64, **PLAIN, "num_warps": 4, "num_stages": 4},
     ],
 )
+# Two plain launches come first until a GPU has timed the others.
 attend_one = Kernel(
     _attend_kernel,
     [
-        {"BLOCK_M": 16, "BLOCK_N": 64, **PLAIN, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 16, "BLOCK_N": 64, "FUSED": 1, "EARLY": 0, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 16, "BLOCK_N": 64, "FUSED": 0, "EARLY": 1, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 16, "BLOCK_N": 64, **PLAIN, "num_warps": 4, "num_stages": 4},
-        {"BLOCK_M": 16, "BLOCK_N": 64, **PLAIN, "num_warps": 4, "num_stages": 2},
-        {"BLOCK_M": 16, "BLOCK_N": 64, **PLAIN, "num_warps": 2, "num_stages": 3},
-        {"BLOCK_M": 16, "BLOCK_N": 32, **PLAIN, "num_warps": 2, "num_stages": 4},
-        {"BLOCK_M": 16, "BLOCK_N": 32, "FUSED": 1, "EARLY": 0, "num_warps": 2, "num_stages": 4},
-        {"BLOCK_M": 16, "BLOCK_N": 128, **PLAIN, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_M": 16, "BLOCK_N": 64, **how, "num_warps": 4, "num_stages": 3}
+        for how in (PLAIN, {"FUSED": 1, "EARLY": 0}, {"FUSED": 0, "EARLY": 1})
+        if NEW or not how["EARLY"]
     ],
 )
 attend_exact = Kernel(
