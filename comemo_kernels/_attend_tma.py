@@ -31,7 +31,7 @@ from comemo_kernels._blocks_attention import (
     load_rotated,
     narrow_ids,
 )
-from comemo_kernels._op import INTERPRET, Kernel, jit
+from comemo_kernels._op import INTERPRET, Kernel, is_hopper, jit
 
 # --- kernels ---
 
@@ -211,7 +211,7 @@ def fits(
     table_stride = 0 if cos is None else cos.stride(0)
     return (
         _descriptors.AVAILABLE
-        and (INTERPRET or torch.cuda.get_device_capability(q.get_device()) == (9, 0))
+        and (INTERPRET or is_hopper(q.get_device()))
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] in (64, 128)
         and spans.shape[1] == 1

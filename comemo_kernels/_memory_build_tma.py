@@ -22,7 +22,7 @@ from torch import Tensor
 from comemo_kernels import _descriptors
 from comemo_kernels._blocks import in_groups, offset_of
 from comemo_kernels._blocks_memory_build import load_rotation, pointer_to, without_nan
-from comemo_kernels._op import INTERPRET, Kernel, jit, multiprocessors
+from comemo_kernels._op import INTERPRET, Kernel, is_hopper, jit, multiprocessors
 
 REACH = tl.constexpr(2**31 - 1)  # steps of 16 bytes that a descriptor can index
 
@@ -185,7 +185,7 @@ def fits(media: Tensor, weights: list[Tensor], D: int, aligned: bool) -> bool:
     steps = [weight.data_ptr() // 16 for weight in weights]
     return (
         _descriptors.AVAILABLE
-        and (INTERPRET or torch.cuda.get_device_capability(media.get_device()) == (9, 0))
+        and (INTERPRET or is_hopper(media.get_device()))
         and media.dtype in (torch.float16, torch.bfloat16)
         and D in (32, 64, 128)
         and aligned

@@ -163,7 +163,6 @@ one_weight_kernel = Kernel(
             # Every warp reads all rows from shared memory, and two cover 16 outputs.
             (16, 512, 2, 5),
             # Faster with a norm of 2,048 elements, slower without.
-            (16, 1024, 4, 3),
             (32, 512, 4, 4),
         )
     ],

@@ -38,8 +38,7 @@ def _attend(B: int, N: int, M: int, dtype: torch.dtype, images: int | None, eigh
         rotation = [table, table, ids, starts, biases]
     scales = [empty(M // 256, 16)] * 2 if eight else [None] * 2
     spans = empty(B, 1, 2, dtype=torch.int64)
-    room = attention._allocate(q, k, attention._choose_splits(q, k))
-    attention._launch_into(*room, q, k, k, spans, *rotation, *scales, 256 if eight else 1)
+    attention._launch(q, k, k, spans, *rotation, *scales, 256 if eight else 1)
 
 
 def _stage_of(size: int, config: Config) -> int:
