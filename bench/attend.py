@@ -221,10 +221,11 @@ def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
     labels: Row = {"case": f"{case} {size}", "pass": "tune"}
     ours = attending.our_ways(workspace=attending.reading.decoding)
     kernels = {way: kernel for way in ours if way != "ours no rotation"}
+    plainly = functools.partial(with_descriptors, attention, False)
     calls = {
         n: c
         for way, k in kernels.items()
-        for n, c in each_configuration({way: k}, ours[way]).items()
+        for n, c in each_configuration({way: k}, plainly(ours[way])).items()
     }
 
     def timed(calls: Ways) -> Iterator[Row]:
@@ -244,5 +245,5 @@ def tune(size: str, case: str, clock: Clock) -> Iterator[Row]:
     elif kernel is attention.attend_many and _descriptors.AVAILABLE:
         # Last: a fault in these kernels may end the process.
         kernels = {"descriptors": _attend_tma.attend_tma}
-        calls = each_configuration(kernels, with_descriptors(attention, ours["ours"]))
+        calls = each_configuration(kernels, with_descriptors(attention, True, ours["ours"]))
         yield from tell_configurations(timed(calls), kernels)

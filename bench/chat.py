@@ -116,7 +116,6 @@ def _published(
     model: Any, processor: Any, images: Any, history: Any, settings: dict[str, Any]
 ) -> dict[str, Any]:
     """A second question, answered like the published code."""
-    clock = TokenClock()
     tiles = [pixel_values for pixel_values, _ in images]
     _, inputs = model.prepare_chat(
         processor.tokenizer,
@@ -127,7 +126,9 @@ def _published(
     )
     inputs["image_memory"] = RecomputedMemory.of(inputs["image_memory"])
     with recomputing(model.model):
-        model.generate(**inputs, **settings, past_key_values=DynamicCache(), streamer=clock)
+        for _ in range(2 if model.device.type == "cuda" else 1):  # cuDNN plans each length once
+            clock = TokenClock()
+            model.generate(**inputs, **settings, past_key_values=DynamicCache(), streamer=clock)
     return {
         "first_s": clock.first,
         "token_s": clock.per_token,
@@ -151,7 +152,9 @@ def _decode(
         memory, building = RecomputedMemory.of(memory), recomputing(model.model)
     times: list[float] = []
     with building:
-        for tokens in (8, max(options.tokens, 16)):  # the first run captures and compiles
+        most = max(options.tokens, 16)
+        # The first run captures and compiles; on a GPU cuDNN plans each length of the cache.
+        for tokens in (most if model.device.type == "cuda" else 8, most):
             peak.reset()
             clock = TokenClock()
             model.generate(

@@ -254,8 +254,8 @@ class MemoryBench:
             yield from tell_configurations(rows, known)
 
         plain = {"norm": memory_build.norm_media, "project": memory_build.project_media}
-        yield from timed(plain, lambda way: way)
+        yield from timed(plain, functools.partial(with_descriptors, memory_build, False))
         if _descriptors.AVAILABLE:
             # Last: a fault in these kernels may end the process.
-            by_descriptors = functools.partial(with_descriptors, memory_build)
+            by_descriptors = functools.partial(with_descriptors, memory_build, True)
             yield from timed({"project by TMA": _memory_build_tma.project_tma}, by_descriptors)

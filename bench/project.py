@@ -135,7 +135,8 @@ class Projection:
         x = self.media.new_empty(len(self.media), 4 * CHANNELS)
         launch_fold_norm(x, None, self.tokens, w.norm_weight, w.norm_bias, 2, False, 1e-5)
         media = multiply(x, w)
-        return media, self.embeds.flatten(0, 1).index_copy_(0, self.rows, media)
+        self.embeds.flatten(0, 1).index_copy_(0, self.rows, media)
+        return media, self.embeds
 
     def ours(self) -> tuple[Tensor, Tensor]:
         places = {"media": self.media, "embeds": self.embeds, "rows": self.rows}

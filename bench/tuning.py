@@ -61,11 +61,13 @@ def in_words(config: Config) -> str:
     )
 
 
-def with_descriptors(module: ModuleType, way: Callable[[int], Any]) -> Callable[[int], Any]:
-    """The same way with `USE_TMA` of a kernel's module: it may use tensor descriptors."""
+def with_descriptors(
+    module: ModuleType, may: bool, way: Callable[[int], Any]
+) -> Callable[[int], Any]:
+    """The same way with `USE_TMA` of a kernel's module: whether it may use tensor descriptors."""
 
     def call(i: int) -> Any:
-        with mock.patch.object(module, "USE_TMA", True):
+        with mock.patch.object(module, "USE_TMA", may):
             return way(i)
 
     return call

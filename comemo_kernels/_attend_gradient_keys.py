@@ -150,7 +150,7 @@ gradient_keys = Kernel(
     _gradient_keys_kernel,
     [
         {"BLOCK_M": m, "BLOCK_N": n, "num_warps": w, "num_stages": stages}
-        for m, n, w, stages in ((64, 128, 8, 3), (64, 128, 8, 2), (32, 128, 8, 3), (32, 64, 4, 3))
+        for m, n, w, stages in ((32, 64, 4, 3), (64, 128, 8, 2))
     ],
 )
 gradient_keys_small = Kernel(  # other GPUs

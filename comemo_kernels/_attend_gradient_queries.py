@@ -142,8 +142,7 @@ def _gradient_queries_kernel(
 gradient_queries = Kernel(  # heads of at most 128 elements
     _gradient_queries_kernel,
     [
-        {"BLOCK_M": 128, "BLOCK_N": n, "num_warps": 8, "num_stages": stages}
-        for n, stages in ((64, 3), (64, 2), (32, 3))
+        {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
     ],
 )
 gradient_queries_wide = Kernel(

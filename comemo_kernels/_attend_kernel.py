@@ -24,7 +24,7 @@ key head (B * N * H / G), P rows of the rotary table, I images, T tiles.
 
 import triton.language as tl
 
-from comemo_kernels._blocks import NEW, let_next_begin, offset_of, prefetch
+from comemo_kernels._blocks import NEW, let_next_begin, offset_of
 from comemo_kernels._blocks_attention import (
     attend_keys,
     columns,
@@ -86,7 +86,6 @@ def _attend_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    AHEAD: tl.constexpr,  # keys to prefetch into L2 before queries are rotated
     FUSED: tl.constexpr,  # the last split of a block to finish combines all of them
     EARLY: tl.constexpr,  # or a second launch does, which starts before this one ends and waits
 ):
@@ -125,14 +124,6 @@ def _attend_kernel(
     k_head, v_head = k_ptr + head_offset, v_ptr + head_offset
     k_scales, v_scales = k_scale_ptr + head, v_scale_ptr + head
     keys = (k_head, v_head, kv_stride_m, k_scales, v_scales, num_heads, tile, scale_log2)
-    if AHEAD > 0:  # L2 fetches the first keys and values while queries wait for ids and table
-        rows = low + tl.arange(0, AHEAD)
-        LINE: tl.constexpr = 1024 // k_ptr.dtype.element_ty.primitive_bitwidth  # of 128 bytes
-        lines = tl.arange(0, (BLOCK_D + LINE - 1) // LINE) * LINE
-        ahead = head_offset + offset_of(rows, kv_stride_m, ALIGNED)[:, None] + lines[None, :]
-        there = (rows < high)[:, None] & (lines < D)[None, :]
-        prefetch(k_ptr + ahead, there)
-        prefetch(v_ptr + ahead, there)
     acc, unit = tl.zeros([BLOCK_M, BLOCK_D], tl.float32), 1.0
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.full([BLOCK_M], 0.0, tl.float32)
@@ -200,34 +191,26 @@ def _attend_kernel(
         tl.store(lse_ptr + offs_out, lse * LN2, mask=mask_m)
 
 
-PLAIN = {"AHEAD": 0, "FUSED": 0, "EARLY": 0}
+PLAIN = {"FUSED": 0, "EARLY": 0}
 # Prefill; decode step of a batch; decode step of one conversation; any rows in float32.
 attend_many = Kernel(
     _attend_kernel,
     [
         {"BLOCK_M": 128, "BLOCK_N": 64, **PLAIN, "num_warps": 8, "num_stages": 3},
-        {"BLOCK_M": 128, "BLOCK_N": 64, **PLAIN, "num_warps": 8, "num_stages": 2},
     ],
 )
 attend_few = Kernel(
     _attend_kernel,
     [
         {"BLOCK_M": 16, "BLOCK_N": 64, **PLAIN, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 16, "BLOCK_N": 32, **PLAIN, "num_warps": 2, "num_stages": 4},
-        {"BLOCK_M": 16, "BLOCK_N": 64, **PLAIN, "num_warps": 4, "num_stages": 4},
     ],
 )
-# Two plain launches come first until a GPU has confirmed what relies on the order of accesses.
+# Two plain launches come first until a GPU has timed the others.
 attend_one = Kernel(
     _attend_kernel,
     [
         {"BLOCK_M": 16, "BLOCK_N": 64, **how, "num_warps": 4, "num_stages": 3}
-        for how in (
-            PLAIN,
-            {"AHEAD": 256, "FUSED": 0, "EARLY": 0},
-            {"AHEAD": 256, "FUSED": 1, "EARLY": 0},
-            {"AHEAD": 256, "FUSED": 0, "EARLY": 1},
-        )
+        for how in (PLAIN, {"FUSED": 1, "EARLY": 0}, {"FUSED": 0, "EARLY": 1})
         if NEW or not how["EARLY"]
     ],
 )

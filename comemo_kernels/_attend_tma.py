@@ -9,11 +9,9 @@ image.
 Traffic on top of the attention's: 4 * rows * D bytes for the queries, and 4 * keys * G * D for the
 keys of several images, in bfloat16: 36 us for 13,312 keys of 16 heads at 3.0 TB/s.
 
-Two ways to overlap: by instruction order (the second GEMM of a block is waited for after the
-softmax of the next block), or by warp specialisation, with one producer warp group and two
-consumers. `attention.USE_TMA` enables the kernel; its first configuration has no warp
-specialisation.
-Source: FlashAttention-3 (arXiv:2407.08608) for both overlaps.
+They overlap by instruction order: the second GEMM of a block is waited for after the softmax of the
+next block. `attention.USE_TMA` enables the kernel, where the keys are not split.
+Source: FlashAttention-3 (arXiv:2407.08608) for the overlap.
 
 Letters: B batch, N tokens, H query heads, M memory, G key heads, D head dimension, I images.
 """
@@ -32,9 +30,8 @@ from comemo_kernels._blocks_attention import (
     image_of,
     load_rotated,
     narrow_ids,
-    share_of,
 )
-from comemo_kernels._op import INTERPRET, Kernel, jit
+from comemo_kernels._op import INTERPRET, Kernel, is_hopper, jit
 
 # --- kernels ---
 
@@ -110,8 +107,6 @@ def _weigh(s, peak, total, scale_log2, MASKED: tl.constexpr):
 def _tma_kernel(
     out_ptr,  # [B, N, H, D], contiguous
     lse_ptr,  # [B, N, H], contiguous
-    part_ptr,  # [splits, G * B * N * H/G, D]
-    part_lse_ptr,  # [splits, G * B * N * H/G]
     q_ptr,  # [B, N, H, D], D contiguous, rotated
     k_ptr,  # [M, G, D], D contiguous
     v_ptr,  # [M, G, D], D contiguous
@@ -124,31 +119,23 @@ def _tma_kernel(
     v_stride_m: tl.int64,
     v_stride_g: tl.int64,
     spans_stride_b: tl.int64,
-    num_batch,  # B
     num_tokens,  # N
     num_keys,  # M
     num_heads,  # H
     group,  # H / G
-    num_splits,
     scale_log2,
     D: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One program attends BLOCK_M tokens of one head and batch row to a split of the row's span."""
-    # With an early return or a GEMM outside the loop the compiler does not specialise warps.
+    """One program attends BLOCK_M tokens of one head and batch row to the row's span."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(num_tokens, BLOCK_M)
     pid_m, rest = pid % blocks, pid // blocks
-    split, rest = rest % num_splits, rest // num_splits
     head, batch = rest % num_heads, rest // num_heads
     spans_ptr += batch * spans_stride_b
     start = tl.maximum(tl.load(spans_ptr), 0).to(tl.int32)
     end = tl.minimum(tl.load(spans_ptr + 1), num_keys).to(tl.int32)
-    if SPLIT:
-        start, end = share_of(start, end, split, num_splits, BLOCK_N)
     length = tl.maximum(end - start, 0)
     # A descriptor needs at least one row: for an empty span any valid one.
     start = tl.minimum(start, num_keys - 1)
@@ -166,29 +153,21 @@ def _tma_kernel(
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.full([BLOCK_M], 0.0, tl.float32)
-    if SPECIALIZE:
-        for i in tl.range(0, tl.cdiv(length, BLOCK_N), warp_specialize=True):
-            s = tl.dot(q, tl.trans(k_tiles.load([i * BLOCK_N, 0])))
-            s = tl.where((i * BLOCK_N + offs_n < length)[None, :], s, float("-inf"))
-            p, alpha, peak, total = _weigh(s, peak, total, scale_log2, False)
-            v = v_tiles.load([i * BLOCK_N, 0])
-            acc = tl.dot(p.to(q_ptr.dtype.element_ty), v, acc * alpha[:, None])
-    else:
-        # Scores are computed a block ahead. The compiler leaves the second GEMM of an iteration in
-        # flight until it waits for the first GEMM of the next, after the softmax.
-        s = tl.dot(q, tl.trans(k_tiles.load([0, 0])))
-        last = tl.maximum(tl.cdiv(length, BLOCK_N) - 1, 0)
-        for i in tl.range(0, last):
-            p, alpha, peak, total = _weigh(s, peak, total, scale_log2, False)
-            p = p.to(q_ptr.dtype.element_ty)
-            s = tl.dot(q, tl.trans(k_tiles.load([(i + 1) * BLOCK_N, 0])))
-            v = v_tiles.load([i * BLOCK_N, 0])
-            acc = tl.dot(p, v, acc * alpha[:, None])
-        # Only the last block has keys past the end.
-        s = tl.where((last * BLOCK_N + offs_n < length)[None, :], s, float("-inf"))
-        p, alpha, peak, total = _weigh(s, peak, total, scale_log2, True)
-        v = v_tiles.load([last * BLOCK_N, 0])
-        acc = tl.dot(p.to(q_ptr.dtype.element_ty), v, acc * alpha[:, None])
+    # Scores are computed a block ahead. The compiler leaves the second GEMM of an iteration in
+    # flight until it waits for the first GEMM of the next, after the softmax.
+    s = tl.dot(q, tl.trans(k_tiles.load([0, 0])))
+    last = tl.maximum(tl.cdiv(length, BLOCK_N) - 1, 0)
+    for i in tl.range(0, last):
+        p, alpha, peak, total = _weigh(s, peak, total, scale_log2, False)
+        p = p.to(q_ptr.dtype.element_ty)
+        s = tl.dot(q, tl.trans(k_tiles.load([(i + 1) * BLOCK_N, 0])))
+        v = v_tiles.load([i * BLOCK_N, 0])
+        acc = tl.dot(p, v, acc * alpha[:, None])
+    # Only the last block has keys past the end.
+    s = tl.where((last * BLOCK_N + offs_n < length)[None, :], s, float("-inf"))
+    p, alpha, peak, total = _weigh(s, peak, total, scale_log2, True)
+    v = v_tiles.load([last * BLOCK_N, 0])
+    acc = tl.dot(p.to(q_ptr.dtype.element_ty), v, acc * alpha[:, None])
 
     lse = peak + tl.math.log2(total)
     # The one row that was loaded for an empty span may hold anything.
@@ -197,27 +176,18 @@ def _tma_kernel(
     token = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = token < num_tokens
     offs_d = tl.arange(0, D)
-    if SPLIT:
-        row = (batch * num_tokens + token) * group + head % group
-        rows = num_batch * num_tokens * group  # of one key head
-        part = (split * (num_heads // group) + head // group).to(tl.int64) * rows + row
-        tl.store(part_lse_ptr + part, lse, mask=mask)
-        tl.store(part_ptr + part[:, None] * D + offs_d[None, :], acc, mask=mask[:, None])
-    else:
-        row = (batch * num_tokens + token).to(tl.int64) * num_heads + head
-        LN2: tl.constexpr = 0.6931471805599453
-        tl.store(lse_ptr + row, lse * LN2, mask=mask)
-        tl.store(out_ptr + row[:, None] * D + offs_d[None, :], acc, mask=mask[:, None])
+    row = (batch * num_tokens + token).to(tl.int64) * num_heads + head
+    LN2: tl.constexpr = 0.6931471805599453
+    tl.store(lse_ptr + row, lse * LN2, mask=mask)
+    tl.store(out_ptr + row[:, None] * D + offs_d[None, :], acc, mask=mask[:, None])
 
 
 turn = Kernel(_turn_kernel, [{"BLOCK_M": 32, "num_warps": 4}])
 attend_tma = Kernel(
     _tma_kernel,
     [
-        {"SPECIALIZE": 0, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
-        {"SPECIALIZE": 0, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
-        {"SPECIALIZE": 1, "BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 4, "num_stages": 2},
-        {"SPECIALIZE": 1, "BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2},
     ],
 )
 
@@ -225,7 +195,6 @@ attend_tma = Kernel(
 
 
 def fits(
-    splits: int,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -242,11 +211,10 @@ def fits(
     table_stride = 0 if cos is None else cos.stride(0)
     return (
         _descriptors.AVAILABLE
-        and (INTERPRET or torch.cuda.get_device_capability(q.get_device()) == (9, 0))
+        and (INTERPRET or is_hopper(q.get_device()))
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] in (64, 128)
         and spans.shape[1] == 1
-        and (splits == 1 or q.shape[0] == 1 or starts is None or starts.shape[0] <= 1)
         and k_scale is None
         and k.shape[0] > 0
         and all(stride % 8 == 0 for stride in (*q.stride()[:3], *k.stride()[:2], table_stride))
@@ -257,8 +225,6 @@ def fits(
 def launch(
     out: Tensor,
     lse: Tensor,
-    parts: Tensor,
-    part_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -269,8 +235,8 @@ def launch(
     starts: Tensor | None,
     biases: Tensor | None,
 ) -> None:
-    """Write `out` and `lse`, or with several splits `parts` [splits, G, B * N * H/G, D]."""
-    (B, N, H, D), (M, G, _), splits = q.shape, k.shape, parts.shape[0]
+    """Write `out` and `lse`."""
+    (B, N, H, D), (M, G, _) = q.shape, k.shape
     if B > 1 and starts is not None and starts.shape[0] > 1:
         # Each prompt may have the images at other ids: rotate keys for one prompt at a time.
         for b in range(B):
@@ -279,7 +245,7 @@ def launch(
                 for t in (out, lse, q, spans, ids, biases)
             )
             rotation = (cos, sin, own_ids, starts, own_biases)
-            launch(own_out, own_lse, parts, part_lse, own_q, k, v, own_spans, *rotation)
+            launch(own_out, own_lse, own_q, k, v, own_spans, *rotation)
         return
     if cos is not None and sin is not None and ids is not None:
         images = 0 if starts is None else starts.shape[0]
@@ -301,9 +267,9 @@ def launch(
         q = rotated(q, False)
         if images > 1:
             k = rotated(k[None], True)[0]
-    programs = B * H * splits * -(-N // attend_tma.config["BLOCK_M"])
-    tensors = (out, lse, parts, part_lse, q, k, v, spans)
+    programs = B * H * -(-N // attend_tma.config["BLOCK_M"])
+    tensors = (out, lse, q, k, v, spans)
     kv_strides = (*k.stride()[:2], *v.stride()[:2])
-    numbers = (*q.stride()[:3], *kv_strides, spans.stride(0), B, N, M, H, H // G, splits)
+    numbers = (*q.stride()[:3], *kv_strides, spans.stride(0), N, M, H, H // G)
     with _descriptors.allocated():
-        attend_tma.launch(programs, *tensors, *numbers, LOG2E / D**0.5, D, splits > 1)
+        attend_tma.launch(programs, *tensors, *numbers, LOG2E / D**0.5, D)

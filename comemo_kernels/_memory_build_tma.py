@@ -8,7 +8,7 @@ columns shared memory is the limit, whoever copies (bench/NOTES.md).
 The layers' weights are separate tensors. One descriptor of three dimensions reads them all: its
 first dimension steps by 16 bytes from the lowest address, and a layer's index in it is the distance
 of its weight from there.
-`memory_build.USE_TMA` turns it on.
+`memory_build.USE_TMA` enables it.
 
 Letters: M image tokens, d their width, L layers, G heads, D head dimension, P rows of the rotary
 table.
@@ -22,7 +22,7 @@ from torch import Tensor
 from comemo_kernels import _descriptors
 from comemo_kernels._blocks import in_groups, offset_of
 from comemo_kernels._blocks_memory_build import load_rotation, pointer_to, without_nan
-from comemo_kernels._op import INTERPRET, Kernel, jit, multiprocessors
+from comemo_kernels._op import INTERPRET, Kernel, is_hopper, jit, multiprocessors
 
 REACH = tl.constexpr(2**31 - 1)  # steps of 16 bytes that a descriptor can index
 
@@ -110,7 +110,6 @@ def _project_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,  # blocks of rows that follow each other on one block of columns
-    ANEW: tl.constexpr,  # a descriptor of each tile's own weight instead of one for all
 ):
     """One program computes keys or values of BLOCK_M rows and some heads, tile after tile."""
     HEADS: tl.constexpr = BLOCK_N // (2 * HALF)
@@ -119,9 +118,8 @@ def _project_tma_kernel(
     of_layer, w_rows = blocks_m * 2 * blocks_h, num_heads * 4 * HALF
     rows = num_rows * num_layers if EXACT else num_rows
     x_tiles = tl.make_tensor_descriptor(x_ptr, [rows, width], [x_stride_m, 1], [BLOCK_M, BLOCK_K])
-    if not ANEW:
-        lowest = _lowest(address_ptr, num_layers)
-        w_tiles = _weight_tiles(lowest, x_ptr, w_rows, width, BLOCK_N, BLOCK_K)
+    lowest = _lowest(address_ptr, num_layers)
+    w_tiles = _weight_tiles(lowest, x_ptr, w_rows, width, BLOCK_N, BLOCK_K)
     rotary_table = (cos_ptr, sin_ptr, table_stride, num_positions)
     tiles = of_layer * num_layers
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -129,12 +127,7 @@ def _project_tma_kernel(
         pid_m, pid_c = in_groups(tile % of_layer, blocks_m, 2 * blocks_h, GROUP)
         kind, first_head = pid_c // blocks_h, pid_c % blocks_h * HEADS
         table = address_ptr + layer * 4
-        address = tl.load(table)
-        if ANEW:
-            index = 0
-            w_tiles = _weight_tiles(address, x_ptr, w_rows, width, BLOCK_N, BLOCK_K)
-        else:
-            index = ((address - lowest) // 16).to(tl.int32)
+        index = ((tl.load(table) - lowest) // 16).to(tl.int32)
         # Rows after the last of a layer, or of keys, belong to others: computed, not stored.
         w_row = (kind * num_heads + first_head) * (2 * HALF)
         x_row = pid_m * BLOCK_M
@@ -163,12 +156,17 @@ def _project_tma_kernel(
         )
 
 
-BLOCKS = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP": 16}
 project_tma = Kernel(
     _project_tma_kernel,
     [
-        {**BLOCKS, "ANEW": anew, "num_warps": 8, "num_stages": stages}
-        for anew, stages in ((0, 3), (0, 4), (1, 3))
+        {
+            "BLOCK_M": 128,
+            "BLOCK_N": 256,
+            "BLOCK_K": 64,
+            "GROUP": 16,
+            "num_warps": 8,
+            "num_stages": 3,
+        }
     ],
 )
 
@@ -187,7 +185,7 @@ def fits(media: Tensor, weights: list[Tensor], D: int, aligned: bool) -> bool:
     steps = [weight.data_ptr() // 16 for weight in weights]
     return (
         _descriptors.AVAILABLE
-        and (INTERPRET or torch.cuda.get_device_capability(media.get_device()) == (9, 0))
+        and (INTERPRET or is_hopper(media.get_device()))
         and media.dtype in (torch.float16, torch.bfloat16)
         and D in (32, 64, 128)
         and aligned

@@ -59,6 +59,12 @@ def has_float8(device: int) -> bool:
 
 
 @functools.cache
+def is_hopper(device: int) -> bool:
+    """Whether a GPU, by its index, has compute capability 9.0; index -1, a CPU, has not."""
+    return device >= 0 and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@functools.cache
 def launches_early(device: int) -> bool:
     """Whether a kernel may start before the previous one ends (`launch_pdl`); True for index -1."""
     hopper = device < 0 or torch.cuda.get_device_capability(device) >= (9, 0)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from comemo_kernels._blocks import offset_of, prefetch, tanh
+from comemo_kernels._blocks import offset_of, tanh
 from comemo_kernels._op import Kernel, register
 
 ROWS = 16  # of one matrix instruction: more rows would multiply a weight more than once
@@ -39,6 +39,23 @@ def _load(ptrs, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
+def _add_product(acc, x, w):
+    """acc + x w^T for blocks x [R, K] and w [O, K], K a multiple of 32.
+
+    In float32 a thread sums all products of an output one after another. So 32 at a time are
+    summed apart: as few roundings as PyTorch's sums have.
+    """
+    if w.dtype == tl.float32:
+        PARTS: tl.constexpr = w.shape[1] // 32
+        x = tl.permute(tl.reshape(x, [x.shape[0], PARTS, 32]), [1, 0, 2])
+        w = tl.permute(tl.reshape(w, [w.shape[0], PARTS, 32]), [1, 2, 0])
+        acc += tl.sum(tl.dot(x, w, input_precision="ieee"), 0)
+    else:
+        acc = tl.dot(x, w.T, acc)
+    return acc
+
+
+@triton.jit
 def _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN: tl.constexpr, BLOCK_K: tl.constexpr):
     """[R] float32: sums of squares of the rows that begin at `x_ptrs` [R, 1]."""
     offs_k = tl.arange(0, BLOCK_K)[None, :]
@@ -49,14 +66,6 @@ def _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN: tl.constexpr, BLOCK_K: tl.c
         x = tl.load(x_ptrs + (start + offs_k), mask=mask, other=0.0).to(tl.float32)
         squares += x * x
     return tl.sum(squares, axis=1)
-
-
-@triton.jit
-def _prefetch_rows(weight_ptrs, num_inner, LINES: tl.constexpr, LINE: tl.constexpr):
-    """Prefetch LINES lines of LINE elements into L2, of the rows at `weight_ptrs` [O, 1]."""
-    # Lines after a row's end are replaced by its last element: no address is out of bounds.
-    offs = tl.minimum(tl.arange(0, LINES) * LINE, num_inner - 1)
-    prefetch(weight_ptrs + offs[None, :])
 
 
 STRIDES = ["x_stride_r", "weight_stride_o", "up_stride_o", "residual_stride_r"]
@@ -90,7 +99,6 @@ def _rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,  # of a row, in each step
-    AHEAD: tl.constexpr,  # bytes of a weight's row to prefetch during a weighted norm
 ):
     """One program computes BLOCK_O outputs of all rows."""
     BLOCK_K: tl.constexpr = BLOCK_BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
@@ -107,10 +115,6 @@ def _rows_kernel(
     up_ptrs = up_ptr + offset_of(row, up_stride_o, ALIGNED)[:, None]
 
     if WEIGHTED:
-        if AHEAD > 0:
-            _prefetch_rows(weight_ptrs, num_inner, AHEAD // 128, 8 * WIDE)
-            if SWIGLU:
-                _prefetch_rows(up_ptrs, num_inner, AHEAD // 128, 8 * WIDE)
         total = _sum_of_squares(x_ptrs, mask_r, num_inner, EVEN, BLOCK_K)
         scale = tl.rsqrt(total / num_inner.to(tl.float32) + eps)[:, None]
     squares = tl.zeros([BLOCK_R, BLOCK_K // WIDE], tl.float32)
@@ -125,10 +129,10 @@ def _rows_kernel(
             x = (x.to(tl.float32) * scale).to(weight_ptr.dtype.element_ty).to(tl.float32)
             x = (x * norm.to(tl.float32)).to(weight_ptr.dtype.element_ty)
         w = _load(weight_ptrs + offs, mask_k, EVEN)
-        acc = tl.dot(x, w.T, acc, input_precision="ieee")
+        acc = _add_product(acc, x, w)
         if SWIGLU:
             w = _load(up_ptrs + offs, mask_k, EVEN)
-            up = tl.dot(x, w.T, up, input_precision="ieee")
+            up = _add_product(up, x, w)
         if NORM and not WEIGHTED:  # after the products: before them it would cost registers
             square = x.to(tl.float32) * x.to(tl.float32)
             squares += tl.sum(tl.reshape(square, [BLOCK_R, BLOCK_K // WIDE, WIDE]), 2)
@@ -149,34 +153,29 @@ def _rows_kernel(
 
 
 # Few outputs a program: every multiprocessor has one, and all run at once. What counts then is how
-# many bytes of a weight are in flight on each, about 20 KiB on an H100. A second weight doubles it.
+# many bytes of a weight are in flight on each, about 20 KiB on an H100. Of two weights, with four
+# times as many outputs, 32 at a time are 256 programs.
 one_weight_kernel = Kernel(
     _rows_kernel,
     [
-        {"BLOCK_O": o, "BLOCK_BYTES": 512, "AHEAD": ahead, "num_warps": w, "num_stages": n}
-        for o, ahead, w, n in (
-            (16, 0, 4, 5),
-            (16, 0, 4, 4),
-            (32, 0, 8, 3),
+        {"BLOCK_O": o, "BLOCK_BYTES": size, "num_warps": warps, "num_stages": stages}
+        for o, size, warps, stages in (
             # Every warp reads all rows from shared memory, and two cover 16 outputs.
-            (16, 0, 2, 5),
-            # As much as memory delivers during a norm, by 128 programs.
-            (16, 4096, 4, 5),
-            (16, 4096, 2, 5),
+            (16, 512, 2, 5),
+            # Faster with a norm of 2,048 elements, slower without.
+            (32, 512, 4, 4),
         )
     ],
 )
 two_weights_kernel = Kernel(
     _rows_kernel,
     [
-        {"BLOCK_O": o, "BLOCK_BYTES": size, "AHEAD": ahead, "num_warps": w, "num_stages": n}
-        for o, size, ahead, w, n in (
-            (16, 512, 0, 4, 4),
-            (16, 512, 0, 4, 3),
-            (32, 256, 0, 4, 4),
-            (16, 512, 0, 2, 4),
-            (16, 512, 1024, 4, 4),
-            (16, 512, 1024, 2, 4),
+        {"BLOCK_O": o, "BLOCK_BYTES": size, "num_warps": warps, "num_stages": stages}
+        for o, size, warps, stages in (
+            (32, 256, 4, 4),
+            (16, 512, 2, 4),
+            (32, 512, 4, 3),
+            (64, 256, 8, 3),
         )
     ],
 )

@@ -155,9 +155,9 @@ def _fold_norm_gradient_kernel(
 # 3,200 channels are 16,384 after folding by two and rounding up: its gradient spills up to 96 bytes
 # a thread, wider rows spill more. Rows of more than WIDEST elements have no kernel.
 NARROW, WIDEST = 8192, 65536
-fold_norm = Kernel(_fold_norm_kernel, [{"num_warps": 4}, {"num_warps": 8}])
+fold_norm = Kernel(_fold_norm_kernel, [{"num_warps": 4}])
 fold_norm_wide = Kernel(_fold_norm_kernel, [{"num_warps": 16}])
-fold_norm_gradient = Kernel(_fold_norm_gradient_kernel, [{"num_warps": 4}, {"num_warps": 8}])
+fold_norm_gradient = Kernel(_fold_norm_gradient_kernel, [{"num_warps": 4}])
 fold_norm_gradient_wide = Kernel(_fold_norm_gradient_kernel, [{"num_warps": 16}])
 
 # --- operator ---

@@ -97,21 +97,18 @@ def _exact_cases() -> Iterator[Case]:
 
 
 def _tma_cases() -> Iterator[Case]:
-    def by_tma(dtype: torch.dtype, N: int, images: int, splits: int = 1) -> None:
+    def by_tma(dtype: torch.dtype, N: int, images: int) -> None:
         q, k = empty(1, N, 16, D, dtype=dtype), empty(13312, 16, D, dtype=dtype)
         out, lse = empty(1, N, 16, D, dtype=dtype), empty(1, N, 16)
-        parts = empty(splits, 16, N, D)
         spans, ids = empty(1, 1, 2, dtype=torch.int64), empty(1, N, dtype=torch.int64)
         table, biases = empty(4096, D // 2), empty(1, images, dtype=torch.int32)
         rotation = (table, table, ids, biases[0], biases)
-        _attend_tma.launch(out, lse, parts, parts[..., 0], q, k, k, spans, *rotation)
+        _attend_tma.launch(out, lse, q, k, k, spans, *rotation)
 
     kernel, turn = _attend_tma.attend_tma, _attend_tma.turn
     for dtype, name in ((HALF, "bf16"), (torch.float16, "fp16")):
         run = functools.partial(by_tma, dtype, 4096, 1)
         yield Case(kernel, f"{name} prefill", run, len(kernel.configs), True, HOPPER)
         yield Case(turn, f"{name} prefill", run, chips=HOPPER)
-    run = functools.partial(by_tma, HALF, 300, 1, 3)
-    yield Case(kernel, "bf16 few queries", run, 1, True, HOPPER)
     run = functools.partial(by_tma, HALF, 4096, 4)
     yield Case(turn, "bf16 several images", run, chips=HOPPER)

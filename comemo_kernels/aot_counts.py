@@ -57,7 +57,7 @@ MEMORY = {"H100": 3.0e12, "H200": 4.3e12}  # bytes a second, measured copies
 class Loop:
     """What one pass needs; a kernel without a loop is one pass."""
 
-    part: str  # "loop", "loop 1 of 2", "whole", or specialised warps: "copies", "products"
+    part: str  # "loop", "loop 1 of 2" or "whole"
     warps: int  # of a block that run it
     instructions: int  # of each of these warps
     behind: int  # more of them, in branches that the pass does not take
@@ -79,7 +79,7 @@ class Loop:
 def count_loops(
     kernel: Any, small: frozenset[str] = frozenset(), cached: frozenset[str] = frozenset()
 ) -> list[Loop]:
-    """The main loop of a compiled kernel for sm_90, or those of each role of specialised warps.
+    """The main loop of a compiled kernel for sm_90.
 
     The main loop is the innermost one with tensor-core instructions; without any, the one that
     moves most bytes of memory; without that, the whole kernel is counted. Several loops with
@@ -101,10 +101,6 @@ def count_loops(
     everything = aot_sass.whole(blocks, weigh)
     loops, warps = aot_sass.find_loops(blocks, weigh), kernel.metadata.num_warps
     products = _innermost([x for x in loops if any(map(product_of, x.code))])
-    if any(i.stem == "USETMAXREG" for i in code):  # warp groups trade registers
-        copies = [x for x in loops if any(map(traffic.bytes_of, x.code))]
-        roles = [(("copies", "products")[x in products], x) for x in _innermost(products + copies)]
-        return [count(part, x, _warps_of(x, warps)) for part, x in roles]
     if products:
         names = [f"loop {n + 1} of {len(products)}" for n in range(len(products))]
         names = names if len(products) > 1 else ["loop"]
@@ -117,12 +113,6 @@ def count_loops(
 
 def _innermost(loops: list[aot_sass.Loop]) -> list[aot_sass.Loop]:
     return [x for x in loops if not any(y.blocks < x.blocks for y in loops)]
-
-
-def _warps_of(loop: aot_sass.Loop, warps: int) -> int:
-    """How many warps run a role: the number that its barriers wait for."""
-    threads = [re.search(r", (0x[0-9a-f]+)$", i.operands) for i in loop.code if i.stem == "BAR"]
-    return max((int(count[1], 16) // 32 for count in threads if count), default=min(warps, 4))
 
 
 def _shared_bytes(i: Instruction, fused: bool) -> int:
@@ -260,17 +250,15 @@ COLUMNS = tuple(
 
 
 def table_rows(found: Counted) -> list[dict[str, Any]]:
-    """Rows by COLUMNS: a row a loop; roles of specialised warps also have a row "together"."""
-    rows, roles = [], found.loops[0].part in ("products", "copies")
+    """Rows by COLUMNS, one for each loop."""
+    rows = []
     head: dict[str, Any] = dict(zip(COLUMNS[:3], found[:3], strict=True))
     head |= {"registers": found.registers, "shared": found.shared, "blocks": found.blocks}
     for loop in found.loops:
         row = head | {name: getattr(loop, name) for name in COLUMNS if hasattr(loop, name)}
         row |= {f"n_{kind}": count for kind, count in loop.kinds.items()}
         row["names"] = "; ".join(f"{count} {name}" for name, count in loop.names.items())
-        rows.append(row if roles else row | _bound_columns([loop], found.blocks))
-    if roles:
-        rows.append(head | {"part": "together"} | _bound_columns(found.loops, found.blocks))
+        rows.append(row | _bound_columns([loop], found.blocks))
     return rows
 
 

@@ -45,7 +45,7 @@ Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
 
 ONE, FEW = 4, 64  # most rows of a key head for attend_one and for attend_few
 MAX_SPLITS = 64
-USE_TMA = False  # for prompts that `_attend_tma` accepts; off until a GPU run has decided
+USE_TMA = True  # for prompts that `_attend_tma` accepts
 
 # --- choice of kernel ---
 
@@ -173,14 +173,10 @@ def _allocate(q: Tensor, k: Tensor, splits: int, lasting: bool = False) -> Atten
 def _launch(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, *optional: Any) -> tuple[Tensor, ...]:
     splits = _choose_splits(q, k)
     workspace = _allocate(q, k, splits)
-    if (
-        USE_TMA
-        and q.shape[0] * q.shape[1] * q.shape[2] // k.shape[1] > FEW
-        and _attend_tma.fits(splits, q, k, v, spans, *optional)
-    ):
-        _attend_tma.launch(*workspace[:4], q, k, v, spans, *optional[:5])
-        if splits > 1:
-            launch_combine(combine, *workspace[:4], q.shape[2])
+    # With few queries, rotating the keys of several images first costs more than it gains.
+    whole = splits == 1 and q.shape[0] * q.shape[1] * q.shape[2] // k.shape[1] > FEW
+    if USE_TMA and whole and _attend_tma.fits(q, k, v, spans, *optional):
+        _attend_tma.launch(*workspace[:2], q, k, v, spans, *optional[:5])
     else:
         _launch_into(*workspace, q, k, v, spans, *optional)
     return workspace.out, workspace.lse

@@ -171,7 +171,7 @@ class HostFlag:
 
     @public
     def __init__(self, like: Tensor) -> None:
-        queued = runs_ahead(like.device)
+        self._device, queued = like.device, runs_ahead(like.device)
         self._host = torch.empty(like.shape, dtype=like.dtype, pin_memory=queued)
         self._event = torch.cuda.Event() if queued else None
 
@@ -180,17 +180,15 @@ class HostFlag:
         """Start the copy of `value`, in stream order; the host does not wait.
 
         Raises:
-            ValueError: a value of another shape.
+            ValueError: a value of another shape or on another device.
         """
-        try:
-            self._host.copy_(value, non_blocking=True)
-        except RuntimeError as error:
-            shape = tuple(self._host.shape)
-            if tuple(value.shape) == shape:
-                raise
+        shape = tuple(self._host.shape)
+        if tuple(value.shape) != shape or value.device != self._device:
             raise ValueError(
-                f"HostFlag.post: value must be {shape}, got {tuple(value.shape)}"
-            ) from error
+                f"HostFlag.post: value must be {shape} on {self._device}, got"
+                f" {tuple(value.shape)} on {value.device}"
+            )
+        self._host.copy_(value, non_blocking=True)
         if self._event is not None:
             self._event.record(torch.cuda.current_stream(value.device))
 

@@ -31,7 +31,7 @@ from comemo_kernels.reference.memory_build_checks import check_build, check_buil
 
 # --- operator ---
 
-USE_TMA = False  # not yet timed or checked for races on a GPU
+USE_TMA = True  # where `_memory_build_tma` accepts the inputs
 CHUNK = 8192  # rows of normalised media, or of unscaled keys and values, that are in memory at once
 
 

@@ -6,7 +6,6 @@ bfloat16, and each kernel once for the other chips. `make aot` compiles all.
 
 import importlib
 import pkgutil
-import re
 
 import pytest
 import torch
@@ -21,9 +20,7 @@ import triton.language as tl
 
 import comemo_kernels
 from comemo_kernels import (
-    _attend_tma,
     _blocks,
-    _descriptors,
     _memory_build_tma,
     _rows_kernel,
     aot,
@@ -162,35 +159,13 @@ def test_unaligned_tensors_get_narrow_accesses(odd):
     assert bool(row.wide) == (odd == "none")
 
 
-@pytest.mark.skipif(not _descriptors.AVAILABLE, reason="triton below 3.4 makes no descriptors")
-def test_warps_are_specialised():
-    """Two groups of four multiply, a third loads; the compiler does not tell when it does not."""
-    case = case_of(_attend_tma.attend_tma, "bf16 prefill")
-    kinds = {config["SPECIALIZE"]: config for config in reversed(case.kernel.configs)}
-    assert len(kinds) == 2
-    for special, config in kinds.items():
-        kernel = aot.compile_kernel(case, config, "sm_90")
-        assert kernel.metadata.num_warps == (12 if special else config["num_warps"])
-        assert ("setmaxnreg" in kernel.asm["ptx"]) == bool(special)
-
-
-@pytest.mark.skipif(
-    not _blocks.NEW, reason="triton below 3.6 has no prefetch and no dependent launch"
-)
+@pytest.mark.skipif(not _blocks.NEW, reason="triton below 3.6 has no dependent launch")
 @pytest.mark.slow
-def test_keys_are_prefetched_before_queries_are_rotated():
-    """128 threads prefetch AHEAD keys and values of 256 bytes, a line of 128 bytes at a time."""
+def test_an_early_launch_waits_before_it_loads():
     case = case_of(attention.attend_one, "bf16 decode one image")
     for config in case.kernel.configs:
         with case.kernel.using(config):
             code = compile_launch(case).asm["ptx"]
-        prefetches = [place.start() for place in re.finditer(r"prefetch\.global\.L2", code)]
-        assert len(prefetches) == (2 * 2 * config["AHEAD"] // 128)
-        copied = code.index("cp.async")
-        assert all(place < copied for place in prefetches)
-        # The rows of the rotary table come first: the rotations are after the last prefetch.
-        turned = [place.start() for place in re.finditer(r"fma\.rn\.f32", code)]
-        assert not prefetches or prefetches[-1] < turned[0]
         assert ("griddepcontrol.launch_dependents" in code) == bool(config["EARLY"])
     kernel = compile_launch(case_of(attention.combine_early, "bf16 decode"))
     assert kernel.metadata.launch_pdl
@@ -226,26 +201,6 @@ def loops_around(code, operation):
     return found
 
 
-@pytest.mark.skipif(not _blocks.NEW, reason="triton below 3.6 has no prefetch")
-@pytest.mark.slow
-@pytest.mark.parametrize("verb", ["norm", "swiglu"])
-def test_weights_are_prefetched_before_a_norm(verb):
-    """By all threads, before anything is loaded; it costs almost no registers."""
-    kernel = _rows_kernel.two_weights_kernel if verb == "swiglu" else _rows_kernel.one_weight_kernel
-    case = case_of(kernel, f"bf16 rows, {verb}")
-    ahead = [config for config in kernel.configs if config["AHEAD"]]
-    assert ahead
-    for config in ahead:
-        found = aot.compile_kernel(case, config, "sm_90")
-        code, prefetches = found.asm["ptx"], "prefetch.global.L2"
-        lines = config["AHEAD"] // 128 * config["BLOCK_O"] * (2 if verb == "swiglu" else 1)
-        assert code.count(prefetches) == lines // (32 * config["num_warps"])
-        assert code.rindex(prefetches) < re.search(r"\bld\.global|\bcp\.async", code).start()
-        plain = aot.compile_kernel(case, config | {"AHEAD": 0}, "sm_90")
-        usage, before = (aot_read.read_usage(k).registers for k in (found, plain))
-        assert usage <= before + 4
-
-
 @pytest.mark.parametrize(
     ("verb", "weights"),
     [
@@ -259,7 +214,7 @@ def test_weights_bypass_the_registers(verb, weights):
     one, two = _rows_kernel.one_weight_kernel, _rows_kernel.two_weights_kernel
     kernel = one if weights == 1 else two
     case = case_of(kernel, f"bf16 rows, {verb}")
-    for config in [config for config in kernel.configs if not config["AHEAD"]]:
+    for config in kernel.configs:
         with kernel.using(config):
             code = compile_launch(case).asm["ptx"]
         steps = config["num_stages"]  # those before the loop, and the loop's own

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from attention_inputs import assert_repeats, make_inputs, ways
@@ -18,7 +17,7 @@ from comemo_kernels import QueryRotation, attend_spans, attention_workspace, cap
 pytestmark = pytest.mark.kernel(reference=True)
 
 if INTERPRET or GPU:
-    from comemo_kernels import _attend_kernel, attention
+    from comemo_kernels import attention
     from comemo_kernels._blocks_attention import share_of
 
 
@@ -30,8 +29,8 @@ def test_every_configuration_and_split(rows):
     rotation = QueryRotation(inputs.pop("cos"), inputs.pop("sin"), **rest)
     wanted = reference.attend_spans(**inputs, rotation=rotation)
     kernel = attention._kernel_for(torch.float16, 2 * rows)
-    # Prefetches and early launches do nothing in the interpreter.
-    hidden = {"AHEAD", "EARLY"} if INTERPRET else set()
+    # Early launches do nothing in the interpreter.
+    hidden = {"EARLY"} if INTERPRET else set()
     distinct = {str({n: v for n, v in c.items() if n not in hidden}): c for c in kernel.configs}
     for config in distinct.values():
         with kernel.using(config):
@@ -44,35 +43,6 @@ def test_every_configuration_and_split(rows):
                     assert out is workspace.out
                     torch.testing.assert_close(out, wanted, atol=2e-3, rtol=2e-3)
                 assert not workspace.counts.any()
-
-
-@pytest.mark.kernel
-@pytest.mark.skipif(not INTERPRET, reason="only in the interpreter pointers have values")
-@pytest.mark.parametrize("span", [(0, 300), (70, 290), (300, 300)])
-def test_prefetches_are_inside_the_span(monkeypatch, span):
-    """Each 128-byte line of every key and value of a span, once, and nothing else."""
-    inputs, rest = make_inputs(1, 1, 2, 2, 128, 300, "prompt", (0,), dtype=torch.float16)
-    inputs["spans"][:] = torch.tensor(span)
-    prefetched = []
-
-    def prefetch(ptrs, mask):
-        there = np.broadcast_to(mask.handle.data, ptrs.handle.data.shape)
-        prefetched.extend(ptrs.handle.data[there.astype(bool)])
-
-    monkeypatch.setattr(_attend_kernel, "prefetch", prefetch)
-    config = next(config for config in attention.attend_one.configs if config["AHEAD"])
-    with attention.attend_one.using(config):
-        monkeypatch.setattr(attention, "_choose_splits", lambda q, k: 2)
-        ways(rest)[0](**inputs)
-    wanted = {
-        inputs[name].data_ptr() + ((key * 2 + head) * 128 + line * 64) * 2
-        for name in ("k", "v")
-        for key in range(*span)
-        for head in range(2)
-        for line in range(2)
-    }
-    assert {int(address) for address in prefetched} == wanted
-    assert len(prefetched) == len(wanted)
 
 
 @pytest.mark.kernel
@@ -173,6 +143,8 @@ def test_a_captured_step_replays_with_other_lengths():
     workspace = attention_workspace(inputs["q"], inputs["k"])
     attend = ways(rest, workspace=workspace)[0]
     attend(**inputs)
+    # From the first graph on torch holds two words for random numbers.
+    kept = capture(lambda: inputs["spans"].add_(0), DEVICE)
     held = torch.cuda.memory_allocated()
     replay = capture(lambda: attend(**inputs), DEVICE)
     assert torch.cuda.memory_allocated() == held
@@ -184,6 +156,7 @@ def test_a_captured_step_replays_with_other_lengths():
         replayed = workspace.out.clone()
         assert torch.equal(replayed, attend(**inputs))
         torch.testing.assert_close(replayed, ways(rest)[1](**inputs), atol=2e-2, rtol=2e-2)
+    kept()
 
 
 @pytest.mark.gpu

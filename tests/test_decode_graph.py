@@ -89,10 +89,10 @@ def test_a_graph_is_the_step(dtype, monkeypatch):
     def on_gpu(batch):
         return {n: t.cuda() if torch.is_tensor(t) else t for n, t in batch.items()}
 
-    def unsynced(self, *args, speak=DecodeLoop._speak):
+    def unsynced(self, *args, decode=DecodeLoop._decode):
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return speak(self, *args)
+            return decode(self, *args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -100,7 +100,7 @@ def test_a_graph_is_the_step(dtype, monkeypatch):
     options = GREEDY | TOLD | {"max_new_tokens": 12}
     model.generate(**batch, **options, decode_loop=loop)
     assert loop.captures == 1
-    monkeypatch.setattr(DecodeLoop, "_speak", unsynced)
+    monkeypatch.setattr(DecodeLoop, "_decode", unsynced)
     eager = DecodeLoop(model)
     for turn in range(3):
         batch["pixel_values"] = batch["pixel_values"].roll(1, 0) + turn

@@ -2,15 +2,14 @@
 
 import pytest
 import torch
-from conftest import DTYPES, INTERPRET
+from conftest import DTYPES
 from fused_linear_inputs import FORMS, both, make_inputs, plain, requiring_grad
 from harness import assert_matches
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-import comemo_kernels
-from comemo_kernels import _rows_kernel, gated_residual, norm_linear
+from comemo_kernels import gated_residual, norm_linear
 
 pytestmark = pytest.mark.kernel(reference=True)  # its laws are the reference's too
 
@@ -104,44 +103,6 @@ def test_a_row_alone_is_the_row_in_a_batch(device, form):
         for i in range(16):
             row = {name: inputs[name][i : i + 1] for name in ("x", "a") if name in inputs}
             assert torch.equal(both(form)[0](**inputs | row), whole[i : i + 1])
-
-
-@pytest.mark.kernel
-@pytest.mark.parametrize("verb", ["norm_linear", "norm_swiglu"])
-def test_prefetching_changes_no_bit(device, verb):
-    kernel = (
-        _rows_kernel.one_weight_kernel if verb == "norm_linear" else _rows_kernel.two_weights_kernel
-    )
-    inputs = make_inputs(verb, (3,), 2048, 40, torch.float16, device=device)
-    for config in kernel.configs:
-        if config["AHEAD"]:
-            with kernel.using(config | {"AHEAD": 0}):
-                wanted = both(verb)[0](**inputs)
-            with kernel.using(config):
-                assert torch.equal(both(verb)[0](**inputs), wanted)
-
-
-@pytest.mark.kernel
-@pytest.mark.skipif(not INTERPRET, reason="only the interpreter's pointers can be seen")
-@pytest.mark.parametrize("K", [300, 2048])
-def test_prefetched_addresses_are_in_bounds(device, monkeypatch, K):
-    """Each line of 128 bytes from a row's start; nothing after its end or the last row."""
-    prefetched = []
-    monkeypatch.setattr(
-        _rows_kernel, "prefetch", lambda ptrs: prefetched.extend(ptrs.handle.data.flatten())
-    )
-    inputs = make_inputs("norm_swiglu", (1,), K, 20, torch.float16, device=device)
-    config = {"BLOCK_O": 16, "BLOCK_BYTES": 512, "AHEAD": 1024, "num_warps": 4}
-    with _rows_kernel.two_weights_kernel.using(config):
-        comemo_kernels.norm_swiglu(**inputs)
-    wanted = {
-        weight.data_ptr() + 2 * (row * K + min(64 * line, K - 1))
-        for weight in (inputs["gate_weight"], inputs["up_weight"])
-        for row in range(20)
-        for line in range(8)
-    }
-    assert {int(address) for address in prefetched} == wanted
-    assert len(prefetched) == 2 * 32 * 8
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if "folded" in form])

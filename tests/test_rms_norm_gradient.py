@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DTYPES, TRACED
+from conftest import DEVICE, DTYPES, TRACED
 from fused_linear_inputs import normed
 from harness import assert_matches
 from hypothesis import given
@@ -19,7 +19,7 @@ def gradient():
     """The operator where kernels run, elsewhere its formula."""
     from comemo_kernels._op import on_triton
 
-    if not on_triton(torch.empty(0)):
+    if not on_triton(torch.empty(0, device=DEVICE)):
         return rms_norm_gradient
     from comemo_kernels._rms_norm_gradient import rms_norm_gradient_op
 

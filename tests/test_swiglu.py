@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, TRACED
+from conftest import DEVICE, DTYPES, TRACED
 from harness import assert_matches
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ def steps():
     """Forward and gradient: the operators where kernels run, elsewhere their formulas."""
     from comemo_kernels._op import on_triton
 
-    if not on_triton(torch.empty(0)):
+    if not on_triton(torch.empty(0, device=DEVICE)):
         return formulas.swiglu, formulas.swiglu_gradient
     from comemo_kernels._swiglu import swiglu_gradient_op, swiglu_op
 

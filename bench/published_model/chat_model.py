@@ -131,7 +131,7 @@ class CoMemoChatModel(PreTrainedModel):
         features = self.extract_feature(pixel_values)
         self._condition_vision(features.flatten(0, 1)[None])
         used = features[image_flags.flatten() == 1].flatten(0, 1)
-        embeds[input_ids == self.img_context_token_id] = used
+        embeds[input_ids == self.img_context_token_id] = used.to(embeds.dtype)
         counts = attention_mask[0].diff().tolist()
         tokens = (seq_imgs[0] * features.shape[1]).tolist()
         mask = torch.zeros(sum(counts), sum(tokens), dtype=torch.bool, device=input_ids.device)

@@ -234,7 +234,9 @@ def make_functions(steps: Steps) -> Functions:
         g, u = inner or _inner(y, *before[1:])
         flags = (any(to_inner), to_down, to_gate)
         e = dz @ down_weight.to(ctx.dtype) if flags[0] or to_gate else g
-        *dinner, p, total = steps.swiglu_gradient(e, g, u, gate, *flags)
+        dg, du, p, total = steps.swiglu_gradient(e, g, u, gate, *flags)
+        dinner = [dg, du]  # not `*dinner`: torch.compile makes a tuple of it
+        del dg, du
         del e, g, u
         if to_down:
             sums.add(3, _scaled(dz, gate).t(), p)
