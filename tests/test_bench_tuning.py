@@ -110,7 +110,7 @@ def test_descriptors_are_timed_last_under_their_own_name(monkeypatch):
     rows = list(attend.tune("tiny", "case", clock()))
     assert [row["kernel"] for row in rows] == ["ours"] * 2 + ["descriptors"] * 2
     assert kernels["descriptors"].launched
-    assert not attention.USE_TMA
+    assert attention.USE_TMA
 
 
 def test_splits_of_a_decode_step_are_timed(monkeypatch):
@@ -167,7 +167,7 @@ def test_a_build_with_descriptors_is_timed_last_under_its_own_name(monkeypatch):
         for name in names
     ]
     assert kernels["project by TMA"].launched
-    assert not memory_build.USE_TMA
+    assert memory_build.USE_TMA
 
 
 @pytest.mark.parametrize("module", [attend, memory, mixin, train])
