@@ -46,19 +46,20 @@ def test_all_tokens_of_a_tile_name_the_only_thing_in_it():
             assert tiles[row * cols + col] == [["nothing"]] * GRID**2
 
 
-def test_numbers_are_named_and_small_text_is_not_read():
+def test_digits_are_in_order_and_small_text_is_not_read():
     for seed in range(12):
         scene, _, tiles = cut(seed, "objects")
         rows, cols = scene.shape
         for (row, col), item in scene.items.items():
             if item.kind == "number":
-                for words in tiles[row * cols + col]:
-                    assert words[:4] == ["number", item.colour, item.text, item.text]
+                first, *_, last = tiles[row * cols + col][:GRID]
+                assert first[-2:] == [item.text[0], "first"]
+                assert last[-2:] == [item.text[1], "second"]
                 shown = {word for words in tiles[LAST] for word in words}
-                assert rows < 3 or item.text not in shown
+                assert rows < 3 or "first" not in shown
 
 
-def test_a_sign_names_its_word_where_it_is():
+def test_a_sign_names_its_word_in_every_tile_that_has_some_of_it():
     scene, parts, tiles = cut(7, "sign")
     (written,) = (part for part in parts if part.names == ("word",))
     rows, cols = scene.extent[2:]
@@ -75,14 +76,18 @@ def test_a_sign_names_its_word_where_it_is():
     assert arrow == ("arrow", scene.sign["arrow"])
 
 
-def test_bars_have_their_colours_and_values():
+def test_bars_have_their_colours_and_values_their_digits():
     scene, _, tiles = cut(3, "chart")
     cols = scene.extent[3]
     for index, bar in enumerate(scene.bars):
         column = [words for tile in tiles[index:-1:cols] for words in tile]
         assert {words[1] for words in column if "bar" in words} == {bar.colour}
-        values = {w[w.index("number") + 1] for w in column if len(w) > 1 and "number" in w[:-1]}
-        assert values == {str(bar.value)}
+        digits = [w[w.index("number") + 1 :] for w in column if "number" in w]
+        assert [bar.value // 10, bar.value % 10] == [
+            int(next(w for w, at in zip(d[::2], d[1::2], strict=True) if at == which))
+            for which in ("first", "second")
+            for d in [[x for own in digits for x in own]]
+        ]
         assert any(words[-2:] == ["letter", bar.letter] for words in column)
 
 

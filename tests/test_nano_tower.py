@@ -55,8 +55,8 @@ def test_shares_say_how_often_a_thing_is_shown():
         (Item("letter", "Q", "blue"), ["letter", "blue", "Q"], ["letter", "blue", "Q"]),
         (
             Item("number", "37", "blue"),
-            ["number", "blue", "37", "37", "3"],
-            ["number", "blue", "37", "37", "7"],
+            ["number", "blue", "3", "first"],
+            ["number", "blue", "7", "second"],
         ),
         (
             Item("word", "FOX", "red"),

@@ -10,24 +10,77 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from comemo.conditional_generation import CoMemoForConditionalGeneration
-from comemo.nano.directions import LINES, OWN, SHARED, directions_of, loudness, without
 
 BACK = (1, 2)  # how many ids back heads of the first layer look, to copy the words before
-BEFORE = (0, 2, 0, 1)  # words before the last of a question that the end of a prompt looks at
+SHARED = 4.0  # how much of the direction that all words and images share
 FAST = range(4)  # angles that tell how many ids back
 NEAR = range(3, 6)  # angles that tell what is a few ids back from what is many
 # Heads that look for the same, each along other directions, and how much they prefer images. Else
 # a word finds itself first. With less it finds itself if no image is about it.
 IMAGES = {-1: 80.0, 0: 30.0}
+LINES = 10  # five rows and five columns that name places
 BOTH, COLUMN, ROW = range(LINES), range(LINES // 2, LINES), range(LINES // 2)
 LOOKS = (BOTH, COLUMN, ROW)  # of the second layer and those after it
+OWN = 0.9  # of the name of a place: what it shares with others; the rest is like no other word
 NAMED = 0.5  # how much of the names of its place is added to an image token
 PLACED = 9.0  # how clearly the name of a place asks for it
 FOUND = 1.0  # how much more clearly what was found at a place asks for its row or column
-COUNTED = 8.0  # how clearly a noun asks for images of it
 COPIED = 0.5  # how much of what a head finds is added to a token, relative to the token
+
+
+@torch.no_grad()
+def share_directions(
+    model: CoMemoForConditionalGeneration, places: Mapping[int, Sequence[int]]
+) -> None:
+    """Give words and images directions that heads can ask for, and say what is seen.
+
+    All words and images get the same part along one direction, which gives queries and keys that
+    are the same everywhere before they are rotated. Images have a direction for themselves, and so
+    have names of places, and each row and column in them. Output weights become like the
+    embeddings.
+
+    Args:
+        model: is changed.
+        places: id of the name of a place -> its row and column, of `LINES`.
+    """
+    embeddings = model.get_input_embeddings().weight
+    shared = F.normalize(torch.randn(embeddings.shape[1]), dim=0)
+    embeddings += (SHARED - embeddings @ shared)[:, None] * shared
+    shared, mark, name, *lines = _directions(model)
+    own = F.normalize(_without(embeddings, shared, mark, name, *lines), dim=-1)
+    for index, named in places.items():
+        names = F.normalize(name + sum(lines[line] for line in named), dim=0)
+        own[index] = OWN * names + math.sqrt(1 - OWN**2) * own[index]
+    own *= _loud(embeddings, shared)  # no word is louder than others
+    embeddings.copy_(own + SHARED * shared)
+    model.lm_head.weight.copy_(own * 2 / math.sqrt(len(shared)))
+    mark_images(model)
+
+
+@torch.no_grad()
+def mark_images(model: CoMemoForConditionalGeneration) -> None:
+    """Give all image tokens their part of the directions, also after the projector was trained."""
+    projector = model.model.multi_modal_projector[-1]
+    for index, own in enumerate(_directions(model)):
+        part = SHARED if index < 2 else 0.0  # nothing seen is a place
+        projector.weight -= own[:, None] * (own @ projector.weight)
+        projector.bias += (part - projector.bias @ own) * own
+
+
+def _directions(model: CoMemoForConditionalGeneration) -> tuple[Tensor, ...]:
+    """Unit vectors [width]: what all share, images have, names of places have; then `LINES`."""
+    shared = F.normalize(model.get_input_embeddings().weight.mean(0), dim=0)
+    others = torch.randn(2 + LINES, len(shared), generator=torch.Generator().manual_seed(0))
+    found, signs = torch.linalg.qr(torch.stack([shared, *others]).T)
+    return tuple((found * signs.diagonal().sign()).T)
+
+
+def _loud(embeddings: Tensor, shared: Tensor) -> Tensor:
+    """How long what is own of a word is."""
+    return _without(embeddings, shared).norm(dim=-1).mean()
 
 
 @torch.no_grad()
@@ -36,7 +89,6 @@ def add_heads(
     places: Mapping[int, Mapping[int, Mapping[int, float]]],
     asked: int,
     end: int,
-    nouns: Sequence[int] = (),
 ) -> None:
     """Make some heads do what questions about images need.
 
@@ -46,14 +98,13 @@ def add_heads(
     with what was found for it. In the last two layers each word of an answer copies it from there.
 
     Args:
-        model: of `directions.share_directions`.
+        model: of `share_directions`.
         places: so many ids back -> ids of words that are there before an image -> {line: weight},
             the rows and columns, of `LINES`, that name the place; {} if another head names it.
             Before an image there are always the same tokens, and with RoPE-DHR every tile has the
             ids of the thumbnail.
         asked: tokens from the last word of a question to the end of the prompt.
         end: the id of the last token of a prompt.
-        nouns: ids of words for what is counted, at most 14.
     """
     language = model.model.language_model
     asks = _asks(model, with_places=bool(places))
@@ -76,17 +127,15 @@ def add_heads(
                     weight[slowest] = math.sqrt(more * math.sqrt(attention.head_dim)) * own
                 found.append(rows)
         if index:
-            back = asked + BEFORE[(index - 1) % len(BEFORE)]
+            back = asked + (index + 1) % 2
             found.append(_look_back(attention, -2, back, 10 * asks.shared, 10 * asks.word, theta))
         for rows in found:
             _copy(attention, rows, copied)
-        if index == 0 and nouns:
-            _count(attention, 0, asks, model.get_input_embeddings().weight[list(nouns)], copied)
         if left > 2 and places:
             # First what is at a place; then what is in the column, or row, of what was found.
             lines, copied = LOOKS[index % len(LOOKS)], parts[(index + 1) // 2]
             rows = _look_for_places(attention, 1, asks, lines)
-            _copy(attention, rows, copied if lines == BOTH else _unplaced(copied))
+            _copy(attention, rows, copied if lines == BOTH else _seen(copied))
         if left <= 2:
             ended = _own(model.get_input_embeddings().weight[end], asks)
             rows = _look_at(attention, 1, 10 * asks.shared, 10 * ended, theta)
@@ -105,7 +154,7 @@ class _Asks(NamedTuple):
     """What queries and keys are made of: each [width] gives 1 for what has it.
 
     Attributes:
-        directions: unit vectors of `directions_of`; the first two alone if no place has a name.
+        directions: unit vectors of `_directions`; the first two alone if no place has a name.
         shared, mark: for all words and images; for images.
         word: for words, not for images.
         name: for names of places.
@@ -127,17 +176,17 @@ class _Asks(NamedTuple):
 def _asks(model: CoMemoForConditionalGeneration, with_places: bool) -> _Asks:
     embeddings = model.get_input_embeddings().weight
     scale = embeddings.pow(2).mean().sqrt()
-    directions = directions_of(model) if with_places else directions_of(model)[:2]
-    loud = loudness(embeddings, directions[0])
+    directions = _directions(model) if with_places else _directions(model)[:2]
+    loud = _loud(embeddings, directions[0])
     shared, mark = (own * scale / SHARED for own in directions[:2])
     placed = [own * scale * math.sqrt(3) / (OWN * loud) for own in directions[2:]]
-    name, _, *placed = placed or [torch.zeros_like(shared)] * 2
+    name, *placed = placed or [torch.zeros_like(shared)]
     return _Asks(directions, shared, mark, shared - mark, name, placed, scale, loud)
 
 
 def _own(word: Tensor, asks: _Asks) -> Tensor:
     """What gives 1 for this embedding [width] and about 0 for others."""
-    (own,) = without(word[None], asks.directions[0])
+    (own,) = _without(word[None], asks.directions[0])
     return own * asks.scale / own.dot(own)
 
 
@@ -149,7 +198,7 @@ def _begin(
     theta: float,
 ) -> None:
     """Make the heads of the first layer look back: images for their place, words for words."""
-    shared, lines = asks.directions[0], asks.directions[4:]
+    shared, lines = asks.directions[0], asks.directions[3:]
     heads = attention.q_proj.weight.shape[0] // attention.head_dim
     for head, back in enumerate((*places, *BACK)[:heads]):
         if back in places:
@@ -179,7 +228,7 @@ def _names(
 ) -> tuple[Tensor, Tensor]:
     """What a head reads [head_dim, width] and writes [width, head_dim] to name places by words."""
     found = embeddings[list(named)]
-    found = without(found / found.pow(2).mean(-1, keepdim=True).sqrt(), shared)
+    found = _without(found / found.pow(2).mean(-1, keepdim=True).sqrt(), shared)
     read = torch.zeros(attention.head_dim, embeddings.shape[1])
     read[: len(found)] = torch.linalg.pinv(found).T  # 1 for one of them, 0 for the others
     written = torch.zeros_like(read.T)
@@ -224,33 +273,6 @@ def _look_for_places(attention: Any, head: int, asks: _Asks, lines: range) -> sl
     attention.q_proj.weight[slowest] = asking
     attention.k_proj.weight[slowest] = PLACED * asks.mark
     return rows
-
-
-def _count(attention: Any, head: int, asks: _Asks, nouns: Tensor, copied: Tensor) -> None:
-    """Make a head of a noun look at images of it, the more the more there are, and at itself.
-
-    The share of images becomes the part along `seen`. Other words look at no image.
-
-    Args:
-        attention: of a layer.
-        head: of it.
-        asks: of the model.
-        nouns: their embeddings [n, width].
-        copied: the part of what is found that is copied.
-    """
-    rows, size = _rows(attention, attention.q_proj.weight, head), attention.head_dim
-    read = torch.linalg.pinv(without(nouns / asks.scale, asks.directions[0])).T
-    slowest, half = rows.start + size // 2 - 1, (len(nouns) + 1) // 2
-    for weight in (attention.q_proj.weight, attention.k_proj.weight):
-        weight[rows] = 0
-        weight[slowest - half : slowest] = COUNTED * read[:half]
-        first = slowest + size // 2 - half
-        weight[first : first + len(nouns) - half] = COUNTED * read[half:]
-    attention.q_proj.weight[slowest] = COUNTED * (0.3 * read.sum(0) - 0.2 * asks.shared)
-    attention.k_proj.weight[slowest] = COUNTED * asks.mark
-    _copy(attention, rows, copied)
-    attention.v_proj.weight[rows.start] = asks.mark
-    attention.o_proj.weight[:, rows.start] = asks.loud * asks.directions[3]
 
 
 def _look_back(
@@ -303,25 +325,32 @@ def _look_for_the_same(
     read = torch.linalg.qr(torch.randn(width, width))[0][: len(slow)]
     for weight in (queries, keys):
         weight[rows] *= 0.3
-        weight[rows.start + slow] = 3 * without(read, *directions)
+        weight[rows.start + slow] = 3 * _without(read, *directions)
         weight[[rows.start + half - 1, rows.stop - 1]] = 0
     return rows
 
 
 def _part(
-    attention: Any, shared: Tensor, mark: Tensor, name: Tensor | None = None, *others: Tensor
+    attention: Any, shared: Tensor, mark: Tensor, name: Tensor | None = None, *lines: Tensor
 ) -> Tensor:
-    """A part [head_dim, width] of what is to be copied: `seen` and lines, and more by chance."""
-    rows = torch.linalg.qr(torch.randn(2 * shared.shape))[0][: attention.head_dim - len(others)]
+    """A part [head_dim, width] of what is to be copied: lines, and others by chance."""
+    rows = torch.linalg.qr(torch.randn(2 * shared.shape))[0][: attention.head_dim - len(lines)]
     names = () if name is None else (name,)
-    return torch.stack([*others, *without(rows, shared, mark, *names, *others)])
+    return torch.stack([*lines, *_without(rows, shared, mark, *names, *lines)])
 
 
-def _unplaced(part: Tensor) -> Tensor:
-    """A part without its lines."""
+def _seen(part: Tensor) -> Tensor:
+    """Of a part, what is not lines."""
     part = part.clone()
-    part[1 : 1 + LINES] = 0
+    part[:LINES] = 0
     return part
+
+
+def _without(rows: Tensor, *directions: Tensor) -> Tensor:
+    """Rows [n, width] that read nothing along directions that are at right angles."""
+    for own in directions:
+        rows = rows - (rows @ own)[:, None] * own / own.dot(own)
+    return rows
 
 
 def _rows(attention: Any, weight: Tensor, head: int) -> slice:

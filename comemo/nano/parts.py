@@ -6,6 +6,7 @@ from comemo.nano.drawing import Box, Part
 
 SIDE, GRID = 64, 4  # pixels and image tokens on a side of a tile
 READABLE = 9.0  # pixels of a tile that text must be high
+DIGITS = ("first", "second")  # which of a number is on the left
 FULL = 0.2  # share of a token that is shown by a part, at least
 
 
@@ -81,7 +82,9 @@ def words_of(part: Part, area: Box, scale: float, alone: bool = False) -> list[s
         return list(part.names)
     if not letters:
         letters = [0 if area[2] < (left + right) / 2 else len(part.text) - 1]
+    if part.text.isdigit():
+        return [*part.names, *(w for i in letters for w in (part.text[i], DIGITS[i]))]
     if len(part.text) == 1:
         return [*part.names, part.text]
-    # The word or number counts twice: it is what is asked for.
+    # The word counts twice: it is what is asked for.
     return [*part.names, part.text, part.text, *dict.fromkeys(part.text[i] for i in letters)]

@@ -22,9 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.image_processor import CoMemoImageProcessor
 from comemo.nano.dataset import ALBUM, album_item, reduce
-from comemo.nano.directions import mark_images
 from comemo.nano.drawing import GROUNDS_OF_ONE, draw_ground, draw_parts
-from comemo.nano.parts import GRID, SIDE, words_of_tiles
+from comemo.nano.heads import mark_images
+from comemo.nano.parts import DIGITS, GRID, SIDE, words_of_tiles
 from comemo.nano.scenes import Item, make_scene
 from comemo.processor import CoMemoProcessor
 from comemo_kernels import fold_tiles
@@ -259,6 +259,9 @@ def _said(item: Item | None) -> list[list[str]]:
     small = [item.kind, item.colour]  # too small to be read
     if item.kind == "letter":
         return [[*small, item.text]] * GRID + [small]
+    if item.kind == "number":  # a digit on either side
+        digits = [[*small, digit, at] for digit, at in zip(item.text, DIGITS, strict=True)]
+        return [digits[column // (GRID // 2)] for column in range(GRID)] + [small]
     columns = []
     for column in range(GRID):
         # Text takes about three quarters of the width.
@@ -268,7 +271,7 @@ def _said(item: Item | None) -> list[list[str]]:
             for letter, x in zip(item.text, middles, strict=True)
             if column / GRID - 0.06 < x < (column + 1) / GRID + 0.06
         ]
-        # The word or number counts twice: it is what is asked for.
+        # The word counts twice: it is what is asked for.
         columns.append([*small, item.text, item.text, *dict.fromkeys(letters)])
     return [*columns, small]
 
