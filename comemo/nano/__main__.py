@@ -69,7 +69,7 @@ def prepare(
     lessons: int = 8000,
     pictures: int = 20000,
     tower: int = 2200,
-    parts: int = 1500,
+    parts: int = 3000,
 ) -> None:
     """Write the data, and the model that training begins with.
 
