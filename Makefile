@@ -39,7 +39,7 @@ demo: $(VENV)/ready
 
 nano: $(VENV)/ready
 	$(BIN)/python -m comemo.nano prepare $(NANO)
-	for part in albums lessons see; do \
+	for part in colours places see; do \
 		$(NANO_TRAIN) examples/nano/$$part.yaml || exit; \
 	done
 	$(BIN)/python -m comemo.nano export $(NANO)/see/model $(NANO)/checkpoint

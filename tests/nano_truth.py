@@ -47,12 +47,8 @@ def _phrase(item):
 
 def _at(scene, name):
     """What is at the place of this name, or None; exactly one place must have it."""
-    (place,) = (p for p, names in place_names(*scene.shape).items() if name in names)
+    (place,) = (p for p, own in place_names(*scene.shape).items() if own == name)
     return scene.items.get(place)
-
-
-def _row_and_column(place):
-    return f"in row {place[0] + 1}, column {place[1] + 1}"
 
 
 def _yes(so):
@@ -100,7 +96,8 @@ def _describe(scene):
 
 
 def _find(scene, name):
-    return [_row_and_column(p) for p, item in sorted(scene.items.items()) if _name(item) == name]
+    names = place_names(*scene.shape)
+    return [names[place] for place, item in sorted(scene.items.items()) if _name(item) == name]
 
 
 def _what(scene, place):
@@ -113,7 +110,7 @@ def _mark_at(scene, place):
     return ["nothing" if found is None else f"a {found.text}"]
 
 
-PLACE = r"((?:in row \d, column \d|in the middle|at the [a-z ]+))"
+PLACE = r"(at the [a-z]+ [a-z-]+)"
 KIND = "(word|number|letter)"
 RULES = {
     "objects": {
@@ -128,6 +125,9 @@ RULES = {
         r"Where is the (\w+ \w+)\?": _find,
         r"Which colour is the (?!shape )([a-z]+)\?": lambda scene, shape: [
             item.colour for item in _things(scene) if item.text == shape
+        ],
+        r"Which colour is the ((?:word|number|letter) \w+)\?": lambda scene, name: [
+            item.colour for item in _things(scene) if _name(item) == name
         ],
         rf"Which colour is the shape {PLACE}\?": lambda scene, place: [_at(scene, place).colour],
         r"How many ([a-z]+) are there\?": _count,
@@ -173,7 +173,9 @@ RULES = {
     },
     "marks": {
         r"Where is the ring\?": lambda scene: [
-            _row_and_column(place) for place, item in scene.items.items() if item.text == "ring"
+            place_names(*scene.shape)[place]
+            for place, item in scene.items.items()
+            if item.text == "ring"
         ],
         rf"What is {PLACE}\?": _mark_at,
         r"How many (crosses|dots) are there\?": _count,

@@ -34,20 +34,25 @@ LINES = 7  # two of them are pairs
 def written(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "new" / "folder"
     WRITERS[request.param](folder, LINES, FIRST)
-    lines = (folder / f"{request.param}.jsonl").read_text("utf-8").splitlines()
-    return request.param, folder, [json.loads(line) for line in lines]
+    return request.param, folder, read(folder, request.param)
+
+
+def read(folder, name):
+    """The lines of one file."""
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()]
 
 
 def test_every_line_has_its_pictures(written):
     name, folder, lines = written
-    assert len(lines) == LINES
+    assert len(lines) == LINES * dataset.AGAIN.get(name, 1)
     named = [path for line in lines for path in _paths(line)]
     assert sorted(named) == sorted(str(p.relative_to(folder)) for p in folder.rglob("*.jpg"))
     for path in named:
         with Image.open(folder / path) as image:
             assert image.mode == "RGB"
             assert (image.size == (128, 128)) == (name in ("items", "albums"))
-    for seed, line in enumerate(lines, FIRST):
+    for index, line in enumerate(lines):
+        seed = FIRST + index // dataset.AGAIN.get(name, 1)
         turns = line["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
         marks = [turn["value"].count("<image>\n") for turn in turns[::2]]
@@ -59,19 +64,53 @@ def test_every_line_has_its_pictures(written):
             assert marks == [1 + pair] + [0] * (len(marks) - 1)
 
 
-@pytest.mark.parametrize("name", ["lessons", "pictures"])
-def test_answers_are_right_and_give_no_other_away(name, tmp_path):
-    WRITERS[name](tmp_path, LINES, FIRST)
-    for seed, line in enumerate(map(json.loads, (tmp_path / f"{name}.jsonl").open()), FIRST):
-        asked = [turn["value"].replace("<image>\n", "") for turn in line["conversations"][::2]]
-        given = [turn["value"] for turn in line["conversations"][1::2]]
-        for question, answer in zip(asked, given, strict=True):
-            assert right_answers(name, seed, question) == [answer]
-        # What names everything stands alone, and no shape or text is named in two turns.
-        assert len(asked) == 1 or not any(question.startswith("Describe") for question in asked)
-        turns = [f"{one} {two}" for one, two in zip(asked, given, strict=True)]
+def test_answers_are_right_and_give_no_other_away(tmp_path):
+    write_pictures(tmp_path, LINES, FIRST)
+    lines = read(tmp_path, "pictures") + read(tmp_path, "layouts")
+    assert len(lines) > LINES
+    for line in lines:
+        seed = int(Path(_paths(line)[0]).stem.rstrip("ab"))
+        asked, given = check_answers("pictures", seed, line)
+        # What names everything comes last, and before it no shape or text is named in two turns.
+        wholes = [question.startswith("Describe") for question in asked]
+        assert not any(wholes[:-1])
+        turns = [
+            f"{one} {two}"
+            for one, two, whole in zip(asked, given, wholes, strict=True)
+            if not whole
+        ]
         named = [name for turn in turns for name in set(dataset._NAMES.findall(turn))]
         assert len(named) == len(set(named)), turns
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [(write_lessons, "colours"), (write_lessons, "lessons"), (write_pictures, "places")],
+)
+def test_lessons_ask_for_a_thing_or_place_once(write, name, tmp_path):
+    write(tmp_path, 12, FIRST)
+    lines = read(tmp_path, name)
+    assert len({_paths(line)[0] for line in lines}) > 2
+    for line in lines:
+        seed = int(Path(_paths(line)[0]).stem)
+        asked, given = check_answers("lessons" if write is write_lessons else name, seed, line)
+        if name == "colours":
+            assert set(given) <= set(COLOURS)
+        else:
+            named = [f"{one} {two}" for one, two in zip(asked, given, strict=True)]
+            places = make_lesson(seed).places() if name == "lessons" else make_scene(seed).places()
+            told = [p for text in named for p, own in places.items() if dataset._has(text, own)]
+            assert len(told) == len(set(told))
+
+
+def check_answers(name, seed, line):
+    """Questions and answers of a line, all right and all different."""
+    asked = [turn["value"].replace("<image>\n", "") for turn in line["conversations"][::2]]
+    given = [turn["value"] for turn in line["conversations"][1::2]]
+    for question, answer in zip(asked, given, strict=True):
+        assert right_answers(name, seed, question) == [answer]
+    assert len(asked) == len(set(asked))
+    return asked, given
 
 
 def right_answers(name, seed, question):
@@ -87,7 +126,7 @@ def test_items_are_named_by_known_words(name, tmp_path):
     WRITERS[name](tmp_path, 60 if name == "items" else 6)
     known = {*COLOURS, *SHAPES, *LETTERS, *WORDS, *map(str, range(10, 100))}
     asked = set()
-    for line in map(json.loads, (tmp_path / f"{name}.jsonl").open()):
+    for line in read(tmp_path, name):
         told = [turn["value"] for turn in line["conversations"]]
         for question, answer in zip(told[::2], told[1::2], strict=True):
             asked.add(question.removeprefix("<image>\n").split()[0])
@@ -135,8 +174,9 @@ def test_the_same_seeds_give_the_same_files(write, tmp_path, monkeypatch):
     kept = {path: data for path, data in same.items() if path.suffix == ".jpg"}
     assert kept
     assert kept.items() <= first.items()
-    (lines,) = (data for path, data in same.items() if path.suffix == ".jsonl")
-    assert next(d for p, d in first.items() if p.suffix == ".jsonl").startswith(lines)
+    files = {path for path in same if path.suffix == ".jsonl"}
+    assert files == {path for path in first if path.suffix == ".jsonl"}
+    assert all(first[path].startswith(same[path]) for path in files)
 
 
 @SLOW
@@ -194,6 +234,6 @@ def test_a_pair_with_two_questions_is_no_album(monkeypatch, tmp_path):
     ]
     monkeypatch.setattr(dataset, "questions_about_pair", lambda *given: asked)
     write_pictures(tmp_path, 1, FIRST)
-    (line,) = map(json.loads, (tmp_path / "pictures.jsonl").open())
+    (line,) = read(tmp_path, "pictures")
     told = [turn["value"].count("<image>") for turn in line["conversations"][::2]]
     assert told == [2, 0]

@@ -1,5 +1,6 @@
 """Drawn pictures and questions about them: the same for a seed, right for the scene, all inside."""
 
+import itertools
 from itertools import pairwise
 from random import Random
 
@@ -66,7 +67,7 @@ def test_a_place_is_about_a_tile(size, most):
     assert rows * cols <= 12
     if most == 12 or size in {half.size for seed in range(50) for half in make_pair(seed)}:
         assert choose_grid(width, height, 1, most, TILE) == (cols, rows)
-        small = dataset._reduce(Image.new("RGB", (width, height)))
+        small = dataset.reduce(Image.new("RGB", (width, height)))
         assert choose_grid(*small.size, 1, most, TILE) == (cols, rows)
         assert min(small.width / cols, small.height / rows) >= TILE
 
@@ -128,7 +129,7 @@ def test_texts_are_whole_and_do_not_touch(layout, monkeypatch):
 def test_things_stay_in_their_places(seed):
     """Where nothing is, the picture is that of the scene without any thing."""
     scene = make_scene(seed, "objects")
-    ground = drawing._ground(
+    ground = drawing.draw_ground(
         Random(f"pixels {seed} {scene.size} {len(scene.items)}"),
         scene.ground,
         SIZES[scene.size][:2],
@@ -143,16 +144,14 @@ def test_things_stay_in_their_places(seed):
         assert same == ((row, col) not in scene.items), (row, col)
 
 
-def test_lessons_have_few_places_and_never_none_filled():
-    seen = set()
+def test_lessons_have_four_places_and_never_none_filled():
     for seed in range(60):
         lesson = make_lesson(seed)
-        seen.add(lesson.shape)
+        assert lesson.shape == (2, 2)
         assert lesson.items
         assert lesson.items.keys() <= lesson.places().keys()
         width, height, rows, cols = lesson.extent
         assert choose_grid(width, height, 1, 4, TILE) == (cols, rows)
-    assert seen == {(1, 2), (2, 1), (2, 2)}
 
 
 # --- places ---
@@ -163,22 +162,31 @@ def test_lessons_have_few_places_and_never_none_filled():
 def test_names_of_places_name_one(rows, cols):
     names = words.place_names(rows, cols)
     assert len(names) == rows * cols
-    every = [name for own in names.values() for name in own]
-    assert len(set(every)) == len(every)
-    assert all(
-        own[-1] == f"in row {row + 1}, column {col + 1}" for (row, col), own in names.items()
-    )
+    assert len(set(names.values())) == len(names)
+    assert set(names) == {(row, col) for row in range(rows) for col in range(cols)}
 
 
 def test_names_of_places_in_words():
-    named = {place: own[0] for place, own in words.place_names(3, 3).items()}
+    named = words.place_names(3, 3)
     assert named[0, 0] == "at the top left"
-    assert named[0, 1] == "at the top"
-    assert named[1, 1] == "in the middle"
-    assert named[1, 2] == "at the right"
+    assert named[0, 1] == "at the top centre"
+    assert named[1, 1] == "at the middle centre"
     assert named[2, 2] == "at the bottom right"
-    assert words.place_names(2, 3)[1, 1][0] == "at the bottom"
-    assert words.place_names(3, 4)[2, 3] == ("in row 3, column 4",)
+    assert words.place_names(2, 4)[1, 1] == "at the bottom centre-left"
+    assert words.place_names(4, 3)[1, 2] == "at the upper right"
+
+
+def test_a_name_tells_how_far_down_and_right_in_every_grid():
+    found = {}
+    for rows in range(1, 5):
+        for cols in range(1, 5):
+            for (row, col), name in words.place_names(rows, cols).items():
+                *_, down, right = name.split()
+                found.setdefault(down, set()).add((row + 0.5) / rows)
+                found.setdefault(right, set()).add((col + 0.5) / cols)
+    for names in (words.ROWS, words.COLUMNS):
+        ends = [(min(found[name]), max(found[name])) for name in names]
+        assert all(one[1] < other[0] for one, other in itertools.pairwise(ends))
 
 
 def test_phrases():

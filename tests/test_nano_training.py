@@ -5,6 +5,7 @@ is enough for colours.
 """
 
 import json
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 from nano_words import messages_about
 
 import comemo
+from comemo.nano.__main__ import SHARES, prepare
 from comemo.nano.dataset import write_items
 from comemo.nano.drawing import draw_item
 from comemo.nano.scenes import SEEDS, make_item
 from comemo.nano.start import make_start
 from comemo.nano.words import COLOURS
+from comemo.train.config import read_settings
 from comemo.train.recipe import train
 from comemo.train.settings import DataSettings, StageSettings, StartSettings, TrainSettings
 
@@ -48,6 +51,7 @@ SMALL = {
     },
 }
 ASKED = 64  # held-out things
+RECIPE = Path(__file__).parents[1] / "examples" / "nano"
 
 
 def learn(folder, items, **stage):
@@ -125,3 +129,20 @@ def test_colours_are_learnt_in_a_minute(tmp_path):
     right = sum(answer == item.colour for answer, item in zip(answers, items, strict=True))
     assert len({item.colour for item in items}) == len(COLOURS)
     assert right > 0.8 * ASKED
+
+
+@pytest.mark.slow
+def test_what_training_begins_with_is_prepared(tmp_path):
+    """As `make nano` does it, with next to nothing of everything."""
+    prepare(tmp_path, albums=1, shapes=2, lessons=2, pictures=4, tower=1, parts=1)
+    comemo.CoMemoForConditionalGeneration.from_pretrained(tmp_path / "start")
+    for stage, shares in SHARES.items():
+        known = json.loads((tmp_path / "data" / f"{stage}.json").read_text())
+        assert known.keys() == shares.keys()
+        for name, entry in known.items():
+            assert Path(entry["annotation"]).is_file()
+            assert entry["repeat_time"] == shares[name]
+    for file in sorted(RECIPE.glob("*.yaml")):
+        settings = read_settings(file, [])
+        assert tuple(settings.run) == (file.stem,)
+        assert Path(settings.data.train).name == f"{file.stem}.json"

@@ -108,8 +108,7 @@ _PLACES = {
     name
     for rows in range(1, 5)
     for cols in range(1, 5)
-    for names in place_names(rows, cols).values()
-    for name in names
+    for name in place_names(rows, cols).values()
 }
 _NAMED = {
     "PLACE": sorted(_PLACES, key=len, reverse=True),

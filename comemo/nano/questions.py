@@ -54,6 +54,54 @@ def questions_about(scene: Scene, random: Random) -> list[Question]:
     return asked
 
 
+def questions_about_colours(scene: Scene, random: Random) -> list[Question]:
+    """The colour of each thing of "objects", in any order; not of things whose name is not unique.
+
+    Args:
+        scene: of `make_lesson`, or "objects" of `make_scene`.
+        random: chooses the order.
+    """
+    things = list(scene.items.values())
+    named = Counter(item.text for item in things)
+    asked = [
+        Question("colour", f"Which colour is the {_plain(item)}?", item.colour)
+        for item in things
+        if named[item.text] == 1
+    ]
+    random.shuffle(asked)
+    return asked
+
+
+def questions_about_places(scene: Scene, random: Random) -> list[Question]:
+    """What is where: one question about each place of "objects", in any order.
+
+    Most ask for what is at a place or where something is, some for a colour. Few of them are about
+    empty places.
+
+    Args:
+        scene: of `make_lesson`, or "objects" of `make_scene`.
+        random: chooses what is asked for.
+    """
+    asked, nothing, things = [], [], list(scene.items.values())
+    for place, name in scene.places().items():
+        item, form = scene.items.get(place), random.random()
+        if item is None:
+            nothing.append(Question("place", f"What is {name}?", "nothing"))
+        elif form < 0.4 and _count(things, item) == 1:
+            asked.append(Question("place", f"Where is {_the(item)}?", name))
+        elif form < 0.55 and sum(thing.text == item.text for thing in things) == 1:
+            asked.append(Question("colour", f"Which colour is the {_plain(item)}?", item.colour))
+        elif form < 0.65 and item.kind == "shape":
+            asked.append(Question("colour", f"Which colour is the shape {name}?", item.colour))
+        elif form < 0.65:
+            asked.append(Question("detail", f"What is written {name}?", item.text))
+        else:
+            asked.append(Question("place", f"What is {name}?", item.phrase()))
+    asked += random.sample(nothing, min(len(nothing), max(1, len(asked) // 4)))
+    random.shuffle(asked)
+    return asked
+
+
 def questions_about_pair(first: Scene, second: Scene, random: Random) -> list[Question]:
     """Questions about two pictures that are shown together.
 
@@ -81,17 +129,14 @@ def _objects(scene: Scene, random: Random) -> Iterator[Question]:
     shapes = [item for item in things if item.kind == "shape"]
     texts = [(place, item) for place, item in items.items() if item.kind != "shape"]
 
-    def name(place: tuple[int, int]) -> str:
-        return random.choice(places[place])
-
     # Mostly where something is, sometimes where nothing is.
     empty = [place for place in places if place not in items]
     target = random.choice(empty if empty and random.random() < 0.2 else list(items))
     found = items[target].phrase() if target in items else "nothing"
-    yield Question("place", f"What is {name(target)}?", found)
+    yield Question("place", f"What is {places[target]}?", found)
     if texts:
         place, item = random.choice(texts)
-        yield Question("detail", f"What is written {name(place)}?", item.text)
+        yield Question("detail", f"What is written {places[place]}?", item.text)
     for kind in ("word", "number", "letter"):
         own = [item for item in things if item.kind == kind]
         if len(own) == 1:
@@ -103,23 +148,24 @@ def _objects(scene: Scene, random: Random) -> Iterator[Question]:
     single = [place for place, item in items.items() if _count(things, item) == 1]
     if single:
         place = random.choice(single)
-        yield Question("place", f"Where is {_the(items[place])}?", places[place][-1])
+        yield Question("place", f"Where is {_the(items[place])}?", places[place])
     shape = random.choice(SHAPES)
     own = [item for item in shapes if item.text == shape]
     once = [s for s, count in Counter(item.text for item in shapes).items() if count == 1]
     if once:
-        own = [item for item in shapes if item.text == random.choice(once)] or own
+        chosen = random.choice(once)
+        own = [item for item in shapes if item.text == chosen]
         if len(own) == 1:
             yield Question("colour", f"Which colour is the {own[0].text}?", own[0].colour)
     coloured = [place for place, item in items.items() if item.kind == "shape"]
     if coloured:
         place = random.choice(coloured)
-        yield Question("colour", f"Which colour is the shape {name(place)}?", items[place].colour)
+        yield Question("colour", f"Which colour is the shape {places[place]}?", items[place].colour)
     yield Question("count", "How many shapes are there?", str(len(shapes)))
     if shapes and random.random() < 0.7:
         shape = random.choice(shapes).text
     count = sum(item.text == shape for item in shapes)
-    yield Question("count", f"How many {_plural(shape)} are there?", str(count))
+    yield Question("count", f"How many {plural(shape)} are there?", str(count))
     kind = random.choice(("word", "number", "letter"))
     count = sum(item.kind == kind for item in things)
     yield Question("count", f"How many {kind}s are there?", str(count))
@@ -143,7 +189,7 @@ def _objects(scene: Scene, random: Random) -> Iterator[Question]:
         place, item = random.choice(list(items.items()))
         others = [p for p in places if p not in items or _count([items[p]], item) == 0]
         if yes or others:
-            return f"Is {_the(item)} {name(place if yes else random.choice(others))}?"
+            return f"Is {_the(item)} {places[place if yes else random.choice(others)]}?"
         return None
 
     yield from _yes_no(random, is_there)
@@ -160,13 +206,19 @@ def _the(item: Item) -> str:
     return f"the {item.colour} {item.text}" if item.kind == "shape" else item.phrase()
 
 
+def _plain(item: Item) -> str:
+    """Its name without the colour."""
+    return item.text if item.kind == "shape" else f"{item.kind} {item.text}"
+
+
 def _count(things: list[Item], item: Item) -> int:
     """How many of the things answers name like this one."""
     return sum(thing.phrase() == item.phrase() for thing in things)
 
 
-def _plural(shape: str) -> str:
-    return shape + ("es" if shape == "cross" else "s")
+def plural(noun: str) -> str:
+    """More than one: "stars", "crosses"."""
+    return noun + ("es" if noun == "cross" else "s")
 
 
 def _other(random: Random, text: str) -> str:
@@ -237,23 +289,20 @@ def _form(scene: Scene, random: Random) -> Iterator[Question]:
 def _marks(scene: Scene, random: Random) -> Iterator[Question]:
     places = scene.places()
 
-    def name(row: int, col: int) -> str:
-        return places[row, col][-1]
-
     (ring,) = (place for place, item in scene.items.items() if item.text == "ring")
-    yield Question("place", "Where is the ring?", name(*ring))
+    yield Question("place", "Where is the ring?", places[ring])
     target = random.choice(list(places))
     if random.random() < 0.6:
         target = random.choice(list(scene.items))
     found = with_article(scene.items[target].text) if target in scene.items else "nothing"
-    yield Question("place", f"What is {name(*target)}?", found)
+    yield Question("place", f"What is {places[target]}?", found)
     counts = Counter(item.text for item in scene.items.values())
     yield Question("count", "How many crosses are there?", str(counts["cross"]))
     yield Question("count", "How many dots are there?", str(counts["dot"]))
 
     def is_marked(yes: bool) -> str | None:
         fitting = [place for place in places if (place in scene.items) == yes]
-        return f"Is there a mark {name(*random.choice(fitting))}?" if fitting else None
+        return f"Is there a mark {places[random.choice(fitting)]}?" if fitting else None
 
     yield from _yes_no(random, is_marked)
 

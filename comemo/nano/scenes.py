@@ -32,13 +32,9 @@ SIZES = {
     "panorama": (1280, 640, 2, 4),
 }
 # How often things are a shape, word, letter or number: in pictures, and where reading is learnt.
-ITEMS, TEXTS = (5, 3, 1, 2), (2, 5, 2, 3)
-# Of pictures that are cut into four tiles at most, to begin with.
-LESSONS = {
-    "across": (1200, 600, 1, 2),
-    "down": (600, 1200, 2, 1),
-    "four": (1152, 1152, 2, 2),
-}
+ITEMS, TEXTS = (5, 3, 1, 2), (4, 5, 2, 3)
+# Of pictures that are cut into four tiles, to begin with.
+LESSONS = {"four": (1152, 1152, 2, 2)}
 GROUNDS = ("plain", "gradient", "stripes", "noise", "photograph")
 
 Place = tuple[int, int]  # row, column, from 0
@@ -110,7 +106,7 @@ class Scene:
         """Width and height in pixels, rows and columns that the image processor chooses."""
         return (SIZES | LESSONS)[self.size]
 
-    def places(self) -> dict[Place, tuple[str, ...]]:
+    def places(self) -> dict[Place, str]:
         """The names of all places."""
         return place_names(*self.shape)
 
@@ -164,18 +160,32 @@ def _objects(seed: int, random: Random, sizes: tuple[str, ...] = tuple(SIZES)) -
 
 
 def make_lesson(seed: int) -> Scene:
-    """A picture of "objects" with two or four places, one of them empty at times.
+    """A picture of "objects" with four places, some of them empty at times.
 
     Raises:
         ValueError: a seed outside `SEEDS`.
     """
     _check_seed("make_lesson", seed)
     random = Random(f"lesson {seed}")
-    scene = Scene(seed, "objects", random.choice(list(LESSONS)), random.choice(GROUNDS))
+    scene = Scene(seed, "objects", "four", random.choice(GROUNDS))
     rows, cols = scene.shape
     for place in [(row, col) for row in range(rows) for col in range(cols)]:
         if random.random() < 0.8 or (not scene.items and place == (rows - 1, cols - 1)):
             scene.items[place] = make_item(random)
+    return scene
+
+
+def make_shapes(seed: int) -> Scene:
+    """A picture of "objects" with four different shapes in four places.
+
+    Raises:
+        ValueError: a seed outside `SEEDS`.
+    """
+    _check_seed("make_shapes", seed)
+    random = Random(f"shapes {seed}")
+    scene = Scene(seed, "objects", "four", random.choice(GROUNDS))
+    for place, shape in zip(scene.places(), random.sample(SHAPES, 4), strict=True):
+        scene.items[place] = Item("shape", shape, random.choice(list(COLOURS)))
     return scene
 
 

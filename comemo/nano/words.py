@@ -22,34 +22,33 @@ WORDS = tuple(_WORDS.split())
 FIELDS = ("NAME", "CITY", "CODE", "DATE", "DESK", "TOTAL")
 DIRECTIONS = ("left", "right", "up", "down")
 
-_ROWS = {1: ("",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
-_COLUMNS = {1: ("",), 2: ("left", "right"), 3: ("left", "middle", "right")}
+ROWS = ("top", "upper", "middle", "lower", "bottom")
+COLUMNS = ("left", "centre-left", "centre", "centre-right", "right")
+_CHOSEN = {1: (2,), 2: (0, 4), 3: (0, 2, 4), 4: (0, 1, 3, 4)}  # of so many rows or columns
 
 
-def place_names(rows: int, cols: int) -> dict[tuple[int, int], tuple[str, ...]]:
+def place_names(rows: int, cols: int) -> dict[tuple[int, int], str]:
     """The names of the places of a picture that is divided into rows and columns.
 
+    A name tells how far down and to the right a place is, whatever number of rows and columns there
+    are: with RoPE-DHR the tiles of 3 x 4 places have the same ids as those of 4 x 3.
+
     Args:
-        rows, cols: of the picture.
+        rows, cols: of the picture, 1 to 4.
 
     Returns:
-        (row, col), counted from 0 -> names that follow "What is ...?": "at the top left",
-        "in row 1, column 1". Pictures of more than three rows or columns have numbers alone.
+        (row, col), counted from 0 -> a name that follows "What is ...?": "at the top left".
     """
-    names: dict[tuple[int, int], tuple[str, ...]] = {}
-    for row in range(rows):
-        for col in range(cols):
-            own = [f"in row {row + 1}, column {col + 1}"]
-            if rows in _ROWS and cols in _COLUMNS:
-                words = [_ROWS[rows][row], _COLUMNS[cols][col]]
-                words = [word for word in dict.fromkeys(words) if word]
-                if len(words) > 1 and rows == 3 and words[0] == "middle":
-                    words = words[1:]  # the middle row's left is "left"
-                if len(words) > 1 and cols == 3 and words[1] == "middle":
-                    words = words[:1]
-                own.insert(0, f"{'in' if words == ['middle'] else 'at'} the {' '.join(words)}")
-            names[row, col] = tuple(own)
-    return names
+    return {
+        (row, col): place_name(ROWS[down], COLUMNS[right])
+        for row, down in enumerate(_CHOSEN[rows])
+        for col, right in enumerate(_CHOSEN[cols])
+    }
+
+
+def place_name(row: str, column: str) -> str:
+    """The name of a place by names of `ROWS` and `COLUMNS`."""
+    return f"at the {row} {column}"
 
 
 def with_article(phrase: str) -> str:

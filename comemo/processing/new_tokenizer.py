@@ -2,12 +2,13 @@
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from comemo.tokenizer import ADDED_TOKENS, InternLM2Tokenizer
 
+SPACE = "\u2581"  # how SentencePiece writes a space
 # As in the published vocabulary, unused pieces with a new name. `ADDED_TOKENS` follow the last one.
 RENAMED_TOKENS = (
     "<|plugin|>",
@@ -20,7 +21,11 @@ RENAMED_TOKENS = (
 
 
 def save_tokenizer(
-    directory: Path, sentences: Iterable[str], vocab_size: int, **options: Any
+    directory: Path,
+    sentences: Iterable[str],
+    vocab_size: int,
+    whole: Sequence[str] = (),
+    **options: Any,
 ) -> int:
     """Train a tokenizer and save it in the published layout.
 
@@ -28,6 +33,7 @@ def save_tokenizer(
         directory: of the checkpoint, which exists.
         sentences: what it is trained on.
         vocab_size: at most, without `ADDED_TOKENS`.
+        whole: texts that are one token each, wherever they are.
         options: of `SentencePieceTrainer.train`.
 
     Returns:
@@ -47,7 +53,7 @@ def save_tokenizer(
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        user_defined_symbols=unused,
+        user_defined_symbols=[*unused, *(text.replace(" ", SPACE) for text in whole)],
         num_threads=1,
         minloglevel=2,
         **options,

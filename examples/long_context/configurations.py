@@ -102,7 +102,7 @@ def run(
         Writer(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], pictures)
         for pictures in (read_pictures(folder / "learnt.pt"), read_pictures(folder / "asked.pt"))
     )
-    model = make_model(checkpoint, chosen.rope, chosen.seed)
+    model = make_model(checkpoint, chosen.rope, chosen.seed, tokenizer.convert_tokens_to_ids("\n"))
     log = folder / f"{chosen}.log"
     with log.open("w", encoding="utf-8") as file:
         curve = train(

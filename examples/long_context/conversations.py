@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
 
-from comemo.nano.scenes import Scene
+from comemo.nano.scenes import Item, Scene
 from comemo.nano.words import DIRECTIONS, SHAPES, WORDS
 from examples.long_context.pictures import Pictures
 
@@ -56,21 +56,15 @@ class Writer:
         sample.pictures.append(index)
         self.say(sample, "</img>\n")
 
-    def ask(
-        self, sample: Sample, index: int, random: Random, which: str = "", most: int = 7
-    ) -> None:
-        """Ask for the colours of a picture's shapes, each once: no answer helps another.
-
-        Args:
-            sample: to add to.
-            index: of the picture.
-            random: chooses the order.
-            which: names the picture: " in the first picture".
-            most: questions.
-        """
+    def choose(self, index: int, random: Random, most: int = 7) -> list[Item]:
+        """Things of a picture to ask for, in any order."""
         items = list(self.pictures.scenes[index].items.values())
-        for item in random.sample(items, min(most, len(items))):
-            self.say(sample, f"Which colour is the {item.text}{which}?\n")
+        return random.sample(items, min(most, len(items)))
+
+    def ask(self, sample: Sample, items: list[Item]) -> None:
+        """Ask for the colours of shapes, each once: no answer helps another."""
+        for item in items:
+            self.say(sample, f"Which colour is the {item.text}?\n")
             self._answer(sample, item.colour)
             self.say(sample, "\n", learnt=True)
 
@@ -90,20 +84,39 @@ class Writer:
             self.say(sample, _sentence(random))
         del sample.ids[end:], sample.labels[end:]
 
-    def chat(self, sample: Sample, random: Random, tokens: int, others: Callable[[], int]) -> None:
-        """Add about so many tokens, at least, of conversations about other pictures.
+    def chat(
+        self, sample: Sample, tokens: int, others: Callable[[], int], asked: list[Item]
+    ) -> None:
+        """Add about so many tokens, at least, of other pictures and lists of what is in them.
 
         Args:
             sample: to add to.
-            random: chooses.
             tokens: at least, if more than 0.
-            others: the index of another picture.
+            others: the index of another picture; called until that has no shape that is `asked`.
+            asked: what will be asked for after it: the first picture alone has the answers. Loses
+                its last if there is no such other picture.
+
+        Raises:
+            ValueError: all others have the last that is left.
         """
         end = len(sample.ids) + tokens
         while len(sample.ids) < end:
-            index = others()
+            index = self._without(others, asked)
+            scene = self.pictures.scenes[index]
             self.show(sample, index)
-            self.ask(sample, index, random)
+            *most, last = listing(scene)
+            listed = f"{', '.join(most)} and {last}" if most else last
+            self.say(sample, f"Describe everything in the picture.\n{listed}\n")
+
+    def _without(self, others: Callable[[], int], asked: list[Item]) -> int:
+        while asked:
+            for _ in range(1000):
+                index = others()
+                shown = {item.text for item in self.pictures.scenes[index].items.values()}
+                if shown.isdisjoint(item.text for item in asked):
+                    return index
+            lost = asked.pop()
+        raise ValueError(f"chat: wanted pictures without a {lost.text}, found none")
 
     def _answer(self, sample: Sample, text: str) -> None:
         start = len(sample.ids)

@@ -12,7 +12,7 @@ import torch
 from comemo import CoMemoForConditionalGeneration
 from examples.long_context.conversations import Sample, Writer
 from examples.long_context.paths import arguments, collate
-from examples.long_context.training import FIRST
+from examples.long_context.training import MOST
 
 DISTANCES = (0, 64, 256, 512, 1024, 2048, 4096)
 FILLERS = ("text", "pictures")
@@ -60,7 +60,7 @@ def evaluate(
             results.append(Result(f"distance {filler}", distance, sum(right), len(right)))
     for name in sets:
         if name.startswith("tiles "):
-            samples = [_near(writer, index, writer.ask) for index in sets[name]]
+            samples = [_near(writer, index, _ask(writer)) for index in sets[name]]
             right = [hit for hits in grade(model, path, writer, samples) for hit in hits]
             results.append(Result("tiles", int(name.split()[1]), sum(right), len(right)))
     for task, name in (("caption", "short"), ("long generation", "long")):
@@ -105,16 +105,14 @@ def _distant(writer: Writer, chosen: range, filler: str, distance: int) -> Itera
     count = ASKED if distance <= 1024 else ASKED * 1024 // distance
     for index in chosen[:count]:
         random = Random(f"{filler} {distance} {index}")
-        sample = Sample()
+        sample, asked = Sample(), writer.choose(index, random, MOST)
         writer.show(sample, index)
         if filler == "text":
             writer.fill(sample, random, distance)
-            writer.ask(sample, index, random)
+            writer.ask(sample, asked)
         else:
-            others = [other for other in chosen if other != index]
-            writer.chat(sample, random, distance, lambda r=random, o=others: r.choice(o))
-            sample.answers.clear()  # only those about the first picture count
-            writer.ask(sample, index, random, FIRST)
+            writer.chat(sample, distance, lambda r=random: r.choice(chosen), asked)
+            writer.ask(sample, asked)
         yield sample
 
 
@@ -123,6 +121,10 @@ def _near(writer: Writer, index: int, add: Callable[[Sample, int, Random], None]
     writer.show(sample, index)
     add(sample, index, Random(f"near {writer.pictures.scenes[index].seed}"))
     return sample
+
+
+def _ask(writer: Writer) -> Callable[[Sample, int, Random], None]:
+    return lambda sample, index, random: writer.ask(sample, writer.choose(index, random))
 
 
 def _describe(writer: Writer) -> Callable[[Sample, int, Random], None]:

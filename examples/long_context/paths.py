@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from comemo import CoMemoConfig, CoMemoForConditionalGeneration
+from comemo.nano.heads import add_heads
+from comemo.nano.start import spread_weights
 from comemo_kernels import ImageMemory
 from examples.long_context.conversations import IGNORED, IMAGE, Sample
 from examples.long_context.pictures import Pictures
@@ -15,9 +17,7 @@ from examples.long_context.pictures import Pictures
 PATHS = ("context", "memory", "both")
 ROPES = ("dhr", "original")
 LAYERS, MIXIN_EVERY = 4, 2
-SPREAD = (
-    0.05  # standard deviation of new weights; of large models 0.02, too little for a width of 128
-)
+ASKED = 2  # tokens from the thing that a question asks for to its answer
 GATE = 1.0  # of a new mixin layer, before its tanh
 
 
@@ -45,27 +45,36 @@ class Inputs(NamedTuple):
     sizes: list[int]
 
 
-def make_model(checkpoint: Path, rope: str, seed: int) -> CoMemoForConditionalGeneration:
+def make_model(checkpoint: Path, rope: str, seed: int, end: int) -> CoMemoForConditionalGeneration:
     """An untrained language model with mixin layers, and the projector and words of a trained one.
+
+    Self-attention and mixin layers have the same heads that find what a word names, see
+    `comemo.nano.heads`.
 
     Args:
         checkpoint: comemo-nano.
         rope: of `ROPES`.
         seed: the same seed gives the same weights for any `rope`.
+        end: id of the last token of a question.
     """
     trained = CoMemoForConditionalGeneration.from_pretrained(checkpoint)
     config = CoMemoConfig.from_pretrained(checkpoint)
     config.rope = rope
     config.text_config.num_hidden_layers = LAYERS
-    config.text_config.initializer_range = SPREAD
     config.mixin_config.mixin_every_n_layers = MIXIN_EVERY
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CoMemoForConditionalGeneration(config)
-    core, known = model.model, trained.model
-    core.multi_modal_projector.load_state_dict(known.multi_modal_projector.state_dict())
-    core.language_model.embed_tokens.load_state_dict(known.language_model.embed_tokens.state_dict())
-    model.lm_head.load_state_dict(trained.lm_head.state_dict())
+        spread_weights(model)
+        core, known = model.model, trained.model
+        for own, taken in (
+            (core.multi_modal_projector, known.multi_modal_projector),
+            (core.language_model.embed_tokens, known.language_model.embed_tokens),
+            (model.lm_head, trained.lm_head),
+        ):
+            own.load_state_dict(taken.state_dict())
+        # Nothing names the places of image tokens: with RoPE-DHR alone it would be right.
+        add_heads(model, {}, ASKED, end)
     core.vision_tower = nn.Identity()  # features of pictures are given
     for index in config.mixin_layers:  # all weights are new: the paths start alike
         mixin = core.language_model.layers[index].mixin

@@ -14,8 +14,8 @@ from examples.long_context.paths import arguments, collate
 
 LONGEST = 1024  # tokens between a picture and questions about it, at most
 TOKENS = 1600  # of a step, about
-NEAR = 0.5  # share of the steps that have nothing between
-FIRST = " in the first picture"
+MOST = 3  # shapes that are asked for after other pictures
+NEAR = 0.4  # share of the steps that have nothing between
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Recipe:
         warmup: share of the steps until it is reached; it then falls to 0 by a cosine.
     """
 
-    steps: int = 900
-    lr: float = 3e-3
+    steps: int = 600
+    lr: float = 1e-3
     warmup: float = 0.05
 
     def share(self, step: int) -> float:
@@ -101,10 +101,14 @@ def make_batch(writer: Writer, chosen: range, random: Random, near: bool) -> lis
     """
     kind = "near" if near else random.choice(("near", "text", "pictures"))
     between = 0 if kind == "near" else round(2 ** random.uniform(5, math.log2(LONGEST)))
-    like = writer.pictures.count(random.choice(chosen))  # image tokens of all pictures of a step
+    scenes, count = writer.pictures.scenes, writer.pictures.count
+    # Pictures of more shapes have all of those that could be asked for.
+    side = 2 if kind == "pictures" else 3
+    fitting = [index for index in chosen if scenes[index].side <= side]
+    like = count(random.choice(fitting))  # image tokens of all pictures of a step
 
     def other() -> int:
-        while writer.pictures.count(index := random.choice(chosen)) != like:
+        while count(index := random.choice(fitting)) != like:
             pass
         return index
 
@@ -116,12 +120,13 @@ def make_batch(writer: Writer, chosen: range, random: Random, near: bool) -> lis
             if random.random() < 0.5:
                 writer.describe(sample, index)
             else:
-                writer.ask(sample, index, random)
+                writer.ask(sample, writer.choose(index, random))
         elif kind == "text":
             writer.fill(sample, random, between)
-            writer.ask(sample, index, random)
+            writer.ask(sample, writer.choose(index, random))
         else:
-            writer.chat(sample, random, between, other)
-            writer.ask(sample, index, random, FIRST)
+            asked = writer.choose(index, random, MOST)
+            writer.chat(sample, between, other, asked)
+            writer.ask(sample, asked)
         samples.append(sample)
     return samples

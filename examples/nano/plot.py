@@ -9,14 +9,14 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-STAGES = ("albums", "lessons", "see")
+STAGES = ("colours", "places", "see-begun", "see")
 
 
 def main(folder: Path) -> None:
-    """Write curve.png beside the logs albums.jsonl, lessons.jsonl and see.jsonl."""
+    """Write curve.png beside the logs of the runs, such as colours.jsonl, that are there."""
     figure, (loss, gates) = pyplot.subplots(1, 2, figsize=(10, 3.6))
     before = 0
-    for stage in STAGES:
+    for stage in [name for name in STAGES if (folder / f"{name}.jsonl").is_file()]:
         lines = (folder / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [row for row in map(json.loads, lines) if "loss" in row]
         steps = [before + row["step"] for row in rows]
