@@ -26,8 +26,7 @@ def launch(monkeypatch, run):
     monkeypatch.setattr(_attend_tma.attend_tma, "launch", run)
     q = torch.empty(1, 256, 4, 64, dtype=torch.bfloat16)
     spans = torch.zeros(1, 1, 2, dtype=torch.int64)
-    parts = torch.empty(1, 4, 256, 64)
-    _attend_tma.launch(q, q[..., 0], parts, parts, q, q[0], q[0], spans, *[None] * 5)
+    _attend_tma.launch(q, q[..., 0], q, q[0], q[0], spans, *[None] * 5)
     return weakref.ref(q)
 
 
