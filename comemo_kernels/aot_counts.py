@@ -6,9 +6,9 @@ forecast: it knows no latencies, bank conflicts or waits. Use it to argue about 
 is measured.
 
 Assumptions: predicated instructions run. Each thread reads its own global memory, except for small
-tensors, and its own shared memory, except for FFMA, whose operands a warp shares. Loops of
-specialised warps pass together. A branch is skipped unless it holds tensor-core instructions or
-asynchronous copies. A loop that the compiler unrolled is one pass.
+tensors, and its own shared memory, except for FFMA, whose operands a warp shares. A branch is
+skipped unless it holds tensor-core instructions or asynchronous copies. A loop that the compiler
+unrolled is one pass.
 """
 
 import functools
@@ -177,7 +177,7 @@ class Bounds:
 
 
 def find_bounds(loops: list[Loop], blocks: int) -> Bounds:
-    """Bounds of loops that pass together, as of specialised warps, in `blocks` resident blocks.
+    """Bounds of loops that pass together, in `blocks` resident blocks.
 
     The limit of loops with tensor-core instructions of warp groups is the tensor cores, and FFMA
     that of loops of FFMA that L2 can feed; their global memory counts by a multiprocessor's port to
