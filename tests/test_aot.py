@@ -56,7 +56,7 @@ def is_slow(case, chip):
     learning = LEARNING.get(kernel, (name,) if kernel.startswith("_gradient") else None)
     return (
         chip == "gfx942"
-        or (not first and ("fp32" in name or "fp64" in name or "tma" in kernel))  # TMA is off
+        or (not first and ("fp32" in name or "fp64" in name or "tma" in kernel))
         or (kernel in TILES and chip != "sm_90")
         or (learning is not None and (chip != "sm_90" or name not in learning))
         or (kernel == "_fold_norm_kernel" and name.endswith(("uneven", "gradients")))
