@@ -39,10 +39,10 @@ demo: $(VENV)/ready
 
 nano: $(VENV)/ready
 	$(BIN)/python -m comemo.nano prepare $(NANO)
-	for part in colours places see; do \
+	for part in colours places see again; do \
 		$(NANO_TRAIN) examples/nano/$$part.yaml || exit; \
 	done
-	$(BIN)/python -m comemo.nano export $(NANO)/see/model $(NANO)/checkpoint
+	$(BIN)/python -m comemo.nano export $(NANO)/again/model $(NANO)/checkpoint
 	$(BIN)/comemo eval nano --model $(NANO)/checkpoint
 
 # The gate of every change.
