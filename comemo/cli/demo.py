@@ -32,7 +32,7 @@ DESCRIBE = "Describe the picture."
 TAUGHT = (
     f"It was taught drawn pictures alone: {len(SHAPES)} shapes in {len(COLOURS)} colours,"
     f" {len(WORDS)} words, letters, numbers of two\ndigits, signs, bar charts, forms and marks on"
-    " grids. Photographs are beyond it. About one in\nfourteen of its answers is wrong, see"
+    " grids. Photographs are beyond it. About one in\nten of its answers is wrong, see"
     " docs/nano.md."
 )
 
