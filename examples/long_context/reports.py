@@ -116,11 +116,16 @@ def _summary(found: list[dict]) -> str:
             cells.append("" if math.isnan(mean) else f"{100 * mean:.1f} ± {100 * error:.1f}")
         lines.append(_row([task, *cells]))
     lines += ["", "Relative gain over the context path of the same seed, in percent:", ""]
-    heads = ["both, dhr", "both, original", "both, dhr, over context, original", "paper"]
+    gains = {
+        "both, dhr": ("both", "dhr", "dhr"),
+        "both, original": ("both", "original", "original"),
+        "both, dhr, over context, original": ("both", "dhr", "original"),
+        "context, dhr, over context, original": ("context", "dhr", "original"),
+    }
+    heads = [*gains, "paper"]
     lines += [_row(["", *heads]), _row(["---", *["---:"] * len(heads)])]
-    pairs = (("dhr", "dhr"), ("original", "original"), ("dhr", "original"))
     for task, wanted in TASKS.items():
-        cells = [_gain(found, wanted, own, base) for own, base in pairs]
+        cells = [_gain(found, wanted, *compared) for compared in gains.values()]
         lines.append(_row([task, *cells, f"{PAPER[task]:.1f}" if task in PAPER else ""]))
     machine = f"Python {platform.python_version()}, PyTorch {torch.__version__}"
     machine += f", transformers {transformers.__version__}, {platform.machine()}"
@@ -135,12 +140,14 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _gain(found: list[dict], wanted: Callable[[str, int], bool], rope: str, base: str) -> str:
-    """Of both paths with `rope` over the context path with `base`, seed by seed."""
+def _gain(
+    found: list[dict], wanted: Callable[[str, int], bool], path: str, rope: str, base: str
+) -> str:
+    """Of `path` with `rope` over the context path with `base`, seed by seed."""
     bases = {one["seed"]: accuracy(one, wanted) for one in _of(found, "context", base)}
     gains = [
         100 * (accuracy(one, wanted) / bases[one["seed"]] - 1)
-        for one in _of(found, "both", rope)
+        for one in _of(found, path, rope)
         if bases.get(one["seed"], 0) > 0
     ]
     if not gains:
