@@ -44,15 +44,17 @@ def read(folder, name):
 
 def test_every_line_has_its_pictures(written):
     name, folder, lines = written
-    assert len(lines) == LINES * dataset.AGAIN.get(name, 1)
+    again = dataset.AGAIN.get(name, 1)  # lines about each picture
+    assert len(lines) == LINES * again
     named = [path for line in lines for path in _paths(line)]
-    assert sorted(named) == sorted(str(p.relative_to(folder)) for p in folder.rglob("*.jpg"))
-    for path in named:
+    files = [str(file.relative_to(folder)) for file in folder.rglob("*.jpg")]
+    assert sorted(named) == sorted(files * again)
+    for path in files:
         with Image.open(folder / path) as image:
             assert image.mode == "RGB"
             assert (image.size == (128, 128)) == (name in ("items", "albums"))
     for index, line in enumerate(lines):
-        seed = FIRST + index // dataset.AGAIN.get(name, 1)
+        seed = FIRST + index // again
         turns = line["conversations"]
         assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
         marks = [turn["value"].count("<image>\n") for turn in turns[::2]]

@@ -22,7 +22,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     steps, learnt, asked, distances = options.steps, LEARNT, ASKED, DISTANCES
     if options.smoke:
-        steps, learnt, asked, distances = 2, 20, 2, (0, 64)
+        # Enough pictures that for each shape there are others without it.
+        steps, learnt, asked, distances = 2, 80, 12, (0, 64)
     recipe = Recipe(steps=steps)
     train, held, sets = wanted_pictures(learnt, asked)
     _check(folder, {"steps": steps, "learnt": learnt, "asked": asked, "nano": str(checkpoint)})
