@@ -98,10 +98,14 @@ def _rows_kernel(
     EVEN: tl.constexpr,  # K is a multiple of BLOCK_K
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,  # of a row, in each step
+    BLOCK_BYTES: tl.constexpr,  # of a row, in each step, at most
 ):
     """One program computes BLOCK_O outputs of all rows."""
-    BLOCK_K: tl.constexpr = BLOCK_BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    # Of two weights in float32 one part of `_add_product` a step: more would spill registers.
+    PARTED: tl.constexpr = SWIGLU and weight_ptr.dtype.element_ty == tl.float32
+    BLOCK_K: tl.constexpr = (
+        32 if PARTED else BLOCK_BYTES * 8 // weight_ptr.dtype.element_ty.primitive_bitwidth
+    )
     WIDE: tl.constexpr = 128 // weight_ptr.dtype.element_ty.primitive_bitwidth  # of one access
     offs_r, offs_k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     offs_o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
