@@ -24,6 +24,8 @@ from transformers.core_model_loading import (
 )
 
 from comemo.config import CoMemoConfig
+from comemo.parallel.launch import take_division
+from comemo.parallel.pretrained import load_divided, saved_whole
 from comemo.safety.files import check_weights, find_file, hub_options, read_json
 from comemo.weights.fusable import refuse_folded
 
@@ -218,7 +220,8 @@ class PublishedCheckpoint:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load weights in the published layout or under the names used here; runs no code of it.
 
-        `trust_remote_code` has no effect.
+        `trust_remote_code` has no effect. With `tp_plan="auto"`, or `distributed_config` with
+        `tp_size` or `pp_size`, the ranks of torchrun divide the model, see `take_division`.
 
         Raises:
             ValueError: missing, unexpected or wrongly shaped weights, all listed; weights that are
@@ -228,13 +231,18 @@ class PublishedCheckpoint:
         kwargs.pop("trust_remote_code", None)
         if directory is not None and os.path.isdir(directory):
             check_weights(Path(directory), kwargs.get("config") is not None)
-            _refuse_split_weights(Path(directory), kwargs)
+            _refuse_quantised(Path(directory), kwargs)
         if directory is not None and find_file(directory, "adapter_config.json", **hub):
             raise ValueError(
                 f"{cls.__name__}.from_pretrained({directory}): adapter_config.json must not be in"
                 " the same directory as the weights, because it can name code to import: keep the"
                 " adapter in its own directory and load it with load_adapter"
             )
+        function = f"{cls.__name__}.from_pretrained"
+        if directory is not None and (division := take_division(function, kwargs)) is not None:
+            model = load_divided(cls, directory, division, kwargs, from_published, hub)
+            _read_token_ids(model, directory, hub)
+            return (model, {}) if kwargs.get("output_loading_info") else model
         kwargs["use_safetensors"] = kwargs["weights_only"] = True
         kwargs["ignore_mismatched_sizes"] = True  # reported below, all at once
         wants_info = kwargs.pop("output_loading_info", False)
@@ -255,7 +263,8 @@ class PublishedCheckpoint:
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write the published layout, or with `save_original_format=False` the names used here.
 
-        A `CoMemoModel` writes the same names, except those of the language modelling head.
+        Of a model that ranks divide all ranks call, and the first writes the whole. A
+        `CoMemoModel` writes the same names, except those of the language modelling head.
 
         Raises:
             ValueError: the model is folded for inference.
@@ -266,7 +275,9 @@ class PublishedCheckpoint:
         if prefix and kwargs.get("save_original_format", True):
             state = kwargs.get("state_dict") or self.state_dict()  # type: ignore[attr-defined]
             kwargs["state_dict"] = {prefix + name: weight for name, weight in state.items()}
-        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        with saved_whole(self, kwargs) as options:
+            if options is not None:
+                super().save_pretrained(*args, **options)  # type: ignore[misc]
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -318,22 +329,17 @@ class PublishedCheckpoint:
         return "" if has_base else f"{self.base_model_prefix}."  # type: ignore[attr-defined]
 
 
-def _refuse_split_weights(directory: Path, options: dict[str, Any]) -> None:
-    """Refuse to shard or quantise fused weights: the loader does it before it splits them."""
-    asked = [
-        name
-        for name in ("distributed_config", "tp_plan", "quantization_config")
-        if options.get(name)
-    ]
-    if not asked:
+def _refuse_quantised(directory: Path, options: dict[str, Any]) -> None:
+    """Refuse to quantise fused weights: the loader does it before it splits them."""
+    if not options.get("quantization_config"):
         return
     for file in directory.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
             if any(PUBLISHED.match(name) for name in weights.keys()):  # noqa: SIM118
                 raise ValueError(
-                    f"from_pretrained({directory}): {asked[0]} needs weights in transformers'"
-                    " layout, got the published one: load without it and save_pretrained(...,"
-                    " save_original_format=False) first"
+                    f"from_pretrained({directory}): quantization_config needs weights in"
+                    " transformers' layout, got the published one: load without it and"
+                    " save_pretrained(..., save_original_format=False) first"
                 )
 
 

@@ -29,10 +29,11 @@ import comemo_kernels as ops
 from comemo.attention import check_flash, known_attention
 from comemo.config import CoMemoConfig
 from comemo.memory.building import BuildsMemory
-from comemo.mixin import KeyAngles, MixinLayer
+from comemo.mixin import KeyAngles, MixinLayer, feed_forward
 from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache
 from comemo.packed_attention import SampleGroups, attend_samples, group_samples
 from comemo.packing import VARLEN, places_in_samples
+from comemo.parallel.split import Split, enter, leave, own_weights
 from comemo.weights.fusable import are_joined, is_fusable, is_untouched, join_weights
 from comemo_kernels import ImageMemory, QueryRotation
 
@@ -130,6 +131,7 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
     """A decoder layer, after its mixin layer if it has one."""
 
     folded = False  # whether the projections hold the norms' weights
+    split: Split | None = None  # the ranks that divide heads and columns; then its own are here
 
     def __init__(self, config: CoMemoConfig, layer_idx: int) -> None:
         super().__init__(config.text_config, layer_idx)
@@ -150,6 +152,29 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
         **kwargs: Any,
     ) -> Tensor:
         """One layer on hidden_states [B, N, d]; `media` to `recompute` go to the mixin layer."""
+        with own_weights(self.split, self):
+            return self._forward(
+                hidden_states,
+                media,
+                image_memory,
+                rotation,
+                key_angles,
+                use_cache,
+                recompute,
+                **kwargs,
+            )
+
+    def _forward(
+        self,
+        hidden_states: Tensor,
+        media: Tensor | None,
+        image_memory: ImageMemory | None,
+        rotation: QueryRotation | None,
+        key_angles: KeyAngles | None,
+        use_cache: bool | None,
+        recompute: str,
+        **kwargs: Any,
+    ) -> Tensor:
         if self.mixin is not None and image_memory is not None:
             hidden_states = self.mixin(
                 hidden_states,
@@ -163,22 +188,24 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
         x = self._attend(hidden_states, use_cache=use_cache, **kwargs)
         norm, mlp = self.post_attention_layernorm, self.mlp
         if not is_fusable(norm, mlp):
-            return x + mlp(norm(x))
+            x, residual = enter(self.split, x)
+            return leave(self.split, residual + mlp(norm(x)))
         weight = None if self.folded else norm.weight
-        weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-        return ops.gated_swiglu(x, weight, *weights, None, norm.variance_epsilon, recompute)
+        return feed_forward(x, weight, mlp, None, norm.variance_epsilon, recompute, self.split)
 
     def _attend(self, x: Tensor, **kwargs: Any) -> Tensor:
         """x [B, N, d] plus the self-attention of its norm."""
         norm, attention = self.input_layernorm, self.self_attn
         parts = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        x, residual = enter(self.split, x)
         if not (is_untouched(attention) and is_fusable(norm, *parts)):
-            return x + attention(hidden_states=norm(x), **kwargs)[0]
+            return leave(self.split, residual + attention(hidden_states=norm(x), **kwargs)[0])
         if self.folded and attention.joined():
-            eps = norm.variance_epsilon
-            return attention(hidden_states=x, residual=x, eps=eps, **kwargs)[0]
-        # By the modules, because three fused launches would compute the norm three times.
-        return attention(hidden_states=norm(x), residual=x, **kwargs)[0]
+            kwargs |= {"hidden_states": x, "eps": norm.variance_epsilon}
+        else:
+            # By the modules, because three fused launches would compute the norm three times.
+            kwargs["hidden_states"] = norm(x)
+        return leave(self.split, attention(residual=residual, **kwargs)[0])
 
 
 class CoMemoTextModel(BuildsMemory, LlamaPreTrainedModel):

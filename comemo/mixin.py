@@ -17,6 +17,7 @@ import comemo_kernels as ops
 from comemo.attention import attend_otherwise, attention_of
 from comemo.config import MixinConfig
 from comemo.config_parts import OWN_ATTENTION
+from comemo.parallel.split import Split, enter, leave, shared
 from comemo.weights.fusable import is_fusable
 from comemo_kernels import ImageMemory, MemoryScales, QueryRotation
 
@@ -34,6 +35,28 @@ def on_device(
     return spans.to(device), QueryRotation(*moved)
 
 
+def feed_forward(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    mlp: nn.Module,
+    gate: Tensor | None,
+    eps: float,
+    recompute: str,
+    split: Split | None,
+) -> Tensor:
+    """x + tanh(gate) * the feed-forward network of x [B, N, d], which may be divided.
+
+    Divided layers keep what the down projection reads, so `recompute` has no effect there.
+    """
+    wide: Any = (mlp.gate_proj.weight, mlp.up_proj.weight)
+    down: Any = mlp.down_proj.weight
+    if split is None:
+        return ops.gated_swiglu(x, norm_weight, *wide, down, gate, eps, recompute)
+    x, residual = enter(split, x)
+    inner = ops.norm_swiglu(x, norm_weight, *wide, eps)
+    return leave(split, ops.gated_residual(residual, inner, down, gate))
+
+
 class MixinLayer(nn.Module):
     """Gated image cross-attention and a gated feed-forward network; identity if the gates are 0.
 
@@ -41,6 +64,7 @@ class MixinLayer(nn.Module):
     """
 
     folded = False  # whether norm weights and gates are folded into the projections
+    split: Split | None = None  # the ranks that divide heads and columns; then its own are here
     # What functions of transformers' attention interface read.
     is_causal, num_key_value_groups = False, 1
 
@@ -65,6 +89,7 @@ class MixinLayer(nn.Module):
     def build(self, media: Tensor, angles: KeyAngles) -> tuple[Tensor, Tensor]:
         """Rotated keys and values [M, H, D] of `media` [M, d], which get the norm of the text."""
         cos, sin, ids = angles
+        media = shared(self.split, media)
         if is_fusable(self.attn_norm, self.kv_proj):
             norms = None if self.folded else [self.attn_norm.weight]
             weights, eps = [self.kv_proj.weight], self.attn_norm.variance_epsilon
@@ -138,6 +163,8 @@ class MixinLayer(nn.Module):
         if self.folded:
             norms = gates = (None, None)
         spans, rotation = on_device(x.device, memory.spans, rotation)
+        before = x
+        x, residual = enter(self.split, x)
         if fusable:
             q = ops.norm_linear(x, norms[0], self.q_proj.weight, self.attn_norm.variance_epsilon)
         else:
@@ -146,7 +173,7 @@ class MixinLayer(nn.Module):
         own = attention_of(self.config) == OWN_ATTENTION
         if own and fusable:
             y = ops.attend_gated(
-                x, q, key, value, spans, self.o_proj.weight, gates[0], rotation, scales
+                residual, q, key, value, spans, self.o_proj.weight, gates[0], rotation, scales
             )
         else:
             if own:
@@ -156,13 +183,14 @@ class MixinLayer(nn.Module):
                 read = attend_otherwise(self, q, key[:M], value[:M], spans, rotation, scales)
             read = read.flatten(2)
             if fusable:
-                y = ops.gated_residual(x, read, self.o_proj.weight, gates[0])
+                y = ops.gated_residual(residual, read, self.o_proj.weight, gates[0])
             else:
-                y = x + self.attn_gate.tanh() * self.o_proj(read)
+                y = residual + self.attn_gate.tanh() * self.o_proj(read)
+        y = leave(self.split, y)
         if fusable:
-            mlp, eps = self.mlp, self.mlp_norm.variance_epsilon
-            weights = (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)
-            y = ops.gated_swiglu(y, norms[1], *weights, gates[1], eps, recompute)
+            eps = self.mlp_norm.variance_epsilon
+            y = feed_forward(y, norms[1], self.mlp, gates[1], eps, recompute, self.split)
         else:
-            y = y + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(y))
-        return y if memory.active is None else torch.where(memory.active.to(x.device), y, x)
+            y, residual = enter(self.split, y)
+            y = leave(self.split, residual + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(y)))
+        return y if memory.active is None else torch.where(memory.active.to(x.device), y, before)

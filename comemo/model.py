@@ -29,6 +29,7 @@ from comemo.packing import (
     take_bounds,
     within_samples,
 )
+from comemo.parallel.split import Split
 from comemo.vision import CoMemoVision
 from comemo.weights.fusable import in_step, offloaded_to
 from comemo_kernels import ImageMemory
@@ -75,6 +76,7 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
     """Vision tower, projector and language model."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    split: Split | None = None  # the ranks that divide its layers
 
     def __init__(self, config: CoMemoConfig) -> None:
         config.check()

@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
+from comemo.parallel.split import Split, gather_parts, part_of
 from comemo.weights.fusable import is_fusable, is_original
 
 PROJECTOR = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear)  # its layers, as published
@@ -28,6 +29,7 @@ class CoMemoVision:
     config: CoMemoConfig
     vision_tower: InternVLVisionModel
     multi_modal_projector: nn.Sequential
+    split: Split | None
 
     def project_images(
         self, pixel_values: Tensor, embeds: Tensor | None = None, rows: Tensor | None = None
@@ -45,13 +47,41 @@ class CoMemoVision:
             ValueError: pixel values that are not square tiles of three channels; errors of
                 `project_tiles`.
         """
-        config, projector = self.config, self.multi_modal_projector
+        config = self.config
         check_tiles("project_images", pixel_values)
         if not len(pixel_values):  # which newer towers do not accept
             side = pixel_values.shape[2] // config.vision_config.patch_size[0]
             tokens = round(side**2 * config.downsample_ratio**2)
             return pixel_values.new_empty(0, tokens, config.text_config.hidden_size)
-        rounds = pixel_values.split(config.tiles_at_once)
+        if self.split is not None and not self._draws():
+            return self._project_divided(self.split, pixel_values, embeds, rows)
+        return self._project(pixel_values, embeds, rows)
+
+    def _project_divided(
+        self, split: Split, pixel_values: Tensor, embeds: Tensor | None, rows: Tensor | None
+    ) -> Tensor:
+        """`project_images` with some of the tiles on each rank."""
+        total = len(pixel_values)
+        own = pixel_values[part_of(split, total)]
+        # Ranks without a tile compute one, too: sharded weights are collected by all of them.
+        media = self._project(own if len(own) else pixel_values[:1], None, None)[: len(own)]
+        media = gather_parts(split, media, total)
+        _write(media, embeds, rows)
+        return media
+
+    def _draws(self) -> bool:
+        """Whether tiles have random numbers, which must not depend on how they are divided."""
+        return self.training and bool(
+            any(module._forward_hooks for module in self.vision_tower.modules())
+            or self.config.vision_config.hidden_dropout_prob
+            or self.config.vision_config.attention_dropout
+        )
+
+    def _project(self, pixel_values: Tensor, embeds: Tensor | None, rows: Tensor | None) -> Tensor:
+        config, projector = self.config, self.multi_modal_projector
+        # Ranks with sharded weights must call the tower equally often, with any number of tiles.
+        sharded = any(hasattr(p, "full_tensor") for p in self.vision_tower.parameters())
+        rounds = pixel_values.split(len(pixel_values) if sharded else config.tiles_at_once)
         if not _is_fusable_projector(projector):
             return self._project_by_modules(map(self._encode, rounds), embeds, rows)
         norm, first, _, second = projector
@@ -155,10 +185,15 @@ class CoMemoVision:
             x = ops.fold_tiles(x, self.config.downsample_ratio, self.config.ps_version)
             projected.append(self.multi_modal_projector(x.flatten(1, 2)))
         media = projected[0] if len(projected) == 1 else torch.cat(projected)
-        if embeds is not None and rows is not None:
-            flat = media.flatten(0, -2)
-            embeds.view(-1, embeds.shape[-1])[rows] = flat.to(embeds.device, embeds.dtype)
+        _write(media, embeds, rows)
         return media
+
+
+def _write(media: Tensor, embeds: Tensor | None, rows: Tensor | None) -> None:
+    """Write image tokens [..., d] at rows of embeddings [B, N, d]."""
+    if embeds is not None and rows is not None:
+        flat = media.flatten(0, -2)
+        embeds.view(-1, embeds.shape[-1])[rows] = flat.to(embeds.device, embeds.dtype)
 
 
 def _layer_of(

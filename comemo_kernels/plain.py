@@ -38,7 +38,7 @@ def has_plain_weights(module: nn.Module, biased: bool = False) -> bool:
     """Whether a module's own parameters are ordinary and on a device; no bias unless `biased`."""
     for name, parameter in vars(module)["_parameters"].items():
         if parameter is not None and (
-            type(parameter) is not nn.Parameter
+            (type(parameter) is not nn.Parameter and not hasattr(parameter, "is_a_part"))
             or parameter.is_meta
             or (name == "bias" and not biased)
         ):

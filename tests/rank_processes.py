@@ -94,15 +94,15 @@ def _be_rank(rank, count, port, folder, function, args, group):
         os.environ.pop("TORCHELASTIC_RUN_ID", None)
         if group:
             dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
-        value = function(*args)
-        found = ("result", value)
+        found = pickle.dumps(("result", function(*args)))
         status = 0
     except BaseException:
-        found = ("error", traceback.format_exc())
-    finally:
+        found = pickle.dumps(("error", traceback.format_exc()))
+    try:
         partial = folder / f".{rank}"
-        partial.write_bytes(pickle.dumps(found))
+        partial.write_bytes(found)
         partial.rename(folder / str(rank))
         if dist.is_initialized() and status == 0:
             dist.destroy_process_group()
+    finally:
         os._exit(status)

@@ -21,6 +21,7 @@ from comemo.decode.interface import DRAFTS, GeneratingModel
 from comemo.decode.step import DecodeStep, StepKind
 from comemo.memory.inputs import queries_at_count
 from comemo.outputs import CACHE, CoMemoOutput
+from comemo.parallel.stages import Elsewhere
 from comemo_kernels import ImageMemory
 
 LAYERS = (DynamicLayer, RoomyLayer, StaticLayer)
@@ -61,6 +62,8 @@ def why_not(model: GeneratingModel, option: Callable[[str], Any]) -> list[str]:
         reasons.append(f"attention of mixin_config {mixin!r}")
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         reasons.append("layers on several devices")
+    if any(isinstance(module, Elsewhere) for module in model.modules()):
+        reasons.append("layers on other ranks")
     if any(weight.is_meta for weight in model.parameters()):
         reasons.append("offloaded weights")
     return reasons
@@ -290,7 +293,7 @@ class _Prompt:
                 f"DecodeLoop: {CACHE} must hold the {self.length} tokens of position_ids"
                 f" after the prefill, got {held}"
             )
-        layers = set(self._model.config.mixin_layers)
+        layers = self._model.model.language_model.mixin_layers.keys()
         if memory is not None and (memory.keys.keys() != layers or memory.table is None):
             raise ValueError(
                 f"DecodeLoop: image_memory must keep keys of mixin layers {sorted(layers)} and a"

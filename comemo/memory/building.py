@@ -21,13 +21,19 @@ class BuildsMemory:
     comemo_config: CoMemoConfig
     layers: nn.ModuleList
 
+    @property
+    def mixin_layers(self) -> dict[int, Any]:
+        """The mixin layers that are here, by the index of the decoder layer after each."""
+        found = {i: self.layers[i].mixin for i in self.comemo_config.mixin_layers}
+        return {i: mixin for i, mixin in found.items() if mixin is not None}
+
     def _prepare_memory(
         self, memory: ImageMemory, x: Tensor, places: Tensor, use_cache: bool
     ) -> dict[str, Any]:
         """Arguments of the mixin layers beside the memory; its keys and values, if possible now."""
         self._give_table(memory, x)
         tables: dict[str, Any] = {"rotation": memory.rotation(places)}
-        if len(memory.keys) == len(self.comemo_config.mixin_layers) or memory.media is None:
+        if len(memory.keys) == len(self.mixin_layers) or memory.media is None:
             return tables
         if not (use_cache and self.build_memory(memory)):
             assert memory.table is not None
@@ -62,7 +68,7 @@ class BuildsMemory:
         if memory.keys:
             return False
         media, ids, table = memory.media, memory.ids, memory.table
-        layers = {i: self.layers[i].mixin for i in self.comemo_config.mixin_layers}
+        layers = self.mixin_layers
         assert table is not None
         if not all(
             is_original(mixin, MixinLayer) and is_fusable(mixin.attn_norm, mixin.kv_proj)
@@ -80,7 +86,8 @@ class BuildsMemory:
         if len(eps := {mixin.attn_norm.variance_epsilon for mixin in layers.values()}) != 1:
             return False
         mixin = self.comemo_config.mixin_config
-        shape = (len(layers), len(media), mixin.num_heads, mixin.head_dim)
+        heads = next(iter(layers.values())).num_heads  # of this rank, if ranks divide them
+        shape = (len(layers), len(media), heads, mixin.head_dim)
         keys, values = ops.memory_buffers(*shape, media.dtype, media.device).unbind(0)
         ops.build_memory(
             media,

@@ -15,6 +15,7 @@ import comemo_kernels as ops
 from comemo.config import CoMemoConfig
 from comemo.memory import tracing
 from comemo.memory.protocols import KeepsMemories
+from comemo.parallel.split import Split, agree
 from comemo.vision import check_tiles
 from comemo_kernels import ImageMemory, split_images
 
@@ -39,6 +40,7 @@ class CoMemoImages:
     multi_modal_projector: Any
     project_images: Any
     vision_tower: Any
+    split: Split | None
 
     def prompt_position_ids(
         self,
@@ -123,6 +125,10 @@ class CoMemoImages:
         pixel_values = pixel_values.to(self.device, self.dtype)
         media = self.project_images(pixel_values, embeds, rows).flatten(0, 1)
         return ImageMemory.from_media(media, ids, lengths, sizes, absolute=absolute)
+
+    def agree(self, known: list[bool]) -> list[bool]:
+        """What all ranks that divide this model know, of what this one knows. All must call."""
+        return agree(self.split, known)
 
     def build_image_memories(self, pixels: list[Tensor], ids: list[Tensor]) -> list[ImageMemory]:
         """Memories of several images, with keys and values of all mixin layers.

@@ -54,6 +54,8 @@ class StorableModel(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
+    def agree(self, known: list[bool]) -> list[bool]: ...
+
     def build_image_memories(
         self, pixels: list[Tensor], ids: list[Tensor]
     ) -> list[ImageMemory]: ...
@@ -67,8 +69,7 @@ def memory_modules(model: StorableModel) -> dict[str, nn.Module]:
     for i, layer in enumerate(vision.encoder.layer[:depth]):
         modules[f"vision_tower.encoder.layer.{i}"] = layer
     modules["multi_modal_projector"] = model.multi_modal_projector
-    for i in model.config.mixin_layers:
-        mixin = text.layers[i].mixin
+    for i, mixin in text.mixin_layers.items():
         for name in ("attn_norm", "kv_proj"):
             modules[f"language_model.layers.{i}.mixin.{name}"] = getattr(mixin, name)
     return modules
@@ -97,8 +98,8 @@ def memory_settings(model: StorableModel) -> dict[str, Any]:
         "patch_size",
     )
     of_mixin = ("num_heads", "head_dim", "rope_theta", "max_position_embeddings")
-    layers = model.language_model.layers
-    eps = {layers[i].mixin.attn_norm.variance_epsilon for i in config.mixin_layers}
+    layers = model.language_model.mixin_layers
+    eps = {mixin.attn_norm.variance_epsilon for mixin in layers.values()}
     settings: dict[str, Any] = {name: getattr(config, name) for name in of_config}
     settings["vision"] = {name: getattr(vision, name) for name in of_vision}
     settings["mixin"] = {name: getattr(mixin, name) for name in of_mixin}
@@ -116,14 +117,14 @@ def memory_layout(model: StorableModel, tokens: int) -> Layout:
         model: a `CoMemoModel`.
         tokens: image tokens of the image.
     """
-    config, mixin = model.config, model.config.mixin_config
+    mixin = model.config.mixin_config
     layout: Layout = {
         "media": (model.dtype, (tokens, mixin.vision_dim)),
         "ids": (torch.int32, (tokens,)),
     }
     for kind in ("keys", "values"):
-        for layer in config.mixin_layers:
-            layout[f"{kind}.{layer}"] = model.dtype, (tokens, mixin.num_heads, mixin.head_dim)
+        for i, layer in model.language_model.mixin_layers.items():
+            layout[f"{kind}.{i}"] = model.dtype, (tokens, layer.num_heads, mixin.head_dim)
     return layout
 
 
@@ -157,9 +158,8 @@ def _find_reason(model: StorableModel) -> str | None:
         "vision_tower": (vision, internvl.InternVLVisionModel),
         "vision_tower.encoder": (vision.encoder, internvl.InternVLVisionEncoder),
     }
-    for i in model.config.mixin_layers:
-        name = f"language_model.layers.{i}.mixin"
-        parents[name] = model.language_model.layers[i].mixin, MixinLayer
+    for i, mixin in model.language_model.mixin_layers.items():
+        parents[f"language_model.layers.{i}.mixin"] = mixin, MixinLayer
     for name, (module, own) in parents.items():
         if not is_original(module, own):
             return f"{name} is a {type(module).__name__} (an adapter, or quantised), or has hooks"

@@ -146,14 +146,19 @@ class MemoryStore:
             for tiles, own in zip(pixels, ids, strict=True)
         ]
         found: dict[str, ImageMemory] = {}
-        unknown: dict[str, int] = {}
+        first: dict[str, int] = {}
         for i, key in enumerate(keys):
-            if key in found or key in unknown:
+            if key in first:
                 self._count("hits")
-            elif (memory := self._fetch(key, facts, model, ids[i])) is not None:
+                continue
+            first[key] = i
+            if (memory := self._fetch(key, facts, model, ids[i])) is not None:
                 found[key] = memory
-            else:
-                unknown[key] = i
+        # Ranks that divide a model compute an image together, if one of them does not know it.
+        known = model.agree([key in found for key in first])
+        unknown = {
+            key: i for (key, i), is_known in zip(first.items(), known, strict=True) if not is_known
+        }
         if unknown:
             built = model.build_image_memories(
                 [pixels[i] for i in unknown.values()], [ids[i] for i in unknown.values()]

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from comemo.parallel.split import SplitHead
 from comemo_kernels import is_plain, is_untouched
 
 _OF_DECODER = (nn.Linear, LlamaRMSNorm, LlamaMLP, SiLUActivation, nn.SiLU)
 _OF_PROJECTOR = (nn.Sequential, nn.LayerNorm, nn.Linear, nn.GELU)
-FUSABLE = frozenset(_OF_DECODER + _OF_PROJECTOR)
+FUSABLE = frozenset((*_OF_DECODER, *_OF_PROJECTOR, SplitHead))
 
 
 def is_original(module: nn.Module, kind: type[nn.Module]) -> bool:
