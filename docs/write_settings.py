@@ -11,6 +11,7 @@ from comemo.train.settings import (
     AnswerSettings,
     DataSettings,
     LoraSettings,
+    ParallelSettings,
     StageSettings,
     StartSettings,
     TrainSettings,
@@ -25,6 +26,7 @@ SECTIONS = {
     "`stages.NAME`": StageSettings,
     "`stages.NAME.lora`": LoraSettings,
     "`answers`": AnswerSettings,
+    "`parallel`": ParallelSettings,
 }
 
 

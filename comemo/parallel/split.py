@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-
 # Newer torch has another name for it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -194,12 +193,8 @@ def own_weights(split: Split | None, module: nn.Module) -> Iterator[None]:
                 if weight is None:
                     continue
                 held.append((part, name, weight))
-                local: Any = weight
-                if hasattr(weight, "to_local"):
-                    local = weight.to_local()
-                    local = local.flatten(0, 1) if local.ndim == 3 else local  # keys and values
-                else:
-                    local = shared(split, weight)
+                divided = hasattr(weight, "to_local")
+                local: Any = weight.to_local() if divided else shared(split, weight)
                 if local is not weight:
                     local.is_a_part = True
                 part._parameters[name] = local

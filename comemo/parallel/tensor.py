@@ -85,18 +85,25 @@ def cut(weight: Tensor, kind: int, split: Split) -> Tensor:
 
     Of keys and values [2 O, I] it is [2 O / ranks, I]: its keys, then its values.
     """
-    if kind == BOTH:
-        part = weight.unflatten(0, (2, -1)).tensor_split(split.size, 1)[split.rank].flatten(0, 1)
-    else:
-        part = weight.tensor_split(split.size, kind)[split.rank]
+    weight = by_rank(weight, split.size) if kind == BOTH else weight
+    part = weight.tensor_split(split.size, COLUMNS if kind == COLUMNS else ROWS)[split.rank]
     return part.contiguous() if part.is_meta else part.clone(memory_format=torch.contiguous_format)
 
 
 def paste(parts: list[Tensor], kind: int) -> Tensor:
     """The whole weight of the parts of all ranks."""
-    if kind == BOTH:
-        return torch.cat([part.unflatten(0, (2, -1)) for part in parts], 1).flatten(0, 1)
-    return torch.cat(parts, kind)
+    whole = torch.cat(parts, COLUMNS if kind == COLUMNS else ROWS)
+    return by_kind(whole, len(parts)) if kind == BOTH else whole
+
+
+def by_rank(weight: Tensor, size: int) -> Tensor:
+    """Rows of keys and values [2 O, I], in the order (keys, values), as (rank, keys, values)."""
+    return weight.unflatten(0, (2, size, -1)).transpose(0, 1).flatten(0, 2)
+
+
+def by_kind(weight: Tensor, size: int) -> Tensor:
+    """The inverse of `by_rank`."""
+    return weight.unflatten(0, (size, 2, -1)).transpose(0, 1).flatten(0, 2)
 
 
 def divide_layers(model: nn.Module, split: Split) -> None:

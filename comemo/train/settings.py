@@ -161,6 +161,31 @@ class AnswerSettings:
 
 
 @dataclass
+class ParallelSettings:
+    """How several ranks share the model; any of it may change when a run is resumed.
+
+    Attributes:
+        plan: "ddp": each rank has the whole model. "fsdp": weights, gradients and the optimizer's
+            state are divided among the ranks (FSDP2).
+        tensor: ranks next to each other that divide the heads and columns of each decoder layer
+            and mixin layer; needs "fsdp".
+        replicas: groups of ranks that have the model once each (HSDP), such as one for each node;
+            needs "fsdp".
+        offload: keep what "fsdp" divides in the memory of the CPU.
+        checkpoints: "full": one rank gathers and writes weights in the published layout.
+            "sharded": each rank writes its part, by torch.distributed.checkpoint; needs "fsdp".
+        context: ranks that divide the tokens of a pack; only 1 is supported.
+    """
+
+    plan: str = "ddp"
+    tensor: int = 1
+    replicas: int = 1
+    offload: bool = False
+    checkpoints: str = "full"
+    context: int = 1
+
+
+@dataclass
 class TrainSettings:
     """A whole run.
 
@@ -170,7 +195,8 @@ class TrainSettings:
         run: names of the stages to run, in this order.
         stages: name -> settings of a stage.
         seed: of weights, order of data, augmentation, dropout.
-        shard_optimizer: whether each rank keeps only its part of the optimizer's state (ZeRO-1).
+        shard_optimizer: whether each rank keeps only its part of the optimizer's state (ZeRO-1);
+            the plan "fsdp" does so in any case.
         tensorboard: whether scalars are written to `output`/tensorboard.
         device: "auto", "cpu" or "cuda".
     """
@@ -182,6 +208,7 @@ class TrainSettings:
     run: tuple[str, ...] = ()
     stages: dict[str, StageSettings] = field(default_factory=dict)
     answers: AnswerSettings = field(default_factory=AnswerSettings)
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
     seed: int = 42
     shard_optimizer: bool = False
     tensorboard: bool = True

@@ -22,7 +22,12 @@ from comemo.train.config.layers import (
     require,
 )
 from comemo.train.config.presets import STAGES, preset_values
-from comemo.train.settings import AnswerSettings, StageSettings, TrainSettings
+from comemo.train.settings import (
+    AnswerSettings,
+    ParallelSettings,
+    StageSettings,
+    TrainSettings,
+)
 
 # What may change between the parts of a resumed run: it has no effect on what is computed.
 FREE = {
@@ -33,7 +38,9 @@ FREE = {
     ("data", "eval"),
     ("data", "workers"),
     ("data", "bad_data"),
+    ("shard_optimizer",),
     *(("answers", field.name) for field in dataclasses.fields(AnswerSettings)),
+    *(("parallel", field.name) for field in dataclasses.fields(ParallelSettings)),
 }
 FREE_IN_STAGES = {
     "save_every",

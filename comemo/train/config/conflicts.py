@@ -68,6 +68,7 @@ def conflicts(settings: TrainSettings) -> list[str]:
         One line for each fault.
     """
     faults = _missing(settings) + model_faults(settings.start.model)
+    faults += parallel_faults(settings)
     data = settings.data
     for low, high in (("min_dynamic_patch", "max_dynamic_patch"), ("min_frames", "max_frames")):
         least, most = getattr(data, low), getattr(data, high)
@@ -82,6 +83,36 @@ def conflicts(settings: TrainSettings) -> list[str]:
             faults.append(f"run names the stage {name!r}, which stages does not have")
         else:
             faults += _stage_faults(name, settings.stages[name], data)
+    return faults
+
+
+def parallel_faults(settings: TrainSettings) -> list[str]:
+    """What excludes what among the settings of several ranks."""
+    own, faults = settings.parallel, []
+    if own.context > 1:
+        faults.append(
+            f"parallel.context must be 1, got {own.context}: tokens of a pack read spans of the"
+            " image memory and samples of any length, which no library divides among ranks yet;"
+            " parallel.tensor, a smaller data.max_tokens and gradient_checkpointing need less"
+            " memory for each pack"
+        )
+    needing = {
+        "tensor": own.tensor > 1,
+        "replicas": own.replicas > 1,
+        "offload": own.offload,
+        "checkpoints": own.checkpoints == "sharded",
+    }
+    if own.plan != "fsdp":
+        names = [f"parallel.{name}" for name, needs in needing.items() if needs]
+        if names:
+            faults.append(f"{', '.join(names)} need parallel.plan fsdp, got {own.plan}")
+    for name in settings.run:
+        lora = settings.stages[name].lora if name in settings.stages else None
+        if own.tensor > 1 and lora and (lora.vision or lora.language or lora.mixin):
+            faults.append(
+                f"parallel.tensor excludes stages.{name}.lora: adapters train with parallel.plan"
+                " fsdp alone, which divides their layers, too"
+            )
     return faults
 
 

@@ -15,6 +15,7 @@ from comemo.train.settings import (
     AnswerSettings,
     DataSettings,
     LoraSettings,
+    ParallelSettings,
     StageSettings,
     StartSettings,
     TrainSettings,
@@ -24,6 +25,7 @@ SECTIONS: dict[str, type] = {
     "start": StartSettings,
     "data": DataSettings,
     "answers": AnswerSettings,
+    "parallel": ParallelSettings,
 }
 PARTS = ("vision", "projector", "mixin", "language")
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -118,6 +120,11 @@ RULES: dict[str, Rule] = {
         _are_questions,
     ),
     "answers.max_new_tokens": _whole(1),
+    "parallel.plan": _one_of("ddp", "fsdp"),
+    "parallel.tensor": _whole(1),
+    "parallel.replicas": _whole(1),
+    "parallel.checkpoints": _one_of("full", "sharded"),
+    "parallel.context": _whole(1),
     "stage.train": (f"some of {', '.join(PARTS)}, each once", _are_parts),
     "stage.steps": _whole(1),
     "stage.epochs": _number(0, above=True),
