@@ -19,7 +19,7 @@ from train_runs import STAGES, make_start, settings_of
 
 from comemo import CoMemoForConditionalGeneration, CoMemoProcessor, load_image
 from comemo.chat.session import ChatSession
-from comemo.train import checkpoints
+from comemo.train import checkpoints, recipe
 from comemo.train.checkpoints import NotWritten
 from comemo.train.config import write_settings
 from comemo.train.models.of_stages import narrow_frozen
@@ -275,12 +275,14 @@ def test_further_stages_are_added_to_a_finished_run(start, tmp_path):
     assert json.loads((model / "training.json").read_text()) == {"stage": STAGES[1], "steps": 2}
 
 
-def test_what_is_refused(start, tmp_path):
-    settings = settings_of(start, tmp_path / "run", steps=1)
+def test_what_is_refused(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "LOCK_SECONDS", 0.1)
+    settings, told = settings_of(start, tmp_path / "run", steps=1), []
     (tmp_path / "run").mkdir()
     lock = FileLock(tmp_path / "run" / ".lock")
-    with lock, pytest.raises(OSError, match="another process trains in"):
-        train(settings)
+    with lock, pytest.raises(OSError, match=r"another process trains in .*, and did not end"):
+        train(settings, told.append)
+    assert told == [f"{tmp_path / 'run'}: waiting for another process that trains in it to end"]
     train(settings, [].append)
     other = settings_of(start, tmp_path / "run", steps=1, learning_rate=2e-3)
     with pytest.raises(ValueError, match=r"other settings: .*learning_rate.*0.001.*0.002"):

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -61,8 +62,10 @@ def run(args: argparse.Namespace) -> int:
         ValueError, OSError: settings, data or a checkpoint that is wrong.
         KeyboardInterrupt: Ctrl-C, after a line that says how to go on.
     """
-    from comemo.train import config
+    from comemo.train import config, ranks
+    from comemo.train.launchers import map_slurm
 
+    map_slurm()
     file, words = split_file(args.words)
     if file is None and not words:
         raise ValueError("wanted CONFIG.yaml or settings, got nothing (see comemo train --help)")
@@ -87,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
     )
     config.require("accelerate", *(["peft"] if adapted else []))
     from comemo.cli.train_plan import describe_plan
-    from comemo.train.monitor import LossFault
     from comemo.train.monitor.scalars import summary_writer
     from comemo.train.recipe import check, train
+    from comemo.train.watch_ranks import is_told
 
     if args.check:
         with noted_logs():
@@ -104,14 +107,20 @@ def run(args: argparse.Namespace) -> int:
     try:
         with noted_logs(), quiet:
             result = train(settings, tell=note)
-    except LossFault:  # the same on all ranks
-        if is_first():
-            raise
-        return 2
     except KeyboardInterrupt:
         if is_first():
             note(f"\nstopped: the same command resumes {plain(settings.output)}")
         raise
+    except Exception as error:
+        if ranks.is_on_all(error):
+            if is_first():
+                raise
+            return 2
+        if not is_told(error):
+            raise
+        if args.debug:
+            note(traceback.format_exc())
+        return 1
     if is_first():
         tell(str(result))
     return 0

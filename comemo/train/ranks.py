@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 from torch import distributed as dist
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 
 def world_size() -> int:
@@ -69,8 +70,19 @@ def on_first(call: Callable[[], T]) -> T:
     said = error and (next((k for k in kinds if isinstance(error, k)), RuntimeError), str(error))
     result, told = from_first((result, said))
     if error is not None:
-        raise error
+        raise on_all(error)
     if told is not None:
         kind, text = told
-        raise kind(text)
+        raise on_all(kind(text))
     return result
+
+
+def on_all(error: E) -> E:
+    """The same exception, marked as one that all ranks raise: the first one tells of it."""
+    setattr(error, "on_all_ranks", True)  # noqa: B010  (exceptions have no such attribute)
+    return error
+
+
+def is_on_all(error: BaseException) -> bool:
+    """Whether all ranks raise this exception, so that one of them tells of it."""
+    return getattr(error, "on_all_ranks", False)

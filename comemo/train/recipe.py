@@ -9,23 +9,28 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
+from torch import distributed as dist
 
 from comemo.device import parse_device
 from comemo.train import ranks
 from comemo.train.checkpoints import clean_up, discard, find_checkpoint, step_of, write_folder
 from comemo.train.config import difference, read_settings, write_settings
 from comemo.train.data.plan import Plan, plan
+from comemo.train.launchers import await_ranks, map_slurm
 from comemo.train.models.of_stages import save_model, trained_by
 from comemo.train.models.start import start_config
+from comemo.train.rank_faults import Work
 from comemo.train.settings import TrainSettings
 from comemo.train.stage import Stage, start_of
 from comemo.train.training import train_stage
+from comemo.train.watch_ranks import watch_ranks
 
 SETTINGS = "settings.yaml"  # of a run, in its folder
 MODEL = "model"  # the trained model, in its folder
 ORIGIN = "training.json"  # in the trained model: the stage that it comes from
 LOCK = ".lock"
 TIMEOUT = timedelta(hours=2)  # ranks wait while the first counts what it will read, or writes
+LOCK_SECONDS = 20.0  # for a process that was killed to be gone
 
 Tell = Callable[[str], None]
 
@@ -33,12 +38,13 @@ Tell = Callable[[str], None]
 def train(settings: TrainSettings, tell: Tell = print) -> Path:
     """Train all stages of `settings.run`; a run that was interrupted goes on where it was.
 
-    On several ranks (torchrun, `accelerate launch`) all call it. The folder has the settings, for
-    each stage its checkpoints and logs, and after the last stage the model.
+    On several ranks (torchrun, `accelerate launch`, srun) all call it; when one of them fails, all
+    end, see `watch_ranks`. The folder has the settings, for each stage its checkpoints and logs,
+    and after the last stage the model.
 
     Args:
         settings: what `read_settings` returns.
-        tell: takes a line for the user, on the first rank.
+        tell: takes a line for the user, on the first rank; on others one that says which failed.
 
     Returns:
         The folder of the trained model, a checkpoint in the published layout.
@@ -47,16 +53,17 @@ def train(settings: TrainSettings, tell: Tell = print) -> Path:
         ValueError: wrong settings or data, settings that differ from those of the run that goes
             on, a loss that is not finite.
         OSError: a missing file, a full disk at the end, another process that trains in the folder.
+        OtherRankFailed: this rank could not go on without another one, which failed.
     """
     device = _join(settings)
     say = tell if ranks.is_first() else _quiet
     output = Path(settings.output)
-    with _locked(output):
+    with watch_ranks(tell) as work, _locked(output, say):
         ranks.on_first(lambda: _keep_settings(settings, output))
         finished: list[Stage] = []
         for name in settings.run:
             stage = Stage(settings, name, output / name, tuple(finished))
-            _run(stage, device, say)
+            _run(stage, device, say, work)
             finished.append(stage)
         target = output / MODEL
         ranks.on_first(lambda: _export(finished[-1], device, target))
@@ -89,8 +96,9 @@ def check(settings: TrainSettings, name: str | None = None) -> Plan:
     )
 
 
-def _run(stage: Stage, device: torch.device, say: Tell) -> None:
+def _run(stage: Stage, device: torch.device, say: Tell, work: Work) -> None:
     """Train one stage to its end, if it is not there yet."""
+    work.begin(stage.name)
     stage.steps = ranks.on_first(lambda: _count_steps(stage))
     stage.checkpoint, faults = ranks.on_first(lambda: _find(stage.folder))
     for fault in faults:
@@ -101,7 +109,7 @@ def _run(stage: Stage, device: torch.device, say: Tell) -> None:
             say(f"stage {stage.name}: finished, {done:,} steps")
             return
         say(f"stage {stage.name}: goes on after step {done:,} of {stage.steps:,}")
-    stage.checkpoint = train_stage(stage, device, say)
+    stage.checkpoint = train_stage(stage, device, say, work)
     _free()
 
 
@@ -168,29 +176,43 @@ def _join(settings: TrainSettings) -> torch.device:
         names = ", ".join(settings.stages) or "none"
         raise ValueError(f"train: run must name stages of {names}, got {list(settings.run)}")
     device = parse_device(None if settings.device == "auto" else settings.device)
+    map_slurm()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not dist.is_initialized():
+            await_ranks()
         device = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT).device
     for name in settings.run:
         packs = settings.stages[name].packs_per_step
         if packs % ranks.world_size():
-            raise ValueError(
-                f"train: stages.{name}.packs_per_step must be a multiple of the number of ranks,"
-                f" {ranks.world_size()}, got {packs}"
+            fits = ", ".join(str(n) for n in range(1, packs + 1) if not packs % n)
+            raise ranks.on_all(
+                ValueError(
+                    f"train: stages.{name}.packs_per_step must be a multiple of the number of"
+                    f" ranks, {ranks.world_size()}, got {packs}, which numbers of ranks divide:"
+                    f" {fits}"
+                )
             )
     return device
 
 
 @contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Only one run writes into a folder."""
+def _locked(output: Path, say: Tell) -> Iterator[None]:
+    """Only one run writes into a folder; one that was killed has a moment to be gone."""
     lock = FileLock(output / LOCK, timeout=0)
 
     def acquire() -> None:
         output.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(Timeout):
+            lock.acquire(timeout=LOCK_SECONDS / 10)
+            return
+        say(f"{output}: waiting for another process that trains in it to end")
         try:
-            lock.acquire()
+            lock.acquire(timeout=LOCK_SECONDS)
         except Timeout as error:
-            raise OSError(f"train: another process trains in {output}") from error
+            raise OSError(
+                f"train: another process trains in {output}, and did not end within"
+                f" {LOCK_SECONDS:.0f} s: stop it, or choose another output"
+            ) from error
 
     ranks.on_first(acquire)
     try:

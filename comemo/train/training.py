@@ -12,6 +12,7 @@ from comemo.train import ranks
 from comemo.train.data.loader import make_loader
 from comemo.train.models.of_stages import save_stage, trainable_model
 from comemo.train.monitor import make_callbacks, make_watch
+from comemo.train.rank_faults import Work
 from comemo.train.stage import Stage
 from comemo.train.trainer import RecipeTrainer
 
@@ -19,13 +20,14 @@ MUCH = 64e9  # bytes of pixels
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine"}
 
 
-def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None]) -> Path:
+def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None], work: Work) -> Path:
     """Train a stage from its checkpoint, or from the stage before, to its end.
 
     Args:
         stage: `steps` is counted; `checkpoint` is None for a stage that begins.
         device: of this rank.
         say: takes a line for the user.
+        work: learns what this rank is doing.
 
     Returns:
         The last checkpoint.
@@ -80,6 +82,7 @@ def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None]) 
         shard_optimizer=stage.run.shard_optimizer,
         tell=say,
     )
+    work.trainer = trainer
     callbacks = make_callbacks(stage.run, stage.name, processor, trainer)
     for callback in callbacks:
         trainer.add_callback(callback)

@@ -133,7 +133,7 @@ class Watch:
                 layer.
         """
         if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
-            raise LossFault(_describe_fault(trainer, report))
+            raise ranks.on_all(LossFault(_describe_fault(trainer, report)))
         count = len(self.spikes.losses)
         median = self.spikes(report.loss)
         if median is not None:

@@ -1,0 +1,81 @@
+"""Launchers that start one process for each rank, and what they tell it by its environment.
+
+torchrun, `accelerate launch` and PyTorchJob set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT. Slurm's srun says the same by other names.
+"""
+
+import os
+import re
+from collections.abc import MutableMapping
+from datetime import timedelta
+
+from torch import distributed as dist
+
+FIRST_PORT, PORTS = 15_000, 10_000  # of the address where ranks meet, by the number of the job
+JOIN_SECONDS = 600.0  # for all processes to start
+
+
+def map_slurm(environment: MutableMapping[str, str] | None = None) -> None:
+    """Set the variables of torchrun in a process that srun started as one of several.
+
+    What is set already stays. A batch script itself has SLURM_PROCID too, but no number of tasks of
+    a step: nothing is set there.
+
+    Args:
+        environment: None for that of this process.
+    """
+    env = os.environ if environment is None else environment
+    tasks = env.get("SLURM_STEP_NUM_TASKS", "1")
+    if "RANK" in env or tasks == "1" or "SLURM_PROCID" not in env:
+        return
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], tasks
+    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    job = re.sub(r"\D", "", env.get("SLURM_JOB_ID", "0")) or "0"
+    env.setdefault("MASTER_PORT", str(FIRST_PORT + int(job) % PORTS))
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a list of Slurm, such as node03 of "node[03-05,9],login1"."""
+    match = re.match(r"([^,\[]*)(?:\[([^\],-]*)[^\]]*\])?([^,]*)", nodes)
+    return "".join(part or "" for part in match.groups()) if match else nodes
+
+
+def await_ranks(seconds: float = JOIN_SECONDS) -> None:
+    """Wait until all ranks have started, before the group is made, whose time limit is hours.
+
+    torchrun does so itself: then nothing is done.
+
+    Args:
+        seconds: for all to start.
+
+    Raises:
+        RuntimeError: ranks that did not start; the message has their numbers.
+    """
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env or not {"MASTER_ADDR", "MASTER_PORT"} <= env.keys():
+        return
+    rank, count = int(env["RANK"]), int(env["WORLD_SIZE"])
+    where = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+    try:
+        store = dist.TCPStore(
+            env["MASTER_ADDR"],
+            int(env["MASTER_PORT"]),
+            is_master=rank == 0,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+            multi_tenant=True,  # the group gets the same one
+        )
+    except RuntimeError as error:
+        raise RuntimeError(f"rank {rank} of {count}: rank 0 is not at {where}: {error}") from error
+    store.set(f"comemo/here/{rank}", "")
+    keys = [f"comemo/here/{other}" for other in range(count)]
+    try:
+        store.wait(keys)
+    except RuntimeError as error:
+        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+        shown = ", ".join(map(str, missing[:16])) + (" ..." if len(missing) > 16 else "")
+        raise RuntimeError(
+            f"rank {rank} of {count} waited {seconds:.0f} s at {where} for ranks that did not"
+            f" start: {shown}"
+        ) from error
