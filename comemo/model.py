@@ -176,7 +176,7 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
         if bounds is not None and image_memory is not None:
             image_memory = within_samples(image_memory, image_mask, bounds, N)
         read = image_memory
-        weight = next(self.multi_modal_projector.parameters())
+        weight = next(self.vision_tower.encoder.layer.parameters())  # whole only in its layer
         if read is None and past == 0 and in_step(self.training, weight):
             read = self._blank_memory(B)
         output = self.language_model(

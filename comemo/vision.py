@@ -71,10 +71,15 @@ class CoMemoVision:
 
     def _draws(self) -> bool:
         """Whether tiles have random numbers, which must not depend on how they are divided."""
+        vision = self.config.vision_config
         return self.training and bool(
-            any(module._forward_hooks for module in self.vision_tower.modules())
-            or self.config.vision_config.hidden_dropout_prob
-            or self.config.vision_config.attention_dropout
+            vision.hidden_dropout_prob
+            or vision.attention_dropout
+            or any(
+                getattr(hook, "draws", False)
+                for module in self.vision_tower.modules()
+                for hook in module._forward_hooks.values()
+            )
         )
 
     def _project(self, pixel_values: Tensor, embeds: Tensor | None, rows: Tensor | None) -> Tensor:

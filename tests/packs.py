@@ -55,6 +55,9 @@ class Packs:
                 ended = index >= self.ends.get(stream, index + 1)
                 yield make_filler() if ended else make_pack(stream, index)
 
+    def filler(self):
+        return make_filler()
+
     def state_dict(self):
         return {"streams": {str(stream): place for stream, place in self.places.items()}}
 

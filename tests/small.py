@@ -18,14 +18,14 @@ def place(inputs, device=None):
     return inputs.to(device) if isinstance(inputs, torch.Tensor) else inputs
 
 
-def make_model(dtype=torch.float32, **llm):
-    """Random weights, always the same; mixin layers before the second and the last layer."""
+def make_model(dtype=torch.float32, heads=3, **llm):
+    """Random weights, always the same; mixin layers of `heads` before the second and last layer."""
     torch.manual_seed(0)
     llm = {"vocab_size": 300, "num_hidden_layers": 4, "hidden_size": 64, "bias": False, **llm}
     llm |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
     vision = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32}
     vision |= {"num_attention_heads": 2, "image_size": 112, "patch_size": 14}
-    mixin = {"language_dim": 64, "vision_dim": 64, "head_dim": 16, "num_heads": 3}
+    mixin = {"language_dim": 64, "vision_dim": 64, "head_dim": 16, "num_heads": heads}
     mixin |= {"intermediate_size": 80, "mixin_every_n_layers": 2}
     config = CoMemoConfig(
         llm_config=llm, vision_config=vision, mixin_config=mixin, image_token_id=299

@@ -36,11 +36,11 @@ def write_data(folder):
     (folder / "data.jsonl").write_text(text, encoding="utf-8")
 
 
-def make_start(folder):
+def make_start(folder, heads=3):
     """A checkpoint of `small.make_model` with a tokenizer, and data beside it."""
     make_checkpoint(folder / "tiny")
     words = len(InternLM2Tokenizer.from_pretrained(folder / "tiny"))
-    make_model(vocab_size=words).cpu().save_pretrained(folder / "tiny")
+    make_model(vocab_size=words, heads=heads).cpu().save_pretrained(folder / "tiny")
     write_data(folder)
 
 

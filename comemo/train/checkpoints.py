@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 MANIFEST = "whole.json"
+PARTS = "shards"  # folder of what each rank wrote
 # Names of folders that are not checkpoints: being written, or being removed.
 WRITING, REMOVING = ".writing-", ".removing-"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -71,7 +72,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         NotWritten: as `write_checkpoint`.
     """
-    staging = target.with_name(f"{WRITING}{target.name}")
+    staging = _staging(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove(staging)
@@ -89,6 +90,15 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def staging_of(folder: Path, step: int) -> Path:
+    """The folder in which `write_checkpoint` fills a checkpoint."""
+    return _staging(folder / f"checkpoint-{step}")
+
+
+def _staging(target: Path) -> Path:
+    return target.with_name(f"{WRITING}{target.name}")
 
 
 def find_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -129,7 +139,8 @@ def find_fault(checkpoint: Path) -> str | None:
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
     try:
-        for name, found in _checksums(checkpoint, list(wanted)).items():
+        listed = [name for name, (_, check) in wanted.items() if check >= 0]
+        for name, found in _checksums(checkpoint, listed).items():
             if found != wanted[name][1]:
                 return f"{name} has changed"
     except OSError as error:
@@ -175,8 +186,9 @@ def _remove(path: Path) -> None:
 def _seal(folder: Path, step: int) -> None:
     """Write the manifest."""
     names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    checks = _checksums(folder, sorted(names))
-    files = {name: [(folder / name).stat().st_size, check] for name, check in checks.items()}
+    # What other ranks wrote is many times larger, and only listed with its size.
+    checks = _checksums(folder, sorted(n for n in names if not n.startswith(f"{PARTS}/")))
+    files = {name: [(folder / name).stat().st_size, checks.get(name, -1)] for name in names}
     text = json.dumps({"step": step, "files": files}, indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 

@@ -45,6 +45,12 @@ class Stage:
         """Of the order of the data and the random numbers of training: another in each stage."""
         return self.run.seed + len(self.before)
 
+    def in_parts(self, sharded: bool) -> bool:
+        """Whether each rank writes its part of checkpoints; adapters are small and gathered."""
+        lora = self.settings.lora
+        adapted = lora.vision or lora.language or lora.mixin
+        return sharded and self.run.parallel.checkpoints == "sharded" and not adapted
+
     def precision(self, device: torch.device) -> str:
         """ "bfloat16" or "float32"."""
         chosen = self.settings.precision

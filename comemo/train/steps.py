@@ -3,6 +3,7 @@
 Letters: N tokens of a pack, S its samples.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,11 +94,16 @@ def sum_by_dataset(
     return summed
 
 
-def over_ranks(report: StepReport) -> StepReport:
-    """The same report with the numbers of all ranks. All ranks must call."""
+def over_ranks(report: StepReport, gather: Callable[[Any], list[Any]] = ranks.gather) -> StepReport:
+    """The same report with the numbers of all ranks. All ranks must call.
+
+    Args:
+        report: of this rank; is changed.
+        gather: gives the values of all ranks that read different packs.
+    """
     names = ("tokens", "label_tokens", "tiles", "padding_tokens")
     own = ({name: getattr(report, name) for name in names}, report.losses, report.data_seconds)
-    found = ranks.gather(own)
+    found = gather(own)
     losses: dict[str, tuple[float, float]] = {}
     for _, parts, _ in found:
         for name, (loss, weight) in parts.items():

@@ -158,6 +158,10 @@ class PackLoader:
             run.close()
         self._results = None
 
+    def filler(self) -> dict[str, Any]:
+        """What stands in for a pack: two tokens without labels."""
+        return make_filler(self.reads.reader.encoder.tokenizer)
+
     def state_dict(self) -> dict[str, Any]:
         """Where the streams are after the batches that were given out.
 
@@ -243,7 +247,7 @@ class PackLoader:
         stream.given += 1
         if stream.ready:
             return make_batch(stream.ready.popleft())
-        return make_filler(self.reads.reader.encoder.tokenizer)
+        return self.filler()
 
     def _use(self, stream: Stream, result: Result) -> None:
         if result.fault is not None:

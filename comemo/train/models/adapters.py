@@ -6,6 +6,7 @@ and gradient checkpointing work as before. The directory that `save_adapters` wr
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,11 @@ def add_adapters(
     return model
 
 
-def save_adapters(model: CoMemoForConditionalGeneration, directory: str | Path) -> None:
+def save_adapters(
+    model: CoMemoForConditionalGeneration,
+    directory: str | Path,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write adapters, and all other weights that are trained, to a directory.
 
     adapter_config.json and adapter_model.safetensors are as peft writes them; trained.safetensors
@@ -102,6 +107,7 @@ def save_adapters(model: CoMemoForConditionalGeneration, directory: str | Path) 
         model: with adapters.
         directory: is created; other files in it stay. Adapters in it are replaced when all files
             are written; adapter_config.json comes last, and without it nothing is loaded.
+        weights: gathered ones, if those of the model are divided.
 
     Raises:
         ValueError: a model without adapters.
@@ -115,7 +121,8 @@ def save_adapters(model: CoMemoForConditionalGeneration, directory: str | Path) 
     text = json.dumps(config, indent=2, sort_keys=True, default=_plain)
     adapter, trained = {}, {}
     for name, parameter in model.named_parameters():
-        weight = parameter.detach().to("cpu").contiguous()
+        held = parameter.detach() if weights is None else weights[name]
+        weight = held.to("cpu").contiguous()
         if is_adapter(name):
             adapter[PREFIX + name.replace(f".{NAME}.", ".")] = weight
         elif parameter.requires_grad:

@@ -11,6 +11,8 @@ from comemo.conditional_generation import CoMemoForConditionalGeneration
 class _DropBranch:
     """A forward hook of a branch: in training it drops the branch for some of the tiles."""
 
+    draws = True  # random numbers, for each tile in its place
+
     def __init__(self, rate: float) -> None:
         self.rate = rate
 

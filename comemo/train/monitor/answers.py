@@ -19,6 +19,7 @@ from comemo.train import ranks
 from comemo.train.monitor.progress import beside_bar
 from comemo.train.monitor.scalars import JsonLines, TensorBoard
 from comemo.train.monitor.window import Trains
+from comemo.train.parallel.shard import whole_outside_layers
 from comemo.train.settings import AnswerSettings, DataSettings
 
 FIRST = 3  # lines of the data that are asked if the settings name no questions
@@ -26,6 +27,8 @@ FIRST = 3  # lines of the data that are asked if the settings name no questions
 
 class Answers(TrainerCallback):
     """Asks every `settings.every` steps and at the end, on the first rank, greedily.
+
+    Where weights are divided, all ranks ask the same, and the first tells.
 
     Args:
         stage: its name.
@@ -56,11 +59,15 @@ class Answers(TrainerCallback):
         self.board: TensorBoard | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.settings.every or not ranks.is_first():
+        if not self.settings.every:
+            return
+        if not (ranks.is_first() or self.trainer.sharing.is_sharded):
             return
         self.questions = self.settings.ask or first_questions(self.data)
         self.autocast = args.bf16
         step = state.global_step
+        if not ranks.is_first():
+            return
         try:
             self.log = JsonLines(self.folder / "answers.jsonl", step)
             if self.board_folder is not None:
@@ -89,6 +96,7 @@ class Answers(TrainerCallback):
             step: optimizer steps so far.
         """
         say, answers = beside_bar(self.trainer.tell), []
+        say = say if ranks.is_first() else _quiet
         for number, item in enumerate(self.questions, 1):
             text: str | None = None
             try:
@@ -130,7 +138,7 @@ def answer_once(
     """
     shown = item.get("image") or []
     computing = torch.autocast(model.device.type, torch.bfloat16, enabled=autocast)
-    with undisturbed(model), computing:
+    with undisturbed(model), whole_outside_layers(model), computing:
         session = ChatSession(
             model,
             processor,
@@ -143,6 +151,10 @@ def answer_once(
             use_cache=True,
         )
         return session.ask(item["question"], [shown] if isinstance(shown, str) else list(shown))
+
+
+def _quiet(line: str) -> None:
+    """What other ranks than the first tell."""
 
 
 @contextlib.contextmanager

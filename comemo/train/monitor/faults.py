@@ -1,5 +1,6 @@
 """Losses that are not finite or jump: which step, which data, which layer."""
 
+import functools
 import math
 import statistics
 from collections import deque
@@ -13,6 +14,7 @@ from comemo.train import ranks
 from comemo.train.monitor.norms import largest_gradient
 from comemo.train.monitor.progress import beside_bar
 from comemo.train.monitor.window import Trains
+from comemo.train.parallel.gradients import is_divided
 from comemo.train.steps import Sample, StepReport
 
 REMEMBERED = 64  # losses of steps
@@ -24,7 +26,9 @@ class LossFault(ValueError):
     """A loss or a gradient that is not finite; weights are those of the step before."""
 
 
-def first_nonfinite(model: nn.Module, run: Callable[[], Tensor]) -> str:
+def first_nonfinite(
+    model: nn.Module, run: Callable[[], Tensor], gather: Callable[[Any], list[Any]] | None = None
+) -> str:
     """Name what is not finite first: a weight, the output of a module, the gradient of a weight.
 
     The gradients of the model are removed. Modules run unfused, because they are watched.
@@ -32,24 +36,38 @@ def first_nonfinite(model: nn.Module, run: Callable[[], Tensor]) -> str:
     Args:
         model: whose modules are watched.
         run: computes a loss with it, the same as before.
+        gather: of `Sharing`, if weights are divided: all ranks then compute to the end together.
 
     Returns:
         Such as "the output of model.language_model.layers.3.mlp", or "nothing: ..." if this time
         all is finite.
     """
-    for name, parameter in model.named_parameters():
-        if not parameter.detach().isfinite().all():
-            return f"the weight {name}"
+    weight = _first_in({name: p.detach() for name, p in model.named_parameters()})
+    weights = [weight] if gather is None else gather(weight)
+    for name in filter(None, weights):
+        return f"the weight {name}"
     model.zero_grad(set_to_none=True)
     found: list[str] = []
     with _watched(model, found):
         loss = run()
         if not found and not loss.isfinite().all():
             found.append("the loss, from finite outputs of all modules")
-        if not found and loss.requires_grad:
+        if (gather or not found) and loss.requires_grad:
             loss.backward()
+    if not found:  # gradients of divided weights are not watched
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        name = _first_in(gradients)
+        found += [] if name is None else [f"the gradient of {name}"]
     model.zero_grad(set_to_none=True)
     return found[0] if found else "nothing: computed again, all is finite"
+
+
+def _first_in(tensors: dict[str, Any]) -> str | None:
+    """The name of the first tensor of which something is not finite in the part of this rank."""
+    for name, tensor in tensors.items():
+        if not (tensor.to_local() if is_divided(tensor) else tensor).isfinite().all():
+            return name
+    return None
 
 
 @contextmanager
@@ -137,7 +155,7 @@ class Watch:
         count = len(self.spikes.losses)
         median = self.spikes(report.loss)
         if median is not None:
-            samples = [sample for part in ranks.gather(report.samples) for sample in part]
+            samples = [sample for part in trainer.sharing.gather(report.samples) for sample in part]
             layer, share = largest_gradient(trainer.model)
             beside_bar(trainer.tell)(
                 f"step {report.step:,}: the loss {report.loss:.4g} is {report.loss / median:.1f} x"
@@ -151,11 +169,14 @@ def _describe_fault(trainer: Trains, report: StepReport) -> str:
     """What failed in which pack. Packs of all ranks are computed again; all ranks must call."""
     own: tuple[list[Sample], str] | None = None
     for batch in trainer.batches:
-        place = first_nonfinite(trainer.model, lambda batch=batch: trainer.again(batch))  # type: ignore[misc]
-        if not place.startswith("nothing"):
+        together = trainer.sharing.gather if trainer.sharing.is_sharded else None
+        run = functools.partial(trainer.again, batch)
+        place = first_nonfinite(trainer.model, run, together)
+        if own is None and not place.startswith("nothing"):
             own = (batch["samples"], place)
-            break
-    parts = [part for part in ranks.gather(own) if part is not None]
+            if together is None:
+                break
+    parts = [part for part in trainer.sharing.gather(own) if part is not None]
     what = f"the loss is {report.loss:g}"
     if math.isfinite(report.loss):
         what = f"the loss is {report.loss:.4g}, but the norm of its gradient {report.grad_norm:g}"
@@ -164,7 +185,7 @@ def _describe_fault(trainer: Trains, report: StepReport) -> str:
         samples, place = parts[0]
         where = f"first not finite: {place}; data: {describe_samples(samples)}"
     else:
-        samples = [sample for part in ranks.gather(report.samples) for sample in part]
+        samples = [sample for part in trainer.sharing.gather(report.samples) for sample in part]
         where += f"; data: {describe_samples(samples)}"
     return (
         f"train: step {report.step:,}: {what}; {where}. No weight was changed in this step. A lower"

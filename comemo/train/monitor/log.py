@@ -47,7 +47,7 @@ class StepLog(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.learning_rate = kwargs["optimizer"].param_groups[0]["lr"]
-        if ranks.is_first() and self._is_due(state.global_step + 1, state.max_steps):
+        if self._is_due(state.global_step + 1, state.max_steps):
             total = self.trainer.step_report.grad_norm
             self.norms = gradient_norms(self.trainer.model, total)
 
@@ -59,12 +59,13 @@ class StepLog(TrainerCallback):
         if not self._is_due(step, state.max_steps):
             return
         window, self.window = self.window, Window()
-        bad = sum(ranks.gather(self.trainer.loader.faults.total))
+        bad = sum(self.trainer.sharing.gather(self.trainer.loader.faults.total))
+        opened = gates(self.trainer.model)
         if self.progress is None:
             return
         scalars = window.scalars() | {"learning_rate": self.learning_rate, "bad_samples": bad}
         self.progress.show(step, scalars)
-        self._write_all(step, scalars | self.norms | gates(self.trainer.model))
+        self._write_all(step, scalars | self.norms | opened)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any

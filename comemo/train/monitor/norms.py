@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from comemo.train.models.freezing import part_of
+from comemo.train.parallel.gradients import is_divided, squares_by_name
 
 _LAYER = re.compile(r"^(.*?\blayers?\.(\d+)(?:\.mixin)?)\.")
 _MIXIN = re.compile(r"\blayers\.(\d+)\.mixin\.")
@@ -57,14 +58,20 @@ def largest_gradient(model: nn.Module) -> tuple[str, float]:
 
 
 def gates(model: nn.Module) -> dict[str, float]:
-    """The gates of every mixin layer: `gate/attn.LAYER`, `gate/mlp.LAYER` and their tanh."""
+    """The gates of every mixin layer: `gate/attn.LAYER`, `gate/mlp.LAYER` and their tanh.
+
+    All ranks must call if weights are divided.
+    """
     found: list[tuple[str, Tensor]] = []
     for name, parameter in model.named_parameters():
         layer = _MIXIN.search(name)
         kind = re.search(r"\.(attn|mlp)_gate$", name)
         if layer and kind:
-            found.append((f"{kind[1]}.{layer[1]}", parameter))
-    raw = _numbers(gate.detach().float().reshape(()) for _, gate in found)
+            gate: Any = parameter.detach()
+            found.append(
+                (f"{kind[1]}.{layer[1]}", gate.full_tensor() if is_divided(gate) else gate)
+            )
+    raw = _numbers(gate.float().reshape(()) for _, gate in found)
     values = {f"gate/{name}": value for (name, _), value in zip(found, raw, strict=True)}
     tanhs = torch.tensor(raw, dtype=torch.float64).tanh().tolist()
     return values | {
@@ -73,12 +80,9 @@ def gates(model: nn.Module) -> dict[str, float]:
 
 
 def _squares(model: nn.Module) -> dict[str, float]:
-    """The square of each gradient's norm, with one sync."""
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    if not found:
-        return {}
-    norms: Any = torch._foreach_norm(list(found.values()), 2, dtype=torch.float32)
-    return dict(zip(found, (norm**2 for norm in _numbers(norms)), strict=True))
+    """The square of each gradient's norm, with one sync. All ranks call if they are divided."""
+    found = squares_by_name(model)
+    return dict(zip(found, _numbers(found.values()), strict=True))
 
 
 def _numbers(scalars: Iterable[Tensor]) -> list[float]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from comemo.train.parallel.plan import Sharing
 from comemo.train.steps import StepReport
 
 _SUMMED = ("seconds", "data_seconds", "tokens", "label_tokens", "tiles", "padding_tokens")
@@ -17,6 +18,7 @@ class Trains(Protocol):
         loader: `faults.total` is the number of bad samples of this rank.
         tell: prints a line for the user.
         model: without the wrappers of several ranks.
+        sharing: how ranks share the model and the data.
     """
 
     step_report: Any
@@ -24,6 +26,7 @@ class Trains(Protocol):
     loader: Any
     tell: Any
     model: Any
+    sharing: Sharing
 
     def again(self, batch: dict[str, Any]) -> Any:
         """The loss of one of `batches`, with the same random numbers."""

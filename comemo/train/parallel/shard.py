@@ -1,11 +1,14 @@
 """Divide a model among the ranks of a run: FSDP2, and tensor parallelism inside it."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
+    FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
@@ -32,7 +35,7 @@ def shard_model(model: Any, sharing: Sharing, precision: str, offload: bool) -> 
     half = torch.bfloat16 if precision == "bfloat16" else None
     # Inputs keep their dtypes: angles of the image memory are in float32.
     mixed = MixedPrecisionPolicy(
-        param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=half, reduce_dtype=half and torch.float32, cast_forward_inputs=False
     )
     policy = OffloadPolicy()
     if offload:
@@ -47,6 +50,25 @@ def shard_model(model: Any, sharing: Sharing, precision: str, offload: bool) -> 
         fully_shard(layer, mesh=sharing.rest, **options)
     fully_shard(model, mesh=sharing.rest, **options)
     model._is_accelerate_prepared = True  # accelerate would wrap it again
+
+
+@contextlib.contextmanager
+def whole_outside_layers(model: Any) -> Iterator[None]:
+    """Within the `with` block the weights outside of layers are whole, also between forwards.
+
+    Conversations embed tokens and project tiles outside of the model's forward.
+
+    Args:
+        model: which may be divided; all ranks must call then.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    model.unshard()
+    try:
+        yield
+    finally:
+        model.reshard()
 
 
 def _divide(layer: nn.Module, sharing: Sharing) -> None:

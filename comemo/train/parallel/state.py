@@ -20,11 +20,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import distribute_tensor
 
 from comemo.parallel.tensor import by_kind, by_rank
 from comemo.train import ranks
+from comemo.train.checkpoints import PARTS
+from comemo.train.parallel.gradients import is_divided
 
-PARTS = "shards"  # folder of a checkpoint
 NOTE = "shards.json"  # in it: how the layers were divided
 KEYS_AND_VALUES = ".mixin.kv_proj.weight"
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -181,15 +183,12 @@ def read_parts(checkpoint: Path, model: nn.Module, optimizer: Any, tensor: int) 
 @torch.no_grad()
 def _reorder(weight: Any, before: int, now: int) -> None:
     """Rows of keys and values in the order of other ranks, in place; one weight is whole then."""
-    from torch.distributed.tensor import distribute_tensor
-
+    if not is_divided(weight):
+        weight.copy_(by_rank(by_kind(weight, before), now))
+        return
     whole = by_rank(by_kind(weight.full_tensor(), before), now)
-    mesh, placements = weight.device_mesh, weight.placements
-    weight.to_local().copy_(_local_part(whole, mesh, placements, distribute_tensor))
-
-
-def _local_part(whole: Tensor, mesh: Any, placements: Any, distribute: Any) -> Tensor:
-    return distribute(whole, mesh, placements, src_data_rank=None).to_local()
+    own = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
+    weight.to_local().copy_(own.to_local())
 
 
 def divided_before(checkpoint: Path) -> int:
