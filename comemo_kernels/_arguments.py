@@ -8,6 +8,7 @@ import functools
 import inspect
 import operator
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -24,27 +25,70 @@ F = TypeVar("F", bound=Callable[..., Any])
 _CALLED = """
 def called({names}):
     try:
-        return _function({names})
+        {check}return _function({names})
     except Exception as error:
         _raise_misfit(error, _function, ({names},))
         raise
 """
+# Only who imports the module can have a DTensor; transformers does, so that this is on every path.
+_CHECK = """_kind = getattr(_modules.get("torch.distributed.tensor"), "DTensor", None)
+        if _kind is not None and ({found}):
+            return _call_sharded(_function, ({names},))
+        """
+# Steps of decoding call these: a DTensor in nothing but their NamedTuples fails, and is named then.
+_FREQUENT = {"attend_spans", "attend_gated"}
 
 
 def public(function: F) -> F:
     """Decorate a public function: if it fails because of an argument's type, the error names it.
 
-    Errors that name the function, or that no argument's type explains, are unchanged.
+    Errors that name the function, or that no argument's type explains, are unchanged. With DTensors
+    the function runs on local tensors, see `_sharded`.
 
     Raises:
-        ValueError: an argument that is not what the function's annotations say.
+        ValueError: an argument that is not what the function's annotations say, or a DTensor with
+            placements for which there is no rule.
     """
     scope: dict[str, Any] = {"_function": function, "_raise_misfit": _raise_misfit}
-    source = _CALLED.format(names=", ".join(inspect.signature(function).parameters))
+    scope |= {"_modules": sys.modules, "_call_sharded": _call_sharded, "_holds": _holds_sharded}
+    names = ", ".join(inspect.signature(function).parameters)
+    found = _checks(function)
+    check = _CHECK.format(found=" or ".join(found), names=names) if found else ""
+    source = _CALLED.format(names=names, check=check)
     exec(compile(source, f"<public {function.__qualname__}>", "exec"), scope)
     called = functools.wraps(function)(scope["called"])
     called.__defaults__ = function.__defaults__  # type: ignore[attr-defined]
     return typing.cast(F, called)
+
+
+def _checks(function: Callable[..., Any]) -> list[str]:
+    """Expressions that find a DTensor among a function's arguments."""
+    found = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        hint = parameter.annotation
+        if hint is Tensor or Tensor in get_args(hint):
+            found.append(f"type({name}) is _kind")
+        elif _may_hold(hint) and function.__name__ not in _FREQUENT:
+            found.append(f"_holds({name})")
+    return found
+
+
+def _may_hold(hint: Any) -> bool:
+    """Whether a value of a type may contain tensors."""
+    is_record = isinstance(hint, type) and (is_dataclass(hint) or hasattr(hint, "_fields"))
+    return hint is Tensor or is_record or any(map(_may_hold, get_args(hint)))
+
+
+def _holds_sharded(value: Any) -> bool:
+    from comemo_kernels._sharded import holds  # here: it imports torch.distributed.tensor
+
+    return holds(value)
+
+
+def _call_sharded(function: Callable[..., Any], values: tuple[Any, ...]) -> Any:
+    from comemo_kernels._sharded import call
+
+    return call(function, values)
 
 
 def _raise_misfit(error: Exception, function: Callable[..., Any], values: tuple[Any, ...]) -> None:
@@ -55,6 +99,10 @@ def _raise_misfit(error: Exception, function: Callable[..., Any], values: tuple[
     message = str(error) if isinstance(error, ValueError) else ""
     if message.startswith(f"{name}: "):
         return
+    if sys.modules.get("torch.distributed.tensor") is not None:
+        from comemo_kernels._sharded import check
+
+        check(function, values)
     hints = typing.get_type_hints(function)
     given = zip(inspect.signature(function).parameters, values, strict=True)
     found = _first(_misfit(part, value, hints[part]) for part, value in given if part in hints)
