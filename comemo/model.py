@@ -177,8 +177,12 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
             image_memory = within_samples(image_memory, image_mask, bounds, N)
         read = image_memory
         weight = next(self.vision_tower.encoder.layer.parameters())  # whole only in its layer
-        if read is None and past == 0 and in_step(self.training, weight):
-            read = self._blank_memory(B)
+        if past == 0 and in_step(self.training, weight):
+            read = self._blank_memory(B) if read is None else read
+            if torch.is_grad_enabled() and not inputs_embeds.requires_grad:
+                # FSDP exchanges gradients of a layer when that of its input is known: on all ranks
+                # at the same place, or with images earlier than without.
+                inputs_embeds = inputs_embeds.detach().requires_grad_()
         output = self.language_model(
             inputs_embeds=inputs_embeds,
             position_ids=position_ids,

@@ -37,11 +37,13 @@ def whole():
 
 
 def divide(whole, plan, precision="float32"):
-    """The model on this rank, and its place."""
+    """The model on this rank, with the same weights frozen, and its place."""
     sharing = share(ParallelSettings(plan="fsdp", **plan), torch.device("cpu"))
     with torch.device("meta"), init.no_init_weights():
         model = CoMemoForConditionalGeneration(whole.config).to(whole.dtype)
     model.train()
+    for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+        ours.requires_grad_(theirs.requires_grad)
     shard_model(model, sharing, precision, offload=False)
     first = whole if ranks.is_first() else None
     fill(model, first, torch.device("cpu"), sharing.tensor)
@@ -67,6 +69,19 @@ def backward(model, inputs, readers=1):
 @pytest.mark.parametrize(("count", "plan"), PLANS)
 def test_gradients_of_every_plan_are_those_of_one_process(whole, count, plan, checkpointing):
     """Also where some ranks have no pictures, and where layers are computed again."""
+    compare(whole, count, plan, checkpointing)
+
+
+@pytest.mark.parametrize("frozen", ["embed_tokens", pytest.param("vision_tower", marks=SLOW)])
+def test_frozen_weights_change_no_order(whole, frozen):
+    """Gradients are exchanged in the same order by ranks with and without pictures."""
+    for name, parameter in whole.named_parameters():
+        parameter.requires_grad_(frozen not in name)
+    compare(whole, 2, {}, False)
+
+
+def compare(whole, count, plan, checkpointing):
+    """Losses, norms and gradients of a step on `count` ranks with those of one process."""
     readers = count // plan.get("tensor", 1)
     wanted_losses = [backward(whole, inputs_of(whole, reader)) for reader in range(readers)]
     wanted = {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}

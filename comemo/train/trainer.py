@@ -17,9 +17,14 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from comemo.images import normalise_pixels
 from comemo.train import ranks
-from comemo.train.checkpoints import NotWritten, write_checkpoint
-from comemo.train.sharding import shard, whole_state
+from comemo.train.checkpoints import NotWritten, staging_of, write_checkpoint
+from comemo.train.parallel.gradients import clip, split_by_mesh, squares_by_name
+from comemo.train.parallel.plan import Sharing
+from comemo.train.parallel.saving import DividedStates
+from comemo.train.parallel.state import Groups, is_in_parts, names_by_group
+from comemo.train.sharding import ShardedOptimizer, shard, whole_state
 from comemo.train.steps import (
+    Sample,
     StepReport,
     over_ranks,
     read_of,
@@ -41,6 +46,8 @@ class Loader(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
+    def filler(self) -> dict[str, Any]: ...
+
 
 class Watcher(Protocol):
     """Is asked about each step before the optimizer changes weights, on all ranks."""
@@ -49,9 +56,12 @@ class Watcher(Protocol):
 
 
 class Saver(Protocol):
-    """Writes the weights and whatever belongs to them into a folder, on the first rank."""
+    """Writes the weights and whatever belongs to them into a folder, on the first rank.
 
-    def __call__(self, folder: Path) -> None: ...
+    `weights` are those to write, None for those of the model; no weights at all if it is empty.
+    """
+
+    def __call__(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None: ...
 
 
 class RecipeTrainer(Trainer):
@@ -67,11 +77,14 @@ class RecipeTrainer(Trainer):
         held_out: a function that makes a loader of held-out packs, or None.
         eval_every: steps between evaluations; 0 for one at the end.
         shard_optimizer: whether ranks divide the optimizer's state.
+        sharing: how ranks share the model and the data.
+        in_parts: whether each rank writes its part of checkpoints.
         tell: prints a line for the user.
 
     Attributes:
         step_report: of the last step.
         batches: packs of the current step, on the CPU.
+        in_work: samples of the pack that is computed.
     """
 
     def __init__(
@@ -86,14 +99,19 @@ class RecipeTrainer(Trainer):
         held_out: Any = None,
         eval_every: int = 0,
         shard_optimizer: bool = False,
+        sharing: Sharing | None = None,
+        in_parts: bool = False,
         tell: Any = print,
     ) -> None:
+        self.sharing, self.in_parts = sharing or Sharing(), in_parts
+        self.names: Groups = []
         self.loader, self.streams = loader, streams
         self.save, self.watch, self.tell = save, watch, tell
         self.held_out, self.eval_every = held_out, eval_every
         self.shard_optimizer = shard_optimizer
         self.step_report = StepReport()
         self.batches: list[dict[str, Any]] = []
+        self.in_work: list[Sample] = []
         self.not_written: NotWritten | None = None
         self._sums: list[tuple[Tensor, Tensor]] = []
         self._norm: Any = None
@@ -118,7 +136,7 @@ class RecipeTrainer(Trainer):
         report = read_of(batches)
         report.data_seconds = time.perf_counter() - start
         self.step_report, self.batches, self._sums = report, batches, []
-        weight = sum(ranks.gather(sum(map(weight_of, batches))))
+        weight = sum(self.sharing.gather(sum(map(weight_of, batches))))
         # Without any label the loss is 0, not 0 / 0.
         return batches, torch.tensor(weight or 1.0, dtype=torch.float32, device=device)
 
@@ -137,7 +155,10 @@ class RecipeTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         torch.manual_seed(seed_of(self.args.seed, self.state.global_step, inputs["stream"]))
-        return super().training_step(model, inputs, num_items_in_batch)
+        self.in_work = inputs["samples"]
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.in_work = []
+        return loss
 
     def compute_loss(
         self,
@@ -148,13 +169,13 @@ class RecipeTrainer(Trainer):
     ) -> Any:
         """sum(w * l) of a pack divided by sum(w) of the whole step.
 
-        Ranks average gradients, therefore times their number.
+        Ranks that read different packs average gradients, therefore times their number.
         """
         out = model(**inputs, skip_logits=True, num_items_in_batch=num_items_in_batch)
         bounds, weights = inputs["cu_seqlens"], inputs["loss_weights"]
         losses = out.label_losses.detach()
         self._sums.append((sample_sums(losses * weights, bounds), sample_sums(weights, bounds)))
-        loss = out.loss * ranks.world_size()
+        loss = out.loss * self.sharing.readers
         if not loss.requires_grad:  # text alone, and no trained weight reads text
             loss = loss.detach().requires_grad_()
         return (loss, out) if return_outputs else loss
@@ -166,8 +187,16 @@ class RecipeTrainer(Trainer):
         return self.model(**inputs, skip_logits=True).loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        self._norm = super()._clip_grad_norm(model)
+        if self.sharing.is_sharded:
+            self._norm = self._measure()
+            clip(self.model, self._norm, self.args.max_grad_norm)
+        else:
+            self._norm = super()._clip_grad_norm(model)
         return self._norm
+
+    def _measure(self) -> Tensor:
+        """The norm of all gradients, of divided weights."""
+        return torch.stack([*squares_by_name(self.model).values()]).sum().sqrt()
 
     def before_optimizer(self) -> None:
         """Complete the step's report, and let the watcher refuse the step."""
@@ -180,18 +209,23 @@ class RecipeTrainer(Trainer):
         losses, weights = [a for a, _ in with_samples], [b for _, b in with_samples]
         report.losses = sum_by_dataset(report, losses, weights)
         norm = self._norm
+        if norm is None and self.sharing.is_sharded:
+            norm = self._measure()
         if norm is None:  # no clipping
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(gradients)
         report.grad_norm, report.step = float(norm), self.state.global_step + 1
-        over_ranks(report)
+        over_ranks(report, self.sharing.gather)
         now = time.perf_counter()
         report.seconds, self._clock, self._norm = now - self._clock, now, None
         self.watch(self, report)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.shard_optimizer:
+        if self.sharing.is_sharded:
+            self.names = names_by_group((g["params"] for g in optimizer.param_groups), self.model)
+            optimizer.param_groups[:] = split_by_mesh(optimizer.param_groups)
+        elif self.shard_optimizer:
             self.optimizer = optimizer = shard(optimizer)
         return optimizer
 
@@ -199,14 +233,25 @@ class RecipeTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """A whole checkpoint or none; a disk that is full does not end the run."""
-        optimizer = whole_state(self.optimizer)
-        parts = ranks.gather(self.loader.state_dict())
+        parts = self.sharing.gather(self.loader.state_dict())
+        step, folder = self.state.global_step, Path(self.args.output_dir)
+        states = self._states()
+        weights: dict[str, Tensor] | None = None
+        optimizer: dict[str, Any] | None = None
+        if self.in_parts:
+            weights = {}
+        elif self.sharing.is_sharded:
+            weights, optimizer = states.gather()
+        else:
+            optimizer = whole_state(self.optimizer)
         if ranks.is_first():
-            step, folder = self.state.global_step, Path(self.args.output_dir)
 
             def fill(staging: Path) -> None:
-                self.save(staging)
-                torch.save(optimizer, staging / "optimizer.pt")
+                self.save(staging, weights)
+                if self.in_parts:
+                    states.write(staging)
+                else:
+                    torch.save(optimizer, staging / "optimizer.pt")
                 torch.save(self.lr_scheduler.state_dict(), staging / "scheduler.pt")
                 torch.save(parts, staging / DATA_STATE)
                 self.state.save_to_json(str(staging / "trainer_state.json"))
@@ -217,15 +262,20 @@ class RecipeTrainer(Trainer):
             except NotWritten as error:
                 self.not_written = error
                 self.tell(f"{error}; training goes on, older checkpoints are as they were")
+        if self.in_parts:
+            states.finish(staging_of(folder, step))
         ranks.wait()
+
+    def _states(self) -> DividedStates:
+        return DividedStates(self.model, self.optimizer, self.names, self.sharing.tensor)
 
     def load_data_state(self, checkpoint: Path) -> None:
         """Continue reading where a checkpoint was written, with any number of ranks."""
         parts = torch.load(checkpoint / DATA_STATE, weights_only=True)
-        merged = {**parts[min(ranks.rank(), len(parts) - 1)], "streams": {}}
+        merged = {**parts[min(self.sharing.reader, len(parts) - 1)], "streams": {}}
         for part in parts:
             merged["streams"] |= part["streams"]
-        if len(parts) != ranks.world_size():
+        if len(parts) != self.sharing.readers:
             merged.pop("faults", None)  # counted by rank
         self.loader.load_state_dict(merged)
 
@@ -233,9 +283,26 @@ class RecipeTrainer(Trainer):
         """Through the CPU; a sharded optimizer takes its own part of the state."""
         if checkpoint is None:
             return
-        for name, target in (("optimizer.pt", self.optimizer), ("scheduler.pt", self.lr_scheduler)):
-            file = Path(checkpoint) / name
-            target.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        folder = Path(checkpoint)
+
+        def read(name: str) -> Any:
+            return torch.load(folder / name, map_location="cpu", weights_only=True)
+
+        schedule, groups = read("scheduler.pt"), len(self.optimizer.param_groups)
+        for name in ("base_lrs", "_last_lr", "lr_lambdas"):  # the same in all groups
+            schedule[name] = schedule[name][:1] * groups
+        self.lr_scheduler.load_state_dict(schedule)
+        if is_in_parts(folder):
+            if isinstance(getattr(self.optimizer, "optimizer", None), ShardedOptimizer):
+                raise ValueError(
+                    f"train: {folder} was written in parts: to go on with it, choose parallel.plan"
+                    " fsdp, or shard_optimizer false"
+                )
+            self._states().read(folder)
+        elif self.sharing.is_sharded:
+            self._states().hand_out(read("optimizer.pt") if ranks.is_first() else None)
+        else:
+            self.optimizer.load_state_dict(read("optimizer.pt"))
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the model was made from the checkpoint."""
@@ -254,17 +321,20 @@ class RecipeTrainer(Trainer):
         self.model.eval()
         report = StepReport()
         try:
-            for batch in self.held_out():
+            for batch, counts in self._held_out_batches():
                 report.samples += batch["samples"]
+                self.in_work = batch["samples"]
                 inputs = self._prepare_inputs(batch)
                 out = self.model(**inputs, skip_logits=True, num_items_in_batch=1)
                 bounds, weights = inputs["cu_seqlens"], inputs["loss_weights"]
                 weighted = sample_sums(out.label_losses * weights, bounds)
-                losses.append((weighted, sample_sums(weights, bounds)))
+                if counts:
+                    losses.append((weighted, sample_sums(weights, bounds)))
+            self.in_work = []
         finally:
             self.model.train(training)
         report.losses = sum_by_dataset(report, [a for a, _ in losses], [b for _, b in losses])
-        over_ranks(report)
+        over_ranks(report, self.sharing.gather)
         metrics = {"eval_loss": report.loss}
         if len(report.losses) > 1:
             for name, (loss, weight) in report.losses.items():
@@ -273,6 +343,21 @@ class RecipeTrainer(Trainer):
         self._clock = time.perf_counter()
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _held_out_batches(self) -> Iterator[tuple[dict[str, Any], bool]]:
+        """Held-out packs, and whether they count: with divided weights as many on every rank."""
+        batches = iter(self.held_out())
+        while True:
+            batch = next(batches, None)
+            if not self.sharing.is_sharded and batch is None:
+                return
+            if self.sharing.is_sharded and not any(self.sharing.gather(batch is not None)):
+                return
+            yield (self.loader.filler(), False) if batch is None else (batch, True)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.sharing.is_sharded:  # whose parts have their places
+            super()._move_model_to_device(model, device)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         # Trainer's epoch is the share of all steps, which is not what it says.

@@ -30,6 +30,8 @@ from comemo.train.parallel.gradients import is_divided
 NOTE = "shards.json"  # in it: how the layers were divided
 KEYS_AND_VALUES = ".mixin.kv_proj.weight"
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
+# Not by groups, of which a run under another plan may have others.
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)
 HANDED_OUT = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 Groups = list[list[str]]  # names of parameters, as one process groups them
 
@@ -115,11 +117,14 @@ def hand_out_optimizer(
             else own
             for name, own in ((names[i], own) for i, own in state["state"].items())
         }
-        param_groups = [
-            {**group, "params": own}
+        owner = {
+            name: group
             for group, own in zip(state["param_groups"], groups, strict=True)
-            if own
-        ]
+            for name in own
+        }
+        # Groups of the optimizer are those of one process, or parts of them.
+        own_groups = names_by_group((g["params"] for g in optimizer.param_groups), model)
+        param_groups = [{**owner[own[0]], "params": own} for own in own_groups]
         given = {"state": moments, "param_groups": param_groups}
     set_optimizer_state_dict(model, optimizer, given, options=HANDED_OUT)
 
@@ -141,7 +146,7 @@ def write_parts(folder: Path, model: nn.Module, optimizer: Any, tensor: int) -> 
     """
     state = {
         "model": get_model_state_dict(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=BY_NAME),
     }
     try:
         dcp.save(state, checkpoint_id=folder / PARTS)
@@ -164,20 +169,16 @@ def read_parts(checkpoint: Path, model: nn.Module, optimizer: Any, tensor: int) 
     """
     state = {"model": get_model_state_dict(model)}
     if optimizer is not None:
-        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=BY_NAME)
     dcp.load(state, checkpoint_id=checkpoint / PARTS)
     before = divided_before(checkpoint)
     if before != tensor:
-        moments = state.get("optimizer", {}).get("state", {})
-        for name in sorted(state["model"]):
-            if name.endswith(KEYS_AND_VALUES):
-                _reorder(state["model"][name], before, tensor)
-                for moment in moments.get(name, {}).values():
-                    if isinstance(moment, Tensor) and moment.ndim:
-                        _reorder(moment, before, tensor)
+        for name, value in sorted((state["model"] | state.get("optimizer", {})).items()):
+            if KEYS_AND_VALUES in name and isinstance(value, Tensor) and value.ndim:
+                _reorder(value, before, tensor)
     set_model_state_dict(model, state["model"])
     if optimizer is not None:
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=BY_NAME)
 
 
 @torch.no_grad()
