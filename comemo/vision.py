@@ -30,6 +30,7 @@ class CoMemoVision:
     vision_tower: InternVLVisionModel
     multi_modal_projector: nn.Sequential
     split: Split | None
+    training: bool
 
     def project_images(
         self, pixel_values: Tensor, embeds: Tensor | None = None, rows: Tensor | None = None

@@ -63,12 +63,14 @@ def run(args: argparse.Namespace) -> int:
         KeyboardInterrupt: Ctrl-C, after a line that says how to go on.
     """
     from comemo.train import config, ranks
+    from comemo.train.accelerated import take_accelerate
     from comemo.train.launchers import map_slurm
 
     map_slurm()
     file, words = split_file(args.words)
     if file is None and not words:
         raise ValueError("wanted CONFIG.yaml or settings, got nothing (see comemo train --help)")
+    words = [*take_accelerate(os.environ, _noted), *words]
     try:
         with shown_notes():
             settings = config.read_settings(file, words)
@@ -168,6 +170,11 @@ def split_file(words: Sequence[str]) -> tuple[str | None, list[str]]:
             file = rest.pop(i)
             break
     return file, rest
+
+
+def _noted(line: str) -> None:
+    if is_first():
+        note(f"comemo: note: {plain(line)}")
 
 
 @contextlib.contextmanager

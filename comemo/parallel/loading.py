@@ -1,5 +1,6 @@
 """Read a checkpoint into a model that ranks divide: its own parts, one weight at a time."""
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -44,9 +45,7 @@ def places_of(model: Any, split: Split | None) -> dict[str, Place]:
 
         elif name == "lm_head.weight" and (head := _head_of(model)) is not None:
             shape[0] = head.out_features
-
-            def take(whole: Tensor) -> Tensor:
-                return head_part(whole, split)
+            take = functools.partial(head_part, split=head.split)
 
         places[name] = weight, take, tuple(shape)
     return places

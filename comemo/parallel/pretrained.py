@@ -151,7 +151,7 @@ def _own_stage(model: Any, split: Split | None) -> dict[str, Tensor] | None:
                 kinds |= {
                     id(part.module._parameters[part.name]): part.kind for part in parts_of(layer)
                 }
-    head = model.lm_head.module if isinstance(model.lm_head, LastStage) else model.lm_head
+    head: Any = model.lm_head.module if isinstance(model.lm_head, LastStage) else model.lm_head
     state: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():
         name = name.replace("lm_head.module.", "lm_head.")

@@ -106,14 +106,14 @@ def by_kind(weight: Tensor, size: int) -> Tensor:
     return weight.unflatten(0, (size, 2, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def divide_layers(model: nn.Module, split: Split) -> None:
+def divide_layers(model: Any, split: Split) -> None:
     """Leave this rank's parts in the decoder layers of a model; their weights may be on meta.
 
     Args:
         model: a `CoMemoForConditionalGeneration`, not divided yet.
         split: the ranks, see `check_divisible`.
     """
-    text: Any = model.model.language_model  # type: ignore[union-attr]
+    text = model.model.language_model
     for layer in text.layers:
         for part in parts_of(layer):
             weight = part.module._parameters[part.name]

@@ -29,6 +29,10 @@ class Meaning(NamedTuple):
 Reader = Callable[[Given], Meaning]
 
 
+PLAN: Path = ("parallel", "plan")
+OFFLOAD: Path = ("parallel", "offload")
+
+
 def stage(*names: str) -> Path:
     """Full name of a setting of every stage that runs."""
     return ("stages", "*", *names)
@@ -110,15 +114,33 @@ def read_deepspeed(given: Given) -> Meaning:
             n for n in range(4) for word in ("stage", "stage_", "zero") if f"{word}{n}" in name
         ]
         zero = digits[0] if len(set(digits)) == 1 else None
+    if zero == 3:
+        return Meaning({PLAN: Given("fsdp")}, "is parallel.plan: fsdp here (ZeRO-3)")
     if zero not in (0, 1):
         raise ValueError(
-            f"got {shorten(given.value)}: DeepSpeed is not used, and only the optimizer's state can"
-            " be sharded: shard_optimizer: true is ZeRO-1"
+            f"got {shorten(given.value)}: DeepSpeed is not used: shard_optimizer: true is ZeRO-1,"
+            " and parallel.plan: fsdp is ZeRO-3"
         )
     value = zero == 1
     return Meaning(
         {("shard_optimizer",): Given(value)},
         f"is shard_optimizer: {word(value)} here (ZeRO-{zero})",
+    )
+
+
+def read_fsdp(given: Given) -> Meaning:
+    """The words of transformers' `fsdp`, or true."""
+    value = given.value
+    words = value.split() if isinstance(value, str) else value if isinstance(value, list) else []
+    if value is True or (words and set(words) <= {"full_shard", "auto_wrap", "offload"}):
+        found = {PLAN: Given("fsdp")}
+        if "offload" in words:
+            found[OFFLOAD] = Given(True)
+        return Meaning(found, "is parallel.plan: fsdp here (FSDP2)")
+    if value in (None, False, "", []):
+        return Meaning({}, "has no effect: parallel.plan says how ranks share the model")
+    raise ValueError(
+        f"got {shorten(value)}: parallel.plan fsdp is full_shard; parallel.replicas is hybrid_shard"
     )
 
 
