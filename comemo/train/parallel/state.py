@@ -4,9 +4,11 @@ Gathered states have the form of one process, so that a run may go on with anoth
 the rows of the keys and values of mixin layers are in the order of the ranks that divide them.
 """
 
+import contextlib
 import inspect
 import json
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +59,21 @@ def fill(model: nn.Module, whole: nn.Module | None, device: torch.device, tensor
 
 def whole_weights(model: nn.Module, tensor: int) -> dict[str, Tensor]:
     """All weights on the CPU of the first rank, nothing on others. All ranks must call."""
-    return _reordered(get_model_state_dict(model, options=GATHERED), tensor, by_kind)
+    with _without_advice():
+        state = get_model_state_dict(model, options=GATHERED)
+    return _reordered(state, tensor, by_kind)
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without torch's advice on the order of all-gathers, which is that of FSDP itself."""
+    logger = logging.getLogger("torch.distributed.tensor._redistribute")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _reordered(
@@ -79,7 +95,8 @@ def whole_optimizer(
         groups: names of the parameters in each group of one process.
         tensor: ranks that divide each layer.
     """
-    found = get_optimizer_state_dict(model, optimizer, options=GATHERED)
+    with _without_advice():
+        found = get_optimizer_state_dict(model, optimizer, options=GATHERED)
     if not ranks.is_first():
         return None
     owner = {name: group for group in found["param_groups"] for name in group["params"]}
@@ -187,7 +204,8 @@ def _reorder(weight: Any, before: int, now: int) -> None:
     if not is_divided(weight):
         weight.copy_(by_rank(by_kind(weight, before), now))
         return
-    whole = by_rank(by_kind(weight.full_tensor(), before), now)
+    with _without_advice():
+        whole = by_rank(by_kind(weight.full_tensor(), before), now)
     own = distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)
     weight.to_local().copy_(own.to_local())
 
