@@ -3,16 +3,20 @@
 import os
 import signal
 import socket
+import threading
 import time
 
 import pytest
 from rank_processes import run_ranks
+from torch import distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from train_runs import make_start, settings_of
 
 from comemo.cli.main import main
 from comemo.train import ranks, watch_ranks
 from comemo.train.config import write_settings
 from comemo.train.data.loader import PackLoader
+from comemo.train.rank_faults import describe_error
 from comemo.train.recipe import train
 from comemo.train.trainer import RecipeTrainer
 from comemo.train.watch_ranks import Pace, is_told
@@ -94,11 +98,11 @@ def break_loader(monkeypatch):
     monkeypatch.setattr(PackLoader, "_make_batch", broken)
 
 
-def break_forward(monkeypatch, action):
+def break_forward(monkeypatch, action, which=1):
     compute = RecipeTrainer.compute_loss
 
     def broken(self, *args, **kwargs):
-        if ranks.rank() == 1 and self.state.global_step == 1:
+        if ranks.rank() == which and self.state.global_step == 1:
             action()
         return compute(self, *args, **kwargs)
 
@@ -142,10 +146,22 @@ def test_a_rank_that_is_killed(start, tmp_path, monkeypatch):
     settings = settings_of(start, tmp_path / "run")
     other, own = on_ranks(lambda tell: train(settings, tell), killed=(1,))
     assert own is None
+    assert other[1] == "OtherRankFailed" or other[3]
     (line,) = lines_of([other])
-    assert f"rank 1 of 2 ({HOST}), stage pretrain, step " in line
-    assert "no sign of life" in line
-    assert other[3]
+    killed, told = (f"rank {rank} of 2 ({HOST}), stage pretrain" for rank in (1, 0))
+    assert line.startswith(f"comemo train: {killed}")
+    assert "no answer and no sign of life: killed, or its machine does not run" in line
+    assert line.endswith(f"; told by {told}, step 2")
+
+
+def test_the_first_rank_is_killed(start, tmp_path, monkeypatch):
+    """The store goes with it."""
+    break_forward(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL), which=0)
+    settings = settings_of(start, tmp_path / "run")
+    _, other = on_ranks(lambda tell: train(settings, tell), killed=(0,))
+    (line,) = lines_of([other])
+    assert line.startswith(f"comemo train: rank 1 of 2 ({HOST}), stage pretrain, step 2: the first")
+    assert other[1:] == ("OtherRankFailed", line.removeprefix("comemo train: "), True)
 
 
 def test_the_command_tells_one_line(start, tmp_path, monkeypatch, capfd):
@@ -164,4 +180,161 @@ def test_the_command_tells_one_line(start, tmp_path, monkeypatch, capfd):
     assert run_ranks(3, call, patience=SLOW_END) == [2, 2, 2]
     err = capfd.readouterr().err
     assert err.count("comemo: error: stages.pretrain.packs_per_step must be a multiple") == 1
-    assert "got 2, which numbers of ranks divide: 1, 2" in err
+    assert "divide: 1, 2\n" in err
+
+
+# --- the watch alone ---
+
+
+def test_a_rank_that_does_not_wait_for_others_is_ended(tmp_path):
+    """As one that hangs in NCCL: its main thread gets no exception."""
+
+    def body():
+        if ranks.rank() == 1:
+            raise OSError("no such file")
+        time.sleep(2 * SLOW_END)
+
+    other, own = on_ranks(watched(body), killed=(0,))
+    assert other is None
+    assert own[1:] == ("OSError", "no such file", True)
+    (line,) = lines_of([own])
+    assert line.endswith(": no such file")
+
+
+def stop_or_kill(tmp_path, which, number):
+    """Rank `which` sends itself a signal; what the other one told, or was told by its thread."""
+    told, pid = tmp_path / "told", tmp_path / "pid"
+
+    def call(tell):
+        def tell_file(line):
+            told.write_text(line)
+            os.kill(int(pid.read_text()), signal.SIGKILL)  # also if it is stopped
+
+        with watch_ranks.watch_ranks(tell_file) as work:
+            work.begin("finetune")
+            if ranks.rank() == which:
+                pid.write_text(str(os.getpid()))
+                time.sleep(3 * PACE.beat)
+                os.kill(os.getpid(), number)
+            time.sleep(2 * SLOW_END)
+
+    on_ranks(call, killed=(0, 1))
+    return told.read_text()
+
+
+def test_a_rank_that_stands_still(tmp_path):
+    line = stop_or_kill(tmp_path, 1, signal.SIGSTOP)
+    assert line.startswith(f"comemo train: rank 1 of 2 ({HOST}), stage finetune: no sign of life")
+    assert line.endswith(f"told by rank 0 of 2 ({HOST}), stage finetune")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_rank_that_has_the_store_is_gone(tmp_path, number):
+    line = stop_or_kill(tmp_path, 0, number)
+    where = f"comemo train: rank 1 of 2 ({HOST}), stage finetune: the first rank or the launcher"
+    assert line.startswith(where)
+    assert ("no answer for" in line) == (number == signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_may_end_one_after_the_other(late):
+    def body():
+        if ranks.rank() == late:
+            time.sleep(0.7 * PACE.still)
+
+    assert on_ranks(watched(body)) == [([], None, "", False)] * 2
+
+
+def test_ctrl_c_on_one_rank_ends_all(start, tmp_path, monkeypatch):
+    break_forward(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
+    settings = settings_of(start, tmp_path / "run")
+
+    def call(tell):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        train(settings, tell)
+
+    found = on_ranks(call)
+    assert [name for _, name, *_ in found] == ["KeyboardInterrupt"] * 2
+    assert lines_of(found) == []
+
+
+def test_ctrl_c_is_status_130_where_a_rank_hangs():
+    def call(tell):
+        def end(status):
+            tell(f"status {status}")
+            time.sleep(PACE.grace)
+            exit_(status)
+
+        exit_ = os._exit
+        if ranks.rank() == 0:
+            watch_ranks.os._exit = end
+        with watch_ranks.watch_ranks(tell):
+            if ranks.rank() == 1:
+                raise KeyboardInterrupt
+            time.sleep(3 * PACE.grace)
+
+    hung, own = on_ranks(call, killed=(0,))
+    assert hung is None or hung[0] == ["status 130"]
+    assert own[:2] == ([], "KeyboardInterrupt")
+
+
+def test_an_error_of_all_ranks_is_told_once():
+    def body():
+        raise ValueError("the same")
+
+    found = on_ranks(watched(body), 3)
+    assert [(name, text, told) for _, name, text, told in found] == [
+        ("ValueError", "the same", True)
+    ] * 3
+    assert len(lines_of(found)) == 1
+
+
+def test_an_error_of_the_first_rank_is_told_by_it():
+    def body():
+        def fail():
+            raise ValueError("the same")
+
+        ranks.on_first(fail)
+
+    found = on_ranks(watched(body))
+    assert found == [([], "ValueError", "the same", False)] * 2
+
+
+def test_what_was_told_is_in_the_summary_of_torchrun(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+
+    def body():
+        if ranks.rank() == 1:
+            raise ValueError("wrong")
+        dist.barrier()
+
+    other, _ = on_ranks(watched(body))
+    failure = ProcessFailure(1, 0, 1, str(tmp_path / "error.json"))
+    assert failure.message["message"] == other[2]
+    assert other[2] in ChildFailedError("comemo", {1: failure}).format_msg()
+
+
+def test_without_a_store_nothing_is_watched(tmp_path):
+    def call(tell):
+        where = f"file://{tmp_path}/store"
+        dist.init_process_group("gloo", init_method=where, rank=ranks_before(), world_size=2)
+        with watch_ranks.watch_ranks(tell):
+            threads = [thread.name for thread in threading.enumerate()]
+            assert "rank-watch" not in threads
+            raise ValueError("alone")
+
+    found = on_ranks(call, group=False)
+    assert found == [([], "ValueError", "alone", False)] * 2
+
+
+def ranks_before():
+    return int(os.environ["RANK"])
+
+
+def test_a_trace_becomes_one_line():
+    try:
+        raise RuntimeError(f"data: a.jsonl:3: {'Traceback (most recent call last):'}\n  x\nOops: y")
+    except RuntimeError as error:
+        text = describe_error(error)
+    assert text.startswith("RuntimeError at test_train_watch_ranks.py:")
+    assert text.endswith(": data: a.jsonl:3: Oops: y")

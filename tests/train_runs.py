@@ -2,7 +2,9 @@
 
 import json
 
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from small import make_model
 
 from comemo.cli.tiny_checkpoint import make_checkpoint
@@ -42,6 +44,27 @@ def make_start(folder, heads=3):
     words = len(InternLM2Tokenizer.from_pretrained(folder / "tiny"))
     make_model(vocab_size=words, heads=heads).cpu().save_pretrained(folder / "tiny")
     write_data(folder)
+
+
+def entries_of(output, stage="pretrain"):
+    """Loss by step, from the log of a stage."""
+    lines = (output / stage / "log.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    return {entry["step"]: entry["loss"] for entry in found if "loss" in entry}
+
+
+def weights_of(folder):
+    """All weights of a checkpoint or a model, by name."""
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def changed(before, after):
+    """The names of weights that differ."""
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
 
 
 def settings_of(folder, output, run=("pretrain",), lora=None, **stage):

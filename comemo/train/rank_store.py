@@ -67,9 +67,9 @@ class RankStore:
         known, wait = _store_of_group(), timedelta(seconds=timeout)
         with suppress(*STORE_FAULTS, AttributeError):
             store = dist.TCPStore(known.host, known.port, timeout=wait, wait_for_workers=False)
-            own = dist.PrefixStore(f"comemo/{token}", store)
-            own.set(_sign_of(ranks.rank()), "")
-        return RankStore(own) if all(ranks.gather(own is not None)) and own is not None else None
+            own = RankStore(dist.PrefixStore(f"comemo/{token}", store))
+            own.show_sign("")
+        return own if all(ranks.gather(own is not None)) else None
 
     # --- signs of life ---
 
@@ -83,7 +83,7 @@ class RankStore:
         self._store.set(_sign_of(self.rank), DONE)
 
     def sign(self, rank: int) -> str:
-        """The last sign of a rank: another one each time; "" before the first, or `DONE`."""
+        """The last sign of a rank, another one each time; `DONE` at the end."""
         return self._store.get(_sign_of(rank)).decode()
 
     def signs(self) -> dict[int, str]:
@@ -106,7 +106,7 @@ class RankStore:
         still = [rank for rank, sign in self.signs().items() if sign == before.get(rank)]
         named = []
         for rank in still[:NAMED]:
-            _, host, place = json.loads(before[rank] or '[0, "no host yet", ""]')
+            _, host, place = json.loads(before[rank])
             named.append(f"rank {rank} of {self.ranks} ({host}){place}")
         more = f" and {len(still) - NAMED} more" if len(still) > NAMED else ""
         return "; ".join(named) + more

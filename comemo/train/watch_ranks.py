@@ -41,7 +41,7 @@ class Pace:
     """
 
     poll: float = 1.0
-    beat: float = 4.0
+    beat: float = 2.0
     still: float = 40.0
     grace: float = 4.0
 
@@ -106,16 +106,20 @@ class _Watch:
         self._answers = 0  # of the store
         self._seen, self._quiet = "", 0.0  # the last sign of the next rank, and how old it is
         self._before: dict[int, str] = {}
-        for name, run in (("rank-signs", self._speak), ("rank-watch", self._judge)):
-            threading.Thread(target=run, name=name, daemon=True).start()
+        self._speaker = threading.Thread(target=self._speak, name="rank-signs", daemon=True)
+        self._speaker.start()
+        threading.Thread(target=self._judge, name="rank-watch", daemon=True).start()
 
     # --- the main thread ---
 
     def finish(self) -> None:
-        """The block has ended well. This rank may keep the store, so it waits for the others."""
+        """The block has ended well. The first rank may keep the store, so it ends as the last."""
+        if self.store.rank:
+            self.close()
         with suppress(*STORE_FAULTS):
             self.store.count(_FINISHED, 1)
-        self._wait_for(_FINISHED, self.pace.still)
+        if not self.store.rank:
+            self._wait_for(_FINISHED, self.pace.still)
 
     def fail(self, error: BaseException) -> None:
         """Publish why the block ended.
@@ -133,30 +137,40 @@ class _Watch:
         if not ranks.is_on_all(error):
             self._tell(fault)
             setattr(error, "told_by_rank", True)  # noqa: B010  (exceptions have no such attribute)
-        if fault.rank == self.store.rank:
+        if fault.rank == self.store.rank or not self.store.rank:
             self._wait_for(_KNOWN, self.pace.grace)
-        elif lost:
+        if fault.rank != self.store.rank and lost:
             raise OtherRankFailed(fault.text) if fault.text else KeyboardInterrupt from error
 
     def close(self) -> None:
         """The block has ended; what other ranks do does not matter any more."""
+        if self._ended.is_set():
+            return
         self._ended.set()
-        if self._fault is not None:
+        self._speaker.join(2 * self.pace.poll)
+        if self._known.is_set():
             self._acknowledge()
-        with suppress(*STORE_FAULTS):
-            self.store.show_end()
+        else:
+            with suppress(*STORE_FAULTS):
+                self.store.show_end()
 
     def _await_reason(self, error: BaseException) -> Fault:
         """Why another rank does not answer: what it published, or that it shows no sign of life."""
-        gone = ""
+        before, names = dict[int, str](), ""
         with suppress(*STORE_FAULTS):
             before = self.store.signs()
-            if self._known.wait(3 * self.pace.beat + self.pace.poll):
-                return self._taken()
-            gone = self.store.name_still(before)
-        more = f"; no sign of life from {gone}" if gone else ""
-        text = f"{self.work.describe()}: lost another rank: {describe_error(error)}{more}"
+        if self._known.wait(3 * self.pace.beat + self.pace.poll):
+            return self._taken()
+        with suppress(*STORE_FAULTS):
+            names = self.store.name_still(before)
+        if names:
+            return self._publish(self._describe_still(names, "no answer and no sign of life"))
+        text = f"{self.work.describe()}: lost another rank: {describe_error(error)}"
         return self._publish(text)
+
+    def _describe_still(self, names: str, signs: str) -> str:
+        why = f"{signs}: killed, or its machine does not run"
+        return f"{names}: {why}; told by {self.work.describe()}"
 
     def _wait_for(self, key: str, seconds: float) -> None:
         """Wait until all ranks have counted; those that are gone never do."""
@@ -167,6 +181,8 @@ class _Watch:
                     return
                 pause.wait(step)
                 seconds -= step
+        if key == _KNOWN and not self.store.rank:
+            pause.wait(2 * step)  # others ask the store for the last time
 
     # --- the thread that speaks with the store ---
 
@@ -201,8 +217,8 @@ class _Watch:
             self._before = self.store.signs()
         elif self._quiet >= self.pace.still:
             names = self.store.name_still(self._before)
-            why = f"no sign of life for {self._quiet:.0f} s: killed, or its machine does not run"
-            self._publish(f"{names}: {why}; told by {self.work.describe()}")
+            signs = f"no sign of life for {self._quiet:.0f} s"
+            self._publish(self._describe_still(names, signs))
 
     def _publish(self, text: str) -> Fault:
         """Tell all ranks, also if the store is gone; the first fault counts, and is returned."""
