@@ -4,6 +4,7 @@ Ranks are forks of this process that gloo joins over the loopback interface, one
 """
 
 import functools
+import itertools
 import os
 import pickle
 import tempfile
@@ -195,47 +196,72 @@ def count_step(
     return counted.nbytes, counted.count
 
 
-def time_steps(
-    config: CoMemoConfig, batch: dict[str, Any], stage: str, plans: list[Plan], repeats: int
-) -> list[tuple[float, float]]:
-    """Seconds of a step and of its update, by plan; called on each rank.
+class Timed(NamedTuple):
+    """Seconds of a step, of its update, and of its messages alone, one after the other."""
 
-    The plans take turns, after two steps of each. The shortest times count: whatever else runs on
-    the machine only adds to them.
+    step: float
+    update: float
+    messages: float
+
+
+def time_steps(
+    config: CoMemoConfig,
+    batch: dict[str, Any],
+    stage: str,
+    plans: dict[Plan, list[Message]],
+    repeats: int,
+) -> list[Timed]:
+    """Times by plan, in their order; called on each rank.
+
+    The plans take turns, after two steps of each, so that all of them find the machine as busy. The
+    shortest times count: whatever else runs only adds to them.
+
+    Args:
+        config, batch, stage: as in `make_step`.
+        plans: with gpus equal to the ranks or 1, and their messages.
+        repeats: of each.
     """
-    steps = [make_step(config, batch, stage, plan) for plan in plans]
-    found: list[list[tuple[float, float]]] = [[] for _ in plans]
+    steps = [(make_step(config, batch, stage, plan), sent) for plan, sent in plans.items()]
+    found: list[list[Timed]] = [[] for _ in plans]
     for turn in range(2 + repeats):
-        for run, times in zip(steps, found, strict=True):
+        for (run, sent), times in zip(steps, found, strict=True):
             dist.barrier()
             seconds = run()
             if turn >= 2:
-                times.append(seconds)
-    return [(min(a for a, _ in times), min(b for _, b in times)) for times in found]
+                calls = [make_call(message) for message in sent]
+                dist.barrier()
+                start = time.perf_counter()
+                for call in calls:
+                    call()
+                times.append(Timed(*seconds, time.perf_counter() - start))
+    return [Timed(*map(min, zip(*times, strict=True))) for times in found]
+
+
+def make_call(message: Message) -> Callable[[], Any]:
+    """The collective of a message in float32, on new tensors."""
+    part = torch.ones(round(message.nbytes / 4 / message.ranks))
+    whole = torch.ones(len(part) * message.ranks)
+    calls: dict[str, Callable[[], Any]] = {
+        "all_reduce": functools.partial(dist.all_reduce, whole),
+        "all_gather": functools.partial(dist.all_gather_into_tensor, whole, part),
+        "reduce_scatter": functools.partial(dist.reduce_scatter_tensor, part, whole),
+        "broadcast": functools.partial(dist.broadcast, whole, 0),
+    }
+    return calls[message.kind]
 
 
 def time_links(sizes: Sequence[int], repeats: int) -> list[tuple[Message, float]]:
     """Messages of each kind and size in bytes, with their shortest time; called on each rank."""
-    count, found = dist.get_world_size(), []
-    for size in sizes:
-        whole = torch.ones(size // 4 // count * count)
-        part = torch.ones(len(whole) // count)
-        calls: dict[str, Callable[[], Any]] = {
-            "all_reduce": functools.partial(dist.all_reduce, whole),
-            "all_gather": functools.partial(dist.all_gather_into_tensor, whole, part),
-            "reduce_scatter": functools.partial(dist.reduce_scatter_tensor, part, whole),
-            "broadcast": functools.partial(dist.broadcast, whole, 0),
-        }
-        for kind, call in calls.items():
+    found = []
+    for size, kind in itertools.product(sizes, KINDS.values()):
+        message, times = Message(kind, size, dist.get_world_size()), []
+        for _ in range(1 + repeats):
+            call = make_call(message)
+            dist.barrier()
+            start = time.perf_counter()
             call()
-            times = []
-            for _ in range(repeats):
-                dist.barrier()
-                start = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - start)
-            whole.fill_(1.0)  # sums would overflow
-            found.append((Message(kind, whole.nbytes, count), min(times)))
+            times.append(time.perf_counter() - start)
+        found.append((message, min(times[1:])))
     return found
 
 
