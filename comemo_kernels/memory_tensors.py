@@ -68,7 +68,10 @@ def distance_table(head_dim: int, theta: float, length: int, device: torch.devic
     """
     if torch.compiler.is_compiling():
         return _distance_table(head_dim, theta, length, device)
-    return _known_table(head_dim, theta, length, torch.device(device))
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:  # the current one, which may change
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _known_table(head_dim, theta, length, device)
 
 
 def _distance_table(head_dim: int, theta: float, length: int, device: torch.device) -> Table:
