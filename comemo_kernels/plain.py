@@ -10,7 +10,17 @@ from collections.abc import Container
 from torch import nn
 
 KINDS = frozenset((nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.SiLU, nn.Sequential))
-_any_global_hook = nn.modules.module._has_any_global_hook
+_hooks = nn.modules.module
+
+
+def has_global_hook() -> bool:
+    """Whether there are hooks of all modules, in a form that torch 2.6 has, too."""
+    return bool(
+        _hooks._global_forward_hooks
+        or _hooks._global_forward_pre_hooks
+        or _hooks._global_backward_hooks
+        or _hooks._global_backward_pre_hooks
+    )
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -30,7 +40,7 @@ def is_untouched(module: nn.Module) -> bool:
         or attributes["_backward_pre_hooks"]
         or "_hf_hook" in attributes
         or ("forward" in attributes and not hasattr(attributes["forward"], "is_a_patch"))
-        or _any_global_hook()
+        or has_global_hook()
     )
 
 

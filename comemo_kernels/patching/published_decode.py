@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from comemo_kernels.graphs import HostFlag, capture, runs_ahead
 from comemo_kernels.patching.published_block import Reading
 from comemo_kernels.patching.published_step import DecodeStep, Weights, weights_of
+from comemo_kernels.plain import has_global_hook
 
 DEVICES = frozenset(("cuda",))  # types of devices whose steps are fused
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the kernels
@@ -71,7 +72,7 @@ class Watch:
 
     def sees_change(self) -> bool:
         """Whether anything has changed since."""
-        return nn.modules.module._has_any_global_hook() or self._state() != self._before
+        return has_global_hook() or self._state() != self._before
 
 
 class Decoding:
