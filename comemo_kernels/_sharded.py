@@ -31,6 +31,7 @@ _Strided: Any = getattr(placement_types, "_StridedShard", None)  # not public
 _LISTS = (list, tuple, nn.ParameterList)
 
 
+@torch.compiler.disable  # it looks into containers and placements: for a graph a break
 def call(function: Any, values: tuple[Any, ...]) -> Any:
     """Call a public function with DTensors among its arguments.
 

@@ -9,7 +9,7 @@ from comemo_kernels import ImageGrids, MemoryScales, QueryRotation
 tensor = pytest.importorskip("torch.distributed.tensor")
 DTensor, Shard = tensor.DTensor, tensor.Shard
 WHOLE, SUM = tensor.Replicate(), tensor.Partial()
-HALVES = tensor.placement_types._StridedShard(0, split_factor=2)
+HALVES, QUARTERS = (tensor.placement_types._StridedShard(0, split_factor=n) for n in (2, 4))
 ROWS, TOKENS, HEADS = Shard(0), Shard(1), Shard(2)
 FLOAT8 = torch.float8_e4m3fn
 
@@ -220,7 +220,9 @@ def place(t, mesh, places):
     local = t.detach()
     for placement, ranks, rank in zip(places, mesh.shape, mesh.get_coordinate(), strict=True):
         if type(placement) is type(HALVES):
-            local = torch.cat([half.chunk(ranks)[rank] for half in local.chunk(2)])
+            local = torch.cat(
+                [half.chunk(ranks)[rank] for half in local.chunk(placement.split_factor)]
+            )
         elif type(placement) is Shard:
             parts = local.chunk(ranks, placement.dim)
             empty = local.narrow(placement.dim, 0, 0)
