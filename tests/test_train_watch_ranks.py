@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from rank_processes import run_ranks
@@ -24,8 +25,9 @@ from comemo.train.watch_ranks import Pace, is_told
 pytest.importorskip("accelerate")
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.no_virtual_gpu("forks")]
 
-PACE = Pace(poll=0.05, beat=0.1, still=1.0, grace=1.0)
 SLOW_END = 20  # seconds, at most, on busy cores
+PACE = Pace(poll=0.05, beat=0.1, still=SLOW_END, grace=1.0)
+IMPATIENT = replace(PACE, still=1.0)
 HOST = socket.gethostname()
 
 
@@ -201,8 +203,9 @@ def test_a_rank_that_does_not_wait_for_others_is_ended(tmp_path):
     assert line.endswith(": no such file")
 
 
-def stop_or_kill(tmp_path, which, number):
+def stop_or_kill(tmp_path, which, number, monkeypatch):
     """Rank `which` sends itself a signal; what the other one told, or was told by its thread."""
+    monkeypatch.setattr(watch_ranks, "PACE", IMPATIENT)
     told, pid = tmp_path / "told", tmp_path / "pid"
 
     def call(tell):
@@ -222,15 +225,15 @@ def stop_or_kill(tmp_path, which, number):
     return told.read_text()
 
 
-def test_a_rank_that_stands_still(tmp_path):
-    line = stop_or_kill(tmp_path, 1, signal.SIGSTOP)
+def test_a_rank_that_stands_still(tmp_path, monkeypatch):
+    line = stop_or_kill(tmp_path, 1, signal.SIGSTOP, monkeypatch)
     assert line.startswith(f"comemo train: rank 1 of 2 ({HOST}), stage finetune: no sign of life")
     assert line.endswith(f"told by rank 0 of 2 ({HOST}), stage finetune")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_rank_that_has_the_store_is_gone(tmp_path, number):
-    line = stop_or_kill(tmp_path, 0, number)
+def test_the_rank_that_has_the_store_is_gone(tmp_path, number, monkeypatch):
+    line = stop_or_kill(tmp_path, 0, number, monkeypatch)
     where = f"comemo train: rank 1 of 2 ({HOST}), stage finetune: the first rank or the launcher"
     assert line.startswith(where)
     assert ("no answer for" in line) == (number == signal.SIGSTOP)
@@ -240,7 +243,7 @@ def test_the_rank_that_has_the_store_is_gone(tmp_path, number):
 def test_ranks_may_end_one_after_the_other(late):
     def body():
         if ranks.rank() == late:
-            time.sleep(0.7 * PACE.still)
+            time.sleep(5 * PACE.beat)
 
     assert on_ranks(watched(body)) == [([], None, "", False)] * 2
 
