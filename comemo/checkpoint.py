@@ -28,6 +28,7 @@ from comemo.parallel.launch import take_division
 from comemo.parallel.pretrained import load_divided, saved_whole
 from comemo.safety.files import check_weights, find_file, hub_options, read_json
 from comemo.weights.fusable import refuse_folded
+from comemo.weights.placed import free_layers
 
 PUBLISHED = re.compile(r"vision_model\.|mlp1\.|language_model\.(model|output|lm_head)\.")
 
@@ -258,6 +259,8 @@ class PublishedCheckpoint:
             raise ValueError(f"{cls.__name__}.from_pretrained({directory}): " + "; ".join(faults))
         if directory is not None:
             _read_token_ids(model, directory, hub)
+        if getattr(model, "hf_device_map", None):
+            free_layers(model.base_model)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:

@@ -142,7 +142,7 @@ class MixinLayer(nn.Module):
                     f"CoMemo: the image memory has neither keys of mixin layer {self.layer_idx}"
                     " nor the media to build them from"
                 )
-            key, value = self.build(media, angles)
+            key, value = self.build(media.to(x.device), angles)
             if keep:
                 memory.update(self.layer_idx, key, value)
         return self._read(x, key, value, memory, rotation, scales, recompute)

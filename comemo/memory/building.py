@@ -58,47 +58,61 @@ class BuildsMemory:
                 case.
 
         Returns:
-            False if it was not possible: the layers must be fusable, with weights of one dtype on
-            one device, and no gradients may be required. Each layer then builds its own keys and
-            values when it is first called.
+            False if it was not possible: the layers must be fusable, with weights of one dtype,
+            and no gradients may be required. Each layer then builds its own keys and values when
+            it is first called.
         """
         if memory.media is None or memory.ids is None:
             return False
         self._give_table(memory, memory.media)  # readers copy it
         if memory.keys:
             return False
-        media, ids, table = memory.media, memory.ids, memory.table
         layers = self.mixin_layers
-        assert table is not None
         if not all(
             is_original(mixin, MixinLayer) and is_fusable(mixin.attn_norm, mixin.kv_proj)
             for mixin in layers.values()
         ):
             return False
-        weights = [mixin.kv_proj.weight for mixin in layers.values()]
-        norms = [mixin.attn_norm.weight for mixin in layers.values() if not mixin.folded]
-        parameters = (media, *weights, *norms)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in parameters):
+        if len({mixin.attn_norm.variance_epsilon for mixin in layers.values()}) > 1:
             return False
-        devices = {t.device for t in (*parameters, *table)}
-        if devices != {media.device} or {t.dtype for t in parameters} != {media.dtype}:
+        parameters = [
+            weight
+            for mixin in layers.values()
+            for weight in (
+                mixin.kv_proj.weight,
+                *([] if mixin.folded else [mixin.attn_norm.weight]),
+            )
+        ]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (memory.media, *parameters)):
             return False
-        if len(eps := {mixin.attn_norm.variance_epsilon for mixin in layers.values()}) != 1:
+        if {t.dtype for t in parameters} - {memory.media.dtype}:
             return False
-        mixin = self.comemo_config.mixin_config
-        heads = next(iter(layers.values())).num_heads  # of this rank, if ranks divide them
-        shape = (len(layers), len(media), heads, mixin.head_dim)
-        keys, values = ops.memory_buffers(*shape, media.dtype, media.device).unbind(0)
+        places: dict[torch.device, dict[int, Any]] = {}
+        for i, mixin in layers.items():
+            places.setdefault(mixin.kv_proj.weight.device, {})[i] = mixin
+        for place, own in places.items():
+            self._build_on(place, own, memory)
+        return True
+
+    def _build_on(self, place: torch.device, layers: dict[int, Any], memory: ImageMemory) -> None:
+        """Build keys and values of the layers on one device, there."""
+        assert memory.media is not None
+        assert memory.ids is not None
+        assert memory.table is not None
+        media, ids, *table = (t.to(place) for t in (memory.media, memory.ids, *memory.table))
+        mixins = list(layers.values())
+        heads = mixins[0].num_heads  # of this rank, if ranks divide them
+        shape = (len(layers), len(media), heads, self.comemo_config.mixin_config.head_dim)
+        keys, values = ops.memory_buffers(*shape, media.dtype, place).unbind(0)
         ops.build_memory(
             media,
-            weights,
-            norms or None,
+            [mixin.kv_proj.weight for mixin in mixins],
+            [mixin.attn_norm.weight for mixin in mixins if not mixin.folded] or None,
             *table,
             ids,
             list(keys.unbind(0)),
             list(values.unbind(0)),
-            eps=eps.pop(),
+            eps=mixins[0].attn_norm.variance_epsilon,
         )
         for index, key, value in zip(layers, keys.unbind(0), values.unbind(0), strict=True):
             memory.update(index, key, value)
-        return True

@@ -14,6 +14,7 @@ from comemo.config import CoMemoConfig
 from comemo.language_model import CoMemoTextModel
 from comemo.mixin import MixinLayer
 from comemo.weights.fusable import FUSABLE, is_original
+from comemo.weights.placed import is_placed
 from comemo_kernels import ImageMemory
 
 # Modules of the vision tower that compute nothing but what their weights and settings say.
@@ -128,6 +129,12 @@ def memory_layout(model: StorableModel, tokens: int) -> Layout:
     return layout
 
 
+def memory_places(model: StorableModel) -> dict[int, torch.device]:
+    """The device of the keys and values of each mixin layer, by its index."""
+    layers = model.language_model.mixin_layers
+    return {i: mixin.kv_proj.weight.device for i, mixin in layers.items()}
+
+
 def check_storable(function: str, model: StorableModel) -> None:
     """Refuse a model whose image memories are not determined by its weights and settings.
 
@@ -147,7 +154,7 @@ def check_storable(function: str, model: StorableModel) -> None:
     if reason is not None:
         raise ValueError(
             f"{function}: the modules that compute an image memory must be unchanged since the"
-            f" model was made, with whole weights on one device: {reason}"
+            f" model was made, with weights in memory: {reason}"
         )
 
 
@@ -161,7 +168,7 @@ def _find_reason(model: StorableModel) -> str | None:
     for i, mixin in model.language_model.mixin_layers.items():
         parents[f"language_model.layers.{i}.mixin"] = mixin, MixinLayer
     for name, (module, own) in parents.items():
-        if not is_original(module, own):
+        if not (is_original(module, own) or is_placed(module, own)):
             return f"{name} is a {type(module).__name__} (an adapter, or quantised), or has hooks"
     weights = set()
     for part, root in memory_modules(model).items():
@@ -176,8 +183,8 @@ def _find_reason(model: StorableModel) -> str | None:
     devices, dtypes = {device for device, _ in weights}, {dtype for _, dtype in weights}
     if "meta" in devices:
         return "weights are on the device meta (offloaded, or not loaded)"
-    if len(devices) > 1 or len(dtypes) > 1:
-        return f"weights are on {sorted(devices)} in {sorted(map(str, dtypes))}"
+    if len(dtypes) > 1:
+        return f"weights are in {sorted(map(str, dtypes))}"
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is on"
     return None
@@ -188,7 +195,7 @@ def _find_fault(module: nn.Module) -> str | None:
     kind = type(module)
     if kind not in FUSABLE and kind not in PLAIN_VISION and not _is_activation(module):
         return f"is a {kind.__name__} (an adapter, or quantised)"
-    if hasattr(module, "_hf_hook") or "forward" in vars(module):
+    if ("_hf_hook" in vars(module) or "forward" in vars(module)) and not is_placed(module):
         return "has a replaced forward (as by offloading)"
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     if any(getattr(hook, "__module__", None) not in OBSERVERS for hook in hooks):

@@ -35,7 +35,7 @@ def stamp_model(settings: Mapping[str, Any], weights: Weights) -> tuple[Any, ...
 
     Args:
         settings: those that a memory depends on.
-        weights: their names and tensors, all of one dtype and on one device.
+        weights: their names and tensors, all of one dtype.
 
     Returns:
         A value to compare within this process. A change goes unnoticed with a probability of at
@@ -43,7 +43,14 @@ def stamp_model(settings: Mapping[str, Any], weights: Weights) -> tuple[Any, ...
     """
     tensors = [weight for _, weight in weights]
     shapes = tuple((tuple(weight.shape), weight.dtype) for weight in tensors)
-    return describe(settings), shapes, *sum_bits(tensors)
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    return (
+        describe(settings),
+        shapes,
+        *itertools.chain.from_iterable(map(sum_bits, by_device.values())),
+    )
 
 
 @torch.no_grad()

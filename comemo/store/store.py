@@ -22,6 +22,7 @@ from comemo.memory.parts import (
     StorableModel,
     check_storable,
     memory_layout,
+    memory_places,
     memory_settings,
     memory_weights,
 )
@@ -188,14 +189,15 @@ class MemoryStore:
             if memory is not None:
                 self._held.move_to_end(key)
                 self._counts["hits"] += 1
+        places = memory_places(model)
         if memory is None:
             memory = self._read(key, facts, model, ids)
             if memory is not None:
-                memory = self._hold(key, move_to(memory, model.device))
+                memory = self._hold(key, move_to(memory, model.device, places))
             self._count("misses" if memory is None else "disk_hits")
         elif self.directory is not None:
             store_directory.touch(self._path(key))  # it is in use, though not read
-        return None if memory is None else move_to(memory, model.device)
+        return None if memory is None else move_to(memory, model.device, places)
 
     def _keep(self, key: str, memory: ImageMemory, facts: dict[str, str]) -> ImageMemory:
         """Write a new memory to the directory and hold it; returns the one to use."""

@@ -1,6 +1,6 @@
-"""The tensors of one image's memory: their bytes, their storage and their device."""
+"""The tensors of one image's memory: their bytes, their storage and their devices."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -28,22 +28,34 @@ def own_storage(memory: ImageMemory) -> ImageMemory:
     return _map_tensors(memory, Tensor.clone)
 
 
-def move_to(memory: ImageMemory, device: torch.device) -> ImageMemory:
-    """The memory on a device; not copied if it is there already."""
-    assert memory.media is not None
-    if memory.media.device == device:
-        return memory
-    return _map_tensors(memory, lambda tensor: tensor.to(device))
+def move_to(
+    memory: ImageMemory, device: torch.device, places: Mapping[int, torch.device]
+) -> ImageMemory:
+    """The memory on its devices; tensors that are there already are not copied.
+
+    Args:
+        memory: of an image.
+        device: of all but keys and values.
+        places: of the keys and values of each layer.
+    """
+    moved = _map_tensors(memory, lambda tensor: tensor.to(device), of_layers=False)
+    keys = {layer: key.to(places[layer]) for layer, key in memory.keys.items()}
+    values = {layer: value.to(places[layer]) for layer, value in memory.values.items()}
+    return replace(moved, keys=keys, values=values)
 
 
-def _map_tensors(memory: ImageMemory, change: Callable[[Tensor], Tensor]) -> ImageMemory:
-    """The memory with `change` applied to each tensor."""
+def _map_tensors(
+    memory: ImageMemory, change: Callable[[Tensor], Tensor], of_layers: bool = True
+) -> ImageMemory:
+    """The memory with `change` applied to each tensor, also to keys and values if `of_layers`."""
     media, ids, starts, biases = (
         None if t is None else change(t)
         for t in (memory.media, memory.ids, memory.starts, memory.biases)
     )
-    keys = {layer: change(key) for layer, key in memory.keys.items()}
-    values = {layer: change(value) for layer, value in memory.values.items()}
+    keys, values = memory.keys, memory.values
+    if of_layers:
+        keys = {layer: change(key) for layer, key in keys.items()}
+        values = {layer: change(value) for layer, value in values.items()}
     return replace(
         memory, media=media, ids=ids, starts=starts, biases=biases, keys=keys, values=values
     )
