@@ -112,6 +112,18 @@ def test_other_plans_equal_one_process(start, tmp_path, one_process, count, plan
 
 
 @pytest.mark.slow
+def test_replicas_exchange_gradients_once_a_step(start, tmp_path):
+    """Also with several packs of a step on each rank."""
+    runs = []
+    for count, own in ((1, None), (2, {"replicas": 2}), (2, {})):
+        settings = settings_for(start, tmp_path / str(len(runs)), own, packs_per_step=6, steps=2)
+        train(settings, [].append) if own is None else train_on(count, settings)
+        runs.append(tmp_path / str(len(runs)))
+    assert_same_run(runs[1], runs[0])
+    assert_same_run(runs[2], runs[0])
+
+
+@pytest.mark.slow
 def test_parts_go_on_with_whole_models(start, tmp_path, one_process):
     """DDP and one process read what ranks wrote in parts, from other numbers of divided layers."""
     output = tmp_path / "run"

@@ -19,6 +19,7 @@ from comemo.train.data.plan import Plan, plan
 from comemo.train.launchers import await_ranks, map_slurm
 from comemo.train.models.of_stages import save_model, trained_by
 from comemo.train.models.start import start_config
+from comemo.train.parallel.plan import check_ranks
 from comemo.train.rank_faults import Work
 from comemo.train.settings import TrainSettings
 from comemo.train.stage import Stage, start_of
@@ -181,15 +182,21 @@ def _join(settings: TrainSettings) -> torch.device:
         if not dist.is_initialized():
             await_ranks()
         device = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT).device
+    world = ranks.world_size()
+    try:
+        check_ranks(settings.parallel, world)
+    except ValueError as error:
+        raise ranks.on_all(error)  # noqa: B904  (the same exception)
+    readers = world // settings.parallel.tensor
     for name in settings.run:
         packs = settings.stages[name].packs_per_step
-        if packs % ranks.world_size():
+        if packs % readers:
             fits = ", ".join(str(n) for n in range(1, packs + 1) if not packs % n)
             raise ranks.on_all(
                 ValueError(
                     f"train: stages.{name}.packs_per_step must be a multiple of the number of"
-                    f" ranks, {ranks.world_size()}, got {packs}, which numbers of ranks divide:"
-                    f" {fits}"
+                    f" ranks that read different packs, {readers}, got {packs}, which these"
+                    f" numbers divide: {fits}"
                 )
             )
     return device

@@ -1,6 +1,7 @@
 """One stage of a run: its settings as transformers' arguments, its model, its training."""
 
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,10 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from comemo.train import ranks
 from comemo.train.data.loader import make_loader
-from comemo.train.models.of_stages import save_stage, trainable_model
+from comemo.train.models.of_stages import divided_model, save_stage, trainable_model
 from comemo.train.monitor import make_callbacks, make_watch
+from comemo.train.parallel.plan import Sharing, share
 from comemo.train.rank_faults import Work
 from comemo.train.stage import Stage
 from comemo.train.trainer import RecipeTrainer
@@ -37,8 +38,12 @@ def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None], 
         OSError: the last checkpoint could not be written.
     """
     own, data = stage.settings, stage.run.data
-    model, processor = trainable_model(stage, stage.precision(device))
-    streams = list(range(ranks.rank(), own.packs_per_step, ranks.world_size()))
+    sharing, precision = share(stage.run.parallel, device), stage.precision(device)
+    if sharing.is_sharded:
+        model, processor = divided_model(stage, sharing, precision, device)
+    else:
+        model, processor = trainable_model(stage, precision)
+    streams = list(range(sharing.reader, own.packs_per_step, sharing.readers))
     tokenizer, config = processor.tokenizer, model.config
     common: dict[str, Any] = {"seed": stage.seed, "cache": stage.index}
     loader = make_loader(
@@ -52,9 +57,9 @@ def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None], 
     )
 
     def held_out() -> Any:
-        rank, ranks_ = ranks.rank(), ranks.world_size()
+        own, total = [sharing.reader], sharing.readers
         return make_loader(
-            data, tokenizer, config, streams=[rank], total=ranks_, held_out=True, **common
+            data, tokenizer, config, streams=own, total=total, held_out=True, **common
         )
 
     most = len(streams) * data.buffer * data.max_tiles * 3 * config.vision_config.image_size[0] ** 2
@@ -63,7 +68,7 @@ def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None], 
             f"packs that are being filled hold up to {most / 1e9:,.0f} GB of pixels in each"
             " process: a smaller data.buffer or packs_per_step, or more processes, need less"
         )
-    arguments = make_arguments(stage, device)
+    arguments = make_arguments(stage, device, sharing)
     if arguments.n_gpu > 1:
         say(
             f"{arguments.n_gpu} GPUs are visible and one is used; for all of them:"
@@ -75,11 +80,13 @@ def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None], 
         arguments,
         loader=loader,
         streams=streams,
-        save=lambda folder: save_stage(stage, model, processor, folder),
+        save=lambda folder, weights=None: save_stage(stage, model, processor, folder, weights),
         watch=make_watch(own),
         held_out=held_out if data.eval else None,
         eval_every=own.eval_every,
         shard_optimizer=stage.run.shard_optimizer,
+        sharing=sharing,
+        in_parts=stage.in_parts(sharing.is_sharded),
         tell=say,
     )
     work.trainer = trainer
@@ -91,7 +98,10 @@ def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None], 
         trainer.load_data_state(stage.checkpoint)
         resume = str(stage.checkpoint)
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        with warnings.catch_warnings():
+            # Nobody writes into the outputs that FSDP warns of.
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+            trainer.train(resume_from_checkpoint=resume)
     finally:
         for callback in callbacks:
             callback.close()
@@ -101,12 +111,13 @@ def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None], 
     return stage.folder / f"checkpoint-{stage.steps}"
 
 
-def make_arguments(stage: Stage, device: torch.device) -> TrainingArguments:
+def make_arguments(stage: Stage, device: torch.device, sharing: Sharing) -> TrainingArguments:
     """A stage's settings as transformers' arguments.
 
     Args:
         stage: `steps` is counted.
         device: of this rank.
+        sharing: how ranks share the model and the data.
     """
     own = stage.settings
     first, second = own.betas
@@ -115,7 +126,7 @@ def make_arguments(stage: Stage, device: torch.device) -> TrainingArguments:
         str(stage.folder),
         max_steps=stage.steps,
         per_device_train_batch_size=1,  # a pack
-        gradient_accumulation_steps=own.packs_per_step // ranks.world_size(),
+        gradient_accumulation_steps=own.packs_per_step // sharing.readers,
         learning_rate=own.learning_rate,
         lr_scheduler_type=SCHEDULES[own.schedule],
         warmup_steps=warmup,
@@ -127,7 +138,8 @@ def make_arguments(stage: Stage, device: torch.device) -> TrainingArguments:
         neftune_noise_alpha=own.neftune_alpha,
         gradient_checkpointing=own.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        bf16=stage.precision(device) == "bfloat16",
+        # Divided weights are sent and computed in bfloat16 by themselves.
+        bf16=stage.precision(device) == "bfloat16" and not sharing.is_sharded,
         use_cpu=device.type == "cpu",
         seed=stage.seed,
         save_steps=own.save_every,
