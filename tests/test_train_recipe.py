@@ -105,6 +105,7 @@ def test_killed_ranks_are_replaced_by_one_and_it_by_two(
     start, tmp_path, uninterrupted, monkeypatch
 ):
     """kill -9 of all, twice; each time another number of ranks goes on."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # accelerate would give one rank all cores
     settings = settings_of(start, output := tmp_path / "run", steps=10)
     for count, steps in ((2, 3), (1, 7)):
         with monkeypatch.context() as patch:

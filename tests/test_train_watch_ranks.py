@@ -41,6 +41,7 @@ def start(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(watch_ranks, "PACE", PACE)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # accelerate would give ranks more
 
 
 def alone():
