@@ -1,10 +1,11 @@
-"""Public operations on DTensors: each rank computes its part, and nothing is communicated.
+"""Public operations on DTensors: each rank computes its part, without communication.
 
 A split from `_sharded_rules` is chosen for each dimension of the mesh. The operation runs on local
 tensors, with gradients, and its results are DTensors again. What no split allows is refused: by
 itself DTensor would gather whole weights for PyTorch's products, and has no rule for a kernel.
 The gradient of a tensor that is split is split; that of one that is whole while others are split is
-a term of a sum (Partial), as in DTensor's own operations.
+a term of a sum (Partial), as in DTensor's own operations. Only that of a leaf is summed: optimizers
+of torch 2.6 (SGD with momentum), and its clipping, compute with the terms of each rank alone.
 
 `register_sharding` would cover only the operators: neither the products of PyTorch between them nor
 the references, and it gathers where placements do not fit.
@@ -138,13 +139,20 @@ class _Local(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, t, placements, absent):
-        ctx.layout = t.device_mesh, placements, t.shape
+        ctx.layout, ctx.is_summed = (t.device_mesh, placements, t.shape), t.is_leaf
         local = t.to_local()
+        if hasattr(local, "wait"):  # a collective of the operation before, which still runs
+            local = local.wait()
         return torch.zeros_like(local) if absent else local.view_as(local)
 
     @staticmethod
     def backward(ctx, dy):
-        return _from_local(dy, *ctx.layout), None, None
+        dt, (_, placements, _) = _from_local(dy, *ctx.layout), ctx.layout
+        if ctx.is_summed and any(type(p) is Partial for p in placements):
+            dt = dt.redistribute(
+                placements=[Replicate() if type(p) is Partial else p for p in placements]
+            )
+        return dt, None, None
 
 
 def _from_local(
@@ -240,12 +248,14 @@ class _Call:
         for name, ranks in counts.items():
             self._check_multiple(name, args[name], ranks)
         for path, t in self.found.items():
-            for dim in range(t.ndim):
-                ranks = 1
-                for split, size in zip(self.splits, self.mesh.shape, strict=True):
-                    place = _wanted(path, split)
-                    if not split.lead and isinstance(place, int) and place % t.ndim == dim:
-                        ranks *= size
+            parts = [1] * t.ndim
+            for split, ranks in zip(self.splits, self.mesh.shape, strict=True):
+                dim = _wanted(path, split)
+                if split.lead:
+                    self._check_rows(path, t, split)
+                elif isinstance(dim, int):
+                    parts[dim] *= ranks
+            for dim, ranks in enumerate(parts):
                 self._check_multiple(f"dimension {dim} of {path}", t.shape[dim], ranks)
             if [_wanted(path, split) for split in self.splits].count(Place.HALVES) > 1:
                 raise ValueError(
@@ -253,6 +263,17 @@ class _Call:
                     f" placements {self.found[path].placements}"
                 )
         return {name: args[name] // ranks for name, ranks in counts.items()}
+
+    def _check_rows(self, path: str, t: Tensor, split: Split) -> None:
+        """Raise ValueError on all ranks: their parts may be equal on some of them by chance."""
+        dim, lead_dim = _wanted(path, split), _wanted(split.lead, split)
+        if isinstance(dim, int) and isinstance(lead_dim, int):
+            rows = self.found[split.lead].shape[lead_dim]
+            if t.shape[dim] != rows:
+                raise ValueError(
+                    f"{self.verb}: dimension {dim} of {path} must be {rows}, like that of"
+                    f" {split.lead}, got {t.shape[dim]}"
+                )
 
     def _check_multiple(self, what: str, size: int, ranks: int) -> None:
         if size % ranks:
