@@ -20,6 +20,7 @@ ROWS = [
     ("chat",),
     ("conditional_generation",),
     ("auto",),
+    ("batch",),
     ("train",),
     ("nano",),
     ("cli", "__init__", "__main__"),

@@ -9,12 +9,25 @@ from types import ModuleType
 from typing import NoReturn
 
 from comemo import __version__
-from comemo.cli import chat, demo, draw, evaluate, info, map, starting, store, terminal, train
+from comemo.cli import (
+    batch,
+    chat,
+    demo,
+    draw,
+    evaluate,
+    info,
+    map,
+    starting,
+    store,
+    terminal,
+    train,
+)
 from comemo.cli.progress import hushed, unhushed
 
 # Each module has a SUMMARY, `add_arguments(parser)` and `run(args)`, which returns the exit status.
 COMMANDS: dict[str, ModuleType] = {
     "chat": chat,
+    "batch": batch,
     "info": info,
     "store": store,
     "demo": demo,
