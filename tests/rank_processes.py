@@ -94,6 +94,7 @@ def _be_rank(rank, count, port, folder, function, args, group):
         os.environ.pop("TORCHELASTIC_RUN_ID", None)
         if group:
             dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE))
+            dist.barrier()  # or a rank that ends at once would break the connections of others
         found = pickle.dumps(("result", function(*args)))
         status = 0
     except BaseException:

@@ -19,7 +19,7 @@ from comemo.train.checkpoints import NotWritten
 from comemo.train.keeping import KeepingTrainer, Loader, Saver
 from comemo.train.parallel.gradients import clip, split_by_mesh, squares_by_name
 from comemo.train.parallel.plan import Sharing
-from comemo.train.parallel.state import Groups, names_by_group
+from comemo.train.parallel.state import Groups
 from comemo.train.sharding import shard
 from comemo.train.steps import (
     Sample,
@@ -202,7 +202,12 @@ class RecipeTrainer(KeepingTrainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.sharing.is_sharded:
-            self.names = names_by_group((g["params"] for g in optimizer.param_groups), self.model)
+            decayed = set(self.get_decay_parameter_names(self.model))
+            trained = [n for n, p in self.model.named_parameters() if p.requires_grad]
+            self.names = [
+                [name for name in trained if name in decayed],
+                [name for name in trained if name not in decayed],
+            ]
             optimizer.param_groups[:] = split_by_mesh(optimizer.param_groups)
         elif self.shard_optimizer:
             self.optimizer = optimizer = shard(optimizer)
