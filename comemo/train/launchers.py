@@ -11,8 +11,11 @@ from datetime import timedelta
 
 from torch import distributed as dist
 
+from comemo.train import ranks
+
 FIRST_PORT, PORTS = 15_000, 10_000  # of the address where ranks meet, by the number of the job
 JOIN_SECONDS = 600.0  # for all processes to start
+_KEPT: list[dist.TCPStore] = []  # its server is that of the group, too, while this process lives
 
 
 def map_slurm(environment: MutableMapping[str, str] | None = None) -> None:
@@ -64,18 +67,26 @@ def await_ranks(seconds: float = JOIN_SECONDS) -> None:
             is_master=rank == 0,
             timeout=timedelta(seconds=seconds),
             wait_for_workers=False,
-            multi_tenant=True,  # the group gets the same one
+            multi_tenant=True,
         )
     except RuntimeError as error:
         raise RuntimeError(f"rank {rank} of {count}: rank 0 is not at {where}: {error}") from error
+    _KEPT.append(store)
     store.set(f"comemo/here/{rank}", "")
     keys = [f"comemo/here/{other}" for other in range(count)]
     try:
-        store.wait(keys)
+        # The first rank, which has the store, is the last to give up.
+        store.wait(keys, timedelta(seconds=seconds if rank else seconds + 2))
     except RuntimeError as error:
+        text = f"rank {rank} of {count} {_why_alone(store, keys, where)}"
+        raise ranks.on_all(RuntimeError(text)) from error
+
+
+def _why_alone(store: dist.TCPStore, keys: list[str], where: str) -> str:
+    """Which ranks did not start, as the end of a message."""
+    try:
         missing = [other for other, key in enumerate(keys) if not store.check([key])]
-        shown = ", ".join(map(str, missing[:16])) + (" ..." if len(missing) > 16 else "")
-        raise RuntimeError(
-            f"rank {rank} of {count} waited {seconds:.0f} s at {where} for ranks that did not"
-            f" start: {shown}"
-        ) from error
+    except RuntimeError:
+        return f"waited at {where} for others, and rank 0 has ended there"
+    shown = ", ".join(map(str, missing[:16])) + (" ..." if len(missing) > 16 else "")
+    return f"waited at {where} for ranks that did not start: {shown}"
