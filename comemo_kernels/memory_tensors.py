@@ -1,7 +1,6 @@
 """Tensors of an image memory: buffers for keys and values, and its rotary table."""
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ def memory_buffers(
     for name, count in counts.items():
         check_count("memory_buffers", name, count)
     check(
-        math.prod(counts.values()) < 2**58,
+        layers * capacity * heads * head_dim < 2**58,  # math.prod cannot be traced
         f"memory_buffers: keys and values must fit 64-bit addresses, got {counts}",
     )
     if torch.device(device).type == "cpu" and not INTERPRET:

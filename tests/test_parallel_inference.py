@@ -211,3 +211,23 @@ def test_stages_have_layers_in_order_and_about_as_many(layers, stages):
     counts = [places.count(stage) for stage in range(stages)]
     assert max(counts) - min(counts) <= 1
     assert min(counts) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_prefill_and_cache_are_one_graph(native, count):
+    """The whole forward, with the image memory that is built in it, and its all-reduces."""
+
+    def on_rank():
+        model = load(native, {"tp_plan": "auto"} if count > 1 else {})
+        prompts = {n: x.cpu() if hasattr(x, "cpu") else x for n, x in make_prompts(model).items()}
+        with torch.no_grad():
+            wanted = model(**prompts, use_cache=True)
+            compiled = torch.compile(model, fullgraph=True, backend="eager")
+            found = compiled(**prompts, use_cache=True)
+        kept = found.image_memory.keys[1] - wanted.image_memory.keys[1]
+        return (found.logits - wanted.logits).abs().max().item(), kept.abs().max().item()
+
+    for logits, keys in run_ranks(count, on_rank, patience=120):
+        assert logits < 1e-4
+        assert keys < 1e-4
