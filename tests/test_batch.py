@@ -9,7 +9,7 @@ from batches import QUESTIONS, answer, draw, mixed_rows, read, write_requests
 from comemo.batch import BatchSettings
 from comemo.batch.answering import Answerer, group_of, seed_of
 from comemo.batch.options import complete_options
-from comemo.batch.parts import RunFolder
+from comemo.batch.parts import PartReader, RunFolder
 from comemo.batch.requests import parse_line, read_request
 from comemo.batch.settings import identify_checkpoint
 from comemo.batch.work import group_requests
@@ -298,6 +298,18 @@ def test_a_part_that_a_kill_cut_off(nano, folder):
     assert found == [whole[0] | {"answer": "kept"}, *whole[1:]]
     assert not parts.path.exists()
     assert sorted(p.name for p in folder.glob("answers*")) == ["answers.jsonl"]
+
+
+def test_a_line_that_is_being_written_is_read_once_it_is_whole(tmp_path):
+    reader, line = PartReader(tmp_path / "a"), b'{"line": 1, "digest": "a"}\n'
+    assert list(reader.read()) == []
+    (tmp_path / "a").write_bytes(line + line[:9])
+    assert [offset for offset, _ in reader.read()] == [0]
+    (tmp_path / "a").write_bytes(line + line[:-1])
+    assert list(reader.read()) == []
+    (tmp_path / "a").write_bytes(line + line + b'{"end": "full disk"}\n')
+    assert [offset for offset, _ in reader.read()] == [len(line)]
+    assert reader.end == "full disk"
 
 
 def test_outputs_of_somebody_else_are_left_alone(nano, folder):

@@ -21,6 +21,7 @@ from comemo.batch.work import Load, Tell, Work
 
 TOGETHER = 16  # lines about the same images that one rank answers, at most
 POLL = 0.1  # seconds between two looks at the files of other ranks
+OFTEN = 0.5  # seconds between two such looks while this rank answers itself
 SLOW = 30.0  # seconds of waiting after which ranks that still work are named
 
 Progress: TypeAlias = Callable[[int, int], None]  # answered lines, all lines
@@ -133,6 +134,7 @@ class _Lead:
         self.places: dict[int, Place] = {}  # of finished lines of all ranks
         self.failed: set[int] = set()
         self.readers: list[PartReader] = []  # of the part of each rank
+        self._looked = 0.0
 
     def run(self, load: Load) -> Summary:
         """Plan, answer, wait for the others, merge."""
@@ -152,7 +154,7 @@ class _Lead:
         self.readers = [PartReader(path) for path in parts]
         summary, error = Summary(len(self.lines)), None
         try:
-            self.work.do(plan, load, lambda _: self._refresh())
+            self.work.do(plan, load, self._watch)
         except Exception as raised:  # whatever it is, others go on: see `_wait`
             error, summary.faults[0] = raised, describe(raised)
         summary.faults |= self._wait(dealt)
@@ -231,6 +233,11 @@ class _Lead:
     def _left(self, numbers: list[int]) -> list[int]:
         return [number for number in numbers if number not in self.places]
 
+    def _watch(self, _: Result) -> None:
+        """Look at all parts from time to time while this rank answers."""
+        if time.monotonic() - self._looked > OFTEN:
+            self._refresh()
+
     def _refresh(self) -> None:
         """Find what all ranks have finished since the last look."""
         for reader in self.readers:
@@ -238,6 +245,7 @@ class _Lead:
                 self.places[item["line"]] = reader.path, offset
                 if "error" in item:
                     self.failed.add(item["line"])
+        self._looked = time.monotonic()
         self.progress(len(self.places), len(self.lines))
 
 
