@@ -27,7 +27,7 @@ class Memory(NamedTuple):
     weights: float
     gradients: float
     moments: float
-    buffers: float  # gathered units of fsdp, buckets of ddp, copies of a layer in bfloat16
+    buffers: float  # gathered units of fsdp, or copies of a layer in bfloat16
     activations: float
 
     @property
@@ -40,7 +40,7 @@ def training_memory(plan: Plan, units: list[Unit], of: Sizes, pack: Pack, stage:
 
     weights: 4, but without fsdp 2 for a frozen one of a linear layer; gradients 4 and moments of
     AdamW 8 for a trained one; all divided as the plan says. ZeRO-1 divides moments by whole
-    parameters, so a rank has at least those of the largest. ddp copies all gradients into buckets.
+    parameters, so a rank has at least those of the largest. The buckets of ddp are the gradients.
 
     Args:
         plan: of the ranks.
@@ -75,7 +75,7 @@ def training_memory(plan: Plan, units: list[Unit], of: Sizes, pack: Pack, stage:
         buffers = fsdp_buffers(plan, units, stage)
     else:
         largest = max(_copied(unit, plan) for unit in units if unit.kind == "decoder")
-        buffers = 2 * largest + (gradients if plan.gpus > 1 else 0)
+        buffers = 2 * largest
     together = peak_with_gradients(of, pack, stage, learnt, plan)
     return Memory(weights, gradients, moments, buffers, max(0.0, together - gradients))
 

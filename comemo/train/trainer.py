@@ -93,6 +93,9 @@ class RecipeTrainer(KeepingTrainer):
         self._norm: Any = None
         self._clock = time.perf_counter()
         super().__init__(model, args, callbacks=[_Hooks(self)])
+        handler = self.accelerator.ddp_handler
+        if handler is not None:
+            handler.gradient_as_bucket_view = True  # else DDP keeps a copy of all gradients
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = True  # the divisor below is that of the whole step
 
