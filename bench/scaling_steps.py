@@ -4,7 +4,8 @@ What is assumed to overlap:
 
 - Gradients that are all-reduced (ddp) overlap with the backward pass, all but the last bucket.
 - Weights of a unit are gathered (fsdp) while the unit before it is computed, and its gradients
-  reduced while the next one is differentiated. Both share the link.
+  reduced while the next one is differentiated. Both share the link. Replicas exchange gradients
+  with those of the last pack.
 - All-reduces of tensor parallelism, and the broadcasts of ZeRO-1, overlap with nothing.
 
 Not in the formulas: ranks that wait for the slowest, reading data, checkpoints, other traffic.
@@ -33,7 +34,9 @@ class Call(NamedTuple):
     reduces: tuple[Message, ...] = ()
 
 
-def make_calls(plan: Plan, units: list[Unit], stage: str, itemsize: int = 2) -> list[Call]:
+def make_calls(
+    plan: Plan, units: list[Unit], stage: str, itemsize: int = 2, last_pack: bool = True
+) -> list[Call]:
     """Calls of units in the order of a forward pass, with the messages of fsdp.
 
     A call gathers the unit's weights, once more in the backward pass, and reduces the gradients of
@@ -47,6 +50,7 @@ def make_calls(plan: Plan, units: list[Unit], stage: str, itemsize: int = 2) -> 
         units: of `make_units`.
         stage: "pretrain" or "finetune".
         itemsize: bytes of a gathered weight; gradients are reduced in float32.
+        last_pack: of a step; only then replicas exchange gradients.
     """
     trained = TRAINED[stage]
     calls: list[Call] = []
@@ -60,7 +64,7 @@ def make_calls(plan: Plan, units: list[Unit], stage: str, itemsize: int = 2) -> 
             gathers.append(Message("all_gather", itemsize * nbytes, ranks, stride))
         if learnt and ranks > 1:
             reduces.append(Message("reduce_scatter", 4 * learnt, ranks, stride))
-        if learnt and plan.replicas > 1:
+        if learnt and plan.replicas > 1 and last_pack:
             between = plan.shards * plan.tensor
             reduces.append(Message("all_reduce", 4 * learnt / ranks, plan.replicas, between))
         frozen = unit.kind == "vision" and "vision" not in trained
@@ -77,7 +81,13 @@ def make_calls(plan: Plan, units: list[Unit], stage: str, itemsize: int = 2) -> 
 
 
 def messages(
-    plan: Plan, units: list[Unit], of: Sizes, pack: Pack, stage: str, itemsize: int = 2
+    plan: Plan,
+    units: list[Unit],
+    of: Sizes,
+    pack: Pack,
+    stage: str,
+    itemsize: int = 2,
+    last_pack: bool = True,
 ) -> list[Message]:
     """All messages of a step of one pack, without those of the gradients' norm.
 
@@ -87,10 +97,11 @@ def messages(
     Args:
         plan, units, of, pack, stage: as in `step`.
         itemsize: bytes of a gathered weight and of an element of activations.
+        last_pack: of a step, see `make_calls`.
     """
     found = tensor_messages(plan, of, pack, stage, itemsize)
     if plan.shards * plan.tensor > 1:
-        for call in make_calls(plan, units, stage, itemsize):
+        for call in make_calls(plan, units, stage, itemsize, last_pack):
             found += call.gathers * (1 + call.again)
             found += call.reduces if call.backward else ()
         return found
@@ -204,9 +215,11 @@ def step(
     sent = messages(plan, units, of, pack, stage)
     exposed = packs * sum(m.seconds(links) for m in tensor_messages(plan, of, pack, stage))
     if plan.shards * plan.tensor > 1:
-        calls = make_calls(plan, units, stage)
-        exposed += packs * (_pipeline(calls, seconds, of, links) - compute)
-        wire = packs * sum(m.wire for m in sent)
+        exposed += _pipeline(make_calls(plan, units, stage), seconds, of, links) - packs * compute
+        before = make_calls(plan, units, stage, last_pack=False)
+        exposed += (packs - 1) * _pipeline(before, seconds, of, links)
+        earlier = messages(plan, units, of, pack, stage, last_pack=False)
+        wire = sum(m.wire for m in sent) + (packs - 1) * sum(m.wire for m in earlier)
     else:
         wire = sum(m.wire for m in sent)  # once, after the last pack
         reduces = [m.seconds(links) for m in sent if m.kind == "all_reduce"]

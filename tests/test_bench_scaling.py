@@ -173,6 +173,18 @@ def test_slow_links_are_exposed(published):
     assert found.exposed + found.compute > 7 / 8 * (2 * 2 + 4 - 0.4) * whole / 4 / 1e9
 
 
+def test_replicas_exchange_gradients_once_a_step(published):
+    _, of, units = published["2B"]
+
+    def wire(plan, packs):
+        return step(plan, units, of, Pack(), "finetune", 1.104, packs, Links()).wire
+
+    one, four = (wire(Plan(16, shards=8), packs) for packs in (1, 4))
+    within = wire(Plan(8, shards=8), 1)  # what each pack needs
+    assert four == pytest.approx(one + 3 * within)
+    assert one > within
+
+
 def test_time_grows_with_slower_links_and_more_nodes(published):
     _, of, units = published["2B"]
 
