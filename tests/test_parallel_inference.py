@@ -8,10 +8,12 @@ from rank_processes import run_ranks
 from safetensors.torch import load_file
 from small import make_model, make_prompts
 from torch import distributed as dist
+from transformers import AutoModelForImageTextToText, pipeline
 
 from comemo import CoMemoForConditionalGeneration, CoMemoModel, DecodeLoop, MemoryStore
 from comemo.chat.session import ChatSession
 from comemo.parallel.stages import stage_of
+from comemo.parallel.tensor import split_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -156,6 +158,21 @@ def test_folded_parts_answer_the_same(native):
     for difference, same in run_ranks(2, on_rank):
         assert 0 < difference < 1e-3
         assert same
+
+
+def test_auto_classes_and_pipelines_divide(checkpoint):
+    talk = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+
+    def answer(options):
+        kind = {"dtype": torch.float32, **options}
+        model = AutoModelForImageTextToText.from_pretrained(checkpoint, **kind)
+        asks = pipeline("image-text-to-text", model=str(checkpoint), model_kwargs=kind)
+        answers = asks(talk, max_new_tokens=3, do_sample=False)
+        return split_of(model) is not None, answers[0]["generated_text"][-1]
+
+    divided, wanted = answer({})
+    assert not divided
+    assert run_ranks(2, answer, {"tp_plan": "auto"}) == [(True, wanted)] * 2
 
 
 def refuses(options, message, cls=CoMemoForConditionalGeneration):

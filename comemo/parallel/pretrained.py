@@ -22,7 +22,13 @@ Convert = Callable[[dict[str, Tensor], Any], dict[str, Any]]
 # Options of `from_pretrained` that a divided model takes, beside those of files.
 TAKEN = ("config", "dtype", "torch_dtype", "attn_implementation", "output_loading_info")
 OF_A_STAGE = ("model.language_model.layers.", "model.language_model.norm.", "lm_head.")
-WITHOUT_EFFECT = ("low_cpu_mem_usage", "use_safetensors", "weights_only", "ignore_mismatched_sizes")
+WITHOUT_EFFECT = (
+    "low_cpu_mem_usage",
+    "use_safetensors",
+    "weights_only",
+    "ignore_mismatched_sizes",
+    "adapter_kwargs",  # of the Auto classes; an adapter beside the weights is refused before
+)
 
 
 def load_divided(
