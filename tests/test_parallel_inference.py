@@ -13,7 +13,6 @@ from transformers import AutoModelForImageTextToText, pipeline
 from comemo import CoMemoForConditionalGeneration, CoMemoModel, DecodeLoop, MemoryStore
 from comemo.chat.session import ChatSession
 from comemo.parallel.stages import stage_of
-from comemo.parallel.tensor import split_of
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -168,7 +167,7 @@ def test_auto_classes_and_pipelines_divide(checkpoint):
         model = AutoModelForImageTextToText.from_pretrained(checkpoint, **kind)
         asks = pipeline("image-text-to-text", model=str(checkpoint), model_kwargs=kind)
         answers = asks(talk, max_new_tokens=3, do_sample=False)
-        return split_of(model) is not None, answers[0]["generated_text"][-1]
+        return model.model.split is not None, answers[0]["generated_text"][-1]
 
     divided, wanted = answer({})
     assert not divided

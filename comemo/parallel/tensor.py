@@ -151,8 +151,3 @@ def head_part(weight: Tensor, split: Split) -> Tensor:
     most = -(-weight.shape[0] // split.size)
     part = weight[split.rank * most : (split.rank + 1) * most]
     return torch.cat([part, part.new_zeros(most - len(part), *part.shape[1:])])
-
-
-def split_of(model: Any) -> Split | None:
-    """The ranks that divide the layers of a model; None if it is whole."""
-    return getattr(getattr(model, "model", model), "split", None)
