@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from comemo.parallel.split import Split, SplitHead
 from comemo.parallel.stages import LastStage
@@ -119,8 +119,3 @@ def weight_files(find: Callable[[str], Path | None]) -> list[Path]:
         return [] if single is None else [single]
     names = dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return [path for name in names if (path := find(name)) is not None]
-
-
-def materialise(model: nn.Module, device: torch.device) -> None:
-    """Give a model on the meta device memory on `device`; its weights are undefined then."""
-    model.to_empty(device=device)
