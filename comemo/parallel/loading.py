@@ -12,7 +12,7 @@ from torch import Tensor
 
 from comemo.parallel.split import Split, SplitHead
 from comemo.parallel.stages import LastStage
-from comemo.parallel.tensor import cut, head_part, parts_of
+from comemo.parallel.tensor import COLUMNS, cut, head_part, kinds_of
 
 Place = tuple[Tensor, Callable[[Tensor], Tensor], tuple[int, ...]]  # to, of the whole, its shape
 
@@ -24,13 +24,7 @@ def places_of(model: Any, split: Split | None) -> dict[str, Place]:
         model: a divided `CoMemoForConditionalGeneration`.
         split: the ranks that divide its layers.
     """
-    kinds: dict[int, int] = {}
-    if split is not None:
-        for layer in model.model.language_model.layers:
-            if hasattr(layer, "self_attn"):
-                kinds |= {
-                    id(part.module._parameters[part.name]): part.kind for part in parts_of(layer)
-                }
+    kinds = {} if split is None else kinds_of(model)
     places: dict[str, Place] = {}
     for name, weight in model.named_parameters():
         name = name.replace("lm_head.module.", "lm_head.")
@@ -38,7 +32,7 @@ def places_of(model: Any, split: Split | None) -> dict[str, Place]:
         shape = list(weight.shape)
         take: Callable[[Tensor], Tensor] = _whole
         if kind is not None and split is not None:
-            shape[1 if kind == 1 else 0] *= split.size
+            shape[1 if kind == COLUMNS else 0] *= split.size
 
             def take(whole: Tensor, kind: int = kind) -> Tensor:
                 return cut(whole, kind, split)

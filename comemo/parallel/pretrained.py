@@ -14,8 +14,8 @@ from transformers import initialization as init
 from comemo.parallel.launch import Division
 from comemo.parallel.loading import places_of, read_into, weight_files
 from comemo.parallel.split import Split
-from comemo.parallel.stages import Elsewhere, LastStage, divide_stages
-from comemo.parallel.tensor import check_divisible, divide_head, divide_layers, parts_of, paste
+from comemo.parallel.stages import LastStage, divide_stages
+from comemo.parallel.tensor import check_divisible, divide_head, divide_layers, kinds_of, paste
 from comemo.safety.files import find_file
 
 Convert = Callable[[dict[str, Tensor], Any], dict[str, Any]]
@@ -150,13 +150,7 @@ def _pass_on(box: list[Any], stages: Split, place: int, first: int) -> list[Any]
 
 def _own_stage(model: Any, split: Split | None) -> dict[str, Tensor] | None:
     """The whole weights of this stage's layers, on the first of the ranks that divide them."""
-    kinds: dict[int, int] = {}
-    if split is not None:
-        for layer in model.model.language_model.layers:
-            if not isinstance(layer, Elsewhere):
-                kinds |= {
-                    id(part.module._parameters[part.name]): part.kind for part in parts_of(layer)
-                }
+    kinds = {} if split is None else kinds_of(model)
     head: Any = model.lm_head.module if isinstance(model.lm_head, LastStage) else model.lm_head
     state: dict[str, Tensor] = {}
     for name, weight in model.named_parameters():

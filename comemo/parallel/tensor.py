@@ -80,6 +80,13 @@ def parts_of(layer: Any) -> list[Part]:
     return [Part(linear, "weight", kind) for kind, found in kinds for linear in found]
 
 
+def kinds_of(model: Any) -> dict[int, int]:
+    """What is divided of each divided weight of a model, by the weight's id."""
+    layers = [layer for layer in model.model.language_model.layers if hasattr(layer, "self_attn")]
+    parts = [part for layer in layers for part in parts_of(layer)]
+    return {id(part.module._parameters[part.name]): part.kind for part in parts}
+
+
 def cut(weight: Tensor, kind: int, split: Split) -> Tensor:
     """This rank's part of a whole weight [O, I], a tensor of its own.
 
