@@ -9,7 +9,7 @@ from rank_runs import train_on
 from train_runs import changed, entries_of, make_start, settings_of, weights_of
 
 from comemo.train import ranks
-from comemo.train.launchers import await_ranks, first_host, map_slurm
+from comemo.train.launchers import await_ranks, first_host, complete_environment
 from comemo.train.recipe import train
 
 pytest.importorskip("accelerate")
@@ -42,7 +42,7 @@ def test_the_first_host_of_a_list(nodes, first):
 
 def test_variables_of_srun():
     env = dict(OF_SRUN)
-    map_slurm(env)
+    complete_environment(env)
     found = {name: env[name] for name in OF_TORCHRUN}
     assert found == {
         "RANK": "11",
@@ -51,10 +51,10 @@ def test_variables_of_srun():
         "MASTER_ADDR": "node07",
         "MASTER_PORT": "18456",
     }
-    map_slurm(env)
+    complete_environment(env)
     assert {name: env[name] for name in OF_TORCHRUN} == found
     env = OF_SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-    map_slurm(env)
+    complete_environment(env)
     assert (env["MASTER_ADDR"], env["MASTER_PORT"]) == ("10.0.0.1", "29500")
 
 
@@ -62,7 +62,7 @@ def test_variables_of_srun():
     "env",
     [
         {},
-        OF_SRUN | {"RANK": "0"},  # torchrun under srun
+        OF_SRUN | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},  # torchrun under srun
         OF_SRUN | {"SLURM_STEP_NUM_TASKS": "1"},
         # the batch script itself, of a job of 16 tasks
         {"SLURM_JOB_ID": "123456", "SLURM_NTASKS": "16", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"},
@@ -70,8 +70,16 @@ def test_variables_of_srun():
 )
 def test_other_processes_are_left_alone(env):
     before = dict(env)
-    map_slurm(env)
+    complete_environment(env)
     assert env == before
+
+
+def test_one_process_on_each_machine():
+    """As of PyTorchJob. accelerate takes a process without LOCAL_RANK for the only one on GPUs."""
+    env = {"RANK": "3", "WORLD_SIZE": "4", "MASTER_ADDR": "job-master-0", "MASTER_PORT": "23456"}
+    before = dict(env)
+    complete_environment(env)
+    assert env == before | {"LOCAL_RANK": "0"}
 
 
 @pytest.fixture(scope="module")

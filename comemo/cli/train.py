@@ -64,9 +64,9 @@ def run(args: argparse.Namespace) -> int:
     """
     from comemo.train import config, ranks
     from comemo.train.accelerated import take_accelerate
-    from comemo.train.launchers import map_slurm
+    from comemo.train.launchers import complete_environment
 
-    map_slurm()
+    complete_environment()
     file, words = split_file(args.words)
     if file is None and not words:
         raise ValueError("wanted CONFIG.yaml or settings, got nothing (see comemo train --help)")

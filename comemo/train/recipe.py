@@ -16,7 +16,7 @@ from comemo.train import ranks
 from comemo.train.checkpoints import clean_up, discard, find_checkpoint, step_of, write_folder
 from comemo.train.config import difference, read_settings, write_settings
 from comemo.train.data.plan import Plan, plan
-from comemo.train.launchers import await_ranks, map_slurm
+from comemo.train.launchers import await_ranks, complete_environment
 from comemo.train.models.of_stages import save_model, trained_by
 from comemo.train.models.start import start_config
 from comemo.train.parallel.plan import check_ranks
@@ -177,7 +177,7 @@ def _join(settings: TrainSettings) -> torch.device:
         names = ", ".join(settings.stages) or "none"
         raise ValueError(f"train: run must name stages of {names}, got {list(settings.run)}")
     device = parse_device(None if settings.device == "auto" else settings.device)
-    map_slurm()
+    complete_environment()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if not dist.is_initialized():
             await_ranks()
