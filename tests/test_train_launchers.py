@@ -9,7 +9,7 @@ from rank_runs import train_on
 from train_runs import changed, entries_of, make_start, settings_of, weights_of
 
 from comemo.train import ranks
-from comemo.train.launchers import await_ranks, first_host, complete_environment
+from comemo.train.launchers import await_ranks, complete_environment, first_host
 from comemo.train.recipe import train
 
 pytest.importorskip("accelerate")

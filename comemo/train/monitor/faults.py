@@ -25,6 +25,8 @@ SHOWN = 4  # samples of a message
 class LossFault(ValueError):
     """A loss or a gradient that is not finite; weights are those of the step before."""
 
+    on_all_ranks = True  # see `ranks.on_all`
+
 
 def first_nonfinite(
     model: nn.Module, run: Callable[[], Tensor], gather: Callable[[Any], list[Any]] | None = None
@@ -151,7 +153,7 @@ class Watch:
                 layer.
         """
         if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
-            raise ranks.on_all(LossFault(_describe_fault(trainer, report)))
+            raise LossFault(_describe_fault(trainer, report))
         count = len(self.spikes.losses)
         median = self.spikes(report.loss)
         if median is not None:
