@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from comemo.train import ranks
 from comemo.train.monitor.norms import largest_gradient
 from comemo.train.monitor.progress import beside_bar
 from comemo.train.monitor.window import Trains
