@@ -31,7 +31,7 @@ from comemo.packing import (
 )
 from comemo.parallel.split import Split
 from comemo.vision import CoMemoVision
-from comemo.weights.fusable import in_step, offloaded_to
+from comemo.weights.fusable import in_step, is_sharded, offloaded_to
 from comemo_kernels import ImageMemory
 
 # Keyword arguments of a forward beside its named ones.
@@ -176,10 +176,10 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
         if bounds is not None and image_memory is not None:
             image_memory = within_samples(image_memory, image_mask, bounds, N)
         read = image_memory
-        weight = next(self.vision_tower.encoder.layer.parameters())  # whole only in its layer
-        if past == 0 and in_step(self.training, weight):
+        if past == 0 and in_step(self.training, self.vision_tower):
             read = self._blank_memory(B) if read is None else read
-            if torch.is_grad_enabled() and not inputs_embeds.requires_grad:
+            frozen = torch.is_grad_enabled() and not inputs_embeds.requires_grad
+            if frozen and is_sharded(self.vision_tower):
                 # FSDP exchanges gradients of a layer when that of its input is known: on all ranks
                 # at the same place, or with images earlier than without.
                 inputs_embeds = inputs_embeds.detach().requires_grad_()

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
 from comemo.parallel.split import Split, gather_parts, part_of
-from comemo.weights.fusable import is_fusable, is_original
+from comemo.weights.fusable import is_fusable, is_original, is_sharded
 
 PROJECTOR = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear)  # its layers, as published
 
@@ -86,8 +86,8 @@ class CoMemoVision:
     def _project(self, pixel_values: Tensor, embeds: Tensor | None, rows: Tensor | None) -> Tensor:
         config, projector = self.config, self.multi_modal_projector
         # Ranks with sharded weights must call the tower equally often, with any number of tiles.
-        sharded = any(hasattr(p, "full_tensor") for p in self.vision_tower.parameters())
-        rounds = pixel_values.split(len(pixel_values) if sharded else config.tiles_at_once)
+        together = is_sharded(self.vision_tower)
+        rounds = pixel_values.split(len(pixel_values) if together else config.tiles_at_once)
         if not _is_fusable_projector(projector):
             return self._project_by_modules(map(self._encode, rounds), embeds, rows)
         norm, first, _, second = projector

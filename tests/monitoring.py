@@ -8,6 +8,7 @@ from small import make_model, make_prompts
 from transformers import TrainerControl, TrainerState
 
 from comemo.train.config import read_settings
+from comemo.train.parallel.plan import Sharing
 
 NEEDED = ["data.train=a.jsonl", "start.checkpoint=model", "steps=6"]
 ARGS = types.SimpleNamespace(bf16=False)
@@ -35,7 +36,7 @@ class FakeTrainer:
     """Steps a model as the trainer does, as far as callbacks see it."""
 
     def __init__(self, model, tell=None):
-        self.model, self.told = model, []
+        self.model, self.told, self.sharing = model, [], Sharing()
         self.tell = tell or self.told.append
         self.step_report, self.batches = None, [PACK]
         self.loader = types.SimpleNamespace(faults=types.SimpleNamespace(total=2))

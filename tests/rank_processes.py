@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+ENDED = ".ended"  # of the file that marks the end of a rank, without a result or with one
 PATIENCE = 60  # seconds of a test on quiet cores, at most
 
 
@@ -52,7 +53,7 @@ def run_ranks(count, function, *args, patience=PATIENCE, group=True, killed=()):
             if pid == 0:
                 _be_rank(rank, count, port, Path(folder), function, args, group)
             pids[rank] = pid
-        late = _wait(pids, time.monotonic() + patience)
+        late = _wait(pids, Path(folder), time.monotonic() + patience)
         faults, results = [], []
         for rank in range(count):
             file = Path(folder) / str(rank)
@@ -67,13 +68,14 @@ def run_ranks(count, function, *args, patience=PATIENCE, group=True, killed=()):
         return results
 
 
-def _wait(pids, deadline):
+def _wait(pids, folder, deadline):
     """Ranks that did not end in time, which are killed."""
     open_ranks, late = dict(pids), []
     while open_ranks:
         for rank, pid in list(open_ranks.items()):
             if os.waitpid(pid, os.WNOHANG)[0]:
                 del open_ranks[rank]
+                (folder / f"{rank}{ENDED}").touch()
         if open_ranks and time.monotonic() > deadline:
             late = list(open_ranks)
             for pid in open_ranks.values():
@@ -81,6 +83,10 @@ def _wait(pids, deadline):
             deadline = float("inf")
         time.sleep(0.005)
     return late
+
+
+def _has_ended(folder, rank):
+    return (folder / str(rank)).exists() or (folder / f"{rank}{ENDED}").exists()
 
 
 def _be_rank(rank, count, port, folder, function, args, group):
@@ -104,6 +110,10 @@ def _be_rank(rank, count, port, folder, function, args, group):
         partial.write_bytes(found)
         partial.rename(folder / str(rank))
         if dist.is_initialized() and status == 0:
+            if rank == 0:  # it has the store that others may be using
+                others = range(1, count)
+                while not all(_has_ended(folder, other) for other in others):
+                    time.sleep(0.005)
             dist.destroy_process_group()
     finally:
         os._exit(status)

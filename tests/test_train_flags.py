@@ -105,6 +105,9 @@ def test_an_old_name_is_translated(words, name, value):
 
 def test_files_that_old_names_point_to(tmp_path, golden):
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 3}}')
+    words = [*NEEDED, "steps=1", f"deepspeed={tmp_path / 'zero.json'}"]
+    assert read_noted(words)[0].parallel.plan == "fsdp"
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 2}}')
     assert "ZeRO-1" in faults_of(*NEEDED, "steps=1", f"deepspeed={tmp_path / 'zero.json'}")[0]
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 1}}')
     words = [*NEEDED, "steps=1", f"deepspeed={tmp_path / 'zero.json'}"]
@@ -116,10 +119,18 @@ def test_files_that_old_names_point_to(tmp_path, golden):
 
 
 @pytest.mark.parametrize(
+    ("word", "offload"), [("full_shard auto_wrap", False), ("full_shard offload", True)]
+)
+def test_fsdp_of_transformers_is_a_plan(word, offload):
+    settings, _ = read_noted([*NEEDED, "steps=1", f"fsdp={word}"])
+    assert (settings.parallel.plan, settings.parallel.offload) == ("fsdp", offload)
+
+
+@pytest.mark.parametrize(
     ("word", "said"),
     [
         ("fp16=True", "precision"),
-        ("deepspeed=zero_stage3_config.json", "shard_optimizer"),
+        ("deepspeed=zero_stage2_config.json", "shard_optimizer"),
         ("strict_mode=True", "never padded"),
         ("allow_overflow=True", "data.max_tokens"),
         ("pad2square=True", "tiles"),
@@ -132,7 +143,7 @@ def test_files_that_old_names_point_to(tmp_path, golden):
         ("report_to=wandb", "TensorBoard"),
         ("save_strategy=epoch", "save_every"),
         ("eval_strategy=epoch", "eval_every"),
-        ("fsdp=full_shard", "shard_optimizer"),
+        ("fsdp=hybrid_shard", "parallel.replicas"),
         ("label_smoothing_factor=0.1", "label smoothing"),
         ("freeze_llm=3", "must be true or false, got 3"),
         ("evaluation_strategy=no data.eval=b.jsonl", "data.eval is there twice"),

@@ -76,7 +76,7 @@ class KeepingTrainer(Trainer):
         if ranks.is_first():
 
             def fill(staging: Path) -> None:
-                self.save(staging, weights)
+                self.save(staging) if weights is None else self.save(staging, weights)
                 if self.in_parts:
                     states.write(staging)
                 else:

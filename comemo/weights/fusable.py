@@ -59,7 +59,7 @@ def offloaded_to(model: nn.Module) -> torch.device | None:
     return None
 
 
-def in_step(training: bool, weight: Tensor) -> bool:
+def in_step(training: bool, module: nn.Module) -> bool:
     """Whether all ranks have to call the same modules in the same order.
 
     True in training where `torch.distributed` is initialised, and wherever weights are sharded:
@@ -67,13 +67,18 @@ def in_step(training: bool, weight: Tensor) -> bool:
 
     Args:
         training: of the model.
-        weight: one of those that all ranks use.
+        module: one that all ranks use, see `is_sharded`.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    if training and torch.is_grad_enabled():
-        return True
-    return hasattr(weight, "full_tensor")  # a DTensor
+    return (training and torch.is_grad_enabled()) or is_sharded(module)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module has weights that its submodules collect from all ranks when called."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return any(hasattr(weight, "full_tensor") for weight in module.parameters())  # a DTensor
 
 
 def refuse_folded(verb: str, model: nn.Module) -> None:
