@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 
 import pytest
 import torch
@@ -239,6 +240,17 @@ def test_further_stages_are_added_to_a_finished_run(start, tmp_path):
     last = tmp_path / "run" / STAGES[1] / "checkpoint-2"
     assert not changed(weights_of(last), weights_of(model))
     assert json.loads((model / "training.json").read_text()) == {"stage": STAGES[1], "steps": 2}
+
+
+def test_a_run_waits_until_a_killed_one_is_gone(start, tmp_path):
+    (tmp_path / "run").mkdir()
+    lock = FileLock(tmp_path / "run" / ".lock", thread_local=False)
+    lock.acquire()
+    killed = threading.Timer(0.5, lock.release)
+    killed.start()
+    model = train(settings_of(start, tmp_path / "run", steps=1), [].append)
+    killed.join()
+    assert model.is_dir()
 
 
 def test_what_is_refused(start, tmp_path, monkeypatch):
