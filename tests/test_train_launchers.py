@@ -9,7 +9,8 @@ from rank_runs import train_on
 from train_runs import changed, entries_of, make_start, settings_of, weights_of
 
 from comemo.train import ranks
-from comemo.train.launchers import await_ranks, complete_environment, first_host
+from comemo.parallel.environment import complete_environment, first_host
+from comemo.train.launchers import await_ranks
 from comemo.train.recipe import train
 
 pytest.importorskip("accelerate")

@@ -23,6 +23,7 @@ from comemo.cli.terminal import note, plain, tell
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.device import DTYPES, parse_dtype
 from comemo.memory.parts import check_storable
+from comemo.parallel.environment import complete_environment
 from comemo.processor import CoMemoProcessor
 from comemo.safety.regular import check_settings_files
 from comemo.safety.settings import TEXT, check_settings
@@ -121,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
         KeyboardInterrupt: Ctrl-C, after a line that says how to go on.
     """
     check_text("system message", args.system or "")
+    complete_environment()
     rank, directory = read_rank(), find_checkpoint(args.model)
     if args.root is not None and not Path(args.root).is_dir():
         raise ValueError(f"--root: there is no directory {args.root!r}")

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from comemo.cli.progress import hushed
 from comemo.cli.terminal import note, plain, tell
+from comemo.parallel.environment import complete_environment
 
 SUMMARY = "train a model in stages, from JSON lines to a checkpoint"
 OPTIONS = ("--check", "--print", "--debug", "--help", "-h")
@@ -64,7 +65,6 @@ def run(args: argparse.Namespace) -> int:
     """
     from comemo.train import config, ranks
     from comemo.train.accelerated import take_accelerate
-    from comemo.train.launchers import complete_environment
 
     complete_environment()
     file, words = split_file(args.words)

@@ -9,6 +9,7 @@ import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from comemo.parallel.environment import complete_environment
 from comemo.parallel.split import Split
 
 DIVIDING = ("tp_plan", "tp_size", "device_mesh", "distributed_config")  # of `from_pretrained`
@@ -137,6 +138,7 @@ def join(function: str, device: torch.device | None = None) -> torch.device:
     Raises:
         ValueError: neither a process group nor the variables of torchrun.
     """
+    complete_environment()
     accelerated = torch.cuda.is_available() if device is None else device.type != "cpu"
     local = int(os.environ.get("LOCAL_RANK", "0"))
     found = torch.device("cuda", local) if accelerated else torch.device("cpu")

@@ -12,11 +12,12 @@ from filelock import FileLock, Timeout
 from torch import distributed as dist
 
 from comemo.device import parse_device
+from comemo.parallel.environment import complete_environment
 from comemo.train import ranks
 from comemo.train.checkpoints import clean_up, discard, find_checkpoint, step_of, write_folder
 from comemo.train.config import difference, read_settings, write_settings
 from comemo.train.data.plan import Plan, plan
-from comemo.train.launchers import await_ranks, complete_environment
+from comemo.train.launchers import await_ranks
 from comemo.train.models.of_stages import save_model, trained_by
 from comemo.train.models.start import start_config
 from comemo.train.parallel.plan import check_ranks
