@@ -8,8 +8,8 @@ from rank_processes import free_port, run_ranks
 from rank_runs import train_on
 from train_runs import changed, entries_of, make_start, settings_of, weights_of
 
-from comemo.train import ranks
 from comemo.parallel.environment import complete_environment, first_host
+from comemo.train import ranks
 from comemo.train.launchers import await_ranks
 from comemo.train.recipe import train
 
