@@ -87,7 +87,7 @@ def test_root_and_store(capsys, folder):
 
 
 def test_options_reach_the_run(capsys, folder, called, monkeypatch):
-    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     options = ("--temperature", "0.5", "--top-k", "3", "--num-beams", "2", "--seed", "7")
     others = ("--batch", "3", "--rope", "original", "--max-tiles", "2", "--system", "s")
@@ -117,8 +117,8 @@ def test_ctrl_c_says_how_to_go_on(capsys, folder, monkeypatch):
     monkeypatch.setattr(batch, "answer_file", stop)
     words = ("batch", "nano", "r.jsonl", "-o", "a.jsonl", "--device", "cpu")
     assert run(capsys, *words) == (130, "", "\nstopped: the same command resumes a.jsonl\n")
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
     assert run(capsys, *words) == (130, "", "")
 
 
