@@ -250,6 +250,12 @@ def test_settings_that_exclude_each_other(words, message):
         read_settings(None, given)
 
 
+def test_settings_of_a_program_are_checked(start, tmp_path):
+    settings = settings_for(start, tmp_path / "run", {"plan": "ddp", "tensor": 2})
+    with pytest.raises(ValueError, match=r"train: parallel\.tensor need parallel\.plan fsdp"):
+        train(settings)
+
+
 def test_numbers_that_do_not_divide_heads_are_refused(start, tmp_path):
     settings = settings_for(start, tmp_path / "run", {"tensor": 4})
     with pytest.raises(RankFailed, match=r"must be one of \[1, 2\], got 4 for 2 key heads"):

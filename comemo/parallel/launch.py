@@ -128,18 +128,17 @@ def _split_of(mesh: DeviceMesh, name: str | None = None) -> Split | None:
     return Split(group, dist.get_rank(group), size) if size > 1 else None
 
 
-def join(function: str, device: torch.device | None = None) -> torch.device:
+def join(function: str) -> torch.device:
     """The device of this rank, in a process group that is made if there is none.
 
     Args:
         function: the name that the error begins with.
-        device: its type is used; None for a GPU if there is one, else the CPU.
 
     Raises:
         ValueError: neither a process group nor the variables of torchrun.
     """
     complete_environment()
-    accelerated = torch.cuda.is_available() if device is None else device.type != "cpu"
+    accelerated = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     found = torch.device("cuda", local) if accelerated else torch.device("cpu")
     if accelerated:
@@ -150,5 +149,5 @@ def join(function: str, device: torch.device | None = None) -> torch.device:
                 f"{function}: a model that ranks divide must be loaded by all of them, started as"
                 " torchrun --nproc-per-node N, got a single process"
             )
-        dist.init_process_group("cpu:gloo,cuda:nccl" if accelerated else "gloo")
+        dist.init_process_group("nccl" if accelerated else "gloo")
     return found

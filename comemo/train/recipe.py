@@ -16,6 +16,7 @@ from comemo.parallel.environment import complete_environment
 from comemo.train import ranks
 from comemo.train.checkpoints import clean_up, discard, find_checkpoint, step_of, write_folder
 from comemo.train.config import difference, read_settings, write_settings
+from comemo.train.config.conflicts import parallel_faults
 from comemo.train.data.plan import Plan, plan
 from comemo.train.launchers import await_ranks
 from comemo.train.models.of_stages import save_model, trained_by
@@ -177,11 +178,16 @@ def _join(settings: TrainSettings) -> torch.device:
     if not settings.run or not set(settings.run) <= settings.stages.keys():
         names = ", ".join(settings.stages) or "none"
         raise ValueError(f"train: run must name stages of {names}, got {list(settings.run)}")
+    if faults := parallel_faults(settings):
+        raise ValueError(f"train: {'; '.join(faults)}")
     device = parse_device(None if settings.device == "auto" else settings.device)
     complete_environment()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if not dist.is_initialized():
             await_ranks()
+            if settings.parallel.offload and device.type != "cpu":
+                # Weights on the CPU are exchanged by gloo, where accelerate starts NCCL alone.
+                dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
         device = PartialState(cpu=device.type == "cpu", timeout=TIMEOUT).device
     world = ranks.world_size()
     try:
