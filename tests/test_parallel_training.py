@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.no_virtual_gpu("ranks are forks on the CPU"),
 ]
+CPU = torch.device("cpu")
 PLANS = [
     (2, {}),
     (2, {"tensor": 2}),
@@ -36,17 +37,17 @@ def whole():
     return make_model(torch.float64, heads=4).cpu().requires_grad_(True).train()
 
 
-def divide(whole, plan, precision="float32"):
+def divide(whole, plan, precision="float32", device=CPU, offload=False):
     """The model on this rank, with the same weights frozen, and its place."""
-    sharing = share(ParallelSettings(plan="fsdp", **plan), torch.device("cpu"))
+    sharing = share(ParallelSettings(plan="fsdp", **plan), device)
     with torch.device("meta"), init.no_init_weights():
         model = CoMemoForConditionalGeneration(whole.config).to(whole.dtype)
     model.train()
     for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
         ours.requires_grad_(theirs.requires_grad)
-    shard_model(model, sharing, precision, offload=False)
+    shard_model(model, sharing, precision, offload)
     first = whole if ranks.is_first() else None
-    fill(model, first, torch.device("cpu"), sharing.tensor)
+    fill(model, first, CPU if offload else device, sharing.tensor)
     return model, sharing
 
 
@@ -177,7 +178,7 @@ def test_weights_are_computed_in_bfloat16_and_kept_in_float32():
 def test_plans_that_do_not_fit_are_refused(count, plan, message):
     def refused():
         with pytest.raises(ValueError, match=message):
-            share(ParallelSettings(plan="fsdp", **plan), torch.device("cpu"))
+            share(ParallelSettings(plan="fsdp", **plan), CPU)
         return dist.get_rank()
 
     assert run_ranks(count, refused) == list(range(count))
