@@ -24,6 +24,10 @@ NEWEST ?= transformers
 NEWEST_TESTS := $(addprefix tests/test_, \
 	$(addsuffix .py, answer_options api chat packing patch_internvl patch_mllama processor \
 	train_trainer training training_parallel))
+RANKS_TESTS := $(addprefix tests/test_, \
+	$(addsuffix .py, batch batch_ranks bench_scaling device_map parallel_inference parallel_states \
+	parallel_training sharded_errors sharded_ops train_accelerated train_elastic train_launchers \
+	train_plans train_uneven_ranks train_watch_ranks))
 WEEK := $(shell date +%G-%V)
 READY_NEWEST := $(VENV)/newest/$(subst =,,$(NEWEST))-$(WEEK)
 
@@ -32,7 +36,7 @@ NANO ?= runs/nano
 NANO_TRAIN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone \
 	--nproc-per-node 2 -m comemo train
 
-.PHONY: demo nano test test-all lint kernels newest aot bench gpu-check gpu-bench clean
+.PHONY: demo nano test test-all lint kernels newest ranks aot bench gpu-check gpu-bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/comemo demo
@@ -70,6 +74,10 @@ $(VENV)/newest/%: $(VENV)/ready
 	rm -rf $(VENV)/newest
 	$(INSTALL) --target $(VENV)/newest '$(NEWEST)'
 	touch $@
+
+# Every plan of several ranks with two to four processes, and nodes that leave and come back.
+ranks: $(VENV)/ready
+	$(PYTEST) --all $(RANKS_TESTS)
 
 # Compiles every kernel for every supported GPU architecture. Needs no GPU.
 aot: $(VENV)/ready

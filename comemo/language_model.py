@@ -152,17 +152,11 @@ class CoMemoDecoderLayer(LlamaDecoderLayer):
         **kwargs: Any,
     ) -> Tensor:
         """One layer on hidden_states [B, N, d]; `media` to `recompute` go to the mixin layer."""
+        of_mixin = media, image_memory, rotation, key_angles, use_cache, recompute
+        if self.split is None or not self.split.sharded:
+            return self._forward(hidden_states, *of_mixin, **kwargs)
         with own_weights(self.split, self):
-            return self._forward(
-                hidden_states,
-                media,
-                image_memory,
-                rotation,
-                key_angles,
-                use_cache,
-                recompute,
-                **kwargs,
-            )
+            return self._forward(hidden_states, *of_mixin, **kwargs)
 
     def _forward(
         self,

@@ -173,19 +173,16 @@ class SplitHead(nn.Linear):
 
 
 @contextmanager
-def own_weights(split: Split | None, module: nn.Module) -> Iterator[None]:
-    """Within the `with` block the weights of a divided layer are ordinary tensors.
+def own_weights(split: Split, module: nn.Module) -> Iterator[None]:
+    """Within the `with` block the sharded weights of a divided layer are ordinary tensors.
 
-    So layers are computed from their weights as on one device. Does nothing unless weights are
-    sharded. Gradients of parts belong to this rank, those of whole weights are summed.
+    So layers are computed from their weights as on one device. Gradients of parts belong to this
+    rank, those of whole weights are summed.
 
     Args:
         split: of the layer.
         module: the layer; its submodules are included.
     """
-    if split is None or not split.sharded:
-        yield
-        return
     held = []
     try:
         for part in module.modules():
