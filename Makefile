@@ -22,8 +22,8 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist worksteal
 # every week. NEWEST selects another: make newest NEWEST=transformers==5.10.4
 NEWEST ?= transformers
 NEWEST_TESTS := $(addprefix tests/test_, \
-	$(addsuffix .py, answer_options api chat packing patch_internvl patch_mllama processor \
-	train_trainer training training_parallel))
+	$(addsuffix .py, answer_options api chat packing parallel_inference patch_internvl patch_mllama \
+	processor train_plans train_trainer training training_parallel))
 RANKS_TESTS := $(addprefix tests/test_, \
 	$(addsuffix .py, batch batch_ranks bench_scaling device_map parallel_inference parallel_states \
 	parallel_training sharded_errors sharded_ops train_accelerated train_elastic train_launchers \
