@@ -16,8 +16,8 @@ pytestmark = [
     pytest.mark.no_virtual_gpu("ranks are forks on the CPU"),
 ]
 OTHERS = [
-    (4, {"tensor": 2}),
-    pytest.param(2, {"tensor": 2}, marks=SLOW),
+    (2, {"tensor": 2}),
+    pytest.param(4, {"tensor": 2}, marks=SLOW),
     pytest.param(3, {}, marks=SLOW),
     pytest.param(4, {"tensor": 2, "replicas": 2}, marks=SLOW),
 ]

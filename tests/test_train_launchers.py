@@ -135,6 +135,7 @@ def test_ranks_that_do_not_start_are_named():
         assert text.endswith("for ranks that did not start: 1")
 
 
+@pytest.mark.slow
 def test_a_first_rank_that_ends_while_others_wait_is_named():
     def call():
         if os.environ["RANK"] == "0":

@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 
 import pytest
+from conftest import SLOW
 from rank_processes import run_ranks
 from torch import distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -232,7 +233,7 @@ def test_a_rank_that_stands_still(tmp_path, monkeypatch):
     assert line.endswith(f"told by rank 0 of 2 ({HOST}), stage finetune")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=SLOW)])
 def test_the_rank_that_has_the_store_is_gone(tmp_path, number, monkeypatch):
     line = stop_or_kill(tmp_path, 0, number, monkeypatch)
     where = f"comemo train: rank 1 of 2 ({HOST}), stage finetune: the first rank or the launcher"
