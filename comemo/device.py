@@ -64,6 +64,24 @@ def parse_device(name: str | None) -> torch.device:
     return device
 
 
+def device_of_rank(local: int, name: str | None = None) -> torch.device:
+    """The device of one of several processes of a machine; a GPU becomes the current one.
+
+    Args:
+        local: index of the process among those of its machine.
+        name: see `parse_device`. A GPU without a number is that of the process, in turns.
+
+    Raises:
+        ValueError: as `parse_device`.
+    """
+    device = parse_device(name)
+    if device.type == "cuda":
+        if device.index is None:
+            device = torch.device("cuda", local % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    return device
+
+
 def parse_dtype(name: str, device: torch.device) -> torch.dtype:
     """Read a dtype's name.
 

@@ -8,6 +8,7 @@ import torch
 from batches import QUESTIONS, answer, answer_as_rank, draw, dying, mixed_rows, read, write_requests
 from rank_processes import run_ranks
 
+from comemo import device
 from comemo.batch import ranks
 from comemo.batch.parts import RunFolder
 from comemo.batch.ranks import Rank, read_rank
@@ -213,13 +214,13 @@ def test_ranks_by_the_variables_of_torchrun(monkeypatch):
 
 def test_each_rank_has_its_own_gpu_and_its_part_of_the_cores(monkeypatch):
     chosen, threads = [], []
-    monkeypatch.setattr(ranks, "parse_device", lambda name: torch.device(name or "cuda"))
+    monkeypatch.setattr(device, "parse_device", lambda name: torch.device(name or "cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    devices = [str(ranks.device_of(None, Rank(i, 3, i, 3))) for i in range(3)]
-    assert devices == ["cuda:0", "cuda:1", "cuda:0"] == [str(device) for device in chosen]
-    assert str(ranks.device_of("cuda:1", Rank())) == "cuda:1"
-    assert str(ranks.device_of("cpu", Rank(1, 2, 1, 2))) == "cpu"
+    devices = [str(device.device_of_rank(i)) for i in range(3)]
+    assert devices == ["cuda:0", "cuda:1", "cuda:0"] == [str(place) for place in chosen]
+    assert str(device.device_of_rank(0, "cuda:1")) == "cuda:1"
+    assert str(device.device_of_rank(1, "cpu")) == "cpu"
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(9)), raising=False)
     for local_count in (4, 16, 1, None):

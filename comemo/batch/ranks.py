@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import torch
 
-from comemo.device import parse_device
-
 
 @dataclass(frozen=True)
 class Rank:
@@ -55,24 +53,6 @@ def read_rank() -> Rank:
             f"read_rank: wanted RANK and WORLD_SIZE with 0 <= RANK < WORLD_SIZE, got {given}"
         ) from None
     return Rank(index, count, local, local_count)
-
-
-def device_of(name: str | None, rank: Rank) -> torch.device:
-    """The device of a rank, and make it the current one if it is a GPU.
-
-    Args:
-        name: such as "cpu" or "cuda:1"; None for the best available.
-        rank: of several on a machine each takes its own GPU, by turns if there are fewer.
-
-    Raises:
-        ValueError: see `parse_device`.
-    """
-    device = parse_device(name)
-    if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", rank.local % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-    return device
 
 
 def share_threads(rank: Rank) -> None:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from comemo import images
 from comemo.batch.options import LONGEST, NUMBERS
-from comemo.batch.ranks import Rank, device_of, read_rank, share_threads
+from comemo.batch.ranks import Rank, read_rank, share_threads
 from comemo.batch.run import Summary, answer_file
 from comemo.batch.settings import ROPES, BatchSettings, identify_checkpoint
 from comemo.cli.arguments import add_model, add_published_pixels, find_checkpoint, number
@@ -21,7 +21,7 @@ from comemo.cli.progress import hushed
 from comemo.cli.store import add_store_options, open_store, show_store_warnings
 from comemo.cli.terminal import note, plain, tell
 from comemo.conditional_generation import CoMemoForConditionalGeneration
-from comemo.device import DTYPES, parse_dtype
+from comemo.device import DTYPES, device_of_rank, parse_dtype
 from comemo.memory.parts import check_storable
 from comemo.parallel.environment import complete_environment
 from comemo.processor import CoMemoProcessor
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     else:
         share_threads(rank)
-    device = device_of(args.device, rank)
+    device = device_of_rank(rank.local, args.device)
     # `auto` of a CPU is measured: ranks could come to different results.
     measured = args.dtype == "auto" and device.type == "cpu"
     dtype = torch.float32 if measured else parse_dtype(args.dtype, device)

@@ -9,9 +9,11 @@ import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from comemo.device import device_of_rank
 from comemo.parallel.environment import complete_environment
 from comemo.parallel.split import Split
 
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}  # of a group, by the device of its ranks
 DIVIDING = ("tp_plan", "tp_size", "device_mesh", "distributed_config")  # of `from_pretrained`
 
 
@@ -138,16 +140,14 @@ def join(function: str) -> torch.device:
         ValueError: neither a process group nor the variables of torchrun.
     """
     complete_environment()
-    accelerated = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    found = torch.device("cuda", local) if accelerated else torch.device("cpu")
-    if accelerated:
-        torch.cuda.set_device(found)
+    device = device_of_rank(int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type not in BACKENDS:  # without collectives, such as Apple's GPUs
+        device = torch.device("cpu")
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             raise ValueError(
                 f"{function}: a model that ranks divide must be loaded by all of them, started as"
                 " torchrun --nproc-per-node N, got a single process"
             )
-        dist.init_process_group("nccl" if accelerated else "gloo")
-    return found
+        dist.init_process_group(BACKENDS[device.type])
+    return device

@@ -29,8 +29,6 @@ def squares_by_name(model: nn.Module) -> dict[str, Tensor]:
     if any(map(is_divided, gradients)):
         copies = [_copies(g) for g in gradients]
         squares = squares.nan_to_num(torch.inf) / torch.tensor(copies, device=squares.device)
-        if squares.device.type == "cpu" and torch.cuda.is_available():
-            squares = squares.cuda()  # offloaded gradients, on ranks that exchange on a GPU
         dist.all_reduce(squares)
     return dict(zip(found, squares.unbind(), strict=True))
 

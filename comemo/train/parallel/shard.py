@@ -31,7 +31,7 @@ def shard_model(model: Any, sharing: Sharing, precision: str, offload: bool) -> 
         precision: "float32" or "bfloat16".
         offload: whether the parts are kept on the CPU.
     """
-    assert sharing.is_sharded
+    assert sharing.rest is not None
     half = torch.bfloat16 if precision == "bfloat16" else None
     # Inputs keep their dtypes: angles of the image memory are in float32.
     mixed = MixedPrecisionPolicy(
@@ -39,7 +39,7 @@ def shard_model(model: Any, sharing: Sharing, precision: str, offload: bool) -> 
     )
     policy = OffloadPolicy()
     if offload:
-        policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+        policy = CPUOffloadPolicy(pin_memory=sharing.rest.device_type != "cpu")
     options: dict[str, Any] = {"mp_policy": mixed, "offload_policy": policy}
     for layer in model.model.language_model.layers:
         if sharing.split is not None:
