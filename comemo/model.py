@@ -29,7 +29,7 @@ from comemo.packing import (
     take_bounds,
     within_samples,
 )
-from comemo.parallel.split import Split
+from comemo.parallel.split import Split, refuse_divided
 from comemo.vision import CoMemoVision
 from comemo.weights.fusable import in_step, is_sharded, offloaded_to
 from comemo_kernels import ImageMemory
@@ -71,12 +71,28 @@ class CoMemoPreTrainedModel(ChoosesAttention, PublishedCheckpoint, PreTrainedMod
                     return
         super().enable_input_require_grads()
 
+    def add_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; refused where ranks divide the model, see `refuse_divided`."""
+        refuse_divided("add_adapter", self)
+        return super().add_adapter(*args, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; refused where ranks divide the model, see `refuse_divided`."""
+        refuse_divided("load_adapter", self)
+        return super().load_adapter(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; refused where ranks divide the model, see `refuse_divided`."""
+        refuse_divided("resize_token_embeddings", self)
+        return super().resize_token_embeddings(*args, **kwargs)
+
 
 class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
     """Vision tower, projector and language model."""
 
     _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
     split: Split | None = None  # the ranks that divide its layers
+    stages: Split | None = None  # the ranks that have some of the layers each
 
     def __init__(self, config: CoMemoConfig) -> None:
         config.check()
@@ -139,6 +155,8 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
     ) -> CoMemoModelOutput:
         """The last hidden states [B, N, d]; arguments as in `CoMemoForConditionalGeneration`."""
         _check_keywords(kwargs)
+        if self.split is not None or self.stages is not None:
+            self._check_divided(kwargs)
         cache = one_cache("CoMemo", cache, past_key_values)
         if input_ids is None and inputs_embeds is None:
             raise ValueError("CoMemo: give either input_ids or inputs_embeds")
@@ -204,6 +222,15 @@ class CoMemoModel(CoMemoVision, CoMemoImages, CoMemoPreTrainedModel):
             media = media.unflatten(0, (len(pixel_values), -1))
             output.image_outputs = BaseModelOutputWithPooling(pooler_output=media)
         return output
+
+    def _check_divided(self, kwargs: dict[str, Any]) -> None:
+        """Refuse outputs of which this rank has only a part."""
+        partial = {"output_attentions": True, "output_hidden_states": self.stages is not None}
+        for name, is_partial in partial.items():
+            wanted = kwargs.get(name)
+            wanted = getattr(self.config, name, False) if wanted is None else wanted
+            if is_partial and wanted:
+                refuse_divided(name, self)
 
     def _find_samples(
         self, input_ids: Tensor | None, image_mask: Tensor | None, position_ids: Tensor

@@ -214,6 +214,33 @@ def test_models_that_do_not_fit(native, tmp_path):
     assert run_ranks(2, unexpected, tmp_path) == [True, True]
 
 
+PARTIAL = {
+    "add_adapter": lambda model: model.add_adapter(None),
+    "load_adapter": lambda model: model.load_adapter("nowhere"),
+    "resize_token_embeddings": lambda model: model.resize_token_embeddings(400),
+    "output_attentions": lambda model: model(torch.ones(1, 3).long(), output_attentions=True),
+}
+
+
+@pytest.mark.parametrize("options", [{"tp_plan": "auto"}, {"distributed_config": {"pp_size": 2}}])
+def test_what_needs_the_whole_model_is_refused(native, options):
+    """Not answered with the part of a rank."""
+
+    def on_rank():
+        model = load(native, options)
+        for verb, call in PARTIAL.items():
+            with pytest.raises(ValueError, match=f"{verb}: wanted a whole model"):
+                call(model)
+        ids = torch.ones(1, 3).long()
+        if "tp_plan" in options:
+            return len(model(ids, output_hidden_states=True).hidden_states)
+        with pytest.raises(ValueError, match="output_hidden_states: wanted a whole model"):
+            model(ids, output_hidden_states=True)
+        return 5
+
+    assert run_ranks(2, on_rank) == [5, 5]
+
+
 def test_a_single_process_is_told_how_to_start(native, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(ValueError, match="torchrun --nproc-per-node N, got a single process"):

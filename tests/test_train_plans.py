@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 from train_runs import make_start, settings_of
 
 from comemo import CoMemoForConditionalGeneration
+from comemo.train import ranks
 from comemo.train.config import read_settings
 from comemo.train.monitor import LossFault
+from comemo.train.parallel import state as states
 from comemo.train.parallel.state import is_in_parts
 from comemo.train.recipe import train
 
@@ -204,32 +206,38 @@ def test_a_loss_that_is_not_finite_is_told_with_its_place(start, tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_of_one_rank_does_not_end_a_run(start, tmp_path, monkeypatch):
-    """The checkpoint is skipped on all ranks, and told."""
-    import torch.distributed.checkpoint as dcp
+    """The checkpoint of the first step is skipped on all ranks, and told."""
+    own, calls = states.write_parts, []
 
-    own, calls = dcp.save, []
-
-    def save(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 1:  # step 1, on each rank
-            from torch import distributed as dist
-
-            if dist.get_rank() == 1:
-                monkeypatch.setattr("torch.serialization._save", _fail)
-                monkeypatch.setattr("torch.save", _fail)
-        try:
-            return own(*args, **kwargs)
-        finally:
-            monkeypatch.undo()
-
-    def _fail(*args, **kwargs):
+    def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dcp, "save", save)
+    def write(*args):
+        calls.append(1)
+        with monkeypatch.context() as patched:
+            if len(calls) == 1 and ranks.rank() == 1:
+                patched.setattr(torch, "save", full)
+            own(*args)
+
+    monkeypatch.setattr(states, "write_parts", write)
     output = tmp_path / "run"
     told = train_on(2, settings_for(start, output, {"checkpoints": "sharded"}))
-    assert any("training goes on" in line for line in told[0])
+    said = [line for line in told[0] if "training goes on" in line]
+    assert len(said) == 1
+    assert "No space left on device" in said[0]
+    kept = sorted(path.name for path in (output / "finetune").glob("checkpoint-*"))
+    assert kept == ["checkpoint-2", "checkpoint-3"]
     assert (output / "model" / "model.safetensors").is_file()
+
+
+def test_one_process_says_that_it_divides_nothing(start, tmp_path):
+    told = []
+    settings = settings_for(start, tmp_path / "run", {}, steps=1)
+    train(settings, told.append)
+    assert "one process: parallel.plan fsdp divides nothing" in told
+    settings.parallel.offload = True
+    with pytest.raises(ValueError, match=r"parallel\.offload must be false for one process"):
+        train(settings, told.append)
 
 
 @pytest.mark.parametrize(

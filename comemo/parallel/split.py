@@ -141,6 +141,24 @@ def _gathered(part: Tensor, split: Split, most: int, total: int) -> Tensor:
     return whole[:total]
 
 
+def refuse_divided(verb: str, model: Any) -> None:
+    """Raise if a model has only parts of its layers here, by `split` or `stages`.
+
+    Args:
+        verb: what cannot be done with parts.
+        model: a model, or its base model.
+
+    Raises:
+        ValueError: it is divided.
+    """
+    base = getattr(model, "model", model)
+    if base.split is not None or base.stages is not None:
+        raise ValueError(
+            f"{verb}: wanted a whole model, got one that ranks divide (tp_plan, tp_size, pp_size or"
+            " parallel.tensor)"
+        )
+
+
 def agree(split: Split | None, known: list[bool]) -> list[bool]:
     """Which of some things all ranks know, of those that this one knows."""
     if split is None:

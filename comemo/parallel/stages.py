@@ -104,6 +104,7 @@ def divide_stages(function: str, model: Any, split: Split) -> None:
         source = place if i + 1 < count and places[i + 1] == own else None
         target = place if i and places[i - 1] == own else None
         text.layers[i] = Elsewhere(i, split, source, target)
+    model.model.stages = split
     last = own == split.size - 1
     if not last:
         text.norm = nn.Identity()

@@ -39,6 +39,8 @@ def train_stage(stage: Stage, device: torch.device, say: Callable[[str], None], 
     """
     own, data = stage.settings, stage.run.data
     sharing, precision = share(stage.run.parallel, device), stage.precision(device)
+    if stage.run.parallel.plan == "fsdp" and not sharing.is_sharded:
+        say("one process: parallel.plan fsdp divides nothing")
     if sharing.is_sharded:
         model, processor = divided_model(stage, sharing, precision, device)
     else:

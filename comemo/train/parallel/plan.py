@@ -95,6 +95,10 @@ def check_ranks(settings: ParallelSettings, world: int) -> None:
             f"train: parallel.tensor {settings.tensor} times parallel.replicas {settings.replicas}"
             f" must divide the number of ranks, got {world}"
         )
+    if settings.offload and world == 1:
+        raise ValueError(
+            "train: parallel.offload must be false for one process, which keeps its weights whole"
+        )
 
 
 def check_model(sharing: Sharing, config: Any) -> None:
