@@ -7,6 +7,8 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
 from comemo.train.accelerated import take_accelerate
+from comemo.train.recipe import train
+from comemo.train.settings import StageSettings, TrainSettings
 
 
 def environment_of(*options):
@@ -60,6 +62,12 @@ def test_options_become_settings(options, words, monkeypatch):
     assert take_accelerate(environment, notes.append) == words
     assert not [name for name in environment if name.startswith("ACCELERATE_USE")]
     assert bool(notes) == bool(words)
+
+
+def test_a_program_sets_its_own_plan(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="ACCELERATE_USE_FSDP must be unset"):
+        train(TrainSettings(output="o", run=("finetune",), stages={"finetune": StageSettings()}))
 
 
 @pytest.mark.parametrize(("stage", "words"), [("1", ["shard_optimizer=true"]), ("0", [])])

@@ -53,6 +53,20 @@ def take_accelerate(environment: Environment, note: Callable[[str], None]) -> li
     return found
 
 
+def refuse_accelerate(environment: Environment) -> None:
+    """Refuse what accelerate would still do by itself, in a program that did not take it before.
+
+    Raises:
+        ValueError: FSDP, DeepSpeed or a parallelism config of accelerate.
+    """
+    found = [name for name in USES if _is_on(environment, name)]
+    if found:
+        raise ValueError(
+            f"train: {', '.join(found)} must be unset, because ranks share the model by"
+            " settings.parallel: set that instead; `comemo train` does so by itself"
+        )
+
+
 def _is_on(environment: Environment, name: str) -> bool:
     return environment.get(name, "false").lower() in ("true", "1", "yes")
 

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from comemo.device import parse_device
 from comemo.parallel.environment import complete_environment
 from comemo.train import ranks
+from comemo.train.accelerated import refuse_accelerate
 from comemo.train.checkpoints import clean_up, discard, find_checkpoint, step_of, write_folder
 from comemo.train.config import difference, read_settings, write_settings
 from comemo.train.config.conflicts import parallel_faults
@@ -180,6 +181,7 @@ def _join(settings: TrainSettings) -> torch.device:
         raise ValueError(f"train: run must name stages of {names}, got {list(settings.run)}")
     if faults := parallel_faults(settings):
         raise ValueError(f"train: {'; '.join(faults)}")
+    refuse_accelerate(os.environ)
     device = parse_device(None if settings.device == "auto" else settings.device)
     complete_environment()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
