@@ -22,12 +22,21 @@ pytestmark = [
     pytest.mark.no_virtual_gpu("ranks are forks on the CPU"),
 ]
 CPU = torch.device("cpu")
-PLANS = [
-    (2, {}),
-    (2, {"tensor": 2}),
-    (4, {"tensor": 2}),
-    pytest.param(4, {"replicas": 2}, marks=SLOW),
-    pytest.param(3, {}, marks=SLOW),
+PLANS = [  # ranks, settings, whether layers are computed again
+    (2, {}, False),
+    (2, {"tensor": 2}, True),
+    (4, {"tensor": 2}, False),
+    *(
+        pytest.param(count, plan, again, marks=SLOW)
+        for count, plan, again in (
+            (2, {}, True),
+            (2, {"tensor": 2}, False),
+            (4, {"tensor": 2}, True),
+            (4, {"replicas": 2}, False),
+            (4, {"replicas": 2}, True),
+            (3, {}, False),
+        )
+    ),
 ]
 
 
@@ -66,8 +75,7 @@ def backward(model, inputs, readers=1):
     return loss.item()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("count", "plan"), PLANS)
+@pytest.mark.parametrize(("count", "plan", "checkpointing"), PLANS)
 def test_gradients_of_every_plan_are_those_of_one_process(whole, count, plan, checkpointing):
     """Also where some ranks have no pictures, and where layers are computed again."""
     compare(whole, count, plan, checkpointing)
