@@ -36,6 +36,7 @@ from comemo_kernels.reference import (
     image_rows,
     image_tokens,
     rotary_table,
+    span_weights,
 )
 from comemo_kernels.spans import spans_from_cu_seqlens, spans_from_images
 
@@ -80,6 +81,7 @@ __all__ = [
     "rope_dhr_positions",
     "rotary_table",
     "runs_ahead",
+    "span_weights",
     "spans_from_cu_seqlens",
     "spans_from_images",
     "split_images",

@@ -97,6 +97,12 @@ def attended_in_float8(device: str) -> dict[str, Any]:
     return right | {"k": k, "v": k, "scales": MemoryScales(scale, scale, 4), "workspace": None}
 
 
+def weighed(device: str) -> dict[str, Any]:
+    right = attended(device)
+    names = {name: right[name] for name in ("q", "k", "spans", "rotation", "scales")}
+    return names | {"lse": floats(1, 2, 2, device=device) + 3}
+
+
 def attended_by_a_gate(device: str) -> dict[str, Any]:
     right = {n: x for n, x in attended(device).items() if n not in ("return_lse", "workspace")}
     leaf = floats(1, 2, 4, device=device).requires_grad_()
@@ -194,6 +200,7 @@ CALLS: dict[str, Callable[[str], Call]] = {
     "attend_spans": lambda d: (ops.attend_spans, attended(d)),
     "attend_gated": lambda d: (ops.attend_gated, attended_by_a_gate(d)),
     "attend_spans in float8": lambda d: (ops.attend_spans, attended_in_float8(d)),
+    "span_weights": lambda d: (ops.span_weights, weighed(d)),
     "attention_workspace": lambda d: (
         ops.attention_workspace,
         {"q": attended(d)["q"], "k": attended(d)["k"], "splits": 2},

@@ -11,6 +11,7 @@ side, C channels of the vision tower, d width of the language model.
 
 from comemo_kernels.grids import image_tokens
 from comemo_kernels.reference.attention import attend_spans, attention_workspace
+from comemo_kernels.reference.attention_weights import span_weights
 from comemo_kernels.reference.fused_linear import (
     gated_residual,
     gated_swiglu,
@@ -46,4 +47,5 @@ __all__ = [
     "project_tiles",
     "rope_dhr_positions",
     "rotary_table",
+    "span_weights",
 ]
