@@ -1,6 +1,7 @@
 """Choose the device and the dtype to run in. The model itself never does."""
 
 import functools
+import os
 import time
 
 import torch
@@ -62,6 +63,24 @@ def parse_device(name: str | None) -> torch.device:
     if device.type == "meta":
         raise ValueError("parse_device: 'meta' computes nothing")
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate on a device, about.
+
+    Args:
+        device: a GPU or the CPU. On a CPU, and on an MPS, which shares its memory: what the system
+            calls available, or half of all where it does not say.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    try:
+        with open("/proc/meminfo") as file:
+            facts = dict(line.split(":", 1) for line in file)
+        return int(facts["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def device_of_rank(local: int, name: str | None = None) -> torch.device:

@@ -21,15 +21,18 @@ def memory_buffers(
     head_dim: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    zeros: bool = False,
 ) -> Tensor:
     """Buffers for keys and values, in the layout that `attend_spans` reads fastest on a device.
 
     Args:
         layers, capacity, heads, head_dim: L, C, G and D.
         dtype, device: of the buffers.
+        zeros: whether they hold zeros. Then a CPU provides memory for them only when they are
+            written.
 
     Returns:
-        [2, L, C, G, D], keys and values, uninitialised. On a GPU the heads of a token are
+        [2, L, C, G, D], keys and values, uninitialised without `zeros`. On a GPU the heads of a token are
         contiguous, so that building writes contiguous memory. On a CPU the tokens of a head are:
         bfloat16 attention takes a third of the time.
 
@@ -43,10 +46,11 @@ def memory_buffers(
         layers * capacity * heads * head_dim < 2**58,  # math.prod cannot be traced
         f"memory_buffers: keys and values must fit 64-bit addresses, got {counts}",
     )
+    make = torch.zeros if zeros else torch.empty
     if torch.device(device).type == "cpu" and not INTERPRET:
         shape = (2, layers, heads, capacity, head_dim)
-        return torch.empty(shape, dtype=dtype, device=device).transpose(2, 3)
-    return torch.empty(2, layers, capacity, heads, head_dim, dtype=dtype, device=device)
+        return make(shape, dtype=dtype, device=device).transpose(2, 3)
+    return make(2, layers, capacity, heads, head_dim, dtype=dtype, device=device)
 
 
 @public

@@ -1,6 +1,6 @@
 """A conversation as data: turns and images, and the prompt that they make."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,21 +114,10 @@ class Conversation:
             counts,
             [image.grid for image in self.images] if self.rope == "dhr" else None,
         )
-        ids, positions, image_mask = (
-            t[0] for t in (prompt.input_ids, prompt.position_ids, prompt.image_mask)
-        )
-        tokens = ids.clone()
-        numbers = torch.tensor([-1 - image.number for image in self.images]).long()
-        tokens[image_mask] = numbers.repeat_interleave(torch.tensor(counts, dtype=torch.long))
+        numbers = [image.number for image in self.images]
         stop = tokenizer.convert_tokens_to_ids(prompts.stop_text(model.config.template))
-        visible = self._visible(ids == stop)
-        scaling = scaled_lengths(model, positions.max()[None], torch.tensor([len(ids)]))
-        first = [int((tokens == number).nonzero()[0]) for number in numbers]
-        images = tuple(
-            (image.number, int(positions[index]))
-            for image, index in zip(self.images, first, strict=True)
-        )
-        return Transcript.of(tokens, positions, positions, visible, scaling, images), prompt
+        visible = self._visible(prompt.input_ids[0] == stop)
+        return transcribe_prompt(prompt, numbers, counts, visible, model), prompt
 
     def _visible(self, separators: Tensor) -> Tensor:
         """[N] or a number: how many images each token reads."""
@@ -136,14 +125,53 @@ class Conversation:
             return torch.tensor(NO_IMAGES)
         if self.visibility == "all":
             return torch.tensor(len(self.images))
-        # Every message that is not empty ends with one separator, the system message always.
-        closed = separators.long().cumsum(0) - separators.long()  # messages before each token
         before = [1]  # messages before each question
         for turn in self.turns:
             before.append(before[-1] + sum(bool(text) for text in turn))
         # As published, the system message reads images of the first question too.
-        first = [before[image.turn] if image.turn else 0 for image in self.images]
-        return torch.searchsorted(torch.tensor(first), closed, right=True)
+        return visible_images(separators, [before[im.turn] if im.turn else 0 for im in self.images])
+
+
+def visible_images(separators: Tensor, first: Sequence[int]) -> Tensor:
+    """[N], how many images each token reads if an image is read from its message on.
+
+    Every message that is not empty ends with one separator, the system message always.
+
+    Args:
+        separators: bool [N], True at the tokens that end messages.
+        first: for each image in reading order, how many messages end before that.
+    """
+    closed = separators.long().cumsum(0) - separators.long()  # messages before each token
+    return torch.searchsorted(torch.tensor(first), closed, right=True)
+
+
+def transcribe_prompt(
+    prompt: Prompt,
+    numbers: Sequence[int],
+    counts: Sequence[int],
+    visible: Tensor,
+    model: GeneratingModel,
+) -> Transcript:
+    """The transcript of a prompt.
+
+    Args:
+        prompt: on the CPU.
+        numbers: of its images, at least 0.
+        counts: tokens of each image.
+        visible: [N] or one number, how many images each token reads.
+        model: whose config determines scaling.
+    """
+    ids, positions, image_mask = (
+        t[0] for t in (prompt.input_ids, prompt.position_ids, prompt.image_mask)
+    )
+    tokens = ids.clone()
+    named = torch.tensor([-1 - number for number in numbers]).long()
+    tokens[image_mask] = named.repeat_interleave(torch.tensor(counts, dtype=torch.long))
+    scaling = scaled_lengths(model, positions.max()[None], torch.tensor([len(ids)]))
+    begins = torch.tensor([0, *counts]).long().cumsum(0)[:-1]
+    first = positions[image_mask][begins].tolist() if len(counts) else []
+    images = tuple((number, int(position)) for number, position in zip(numbers, first, strict=True))
+    return Transcript.of(tokens, positions, positions, visible, scaling, images)
 
 
 def transcribe(tokens: Tensor, prompt: Transcript, model: GeneratingModel) -> Transcript:

@@ -51,7 +51,7 @@ class PieceStreamer(BaseStreamer):
             self._prompt_seen = True
             return
         self.ids += value.flatten().tolist()
-        self.extend_to(_final_part(answer_text(self.tokenizer, self.ids, self.stop)))
+        self.extend_to(settled_part(answer_text(self.tokenizer, self.ids, self.stop)))
 
     def end(self) -> None:
         """The answer is complete: pass on the rest."""
@@ -64,7 +64,7 @@ class PieceStreamer(BaseStreamer):
             self.passed_on = text
 
 
-def _final_part(text: str) -> str:
+def settled_part(text: str) -> str:
     """The part of an unfinished answer that no further token can change.
 
     A character of several bytes is incomplete before its last one. Decoding also joins some words

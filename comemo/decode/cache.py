@@ -4,6 +4,7 @@ transformers' dynamic cache copies everything it holds for each new token. This 
 place.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -46,6 +47,12 @@ class RoomyLayer(DynamicLayer):
         self.values = values  # before the keys, which define the number of tokens
         self.keys = keys
         return keys, values
+
+    def adopt(self, keys: Tensor, values: Tensor, length: int) -> None:
+        """Use buffers [B, G, C, D] that hold `length` tokens."""
+        self.lazy_initialization(keys, values)
+        self.capacity, self.buffers = keys.shape[2], (keys, values)
+        self.values, self.keys = values[:, :, :length], keys[:, :, :length]
 
     def _buffers_for(
         self, keys: Tensor, values: Tensor, start: int, end: int
@@ -109,6 +116,20 @@ class RoomyCache(DynamicCache):
         """
         for layer in self.layers:
             layer.crop_to(length)
+
+    @classmethod
+    def over(cls, buffers: Sequence[tuple[Tensor, Tensor]], length: int) -> "RoomyCache":
+        """A cache in buffers of somebody else, which is filled there.
+
+        Args:
+            buffers: keys and values [B, G, C, D] of each layer. Beyond C tokens the cache
+                allocates its own.
+            length: tokens that they hold.
+        """
+        cache = cls(len(buffers))
+        for layer, (keys, values) in zip(cache.layers, buffers, strict=True):
+            layer.adopt(keys, values, length)
+        return cache
 
     @classmethod
     def copy_of(cls, cache: Any, length: int) -> "RoomyCache":

@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -136,6 +137,48 @@ class MemoryStore:
             joined = join_images(self._memories(model, pixels, ids))
             memory.media, memory.keys, memory.values = joined.media, joined.keys, joined.values
         return memory
+
+    def find(self, model: StorableModel, pixel_values: Tensor, ids: Tensor) -> ImageMemory | None:
+        """The memory of one image if it is known: for callers that compute unknown ones in parts.
+
+        Args:
+            model: a `CoMemoModel`.
+            pixel_values: [t, 3, side, side], its tiles.
+            ids: integers [m] on the CPU, position ids of its tokens minus that of the first.
+
+        Returns:
+            The memory, read by nobody yet, or None. Its tensors are those of the store: do not
+            write to them.
+
+        Raises:
+            ValueError: see `image_memory`.
+        """
+        check_storable("MemoryStore.find", model)
+        key, facts = self._describe(model, pixel_values, ids)
+        return self._fetch(key, facts, model, ids.int())
+
+    def add(
+        self, model: StorableModel, pixel_values: Tensor, ids: Tensor, memory: ImageMemory
+    ) -> None:
+        """Keep the memory of one image that `find` did not know.
+
+        Args:
+            model, pixel_values, ids: see `find`.
+            memory: of this image alone, with media and with keys and values of all mixin layers.
+
+        Raises:
+            ValueError: see `image_memory`.
+        """
+        check_storable("MemoryStore.add", model)
+        key, facts = self._describe(model, pixel_values, ids)
+        self._keep(key, replace(memory, table=None, spans=None), facts)
+
+    def _describe(
+        self, model: StorableModel, pixel_values: Tensor, ids: Tensor
+    ) -> tuple[str, dict[str, str]]:
+        """The key of an image, and what its file says about the model."""
+        facts = {"model": self._identify(model), "dtype": str(model.dtype).removeprefix("torch.")}
+        return identify_image(facts["model"], pixel_values.to(model.dtype), ids.int()), facts
 
     def _memories(
         self, model: StorableModel, pixels: Sequence[Tensor], ids: Sequence[Tensor]
