@@ -36,20 +36,22 @@ def defined(inputs, rest, k):
     spans, starts = spans.expand(B, N, 2).tolist(), rest["starts"]
     starts = [0] if starts is None else starts.tolist()
     image = (torch.tensor(starts or [0])[None] <= torch.arange(M)[:, None]).sum(1) - 1
-    keys = torch.complex(*k.double().cpu().chunk(2, -1))
+    keys = torch.complex(*k.double().cpu().chunk(2, -1)).repeat_interleave(H // G, 1).conj()
+    table = None
+    if inputs["cos"] is not None:
+        table = torch.atan2(inputs["sin"].double(), inputs["cos"].double()).cpu()
     found = torch.zeros(B, N, M, dtype=torch.float64)
     for b in range(B):
         for n in range(N):
             start, end = spans[b][n]
             angles = torch.zeros(M, 1, D // 2, dtype=torch.float64)
-            if inputs["cos"] is not None:
+            if table is not None:
                 distance = rest["positions"][b, n].cpu().expand(M)
                 if rest["biases"] is not None and starts:
                     distance = distance - rest["biases"][b].cpu()[image]
-                angles = torch.atan2(inputs["sin"].double(), inputs["cos"].double()).cpu()
-                angles = (angles[distance.abs()] * distance.sign()[:, None])[:, None]
+                angles = (table[distance.abs()] * distance.sign()[:, None])[:, None]
             turned = torch.complex(*q[b, n].cpu().chunk(2, -1)) * torch.exp(1j * angles)
-            scores = (turned * keys.repeat_interleave(H // G, 1).conj()).real.sum(-1)
+            scores = (turned * keys).real.sum(-1)
             found[b, n, start:end] = (scores[start:end] / math.sqrt(D)).softmax(0).mean(1)
     return found
 

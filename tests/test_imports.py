@@ -18,6 +18,7 @@ ROWS = [
     ("decode", "store"),
     ("generation", "generation_inputs"),
     ("chat",),
+    ("look",),
     ("conditional_generation",),
     ("auto",),
     ("batch",),

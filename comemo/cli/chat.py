@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import math
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -13,9 +12,9 @@ import torch
 from torch import Tensor
 
 from comemo import images, prompts
-from comemo.chat.published import check_tokenizer
 from comemo.chat.session import ChatSession
 from comemo.cli.arguments import add_model, add_published_pixels, find_checkpoint, number
+from comemo.cli.checkpoints import load_tokenizer
 from comemo.cli.info import read_config
 from comemo.cli.progress import AnswerStreamer, reading_bar
 from comemo.cli.store import add_store_options, open_store, show_store_warnings
@@ -23,9 +22,7 @@ from comemo.cli.terminal import is_watched, note, plain, report, tell
 from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CHOICES, CoMemoConfig
 from comemo.device import DTYPES, parse_device, parse_dtype
-from comemo.processing.tokenizer_files import CheckpointTokenizer
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
-from comemo.safety.regular import check_settings_files
 from comemo.safety.settings import TEXT, check_settings, shorten
 
 SUMMARY = "ask a checkpoint about images, or without any"
@@ -119,18 +116,7 @@ class Talk:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, config = args, read_config(args.model)
         self.stop = prompts.stop_text(config.template)
-        check_settings_files(args.model)
-        # For a missing file transformers' message is about other kinds of tokenizers.
-        for *names, name in (("tokenizer_config.json",), ("tokenizer.json", "tokenizer.model")):
-            if not any(os.path.lexists(os.path.join(args.model, n)) for n in (*names, name)):
-                raise ValueError(f"{args.model!r} has no {name}")
-        tokenizer = CheckpointTokenizer.from_pretrained(args.model)
-        check_tokenizer(tokenizer, self.stop)  # before minutes of loading weights
-        if len(tokenizer) > config.text_config.vocab_size:
-            raise ValueError(
-                f"{args.model!r}: the tokenizer must have at most the model's"
-                f" {config.text_config.vocab_size:,} tokens, got {len(tokenizer):,}"
-            )
+        tokenizer = load_tokenizer(args.model, config)  # before minutes of loading weights
         store = open_store(args)
         self.shown = [self._load(path, config) for path in args.image]  # with the next question
         if args.threads is not None:

@@ -16,7 +16,9 @@ from comemo.cli import (
     draw,
     evaluate,
     info,
+    look,
     map,
+    serve,
     starting,
     store,
     terminal,
@@ -28,12 +30,14 @@ from comemo.cli.progress import hushed, unhushed
 COMMANDS: dict[str, ModuleType] = {
     "chat": chat,
     "batch": batch,
+    "serve": serve,
     "info": info,
     "store": store,
     "demo": demo,
     "draw": draw,
     "eval": evaluate,
     "map": map,
+    "look": look,
     "train": train,
 }
 

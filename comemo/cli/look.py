@@ -1,0 +1,136 @@
+"""`comemo look`: where the memory path looks for each word of an answer, over the picture."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from comemo import images, prompts
+from comemo.cli.arguments import add_model, add_published_pixels, find_checkpoint, number
+from comemo.cli.chat import check_text
+from comemo.cli.checkpoints import load_tokenizer
+from comemo.cli.draw import save_picture
+from comemo.cli.info import read_config
+from comemo.cli.progress import AnswerStreamer, reading_bar
+from comemo.cli.terminal import plain, tell
+from comemo.conditional_generation import CoMemoForConditionalGeneration
+from comemo.config import CHOICES, CoMemoConfig
+from comemo.device import DTYPES, parse_device, parse_dtype
+from comemo.look.asking import ask_and_look
+from comemo.look.sheet import draw_look
+from comemo.safety.regular import check_regular
+from comemo.safety.settings import TEXT, check_settings
+
+SUMMARY = "answer a question, and draw where the memory path looks for each word"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments of the command."""
+    add_model(parser)
+    parser.add_argument("image", metavar="IMAGE")
+    parser.add_argument("question")
+    parser.add_argument("-o", "--output", required=True, metavar="PNG")
+    tiles, many = number(int, 1, images.MAX_TILES), number(int, 1, 10**6)
+    parser.add_argument("--max-tiles", type=tiles, metavar="N", help="as trained: 12")
+    parser.add_argument(
+        "--rope", choices=CHOICES["rope"], default="dhr", help="original: better for text in images"
+    )
+    parser.add_argument("--max-new-tokens", type=many, default=512, metavar="N", help="%(default)s")
+    parser.add_argument(
+        "--layers",
+        type=number(int, 0),
+        nargs="+",
+        metavar="I",
+        help="decoder layers whose mixin layers are shown; default: all that have one",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best available")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    add_published_pixels(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the answer, write the sheet, print its path; returns the exit status.
+
+    Raises:
+        ValueError, OSError: a checkpoint, image, question, path or option that is wrong.
+    """
+    if not args.question.strip():
+        raise ValueError("the question is empty")
+    check_text("question", args.question)
+    check_output(args.output, args.image)
+    name = find_checkpoint(args.model)
+    config = read_config(name)
+    if args.layers is not None and not {*args.layers} <= {*config.mixin_layers}:
+        raise ValueError(f"--layers must be of {[*config.mixin_layers]}, got {args.layers}")
+    picture = images.open_image(args.image, published=args.published_pixels)
+    pixel_values, grid = _tiles_of(picture, args, config)
+    try:
+        model, tokenizer = _load(name, config, args)
+    except (AttributeError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
+        # raised by transformers for files with contents that it does not expect
+        raise ValueError(f"{name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    with reading_bar(model, len(pixel_values)) as bar:
+        stop = prompts.stop_text(config.template)
+        look = ask_and_look(
+            model,
+            tokenizer,
+            args.question,
+            pixel_values,
+            grid,
+            rope=args.rope,
+            layers=args.layers,
+            streamer=AnswerStreamer(tokenizer, stop, before=bar.close),
+            max_new_tokens=args.max_new_tokens,
+            do_sample=False,
+        )
+    save_picture(draw_look(picture, look), args.output, force=True)
+    tell(plain(args.output))
+    return 0
+
+
+def check_output(path: str, image: str) -> None:
+    """Refuse a path that cannot be written, before anything is computed.
+
+    Args:
+        path: of the sheet, ending in .png.
+        image: of the picture, which must be another file.
+
+    Raises:
+        ValueError: another ending, a directory, a pipe or a device, a file in a directory that
+            does not exist, or the picture itself.
+    """
+    wanted = Path(path)
+    if wanted.suffix.lower() != ".png" or wanted.is_dir():
+        raise ValueError(f"check_output: wanted a file ending in .png, got {path!r}")
+    if not wanted.parent.is_dir():
+        raise ValueError(f"check_output: wanted an existing directory, got {path!r}")
+    if wanted.exists():
+        check_regular("check_output", wanted)
+        if os.path.exists(image) and os.path.samefile(image, wanted):
+            raise ValueError(f"check_output: the sheet would overwrite its picture {path!r}")
+
+
+def _tiles_of(
+    picture: Image.Image, args: argparse.Namespace, config: CoMemoConfig
+) -> tuple[Tensor, images.Grid]:
+    most = args.max_tiles or config.max_dynamic_patch
+    return images.load_image(
+        picture,
+        config.vision_config.image_size[0],
+        most,
+        min_num=min(config.min_dynamic_patch, most),
+        use_thumbnail=config.use_thumbnail,
+        published=args.published_pixels,
+    )
+
+
+def _load(name: str, config: CoMemoConfig, args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and its tokenizer."""
+    tokenizer = load_tokenizer(name, config)
+    dtype = parse_dtype(args.dtype, device := parse_device(args.device))
+    model: Any = CoMemoForConditionalGeneration.from_pretrained(name, dtype=dtype)
+    check_settings("generation_config", TEXT, vars(model.generation_config))
+    return model.to(device), tokenizer
