@@ -49,6 +49,10 @@ _SIDEWAYS = (5, 6, 7, 8)
 _ORIENTATION_KEYS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 
 
+class ImageTooLargeError(ValueError):
+    """An image with more pixels than `PIL.Image.MAX_IMAGE_PIXELS`."""
+
+
 def open_image(source: Source, *, published: bool = False, convert_rgb: bool = True) -> Image.Image:
     """Read an image as upright 8-bit RGB.
 
@@ -90,13 +94,13 @@ def open_image(source: Source, *, published: bool = False, convert_rgb: bool = T
             return _decode(image, name, published, convert_rgb)
 
 
-def read_size(source: str | os.PathLike[str], *, published: bool = False) -> tuple[int, int]:
+def read_size(source: str | os.PathLike[str] | bytes, *, published: bool = False) -> tuple[int, int]:
     """Read the size that `open_image` gives an image, without decoding it.
 
     A PNG without EXIF data before its pixels is decoded, because they may follow.
 
     Args:
-        source: path of a file.
+        source: path or bytes of a file.
         published: whether the EXIF orientation is ignored.
 
     Returns:
@@ -161,7 +165,7 @@ def _one_error(name: str) -> Iterator[None]:
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(f"open_image: {name} is too large: {error}") from error
+        raise ImageTooLargeError(f"open_image: {name} is too large: {error}") from error
     except UnidentifiedImageError as error:
         reason = "is not an image that Pillow can read, or its header is damaged"
         raise ValueError(f"open_image: {name} {reason}") from error
@@ -222,9 +226,9 @@ def _check_header(image: Image.Image, name: str) -> None:
     if isinstance(image, ImageFile.ImageFile):
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
-            wanted = f"at most PIL.Image.MAX_IMAGE_PIXELS = {limit} (raise it for a trusted file)"
+            wanted = f"wanted at most PIL.Image.MAX_IMAGE_PIXELS = {limit} (raise it for a trusted file)"
             got = f"{image.width} x {image.height}"
-            raise ValueError(f"open_image: {name} is too large: wanted {wanted}, got {got}")
+            raise ImageTooLargeError(f"open_image: {name} is too large: {wanted}, got {got}")
         if image.format == "EPS":
             raise ValueError(f"open_image: {name} is PostScript, a program and not an image")
 

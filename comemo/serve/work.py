@@ -232,7 +232,13 @@ class EngineState:
 
 
 class Engine(Protocol):
-    """What answers requests."""
+    """What answers requests.
+
+    Attributes:
+        longest: most tokens of a prompt and its answer.
+    """
+
+    longest: int
 
     def submit(self, work: Work, deliver: Callable[[Event], None]) -> Any:
         """Queue a request.
@@ -250,7 +256,7 @@ class Engine(Protocol):
         """
 
     def cancel(self, ticket: Any) -> None:
-        """Give a request up before its next step; nothing is delivered after that. From any thread."""
+        """Give a request up before its next step, and deliver nothing more. From any thread."""
 
     def holds(self, namespace: str, key: str) -> bool:
         """Whether a picture's pixels are probably not needed. From any thread."""

@@ -17,7 +17,6 @@ import torch
 from comemo.batch.answering import describe, is_of_request
 from comemo.decode.interface import GeneratingModel
 from comemo.decode.loop import why_not
-from comemo.store.store import MemoryStore
 from comemo.serve.engine.answer import Answer, AnswerText, choose_tokens
 from comemo.serve.engine.held import HeldPrefixes
 from comemo.serve.engine.key_pool import KeyPool
@@ -28,6 +27,7 @@ from comemo.serve.engine.settings import EngineSettings, PoolSizes
 from comemo.serve.engine.step import RaggedStep
 from comemo.serve.engine.waiting import FairQueue
 from comemo.serve.work import Ended, EngineState, Event, Failed, Finished, Refused, Work
+from comemo.store.store import MemoryStore
 
 _log = logging.getLogger("comemo.serve")
 _IDLE_S = 0.5  # how often deadlines of waiting requests are looked at if nothing else happens
@@ -64,6 +64,7 @@ class ContinuousEngine:
         self._model, self._tokenizer, self._stop_text = model, tokenizer, stop_text
         self._stop_id = tokenizer.convert_tokens_to_ids(stop_text)
         self.sizes = PoolSizes.plan(model, self.settings)
+        self.longest = min(self.settings.longest, self.sizes.keys)
         self._keys = KeyPool(model, self.sizes.keys)
         self._pictures = PicturePool(model, self.sizes.pictures, store_of)
         self._held = HeldPrefixes(self._keys)
@@ -84,12 +85,12 @@ class ContinuousEngine:
     def submit(self, work: Work, deliver: Callable[[Event], None]) -> Request:
         """See `Engine.submit`."""
         request = Request(work, deliver)
-        self._prompts.check(request, self.settings.longest)
+        self._prompts.check(request, self.longest)
         if work.sampling.n > self.settings.answers:
             raise Refused(
                 "too_large",
-                f"at most {self.settings.answers} answers at a time, got n={work.sampling.n}",
-                "answers at a time",
+                f"at most {self.settings.answers}, got n={work.sampling.n}",
+                "answers of a request",
             )
         with self._wake:
             if self._reason:

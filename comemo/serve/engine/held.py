@@ -1,4 +1,4 @@
-"""What earlier requests have left in the KV cache, by namespace: the least recently used goes first."""
+"""What requests have left in the KV cache, by namespace; the least recently used goes first."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,7 +72,7 @@ class HeldPrefixes:
         return held, shared
 
     def improve(self, held: Held, wanted: Transcript) -> int:
-        """Copy tokens of a prompt that others have read in the meantime; returns how many it has."""
+        """Copy what others have read of a prompt in the meantime; returns how many it has."""
         best = self._longest(held.namespace, wanted, but=held)
         if best is None or self._shared(best, wanted) <= len(held.transcript):
             return len(held.transcript)
@@ -106,9 +106,7 @@ class HeldPrefixes:
             self._held.remove(held)
             self._keys.segments.give_back(held.segment)
 
-    def _longest(
-        self, namespace: str, wanted: Transcript, but: Held | None = None
-    ) -> Held | None:
+    def _longest(self, namespace: str, wanted: Transcript, but: Held | None = None) -> Held | None:
         known = [held for held in self._of(namespace) if held is not but]
         best = max(known, key=lambda held: self._shared(held, wanted), default=None)
         return best if best is not None and self._shared(best, wanted) else None
@@ -118,7 +116,7 @@ class HeldPrefixes:
 
     @staticmethod
     def _shared(held: Held, wanted: Transcript) -> int:
-        """Tokens in common. The last one of a prompt is always read: its logits begin the answer."""
+        """Tokens in common, without the last one: its logits begin the answer."""
         return min(held.transcript.common(wanted), len(wanted) - 1)
 
     def _room_for(self, size: int, keep: Held | None) -> Segment | None:

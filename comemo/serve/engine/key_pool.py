@@ -72,4 +72,3 @@ class KeyPool:
     def nbytes(self) -> int:
         """Bytes of all buffers."""
         return sum(held.nbytes for held in (*self.keys, *self.values))
-

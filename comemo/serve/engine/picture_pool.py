@@ -17,9 +17,9 @@ from torch import Tensor
 
 import comemo_kernels as ops
 from comemo.decode.interface import GeneratingModel
-from comemo.store.store import MemoryStore
 from comemo.serve.engine.segments import Segment, Segments
 from comemo.serve.work import Picture
+from comemo.store.store import MemoryStore
 from comemo_kernels import ImageMemory
 
 Key = tuple[str, tuple[str, ...]]  # namespace, keys of the pictures in their order

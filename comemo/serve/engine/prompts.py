@@ -1,4 +1,4 @@
-"""Prompts are admitted and read: pictures tile by tile, tokens chunk by chunk, what is known not."""
+"""Prompts are admitted and read: pictures tile by tile, tokens chunk by chunk."""
 
 import time
 
@@ -67,21 +67,16 @@ class PromptSteps:
         """
         n, size = request.work.sampling.n, request.size
         image_tokens = sum(picture.tokens for picture in request.work.pictures)
-        got = f"{request.work.tokens} of the prompt and {request.work.sampling.max_tokens} to come"
+        got = f"{request.work.tokens:,} and max_tokens={request.work.sampling.max_tokens:,}"
+        keys, pictures = self._keys.segments.capacity, self._pictures.segments.capacity
         limits = (
-            ("tokens of a request", size, longest, got),
-            ("tokens of the KV cache", n * size, self._keys.segments.capacity, f"{n} times {got}"),
-            (
-                "image tokens",
-                image_tokens,
-                self._pictures.segments.capacity,
-                f"{image_tokens} of {len(request.work.pictures)} images",
-            ),
+            ("tokens of a prompt and its answer", size, longest, got),
+            ("tokens of all answers of a request", n * size, keys, f"n={n} times {got}"),
+            ("image tokens of a request", image_tokens, pictures, f"{image_tokens:,}"),
         )
         for name, wanted, most, described in limits:
             if wanted > most:
-                text = f"at most {most:,} {name} fit, got {described}"
-                raise Refused("too_large", text, name)
+                raise Refused("too_large", f"at most {most:,}, got {described}", name)
 
     def admit(self, request: Request) -> bool:
         """Give a request its segments; False, and nothing is held, if there is no room now."""

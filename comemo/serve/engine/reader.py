@@ -75,7 +75,9 @@ class PromptReader:
         self._context = self._tokenizer.convert_tokens_to_ids(prompts.IMAGE_CONTEXT)
         self._template = prompts.chat_template(model.config.template)
 
-    def read(self, messages: Sequence[dict[str, Any]], opened: Sequence[OpenedPicture]) -> ReadPrompt:
+    def read(
+        self, messages: Sequence[dict[str, Any]], opened: Sequence[OpenedPicture]
+    ) -> ReadPrompt:
         """Write, encode and number a prompt.
 
         Args:

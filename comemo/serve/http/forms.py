@@ -59,6 +59,7 @@ class Form:
     Attributes:
         messages: as given, not read yet.
         sampling: of the answers.
+        open_end: whether the server chose the most tokens of an answer.
         stream: whether the answer is wanted in parts.
         usage: whether the last part counts tokens.
         look, report: extensions: where the memory path looks; costs of each token.
@@ -66,6 +67,7 @@ class Form:
 
     messages: list[dict[str, Any]]
     sampling: Sampling
+    open_end: bool
     stream: bool
     usage: bool
     look: bool
@@ -123,6 +125,7 @@ def read_form(item: Mapping[str, Any], settings: ServerSettings) -> Form:
     return Form(
         messages,
         _sampling(given, settings),
+        given.keys().isdisjoint(("max_tokens", "max_completion_tokens")),
         stream,
         options.get("include_usage", False),
         extension.get("look", False),

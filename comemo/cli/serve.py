@@ -1,0 +1,245 @@
+"""`comemo serve`: an OpenAI-compatible server with a page to look at."""
+
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from comemo.cli.arguments import NANO, add_model, find_checkpoint, number
+from comemo.cli.info import read_config
+from comemo.cli.store import add_store_options
+from comemo.cli.terminal import is_watched, note, plain, tell
+from comemo.config import CHOICES
+from comemo.device import DTYPES
+from comemo.images import MAX_TILES
+from comemo.serve.engine.settings import EngineSettings
+from comemo.serve.http.settings import ServerSettings, digest_of_key, read_keys
+from comemo.serve.start import Served, start_engine, warm_up
+
+SUMMARY = "serve a checkpoint to OpenAI clients, with a page to look at"
+PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+KEY = "COMEMO_API_KEY"
+_BYTES = 2**30
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments of the command."""
+    add_model(parser)
+    http, engine = ServerSettings("-"), EngineSettings()
+    many = number(int, 1, 10**9)
+    seconds = number(float, 0, 10**7, above=True)
+    parser.add_argument("--host", default="127.0.0.1", help="%(default)s: this machine alone")
+    parser.add_argument(
+        "--port", type=number(int, 0, 65535), default=8000, metavar="N", help="8000; 0: a free one"
+    )
+    parser.add_argument("--name", help="of the model, for clients; default: that of its directory")
+    parser.add_argument(
+        "--api-keys",
+        metavar="FILE",
+        help=f"lines of KEY [NAMESPACE]; without it: the key in {KEY}, if it is set",
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best available")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    parser.add_argument(
+        "--threads", type=number(int, 1, 1024), metavar="N", help="of the CPU; default: torch's"
+    )
+    parser.add_argument(
+        "--memory",
+        type=number(float, 0, 10**6, above=True),
+        metavar="GiB",
+        help="of KV cache and image memory; default: half of what is free, or less if that is more"
+        " than enough",
+    )
+    parser.add_argument(
+        "--max-tiles", type=number(int, 1, MAX_TILES), metavar="N", help="per image (trained: 12)"
+    )
+    parser.add_argument(
+        "--rope", choices=CHOICES["rope"], default="dhr", help="original: better for text in images"
+    )
+    parser.add_argument(
+        "--visibility",
+        choices=("causal", "all"),
+        default="causal",
+        help="all: every token reads every image, as published; a later image then rereads all",
+    )
+    add_store_options(parser)
+    words = parser.add_argument_group("answers, for requests that do not say it themselves")
+    words.add_argument(
+        "--max-tokens", type=many, default=http.max_tokens, metavar="N", help="%(default)s"
+    )
+    heat = number(float, 0, 2)
+    words.add_argument(
+        "--temperature", type=heat, default=0.0, metavar="X", help="0: the most likely tokens"
+    )
+    limits = parser.add_argument_group("limits")
+    for name, default, text in (
+        ("--answers", engine.answers, "answers at the same time"),
+        ("--waiting", engine.waiting, "requests that wait"),
+        ("--waiting-each", engine.waiting_each, "requests of one namespace that wait"),
+        ("--concurrent", http.concurrent, "requests at the same time, waiting ones included"),
+        ("--longest", engine.longest, "tokens of a prompt and its answer"),
+        ("--images", http.images, "pictures of a request"),
+        ("--pixels", http.pixels, "pixels of a picture"),
+    ):
+        limits.add_argument(
+            name, type=many, default=default, metavar="N", help=f"{text} ({default:,})"
+        )
+    limits.add_argument(
+        "--body", type=number(float, 0, 10**4, above=True), default=64.0, metavar="MiB", help="64"
+    )
+    for name, wait, text in (
+        ("--timeout", http.timeout_s, "seconds that a request may take"),
+        ("--stall", engine.stall_s, "seconds that prompts of others may delay a token, about"),
+        ("--grace", 30.0, "seconds to finish answers at the end"),
+    ):
+        limits.add_argument(
+            name, type=seconds, default=wait, metavar="S", help=f"{text} ({wait:g})"
+        )
+    limits.add_argument(
+        "--fetch",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help='fetch pictures of this host by http(s), never from internal addresses; "*": of any',
+    )
+    parser.add_argument("--log-contents", action="store_true", help="log questions and answers")
+    parser.add_argument("-v", "--verbose", action="store_true", help="notes without a terminal too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C; returns the exit status.
+
+    Raises:
+        ValueError, OSError: a checkpoint, file or option that is wrong; missing packages; a port
+            that is used.
+    """
+    start = time.perf_counter()
+    check_packages()
+    directory = find_checkpoint(args.model)
+    served = read_served(args, directory)
+    read_config(directory)
+    from comemo.serve.http.run import listen, run_app  # needs packages of the extra
+
+    sock = listen(args.host, args.port)
+    with sock:
+        if args.threads is not None:
+            torch.set_num_threads(args.threads)
+        log_to(sys.stderr)
+        ready = start_engine(served)
+        try:
+            warm_up(ready)
+            host, port = sock.getsockname()[:2]
+            shown = f"[{host}]" if ":" in host else host
+            sizes = ready.engine.sizes
+            if is_watched(args.verbose):
+                note(
+                    f"{plain(directory)}: on {ready.model.device} in {ready.model.dtype},"
+                    f" {sizes.keys:,} tokens and {sizes.pictures:,} image tokens in"
+                    f" {sizes.nbytes / _BYTES:.2f} GiB"
+                )
+                if not served.server.keys and host not in ("127.0.0.1", "::1"):
+                    note("comemo: warning: without API keys everybody shares what is shown")
+
+            def started() -> None:
+                seconds = time.perf_counter() - start
+                tell(f"{plain(served.server.name)} on http://{shown}:{port} after {seconds:.1f} s")
+                sys.stdout.flush()
+
+            run_app(ready.app(served.server), ready.engine, sock, args.grace, started)
+        finally:
+            ready.engine.close(0)
+    return 0
+
+
+def read_served(args: argparse.Namespace, directory: str) -> Served:
+    """What the arguments ask for.
+
+    Raises:
+        ValueError, OSError: a file of keys that is wrong, or options that exclude each other.
+    """
+    keys: dict[str, str] = {}
+    if args.api_keys is not None:
+        keys = read_keys(args.api_keys)
+    elif os.environ.get(KEY):
+        digest = digest_of_key(os.environ[KEY])
+        keys = {digest: f"key-{digest[:16]}"}
+    if args.store_budget is not None and args.store is None:
+        raise ValueError("--store-budget needs --store DIR")
+    name = args.name or (
+        f"comemo-{NANO}" if args.model == NANO else Path(directory).resolve().name or "comemo"
+    )
+    server = ServerSettings(
+        name=name,
+        keys=keys,
+        body_bytes=int(args.body * 2**20),
+        pixels=args.pixels,
+        images=args.images,
+        concurrent=args.concurrent,
+        timeout_s=args.timeout,
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        max_tiles=args.max_tiles,
+        fetch_hosts=tuple(host.lower() for host in args.fetch),
+        log_contents=args.log_contents,
+    )
+    engine = EngineSettings(
+        memory=None if args.memory is None else args.memory * _BYTES,
+        answers=args.answers,
+        waiting=args.waiting,
+        waiting_each=args.waiting_each,
+        stall_s=args.stall,
+        longest=args.longest,
+    )
+    return Served(
+        directory,
+        server,
+        engine,
+        args.device,
+        args.dtype,
+        args.rope,
+        args.visibility,
+        args.store,
+        None if args.store_budget is None else args.store_budget * 1e9,
+    )
+
+
+def check_packages() -> None:
+    """Refuse to start without the packages of the extra "serve".
+
+    Raises:
+        ValueError: names them.
+    """
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        names = ", ".join(PACKAGES[name] for name in missing)
+        raise ValueError(f"comemo serve needs {names}: pip install 'comemo-kernels[serve]'")
+
+
+class _Lines(logging.Formatter):
+    """A JSON object in each line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        head = {"time": f"{stamp}.{int(record.msecs):03d}Z", "level": record.levelname.lower()}
+        text = record.getMessage()
+        facts: Any = json.loads(text) if text.startswith("{") else {"message": text}
+        if record.exc_info:
+            facts["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(head | facts, ensure_ascii=False)
+
+
+def log_to(stream: Any) -> None:
+    """Write the log of the server, and of uvicorn what is worth a warning, to a stream."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(_Lines())
+    for name, level in (("comemo.serve", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)
