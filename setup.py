@@ -23,6 +23,7 @@ setup(
     package_data={
         "comemo": ["py.typed"],
         "comemo.nano": ["photographs/*.jpg", "checkpoint/*"],
+        "comemo.serve": ["page/*"],
         "comemo_kernels": ["py.typed"],
     },
     entry_points={"console_scripts": ["comemo = comemo.cli.main:main"]},
