@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ class AnswerText:
         self._tokenizer, self._end, self._stops = tokenizer, end, stops
         self._passed_on = ""
         self.stopped = False  # a stop text was found
+
+    @property
+    def passed_on(self) -> str:
+        """All pieces so far."""
+        return self._passed_on
 
     def add(self, ids: list[int], last: bool) -> str:
         """The next piece.
@@ -80,6 +86,7 @@ class Answer:
             of tokens with it.
         tokens: ids so far.
         reason: why it has ended; None before.
+        looked: whether it is known where it looked.
     """
 
     segment: Segment
@@ -93,6 +100,7 @@ class Answer:
         self.choice, self.sampling, self._text, self._stop_id = choice, sampling, text, stop_id
         self.tokens: list[int] = []
         self.reason: str | None = None
+        self.looked = False
         self._counts: Counter[int] = Counter()
         self._last: float | None = None
         self._generator = torch.Generator(device)
@@ -107,6 +115,11 @@ class Answer:
             self._warp.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             self._warp.append(TopPLogitsWarper(sampling.top_p))
+
+    @property
+    def text(self) -> str:
+        """What was delivered so far."""
+        return self._text.passed_on
 
     @property
     def is_plain(self) -> bool:
@@ -133,9 +146,9 @@ class Answer:
         probabilities = self._warp(None, scores).softmax(-1)
         return torch.multinomial(probabilities, 1, generator=self._generator)[0]
 
-    def take(self, token: int, facts: TokenFacts) -> Piece:
+    def take(self, facts: TokenFacts) -> Piece:
         """Add a token; `reason` says whether it was the last one."""
-        now = time.perf_counter()
+        token, now = facts.id, time.perf_counter()
         step = None if self._last is None else now - self._last
         self._last = now
         self.tokens.append(token)
@@ -150,26 +163,30 @@ class Answer:
         return Piece(self.choice, piece, facts, step)
 
 
-def choose_tokens(logits: Tensor, answers: list[Answer]) -> list[tuple[int, TokenFacts]]:
+def choose_tokens(logits: Tensor, answers: Sequence[Answer]) -> tuple[list[TokenFacts], list[bool]]:
     """The next token of each answer, with one transfer from the device.
 
     Args:
-        logits: float32 [B, V], a row for each answer, without NaN.
+        logits: float32 [B, V], a row for each answer.
         answers: B of them.
+
+    Returns:
+        The tokens, and which rows have NaN, so that their token means nothing.
     """
-    chosen = logits.argmax(-1)
+    chosen, broken = logits.argmax(-1), torch.isnan(logits).any(-1)
     for row, answer in enumerate(answers):
         if not answer.is_plain:
-            chosen[row : row + 1] = answer.choose(logits[row : row + 1])
-    tokens = chosen.tolist()
-    most = [answer.sampling.logprobs for answer in answers]
-    found: list[tuple[int, TokenFacts]] = []
-    for row, (token, wanted) in enumerate(zip(tokens, most, strict=True)):
-        if wanted is None:
-            found.append((token, TokenFacts(token)))
+            own = torch.where(broken[row], 0, logits[row : row + 1])  # else drawing would fail
+            chosen[row : row + 1] = answer.choose(own)
+    tokens, bad = torch.stack([chosen, broken.long()]).tolist()
+    found = []
+    for row, (token, answer) in enumerate(zip(tokens, answers, strict=True)):
+        wanted = answer.sampling.logprobs
+        if wanted is None or bad[row]:
+            found.append(TokenFacts(token))
             continue
         logprobs = logits[row].log_softmax(-1)
         values, ids = logprobs.topk(min(wanted, len(logprobs)))
         others = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-        found.append((token, TokenFacts(token, float(logprobs[token]), others)))
-    return found
+        found.append(TokenFacts(token, float(logprobs[token]), others))
+    return found, [bool(value) for value in bad]

@@ -17,16 +17,23 @@ import torch
 from comemo.batch.answering import describe, is_of_request
 from comemo.decode.interface import GeneratingModel
 from comemo.decode.loop import why_not
-from comemo.serve.engine.answer import Answer, AnswerText, choose_tokens
+from comemo.serve.engine.answer import Answer, AnswerText
+from comemo.serve.engine.decoding import (
+    BrokenLogitsError,
+    Chosen,
+    DecodeSteps,
+    Row,
+    first_tokens,
+)
 from comemo.serve.engine.held import HeldPrefixes
 from comemo.serve.engine.key_pool import KeyPool
+from comemo.serve.engine.looks import LookSteps
 from comemo.serve.engine.picture_pool import PicturePool
 from comemo.serve.engine.prompts import PromptSteps
 from comemo.serve.engine.request import Request
 from comemo.serve.engine.settings import EngineSettings, PoolSizes
-from comemo.serve.engine.step import RaggedStep
 from comemo.serve.engine.waiting import FairQueue
-from comemo.serve.work import Ended, EngineState, Event, Failed, Finished, Refused, Work
+from comemo.serve.work import Ended, EngineState, Event, Failed, Finished, Refused, TokenFacts, Work
 from comemo.store.store import MemoryStore
 
 _log = logging.getLogger("comemo.serve")
@@ -71,11 +78,12 @@ class ContinuousEngine:
         self._prompts = PromptSteps(
             model, self._keys, self._pictures, self._held, self.settings.chunk
         )
-        self._step = RaggedStep(model, self._keys, self._pictures, self.settings.answers)
+        self._looks = LookSteps(model, tokenizer, stop_text, self._keys)
+        self._decoding = DecodeSteps(model, self._keys, self._pictures, self.settings.answers)
         self._waiting: FairQueue[Request] = FairQueue()
         self._reading: list[Request] = []
         self._answering: list[Request] = []
-        self._rows: list[tuple[Request, Answer]] | None = None  # as the step has them
+        self._looking: list[Request] = []  # their answers are complete
         self._totals: Counter[str] = Counter()
         self._reason, self._stopping = "", False
         self._wake = threading.Condition()
@@ -127,13 +135,13 @@ class ContinuousEngine:
         with self._wake:
             keys, pictures = self._keys.segments, self._pictures.segments
             totals: dict[str, float] = dict(self._totals)
-            totals["pictures_computed"] = self._pictures.computed
+            totals |= {"pictures_computed": self._pictures.computed, "steps": self._decoding.count}
             return EngineState(
                 healthy=not self._reason and self._thread.is_alive(),
                 reason=self._reason,
                 waiting=len(self._waiting),
                 reading=len(self._reading),
-                answering=len(self._answering),
+                answering=len(self._answering) + len(self._looking),
                 key_tokens=keys.capacity - keys.free,
                 key_capacity=keys.capacity,
                 picture_tokens=pictures.capacity - pictures.free,
@@ -152,7 +160,10 @@ class ContinuousEngine:
         self._thread.join()
 
     def _busy(self) -> bool:
-        return bool(len(self._waiting) or self._reading or self._answering)
+        return bool(len(self._waiting) or self._at_work())
+
+    def _at_work(self) -> list[Request]:
+        return [*self._reading, *self._answering, *self._looking]
 
     def _run(self) -> None:
         end = Refused("closing", "the server is shutting down")
@@ -164,8 +175,9 @@ class ContinuousEngine:
             end = Refused("internal", f"the engine has stopped: {describe(error)}")
         with self._wake:
             self._reason = self._reason or end.text
-            requests = [*self._waiting.items(), *self._reading, *self._answering]
+            requests = [*self._waiting.items(), *self._at_work()]
             self._waiting, self._reading, self._answering = FairQueue(), [], []
+            self._looking = []
             self._wake.notify_all()
         for request in requests:
             self._deliver(request, Failed(end))
@@ -173,7 +185,7 @@ class ContinuousEngine:
     def _next_round(self) -> bool:
         """Wait for something to do; False if the engine is to end."""
         with self._wake:
-            while not (self._stopping or self._reading or self._answering):
+            while not (self._stopping or self._at_work()):
                 self._drop_waiting()
                 if self._admit():
                     break
@@ -184,7 +196,7 @@ class ContinuousEngine:
     def _round(self) -> None:
         with self._wake:
             self._drop_waiting()
-            for request in [*self._reading, *self._answering]:
+            for request in self._at_work():
                 if (error := _given_up(request)) is not None:
                     self._end(request, error)
             self._admit()
@@ -198,6 +210,8 @@ class ContinuousEngine:
             self._read(request)
         if self._answering:
             self._decode()
+        if self._looking:
+            self._look(self._looking[0])
 
     def _drop_waiting(self) -> None:
         for request in self._waiting.items():
@@ -210,7 +224,7 @@ class ContinuousEngine:
         """Admit who waits, in fair order, as long as there is room; whether anyone was."""
         admitted = False
         while (request := self._waiting.first()) is not None:
-            at_work = [*self._reading, *self._answering]
+            at_work = self._at_work()
             rows = sum(one.work.sampling.n for one in at_work) + request.work.sampling.n
             if rows > self.settings.answers or not self._prompts.admit(request):
                 if at_work:
@@ -227,11 +241,8 @@ class ContinuousEngine:
     def _read(self, request: Request) -> None:
         try:
             logits = self._prompts.advance(request, self.settings.stall_s)
-            if logits is None:
-                return
-            if bool(torch.isnan(logits).any()):
-                raise FloatingPointError
-            self._begin(request, logits)
+            if logits is not None:
+                self._begin(request, logits)
         except Exception as error:
             self._give_up(request, error)
 
@@ -253,98 +264,78 @@ class ContinuousEngine:
             request.begin(answer, self._model)
         self._reading.remove(request)
         self._answering.append(request)
-        self._rows = None
         begun = request.begun()
         self._totals["prompt_tokens"] += begun.prompt_tokens
         self._totals["cached_tokens"] += begun.cached_tokens
         self._totals["pictures_found"] += begun.found_pictures
         self._deliver(request, begun)
-        self._take(request, request.answers, logits.expand(sampling.n, -1))
+        rows = [(request, answer) for answer in request.answers]
+        self._take(rows, first_tokens(request, logits))
 
-    def _take(self, request: Request, answers: list[Answer], logits: torch.Tensor) -> None:
-        """Choose and deliver the next token of answers of one request."""
-        for answer, (token, facts) in zip(answers, choose_tokens(logits, answers), strict=True):
-            piece = answer.take(token, facts)
-            self._totals["answer_tokens"] += 1
-            self._deliver(request, piece)
-            if answer.reason is not None:
-                request.record(answer, self._model)
-                self._rows = None
-                self._deliver(request, Ended(answer.choice, answer.reason, len(answer.tokens)))
+    def _take(self, rows: list[Row], chosen: list[Chosen]) -> None:
+        """Deliver the next tokens of answers, or fail their requests."""
+        for (request, answer), facts in zip(rows, chosen, strict=True):
+            if isinstance(facts, Exception):
+                self._give_up(request, facts)
+            elif request in self._answering:  # another of its answers may have failed
+                try:
+                    self._add(request, answer, facts)
+                except Exception as error:
+                    self._give_up(request, error)
+
+    def _add(self, request: Request, answer: Answer, facts: TokenFacts) -> None:
+        self._totals["answer_tokens"] += 1
+        self._deliver(request, answer.take(facts))
+        if answer.reason is None:
+            return
+        request.record(answer, self._model)
+        self._deliver(request, Ended(answer.choice, answer.reason, len(answer.tokens)))
         if all(answer.reason is not None for answer in request.answers):
-            self._totals["finished"] += 1
-            self._finish(request)
+            self._answering.remove(request)
+            if request.work.look:
+                self._looking.append(request)
+            else:
+                self._finish(request)
+
+    def _look(self, request: Request) -> None:
+        try:
+            looked = self._looks.advance(request, self.settings.stall_s)
+        except Exception as error:
+            self._give_up(request, error)
+            return
+        if looked is not None:
+            self._deliver(request, looked)
+            if all(answer.looked for answer in request.answers):
+                self._looking.remove(request)
+                self._finish(request)
 
     def _decode(self) -> None:
-        """One token of every answer. If that fails, each row alone: one request fails, not all."""
-        rows = self._rows
-        if rows is None:
-            rows = [
-                (request, answer)
-                for request in self._answering
-                for answer in request.answers
-                if answer.reason is None
-            ]
-        try:
-            self._decode_rows(rows, placed=self._rows is not None)
-            self._totals["steps"] += 1
-        except Exception as error:
-            self._rows = None
-            if len(rows) == 1:
-                self._give_up(rows[0][0], error)
-                return
-            _log.warning("a step of %d answers failed: %s", len(rows), describe(error))
-            for row in rows:
-                if row[0] in self._answering and row[1].reason is None:
-                    try:
-                        self._decode_rows([row], placed=False)
-                    except Exception as alone:
-                        self._give_up(row[0], alone)
-            self._rows = None
-
-    def _decode_rows(self, rows: list[tuple[Request, Answer]], placed: bool) -> None:
-        if not placed:
-            self._step.place([answer for _, answer in rows], [req.reading() for req, _ in rows])
-            self._rows = rows
-        logits = self._step.run([answer.tokens[-1] for _, answer in rows])
-        broken = torch.isnan(logits).any(-1).tolist()
-        for _, answer in rows:
-            answer.position, answer.query, answer.count = (
-                answer.position + 1,
-                answer.query + 1,
-                answer.count + 1,
-            )
-        by_request: dict[int, list[int]] = {}
-        for index, (request, _) in enumerate(rows):
-            by_request.setdefault(id(request), []).append(index)
-        for own in by_request.values():
-            request = rows[own[0]][0]
-            if any(broken[index] for index in own):
-                self._give_up(request, FloatingPointError())
-                continue
-            try:
-                self._take(request, [rows[index][1] for index in own], logits[own])
-            except Exception as error:
-                self._give_up(request, error)
+        rows = [
+            (request, answer)
+            for request in self._answering
+            for answer in request.answers
+            if answer.reason is None
+        ]
+        self._take(rows, self._decoding.run(rows))
 
     def _give_up(self, request: Request, error: Exception) -> None:
         """A request failed; the others go on."""
-        broken = isinstance(error, FloatingPointError)
+        broken = isinstance(error, BrokenLogitsError)
         if broken:
             refused = Refused("failed", "the model's logits are not numbers")
         elif is_of_request(error):
             refused = Refused("failed", describe(error))
         else:
             _log.error("a request failed", exc_info=error)
-            refused = Refused("internal", describe(error))
+            refused = Refused("internal", f"a fault of the server: {type(error).__name__}")
         with self._wake:
             self._end(request, refused, broken)
 
     def _end(self, request: Request, error: Refused, broken: bool = False) -> None:
-        for held in (self._reading, self._answering):
+        for held in (self._reading, self._answering, self._looking):
             if request in held:
                 held.remove(request)
-        self._rows = None
+        self._looks.forget(request)
         self._prompts.release(request, broken)
         self._fail(request, error)
 
@@ -356,8 +347,7 @@ class ContinuousEngine:
 
     def _finish(self, request: Request) -> None:
         with self._wake:
-            self._answering.remove(request)
-            self._rows = None
+            self._totals["finished"] += 1
             self._prompts.release(request)
         self._deliver(request, Finished())
 
