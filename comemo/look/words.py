@@ -34,18 +34,33 @@ def split_words(tokenizer: Any, tokens: Tensor, stop: str) -> list[Word]:
     Returns:
         The words in order.
     """
-    words: list[tuple[str, list[int]]] = []
-    before, waiting = "", list[int]()
+    words: list[Word] = []
+    waiting: tuple[int, ...] = ()
     for index, piece in enumerate(_pieces(tokenizer, tokens.tolist(), stop)):
-        waiting.append(index)
+        waiting = (*waiting, index)
         if not piece:  # a part of a character, or no text at all
             continue
-        if not words or _begins(before, piece):
-            words.append(("", []))
+        if not words or _begins(words[-1].text, piece):
+            words.append(Word("", ()))
         text, own = words[-1]
-        words[-1] = text + piece, [*own, *waiting]
-        before, waiting = piece, []
-    return [Word(text.strip(), tuple(own)) for text, own in words if text.strip()]
+        words[-1] = Word(text + piece, own + waiting)
+        waiting = ()
+    return [Word(text.strip(), own) for text, own in _joined(words) if text.strip()]
+
+
+def _joined(words: list[Word]) -> list[Word]:
+    """Words, each with the punctuation that follows it as words of its own."""
+    joined: list[Word] = []
+    for word in words:
+        if joined and _is_punctuation(word.text):
+            text, own = joined.pop()
+            word = Word(text + word.text, own + word.tokens)
+        joined.append(word)
+    return joined
+
+
+def _is_punctuation(text: str) -> bool:
+    return bool(text.strip()) and all(unicodedata.category(char)[0] == "P" for char in text.strip())
 
 
 def _pieces(tokenizer: Any, tokens: list[int], stop: str) -> list[str]:
@@ -60,10 +75,10 @@ def _pieces(tokenizer: Any, tokens: list[int], stop: str) -> list[str]:
     return pieces
 
 
-def _begins(before: str, piece: str) -> bool:
-    """Whether a word begins with a piece of text that follows another one."""
-    text = piece.strip()
-    if text and all(unicodedata.category(char)[0] == "P" for char in text):
+def _begins(word: str, piece: str) -> bool:
+    """Whether a new word begins with a piece of text, after the text of a word so far."""
+    if not word.strip() or (_is_punctuation(piece) and not piece[0].isspace()):
         return False
-    wide = bool(text) and unicodedata.east_asian_width(text[0]) in "WF"
-    return wide or piece[0].isspace() or before[-1].isspace()
+    first = piece.strip()[:1]
+    wide = bool(first) and unicodedata.east_asian_width(first) in "WF"
+    return wide or piece[0].isspace() or word[-1].isspace()
