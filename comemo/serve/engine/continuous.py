@@ -116,14 +116,14 @@ class ContinuousEngine:
                     raise Refused("busy", f"at most {most} {name}: try again later", name)
             self._waiting.put(work.namespace, request)
             self._totals["requests"] += 1
-            self._wake.notify()
+            self._wake.notify_all()
         return request
 
     def cancel(self, ticket: Request) -> None:
         """See `Engine.cancel`."""
         with self._wake:
             ticket.cancelled = True
-            self._wake.notify()
+            self._wake.notify_all()
 
     def holds(self, namespace: str, key: str) -> bool:
         """See `Engine.holds`."""
@@ -153,10 +153,10 @@ class ContinuousEngine:
         """See `Engine.close`."""
         with self._wake:
             self._reason = self._reason or "the server is shutting down"
-            self._wake.notify()
+            self._wake.notify_all()
             self._wake.wait_for(lambda: not self._busy(), grace_s)
             self._stopping = True
-            self._wake.notify()
+            self._wake.notify_all()
         self._thread.join()
 
     def _busy(self) -> bool:

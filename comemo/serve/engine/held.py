@@ -51,15 +51,17 @@ class HeldPrefixes:
             The segment, and how many tokens of the prompt it holds; None if there is no room now.
         """
         best = self._longest(namespace, wanted)
-        if best is not None and not best.used:
+        # Most of it is of this conversation: continue in place, and forget the rest.
+        continued = (
+            best is not None
+            and not best.used
+            and 2 * self._shared(best, wanted) >= len(best.transcript)
+        )
+        if best is not None and continued and self._keys.segments.resize(best.segment, size):
             shared = self._shared(best, wanted)
-            # Most of it is of this conversation: continue in place, and forget the rest.
-            if 2 * shared >= len(best.transcript) and self._keys.segments.resize(
-                best.segment, max(size, 1)
-            ):
-                best.transcript, best.used = wanted.first(shared), True
-                self._touch(best)
-                return best, shared
+            best.transcript, best.used = wanted.first(shared), True
+            self._touch(best)
+            return best, shared
         segment = self._room_for(size, keep=best)
         if segment is None:
             segment = self._room_for(size, keep=None)
@@ -69,6 +71,8 @@ class HeldPrefixes:
         held = Held(namespace, segment, wanted.first(0))
         self._held.append(held)
         shared = 0 if best is None else self.share(held, wanted, best)
+        if best is not None and continued:  # moved, because there was no room after it
+            self.drop(best)
         return held, shared
 
     def improve(self, held: Held, wanted: Transcript) -> int:
