@@ -56,6 +56,7 @@ def run_app(
     sock: socket.socket,
     grace_s: float,
     started: Callable[[], None] = lambda: None,
+    stoppable: Callable[[Callable[[], None]], None] = lambda stop: None,
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. Then nothing new is accepted, what is under way is finished
     within the grace, and the rest is told that the server shuts down. A second Ctrl-C ends at once.
@@ -66,6 +67,7 @@ def run_app(
         sock: that listens.
         grace_s: seconds.
         started: called when requests are accepted.
+        stoppable: called before, with what ends the server like SIGTERM, from any thread.
     """
     config = uvicorn.Config(
         app,
@@ -76,6 +78,11 @@ def run_app(
         timeout_keep_alive=30,
     )
     server = _Server(config, engine, grace_s)
+
+    def stop() -> None:
+        server.should_exit = True
+
+    stoppable(stop)
 
     async def serve() -> None:
         task = asyncio.ensure_future(server.serve(sockets=[sock]))
