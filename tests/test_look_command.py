@@ -1,5 +1,6 @@
 """`comemo look`: words, colours, the sheet, and the command."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -155,12 +156,18 @@ def test_every_word_has_its_map(words, size, told):
     assert draw_look(picture, made_up(words), 2).height <= drawn.height
 
 
-def test_a_word_longer_than_its_map_is_cut(told):
-    look = made_up(1)
-    look.words[0] = Word("x" * 500, (0,))
+def test_long_texts_are_cut(told):
+    look = made_up(2)
+    look.words[:] = [Word("x" * 500, (0,)), Word("y\ny", (1,))]
+    look = replace(look, question="long " * 10_000, answer="z" * 10_000)
     draw_look(Image.new("RGB", (30, 20)), look)
-    (title,) = {text for text in told if text.startswith("xxx")}
-    assert title.endswith("...")
+    cut = {text[0]: text for text in told if text[0] in "xz"}
+    assert all(text.endswith("...") and len(text) < 300 for text in cut.values())
+    assert sorted(cut) == ["x", "z"]
+    assert "y y" in told
+    lines = [text for text in told if text.startswith("long")]
+    assert len(lines) == 9
+    assert told[9] == "..."
     with pytest.raises(ValueError, match="draw_look: most_words must be at least 0, got -1"):
         draw_look(Image.new("RGB", (30, 20)), look, -1)
 

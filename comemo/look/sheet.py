@@ -17,6 +17,8 @@ _MARGIN, _GAP, _WIDTH = 32, 20, 1180  # _WIDTH is between the margins
 _COLUMNS = 4  # of small maps
 _TALLEST = 1.25  # most height of a map, as a multiple of the width it may have
 _LINE = 26  # of text
+_MOST_LINES = 10  # of question and answer each
+_LONGEST = 300  # characters; more do not fit in a line
 _BAR = (540, 18)  # the legend
 
 
@@ -82,7 +84,7 @@ class _Sheet:
     def _word(self, index: int, corner: tuple[int, int], width: int, size: tuple[int, int]) -> None:
         """Draw one small map below its word and shares."""
         (x, y), heat = corner, self.look.of_words
-        title = _cut(self.look.words[index].text, width, self.text)
+        title = _cut(" ".join(self.look.words[index].text.split()), width, self.text)
         told = shares(heat.on_tiles[index], heat.on_thumbnail[index])
         self.pen.text((x, y), title, _INK, self.text)
         self.pen.text((x, y + _LINE), told, _FAINT, self.small)
@@ -131,7 +133,7 @@ class _Sheet:
             self.pen.text((_MARGIN, y + step * index), line, colour, font)
 
     def _wrap(self, text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
-        """Break text into lines, at most ten."""
+        """Break text into lines, at most `_MOST_LINES`."""
         lines, line = [], ""
         for word in text.split():
             longer = f"{line} {word}" if line else word
@@ -139,8 +141,9 @@ class _Sheet:
                 lines.append(line)
                 longer = word
             line = _cut(longer, _WIDTH, font)
-        lines.append(line)
-        return lines if len(lines) <= 10 else [*lines[:9], "..."]
+            if len(lines) == _MOST_LINES:
+                return [*lines[:-1], "..."]
+        return [*lines, line]
 
 
 def shares(on_tiles: Tensor, on_thumbnail: Tensor) -> str:
@@ -159,7 +162,8 @@ def _multiples(cells: Tensor) -> Tensor:
 
 def _cut(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
     """The beginning of a text, as much as fits in a width."""
-    short = text
+    short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    text = text[:_LONGEST]
     while len(short) > 1 and font.getlength(short) > width:
         text = text[:-1]
         short = f"{text}..."
