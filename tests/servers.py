@@ -3,6 +3,9 @@
 import base64
 import contextlib
 import io
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -80,3 +83,27 @@ def about(url, question, **detail):
     """A message about a picture, as OpenAI clients send it."""
     shown = {"type": "image_url", "image_url": {"url": url, **detail}}
     return {"role": "user", "content": [shown, {"type": "text", "text": question}]}
+
+
+@contextlib.contextmanager
+def process(*words, env=None, stderr=None):
+    """A server of comemo-nano in a process of its own; yields its address and the process.
+
+    Args:
+        words: arguments of `comemo serve` in addition.
+        env: variables in addition.
+        stderr: where its log goes.
+    """
+    command = [sys.executable, "-m", "comemo", "serve", "nano", "--port", "0", *words]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=stderr or subprocess.DEVNULL, env=variables
+    )
+    try:
+        line = started.stdout.readline().decode()  # type: ignore[union-attr]
+        assert " on http://" in line, f"the server did not start: {line!r}"
+        yield line.split(" on ")[1].split()[0], started
+    finally:
+        started.terminate()
+        started.wait(60)
+        started.stdout.close()  # type: ignore[union-attr]
