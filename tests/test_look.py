@@ -237,7 +237,7 @@ def test_says_what_does_not_fit_the_picture(nano):
         heat_over_picture(torch.zeros(16), (0, 1), config)
 
 
-@pytest.mark.parametrize("numbers", [(0, 3), pytest.param(range(40), marks=SLOW)])
+@pytest.mark.parametrize("numbers", [(0, 3), pytest.param(range(1, 40, 3), marks=SLOW)])
 def test_it_looks_at_what_is_asked_for(numbers, nano):
     """Measured on the 179 things of pictures 0 to 39: 37 % of the weight is on the place that is
     asked for, which is 11 % of the picture; 1.2 times its share at least, 3.5 times on average."""
