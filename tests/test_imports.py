@@ -24,6 +24,7 @@ ROWS = [
     ("batch",),
     ("train",),
     ("nano",),
+    ("serve",),
     ("cli", "__init__", "__main__"),
 ]
 

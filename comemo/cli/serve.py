@@ -1,12 +1,15 @@
 """`comemo serve`: an OpenAI-compatible server with a page to look at."""
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import logging
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +130,11 @@ def run(args: argparse.Namespace) -> int:
     read_config(directory)
     from comemo.serve.http.run import listen, run_app  # needs packages of the extra
 
-    sock = listen(args.host, args.port)
+    try:
+        sock = listen(args.host, args.port)
+    except OSError as error:
+        where = f"{args.host}:{args.port}"
+        raise ValueError(f"{where} cannot be listened on: {error.strerror or error}") from None
     with sock:
         if args.threads is not None:
             torch.set_num_threads(args.threads)
@@ -152,10 +159,22 @@ def run(args: argparse.Namespace) -> int:
                 tell(f"{plain(served.server.name)} on http://{shown}:{port} after {seconds:.1f} s")
                 sys.stdout.flush()
 
-            run_app(ready.app(served.server), ready.engine, sock, args.grace, started)
+            # The server ends by SIGTERM in order, and then raises it again.
+            with _handled(signal.SIGTERM):
+                run_app(ready.app(served.server), ready.engine, sock, args.grace, started)
         finally:
             ready.engine.close(0)
     return 0
+
+
+@contextlib.contextmanager
+def _handled(number: int) -> Iterator[None]:
+    """A signal that ends nothing by itself."""
+    before = signal.signal(number, lambda *_: None)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def read_served(args: argparse.Namespace, directory: str) -> Served:
