@@ -60,9 +60,10 @@ function ninths({ across, down, values }) {
 /**
  * The words of an answer as one toolbar: one stop of the Tab key, arrow keys from word to word.
  *
- * onChoose(word) follows the focus, onPoint(word or null) the pointer; -1 is all words.
+ * onFocus(word) and onPoint(word) follow the focus and the pointer, and get null when they leave;
+ * onPress(word) follows keys and clicks. -1 is all words.
  */
-export function wordBar(text, look, { onChoose, onPoint }) {
+export function wordBar(text, look, { onFocus, onPoint, onPress }) {
   const bar = document.createElement("div");
   bar.className = "bar";
   bar.setAttribute("role", "toolbar");
@@ -74,7 +75,7 @@ export function wordBar(text, look, { onChoose, onPoint }) {
       button.tabIndex = of === word ? 0 : -1;
       button.setAttribute("aria-pressed", String(of === word));
     }
-    onChoose(word);
+    onFocus(word);
   };
   const add = (word, label) => {
     // no <button>: its text could not be selected and copied
@@ -85,7 +86,11 @@ export function wordBar(text, look, { onChoose, onPoint }) {
     const places = placesText(heatOf(look, word));
     button.setAttribute("aria-label", `${label}: looks most at ${places}`);
     button.addEventListener("focus", () => choose(word));
-    button.addEventListener("click", () => button.focus());
+    button.addEventListener("blur", () => onFocus(null));
+    button.addEventListener("click", () => {
+      button.focus();
+      onPress(word);
+    });
     button.addEventListener("pointerenter", (event) => {
       if (event.pointerType === "mouse") onPoint(word);
     });
@@ -120,7 +125,7 @@ export function wordBar(text, look, { onChoose, onPoint }) {
     if (next === undefined || at < 0 || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     buttons[(next + buttons.length) % buttons.length][0].focus();
-    if (next === at) choose(buttons[at][1]);
+    if (next === at) onPress(buttons[at][1]);
   });
   return bar;
 }

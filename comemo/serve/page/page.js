@@ -15,9 +15,11 @@ const question = find("question");
 
 let turns = [];
 let waiting = []; // pictures of the next question
-let reading = Promise.resolve(true); // whether all pictures that were added could be read
+let reading = Promise.resolve(); // until all pictures that were added are read
+let misread = 0; // how many could not be
 let running = null; // the AbortController of the answer that is being written
 let connected = false;
+let talk = 0; // counts conversations
 
 /** Tell a screen reader, once what it says now is finished. */
 function say(text) {
@@ -71,21 +73,22 @@ function showPictures(shown = panel.shown) {
 function add(files) {
   complain("");
   for (const file of files) {
-    reading = reading.then(async (fine) => (await addOne(file)) && fine);
+    reading = reading.then(() => addOne(file));
   }
 }
 
 async function addOne(file) {
+  const began = talk;
   find("drop").setAttribute("aria-busy", "true");
   try {
     const picture = await readPicture(file, server);
+    if (began !== talk) return;
     waiting.push(picture);
     showPictures(Infinity);
     say(`${picture.name} is added.`);
-    return true;
   } catch (error) {
+    misread += 1;
     fail(error);
-    return false;
   } finally {
     find("drop").removeAttribute("aria-busy");
   }
@@ -140,9 +143,9 @@ async function ask() {
   const stopper = new AbortController();
   show(stopper);
   try {
-    const fine = await reading;
-    reading = Promise.resolve(true);
-    if (fine && (connected || (await connect())) && !stopper.signal.aborted) {
+    const before = misread;
+    await reading;
+    if (misread === before && (connected || (await connect())) && !stopper.signal.aborted) {
       await answer(text, chosen, stopper);
     }
   } finally {
@@ -171,7 +174,7 @@ async function answer(text, chosen, stopper) {
   try {
     let reason = null;
     for await (const chunk of server.answer(body, stopper.signal)) {
-      if (stopper.signal.aborted) break;
+      stopper.signal.throwIfAborted();
       receive(chunk, turn);
       reason = chunk.choices?.[0]?.finish_reason ?? reason;
     }
@@ -196,8 +199,9 @@ function receive(chunk, turn) {
     const found = withMean(look);
     follow(() =>
       turn.show(found, {
-        onChoose: (word) => panel.look(found, word),
+        onFocus: (word) => panel.focus(found, word),
         onPoint: (word) => panel.point(found, word),
+        onPress: (word) => panel.look(found, word),
       }),
     );
     panel.look(found);
@@ -248,7 +252,9 @@ function stop() {
 
 function restart() {
   stop();
-  [turns, waiting, reading] = [[], [], Promise.resolve(true)];
+  show(null);
+  talk += 1;
+  [turns, waiting] = [[], []];
   find("turns").replaceChildren();
   find("file").value = "";
   question.value = "";

@@ -1,7 +1,7 @@
 /** The panel of pictures: which one is shown, how, and what is said about it. */
 
 import { heatOf, placesText } from "./look.js";
-import { factsText, tokenAt, tokenText, writeTables } from "./pictures.js";
+import { factsText, thumbnailTokenAt, tokenAt, tokenText, writeTables } from "./pictures.js";
 import { paintScale, Stage, tokensOf } from "./stage.js";
 
 const MOVES = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
@@ -18,6 +18,7 @@ export class Panel {
   #look = null; // of the answer that is looked at
   #word = -1;
   #pointed = null; // a word under the pointer: [look, word]
+  #focused = null; // a word with the focus
   #cursor = { x: 0, y: 0 };
   #token = null;
   #drawing = 0;
@@ -29,8 +30,14 @@ export class Panel {
     find("views").addEventListener("change", (event) => this.#choose(event.target.value));
     find("which").addEventListener("change", (event) => this.show(Number(event.target.value)));
     find("ids").addEventListener("toggle", () => this.#write());
-    this.#follow(find("canvas"), (event) => this.#stage.pointed(event, this.picture));
-    this.#follow(find("thumbnail"), (event) => this.#stage.pointedSmall(event, this.picture));
+    this.#follow(find("canvas"), (event) => {
+      this.#cursor = this.#stage.pointed(event, this.picture);
+      return tokenAt(this.picture.facts, this.#cursor.x, this.#cursor.y);
+    });
+    this.#follow(find("thumbnail"), (event) => {
+      const { x, y } = this.#stage.pointedSmall(event, this.picture);
+      return thumbnailTokenAt(this.picture.facts, x, y);
+    });
     find("canvas").addEventListener("keydown", (event) => this.#move(event));
     find("canvas").addEventListener("focus", () => this.#stand());
     new ResizeObserver(() => this.redraw()).observe(find("stage"));
@@ -78,6 +85,7 @@ export class Panel {
   /** Show where a word of an answer looked, -1 for all; null for no answer at all. */
   look(look, word = -1) {
     [this.#look, this.#word] = [look, word];
+    if (!look) [this.#pointed, this.#focused] = [null, null];
     const radios = this.#find("views").querySelectorAll("input");
     radios[2].disabled = !look;
     this.#choose(look ? "look" : this.#view === "look" ? "tiles" : this.#view);
@@ -86,6 +94,13 @@ export class Panel {
   /** The same while the pointer is on a word; null when it leaves. */
   point(look, word) {
     this.#pointed = word === null ? null : [look, word];
+    this.redraw();
+  }
+
+  /** The same while a word has the focus; afterwards the choice among the views counts again. */
+  focus(look, word) {
+    this.#focused = word === null ? null : [look, word];
+    if (this.#focused) [this.#look, this.#word] = this.#focused;
     this.redraw();
   }
 
@@ -107,8 +122,9 @@ export class Panel {
 
   #draw() {
     const { picture } = this;
-    const [look, word] = this.#pointed ?? [this.#look, this.#word];
-    const view = this.#pointed ? "look" : this.#view;
+    const passing = this.#pointed ?? this.#focused;
+    const [look, word] = passing ?? [this.#look, this.#word];
+    const view = passing ? "look" : this.#view;
     const heats = view === "look" ? heatOf(look, word) : [];
     const heat = heats[this.#shown];
     const drawn = view === "look" && !heat ? "tiles" : view; // a picture that came later
@@ -154,21 +170,12 @@ export class Panel {
     else tables.replaceChildren();
   }
 
-  #follow(canvas, pointed) {
-    const { tokens } = { tokens: canvas.id === "canvas" };
+  #follow(canvas, tokenUnder) {
     canvas.addEventListener("pointermove", (event) => {
       if (this.#view !== "positions") return;
-      const at = pointed(event);
-      if (tokens) this.#cursor = at;
-      this.#token = tokens ? tokenAt(this.picture.facts, at.x, at.y) : this.#thumbnailToken(at);
+      this.#token = tokenUnder(event);
       this.redraw();
     });
-  }
-
-  #thumbnailToken({ x, y }) {
-    const { ids, side } = this.picture.facts;
-    const tile = ids.length - 1;
-    return { tile, row: y, column: x, id: ids[tile][y * side + x] };
   }
 
   #stand() {

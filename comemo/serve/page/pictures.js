@@ -56,6 +56,12 @@ export function tokenAt({ cols, side, ids }, x, y) {
   return { tile, row, column, id: ids[tile][row * side + column] };
 }
 
+/** The token at a place of the thumbnail, counted in tokens. */
+export function thumbnailTokenAt({ side, ids }, x, y) {
+  const tile = ids.length - 1;
+  return { tile, row: y, column: x, id: ids[tile][y * side + x] };
+}
+
 /** What the server said about a picture, in a sentence. */
 export function factsText({ name, facts }) {
   const { width, height, cols, rows, side, thumbnail, tokens, ids, largest_id: largest } = facts;
@@ -81,11 +87,13 @@ export function count(number, noun) {
 /** A token in words. */
 export function tokenText({ facts }, token) {
   const { cols, rows, ids } = facts;
-  const place =
-    cols * rows > 1
-      ? `Tile ${token.tile + 1} (column ${(token.tile % cols) + 1}, row ` +
-        `${Math.floor(token.tile / cols) + 1}), token `
-      : "Token ";
+  let place = "Token ";
+  if (token.tile >= cols * rows) {
+    place = "Thumbnail, token ";
+  } else if (cols * rows > 1) {
+    const [column, row] = [(token.tile % cols) + 1, Math.floor(token.tile / cols) + 1];
+    place = `Tile ${token.tile + 1} (column ${column}, row ${row}), token `;
+  }
   const sharing = ids.flat().filter((id) => id === token.id).length;
   const shared = sharing > 1 ? `, shared by ${sharing} tokens` : "";
   return `${place}row ${token.row + 1}, column ${token.column + 1}: position id ${token.id}${shared}.`;

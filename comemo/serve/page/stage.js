@@ -56,13 +56,13 @@ export class Stage {
   }
 }
 
-/** The colours of a scale from 0 to 1, as a heat map has them over middle grey. */
+/** The colours from 0 at the bottom to 1, as a heat map has them over middle grey. */
 export function paintScale(canvas) {
   const pen = canvas.getContext("2d");
-  for (let x = 0; x < canvas.width; x++) {
-    const colour = viridis(x / (canvas.width - 1));
+  for (let y = 0; y < canvas.height; y++) {
+    const colour = viridis(1 - y / (canvas.height - 1));
     pen.fillStyle = css(colour.map((c) => Math.round(OPACITY * c + (1 - OPACITY) * 128)));
-    pen.fillRect(x, 0, 1, canvas.height);
+    pen.fillRect(0, y, canvas.width, 1);
   }
 }
 
@@ -96,7 +96,7 @@ function resized(canvas, width, height) {
   canvas.style.height = `${h}px`;
   canvas.width = Math.round(w * ratio);
   canvas.height = Math.round(h * ratio);
-  const pen = canvas.getContext("2d");
+  const pen = canvas.getContext("2d", { willReadFrequently: true }); // by `paintHeat`
   pen.scale(ratio, ratio);
   return { pen, width: w, height: h, canvas };
 }
