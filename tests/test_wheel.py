@@ -17,7 +17,7 @@ FILES = ("*.md", "*.in", "*.cff", "*.txt", "*.toml", "setup.py", "Makefile", "LI
 SOURCES = sorted(file.name for pattern in FILES for file in ROOT.glob(pattern))
 PACKAGES = ("comemo", "comemo_kernels")
 FOLDERS = (*PACKAGES, "docs", "examples")
-NANO = ("comemo/nano/checkpoint", "comemo/nano/photographs")  # files that are no code
+DATA = ("comemo/nano/checkpoint", "comemo/nano/photographs", "comemo/serve/page")  # no code
 OFFLINE = ("--no-deps", "--no-index", "--disable-pip-version-check", "--quiet")
 
 USE = """
@@ -44,11 +44,12 @@ assert 1 <= session.report.new_tokens <= 3
 """
 
 
-def files_of_nano():
-    found = {file.relative_to(ROOT).as_posix() for name in NANO for file in (ROOT / name).iterdir()}
+def files_of_data():
+    found = {file.relative_to(ROOT).as_posix() for name in DATA for file in (ROOT / name).iterdir()}
     assert {
         "comemo/nano/checkpoint/model.safetensors",
         "comemo/nano/photographs/rocket.jpg",
+        "comemo/serve/page/index.html",
     } <= found
     return found
 
@@ -93,7 +94,7 @@ def test_the_wheel_holds_both_packages_and_the_licences(wheel):
         for name in PACKAGES
         for file in (ROOT / name).rglob("*.py")
     } | {f"{name}/py.typed" for name in PACKAGES}
-    wanted |= files_of_nano()
+    wanted |= files_of_data()
     assert {name for name in held if ".dist-info/" not in name} == wanted
     for name in ("LICENSE", "THIRD_PARTY_NOTICES.md"):
         assert any(".dist-info/" in path and path.endswith(f"/{name}") for path in held), name
@@ -109,7 +110,7 @@ def test_the_source_archive_holds_what_builds_and_documents(source, tmp_path):
     assert {*SOURCES, "docs/README.md", "docs/images/position_map.png"} <= names
     code = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
     assert {path.relative_to(ROOT).as_posix() for path in code} <= names
-    assert files_of_nano() <= names
+    assert files_of_data() <= names
 
 
 @pytest.mark.slow
