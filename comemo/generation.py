@@ -52,7 +52,8 @@ class CoMemoGeneration(PreparesInputs):
             decode_loop: a `DecodeLoop` of this model, for greedy decoding or sampling without
                 speculative decoding. `cache_implementation="static"` makes one for the call, unless
                 there is a `compile_config`.
-            kwargs: everything that `generate` takes, the KV cache by either of its names;
+            kwargs: everything that `generate` takes, the KV cache by either of its names; a
+                processor in place of its `tokenizer`, as the server of transformers passes it;
                 `custom_generate` as a function, never as a repository. Position ids of
                 `inputs_embeds` are derived from their mask if there are none; with `pixel_values`,
                 `input_ids` beside them say where images are.
@@ -75,6 +76,8 @@ class CoMemoGeneration(PreparesInputs):
             check_prefilled(prefilled, {"inputs": inputs, **kwargs}, option)
         input_ids = self._take_inputs(inputs, kwargs)
         take_cache("generate", kwargs)
+        if (tokenizer := kwargs.get("tokenizer")) is not None:
+            kwargs["tokenizer"] = getattr(tokenizer, "tokenizer", tokenizer)
         refuse_right_padding(kwargs)
         grid, store = kwargs.pop("tile_grid", None), kwargs.pop("memory_store", None)
         memory: ImageMemory | None = kwargs.get("image_memory")

@@ -15,10 +15,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import AddedToken
 from transformers.processing_utils import TextKwargs
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
+from comemo.processing.streamed_text import streaming_tokenizer
 from comemo.safety.files import check_class, hub_options, read_json
 
 MARKER = "\ufdd0"  # a Unicode noncharacter: valid text does not contain it
@@ -208,6 +210,11 @@ class InternLM2Tokenizer(SentencePieceBackend):
     def add_prefix_space(self) -> bool:
         """Whether the model puts a space before every text, also before single words."""
         return self.sp_model.encode("a", out_type=str)[0].startswith("▁")
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        """What the server of transformers decodes with while it streams, under its own name."""
+        return streaming_tokenizer(self)
 
     @property
     def control_literals(self) -> set[str]:
