@@ -274,6 +274,9 @@ def test_errors_are_told_and_take_nothing(page, engine, scripted, grey, tmp_path
     until(lambda: page.all(".word"))
     assert page.text("alert") == ""
     assert engine.works[-1].prompt.text.count("What is this?") == 1
+    engine.script = [*answer_of(["whole"]), Failed(Refused("failed", "no look"))]
+    assert page.ask("And this?") == "whole"  # what is complete is kept
+    assert page.text("alert") == "no look"
 
 
 def test_a_server_that_is_gone(page, engine):

@@ -172,14 +172,11 @@ async function answer(text, chosen, stopper) {
     comemo: { report: true, look: find("look").checked && allPictures().length > 0 },
   };
   try {
-    let reason = null;
     for await (const chunk of server.answer(body, stopper.signal)) {
       stopper.signal.throwIfAborted();
       receive(chunk, turn);
-      reason = chunk.choices?.[0]?.finish_reason ?? reason;
     }
-    turn.end(reason === "length" ? "The answer is cut: it has as many tokens as it may." : "");
-    say(`Answer: ${turn.answer}`);
+    finish(turn);
   } catch (error) {
     if (turns.includes(turn)) give(turn, error);
   }
@@ -193,8 +190,10 @@ function receive(chunk, turn) {
     turn.begin();
   }
   if (step !== undefined && step !== null) numbers.step(step);
-  const text = chunk.choices?.[0]?.delta?.content;
+  const choice = chunk.choices?.[0];
+  const text = choice?.delta?.content;
   if (text) follow(() => turn.write(text));
+  turn.reason = choice?.finish_reason ?? turn.reason;
   if (look?.words.length && look.pictures.length) {
     const found = withMean(look);
     follow(() =>
@@ -209,9 +208,18 @@ function receive(chunk, turn) {
   if (chunk.usage) numbers.end(chunk.usage);
 }
 
-/** An answer that has begun stays where it was stopped; any other question is given back. */
+function finish(turn) {
+  turn.end(turn.reason === "length" ? "The answer is cut: it has as many tokens as it may." : "");
+  say(`Answer: ${turn.answer}`);
+}
+
+/** Keep an answer that was complete or stopped; any other question is given back. */
 function give(turn, error) {
   const stopped = error.name === "AbortError";
+  if (turn.reason) {
+    finish(turn);
+    return stopped || fail(error);
+  }
   if (stopped && turn.answer) {
     turn.end("Stopped here.");
     return say(`Stopped. ${turn.answer}`);

@@ -2,11 +2,11 @@
 
 import { wordBar } from "./look.js";
 
-/** A question with its answer; `look` is of `withMean`, or null. */
+/** A question with its answer; `reason` says why the answer is complete. */
 export class Turn {
   answer = "";
   ended = false;
-  look = null;
+  reason = null;
   #text;
   #note;
 
@@ -49,7 +49,6 @@ export class Turn {
 
   /** Make the words of the answer show where they looked; see `wordBar`. */
   show(look, reactions) {
-    this.look = look;
     this.#text.classList.add("unseen"); // read at once, before the words one by one
     this.#text.after(wordBar(this.answer, look, reactions));
   }
