@@ -112,6 +112,18 @@ def test_penalties_are_those_of_the_answer():
     assert logits[0, 2] == 1.0
 
 
+def test_an_answer_does_not_end_too_early():
+    logits = torch.zeros(1, 5)
+    logits[0, 0], logits[0, 3] = 2.0, 1.0
+    sampling = Sampling(max_tokens=9, min_tokens=2)
+    answer = Answer(0, sampling, AnswerText(Letters(), "<end>", ()), 0, torch.device("cpu"))
+    for wanted in (3, 3, 0):
+        assert not answer.is_plain or wanted == 0
+        assert int(answer.choose(logits)) == wanted
+        answer.take(TokenFacts(wanted))
+    assert answer.reason == "stop"
+
+
 def test_a_file_of_keys(tmp_path):
     path = tmp_path / "keys"
     path.write_text("# ours\nfirst-key team\n\nsecond-key team\nthird-key\n")

@@ -20,6 +20,7 @@ class Sampling:
 
     Attributes:
         max_tokens: most tokens of an answer; the limit is a stop of its own.
+        min_tokens: tokens before which an answer does not end by itself.
         temperature: 0 for the most likely token.
         top_p: tokens are drawn among the most likely ones with this probability together.
         top_k: tokens are drawn among as many; 0 for all.
@@ -33,6 +34,7 @@ class Sampling:
     """
 
     max_tokens: int
+    min_tokens: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0

@@ -126,7 +126,7 @@ class Answer:
         """Whether the next token is the most likely one."""
         s = self.sampling
         penalties = (s.repetition_penalty != 1, s.frequency_penalty, s.presence_penalty)
-        return s.temperature == 0 and not any(penalties)
+        return s.temperature == 0 and not any(penalties) and len(self.tokens) >= s.min_tokens
 
     def choose(self, logits: Tensor) -> Tensor:
         """The next token, int64 [1], by logits float32 [1, V], which are not changed."""
@@ -141,6 +141,9 @@ class Answer:
                 often = torch.tensor(list(self._counts.values()), device=logits.device)
                 minus = s.frequency_penalty * often + s.presence_penalty
                 scores = scores.index_add(1, known, -minus[None].to(scores))
+        if len(self.tokens) < s.min_tokens:
+            scores = scores.clone()
+            scores[:, self._stop_id] = float("-inf")
         if s.temperature == 0:
             return scores.argmax(-1)
         probabilities = self._warp(None, scores).softmax(-1)

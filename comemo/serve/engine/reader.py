@@ -53,6 +53,11 @@ class PromptReader:
         rope: "dhr" or "original".
         visibility: "causal" or "all", see `ChatSession`.
 
+    Attributes:
+        config: of the model.
+        rope, visibility: as given.
+        stop_id: token that ends every answer.
+
     Raises:
         ValueError: an unknown choice, or a tokenizer without CoMemo's control tokens.
     """
@@ -67,7 +72,7 @@ class PromptReader:
         for name, value in (("rope", rope), ("visibility", visibility)):
             if value not in CHOICES[name]:
                 raise ValueError(f"PromptReader: {name} must be of {CHOICES[name]}, got {value!r}")
-        self._model, self._processor = model, processor
+        self._model, self._processor, self.config = model, processor, model.config
         self._tokenizer, self.rope, self.visibility = processor.tokenizer, rope, visibility
         stop = prompts.stop_text(model.config.template)
         check_tokenizer(self._tokenizer, stop)

@@ -18,7 +18,7 @@ class EngineSettings:
 
     Attributes:
         memory: bytes of KV cache and image memory; None for half of what is free, at most what
-            `answers` of 4,096 tokens need.
+            `answers` of 4,096 tokens, or one of the longest, need.
         answers: most answers at the same time.
         waiting: most requests that wait.
         waiting_each: most of one namespace.
@@ -73,7 +73,8 @@ class PoolSizes:
         each = bytes_per_token(model) + bytes_per_image_token(model)
         memory = settings.memory
         if memory is None:
-            memory = min(SHARE * free_memory(model.device), settings.answers * ROOM * each)
+            enough = max(settings.answers * ROOM, settings.longest) * each
+            memory = min(SHARE * free_memory(model.device), enough)
         tokens = int(memory // each)
         least = 2 * model.config.tokens_per_tile
         if tokens < least:

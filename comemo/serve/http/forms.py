@@ -16,6 +16,7 @@ NUMBERS = {
     "top_p": NumberRule(float, 0, 1),
     "max_tokens": NumberRule(int, 1, 10**6),
     "max_completion_tokens": NumberRule(int, 1, 10**6),
+    "min_tokens": NumberRule(int, 0, 10**6),
     "n": NumberRule(int, 1, 128),
     "seed": NumberRule(int, -(2**63), 2**63 - 1),
     "top_logprobs": NumberRule(int, 0, 20),
@@ -161,6 +162,7 @@ def _sampling(given: Mapping[str, Any], settings: ServerSettings) -> Sampling:
     temperature = given.get("temperature", settings.temperature)
     return Sampling(
         max_tokens=limits.pop() if limits else settings.max_tokens,
+        min_tokens=given.get("min_tokens", 0),
         temperature=0.0 if temperature < COLDEST else float(temperature),
         top_p=float(given.get("top_p", 1.0)),
         top_k=given.get("top_k", 0),
