@@ -1,0 +1,244 @@
+"""The server on several machines, as an application of Ray Serve.
+
+`build` is what a config file names; examples/serve/ray.yaml is one. The deployment "Engine" has the
+replicas: each holds a model and the app of `comemo serve`. The deployment "Front" takes the
+requests, and sends each to a replica.
+"""
+
+import difflib
+import logging
+import os
+import sys
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import serve
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    WorkerCrashedError,
+)
+from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from comemo import nano
+from comemo.serve.engine.settings import EngineSettings
+from comemo.serve.http.errors import HttpError, over_limit
+from comemo.serve.http.settings import ServerSettings, digest_of_key, read_keys
+from comemo.serve.replicas.front import Front
+from comemo.serve.replicas.order import order_replicas
+from comemo.serve.replicas.questions import Forwarded
+from comemo.serve.replicas.relay import ReplicaLost
+from comemo.serve.replicas.running import WholeResponse, run_app, whole_response
+from comemo.serve.start import Served, start_engine, warm_up
+
+KEY = "COMEMO_API_KEY"
+ONGOING = 32  # requests of a replica: 16 answers, and as many that wait
+_ALL_S = 10.0  # until every replica has told its metrics
+_LOST = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application of Ray Serve that a config file describes.
+
+    Args:
+        args: "model", a directory that every node has, or "nano"; optional the other fields of
+            `Served` by name, "server" and "engine" as objects with the fields of `ServerSettings`
+            and `EngineSettings`; "api_keys", a file for `read_keys`; "threads" of the CPU for each
+            replica.
+
+    Raises:
+        ValueError, OSError: a field that is not known or wrong; a file that cannot be read.
+    """
+    served, threads = read_args(args)
+    engines = serve.deployment(
+        EngineReplica,
+        name="Engine",
+        max_ongoing_requests=ONGOING,
+        graceful_shutdown_timeout_s=60,
+        health_check_period_s=5,
+        request_router_config=RequestRouterConfig(request_router_class=PictureRouter),
+    )
+    front = serve.deployment(FrontReplica, name="Front", max_ongoing_requests=1000)
+    return front.bind(engines.bind(served, threads), served.server)
+
+
+def read_args(args: Mapping[str, Any]) -> tuple[Served, int | None]:
+    """What to serve, and threads of the CPU; see `build`."""
+    given = dict(args)
+    threads, keys = given.pop("threads", None), _read_keys(given.pop("api_keys", None))
+    # Ray's queue is the one that is limited: a request that it has accepted must not be refused.
+    limits = {"waiting_each": ONGOING, **(given.pop("engine", None) or {})}
+    engine = _make(EngineSettings, "engine", limits)
+    server = dict(given.pop("server", None) or {})
+    if "keys" in server:
+        raise ValueError("build: server must have no keys: give api_keys, a file")
+    model = given.get("model")
+    if not isinstance(model, str):
+        raise ValueError(f"build: model must be a directory or 'nano', got {model!r}")
+    own = model == "nano" and not os.path.isdir(model)
+    given["model"] = str(nano.checkpoint()) if own else model
+    server.setdefault("name", "comemo-nano" if own else Path(model).resolve().name or "comemo")
+    if "fetch_hosts" in server:
+        server["fetch_hosts"] = tuple(server["fetch_hosts"])
+    settings = _make(ServerSettings, "server", {**server, "keys": keys})
+    return _make(Served, "args", {**given, "server": settings, "engine": engine}), threads
+
+
+def _read_keys(path: str | None) -> dict[str, str]:
+    if path is not None:
+        return read_keys(path)
+    key = os.environ.get(KEY)
+    return {digest: f"key-{digest[:16]}"} if key and (digest := digest_of_key(key)) else {}
+
+
+def _make(kind: Any, name: str, given: Mapping[str, Any]) -> Any:
+    known = [field.name for field in fields(kind)]
+    for field in given:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, 1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise ValueError(f"build: {name} has no field {field!r}{hint}")
+    return kind(**given)
+
+
+class EngineReplica:
+    """A model, its engine and its app, in a process of their own.
+
+    Args:
+        served: what and how.
+        threads: of the CPU; None for those that Ray chose.
+    """
+
+    def __init__(self, served: Served, threads: int | None) -> None:
+        _log_to_ray()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._ready = start_engine(served)
+        warm_up(self._ready)
+        self._app = self._ready.app(served.server)
+        self._name = serve.get_replica_context().replica_id.unique_id
+
+    async def answer(
+        self, request: Forwarded, picture: str | None, avoid: tuple[str, ...]
+    ) -> AsyncIterator[list[Message]]:
+        """The messages with which the app answers. The other arguments are for `PictureRouter`."""
+        async for messages in run_app(self._app, request, self._name):
+            yield messages
+
+    async def whole(self, request: Forwarded) -> WholeResponse:
+        """The whole response of the app."""
+        return await whole_response(self._app, request, self._name)
+
+    async def check_health(self) -> None:
+        """Ray replaces a replica whose app says that it is not healthy."""
+        path = {"path": "/health", "raw_path": b"/health", "root_path": "", "query_string": b""}
+        scope = {"type": "http", "http_version": "1.1", "method": "GET", "scheme": "http"}
+        response = await self.whole(Forwarded({**scope, **path, "headers": []}, b""))
+        if response.status != 200:
+            raise RuntimeError(f"/health: {response.status} {response.body.decode()}")
+
+    def __del__(self) -> None:
+        """Ray has waited for the requests, and sends no more."""
+        if hasattr(self, "_ready"):
+            self._ready.engine.close(0)
+
+
+class FrontReplica:
+    """Takes requests for the replicas.
+
+    Args:
+        engines: handle of their deployment.
+        settings: of the server.
+    """
+
+    def __init__(self, engines: Any, settings: ServerSettings) -> None:
+        _log_to_ray()
+        self._engines = engines
+        self._front = Front(self._ask, self._ask_all, settings)
+
+    async def __call__(self, request: Request) -> Response:
+        """A response that the front sends."""
+        return _Sent(self._front)
+
+    async def _ask(
+        self, request: Forwarded, picture: str | None, avoid: tuple[str, ...]
+    ) -> AsyncGenerator[Message, None]:
+        handle = self._engines.options(stream=True, method_name="answer")
+        answer = handle.remote(request, picture=picture, avoid=avoid)
+        done = False
+        try:
+            async for messages in answer:
+                for message in messages:
+                    yield message
+            done = True
+        except _LOST as error:
+            raise ReplicaLost(type(error).__name__) from error
+        except BackPressureError as error:
+            raise over_limit(429, "requests that wait for a replica", "as many as", error) from None
+        except DeploymentUnavailableError:
+            raise _none_there() from None
+        finally:
+            if not done:
+                answer.cancel()
+
+    async def _ask_all(self, request: Forwarded) -> Sequence[WholeResponse]:
+        answers = self._engines.broadcast("whole", request)
+        found = await answers.results_async(timeout_s=_ALL_S, return_exceptions=True)
+        responses = [one for one in found if isinstance(one, WholeResponse)]
+        if not responses:
+            raise _none_there()
+        return responses
+
+
+class _Sent(Response):
+    """A response that an app sends."""
+
+    def __init__(self, app: Front) -> None:
+        super().__init__()
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+class PictureRouter(RequestRouter):
+    """Sends requests about one picture to one replica, and others to an idle one: `order_replicas`.
+
+    A replica that has `max_ongoing_requests` accepts no more, and the next group is asked.
+    """
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """Groups of replicas; from the first group with room, the idlest one is chosen."""
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # when all are full
+        asked = pending_request.kwargs
+        names = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
+        order = order_replicas(list(names), asked.get("picture"), asked.get("avoid", ()))
+        return [[names[name] for name in group] for group in order]
+
+
+def _none_there() -> HttpError:
+    text, headers = "there is no replica: try again", {"Retry-After": "1"}
+    return HttpError(503, text, "server_error", code="unavailable", headers=headers)
+
+
+def _log_to_ray() -> None:
+    """The log of the server, whose lines are JSON, to the log of this process, which Ray keeps."""
+    logger = logging.getLogger("comemo.serve")
+    logger.handlers, logger.propagate = [logging.StreamHandler(sys.stderr)], False
+    logger.setLevel(logging.INFO)

@@ -1,0 +1,1 @@
+"""Several engines behind one address: who answers what, and what is repeated. Nothing of Ray."""
