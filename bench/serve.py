@@ -240,8 +240,8 @@ def _interrupted(
     reader = PromptReader(model, processor)
     words = " ".join(f"word{number}" for number in range(options.prompt))
     long = _Asked(reader, words, "", None, 1).work
-    short = _Asked(reader, "a question", "", None, 100_000).work
-    most = engine.longest - short.tokens
+    short = _Asked(reader, "a question", "", None, 1).work
+    most = engine.longest // 2
     short = replace(short, sampling=Sampling(max_tokens=most, min_tokens=most))
     _follow(engine, replace(long, namespace="warm-up"))  # the pace of reading is known then
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -67,11 +67,11 @@ def test_pieces_are_the_text_up_to_the_first_stop(text, stops):
     ids, pieces = [], []
     for letter in text:
         ids.append(ord(letter))
-        pieces.append(answer.add(ids, last=False))
+        pieces.append(answer.add(ids[-1], last=False))
         if answer.stopped:
             break
     if not answer.stopped:
-        pieces.append(answer.add(ids, last=True))
+        pieces.append(answer.add(0, last=True))
     # The earliest stop of what was generated until one was complete.
     told = "".join(map(chr, ids)).strip()
     places = [place for stop in stops if (place := told.find(stop)) >= 0]

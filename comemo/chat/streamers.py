@@ -14,6 +14,7 @@ from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 _HELD_BACK = 40  # characters; longer than any stop text
+_LONGEST_TAIL = 64  # tokens that are decoded for each new one
 
 
 def answer_text(tokenizer: Any, tokens: Iterable[int] | Tensor, stop: str) -> str:
@@ -27,11 +28,54 @@ def answer_text(tokenizer: Any, tokens: Iterable[int] | Tensor, stop: str) -> st
     return tokenizer.decode(tokens, skip_special_tokens=True).split(stop)[0].strip()
 
 
+class GrowingText:
+    """The text of an answer after each token, as `answer_text` has it.
+
+    Decoding everything for each token would take a time that grows with the square of the length.
+    The text is divided at a place where decoding both parts was seen to give the whole, far enough
+    from the end that later tokens do not change what is around it. Only the second part is decoded
+    again.
+
+    Args:
+        tokenizer: of the checkpoint.
+        stop: text that ends an answer.
+    """
+
+    def __init__(self, tokenizer: Any, stop: str) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self.ids: list[int] = []
+        self._head, self._anchor, self._next = "", 0, _LONGEST_TAIL
+
+    def add(self, ids: Iterable[int]) -> str:
+        """The text with these tokens."""
+        self.ids += ids
+        tail = self._decode(self._anchor, None)
+        text = self._head + tail
+        if len(self.ids) >= self._next:
+            self._divide(tail)
+        return text.split(self._stop)[0].strip()
+
+    def _divide(self, tail: str) -> None:
+        """Move the border, if there is a place where both parts make the whole."""
+        end = len(self.ids)
+        self._next = end + _LONGEST_TAIL // 2
+        for place in range(end - _LONGEST_TAIL // 2, end - _LONGEST_TAIL * 3 // 4, -1):
+            before, after = self._decode(self._anchor, place), self._decode(place, None)
+            for joint in (" ", ""):
+                if after and before + joint + after == tail:
+                    self._head += before + joint
+                    self._anchor = place
+                    return
+
+    def _decode(self, first: int, last: int | None) -> str:
+        return self._tokenizer.decode(self.ids[first:last], skip_special_tokens=True)
+
+
 class PieceStreamer(BaseStreamer):
     """Passes an answer on in pieces of text; together they are what `answer_text` returns.
 
     transformers' `TextStreamer` restarts after each line and drops the whitespace that a line
-    begins with. This one decodes the whole answer for each token.
+    begins with.
 
     Args:
         tokenizer: of the checkpoint.
@@ -40,8 +84,7 @@ class PieceStreamer(BaseStreamer):
     """
 
     def __init__(self, tokenizer: Any, stop: str, take: Callable[[str], None]) -> None:
-        self.tokenizer, self.stop, self.take = tokenizer, stop, take
-        self.ids: list[int] = []
+        self.take, self._text = take, GrowingText(tokenizer, stop)
         self.passed_on = ""
         self._prompt_seen = False
 
@@ -50,12 +93,11 @@ class PieceStreamer(BaseStreamer):
         if not self._prompt_seen:
             self._prompt_seen = True
             return
-        self.ids += value.flatten().tolist()
-        self.extend_to(settled_part(answer_text(self.tokenizer, self.ids, self.stop)))
+        self.extend_to(settled_part(self._text.add(value.flatten().tolist())))
 
     def end(self) -> None:
         """The answer is complete: pass on the rest."""
-        self.extend_to(answer_text(self.tokenizer, self.ids, self.stop))
+        self.extend_to(self._text.add([]))
 
     def extend_to(self, text: str) -> None:
         """Pass on what `text` adds to the pieces so far."""

@@ -15,7 +15,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from comemo.chat.streamers import answer_text, settled_part
+from comemo.chat.streamers import GrowingText, settled_part
 from comemo.serve.engine.segments import Segment
 from comemo.serve.work import Piece, Sampling, TokenFacts
 
@@ -30,7 +30,7 @@ class AnswerText:
     """
 
     def __init__(self, tokenizer: Any, end: str, stops: tuple[str, ...]) -> None:
-        self._tokenizer, self._end, self._stops = tokenizer, end, stops
+        self._text, self._stops = GrowingText(tokenizer, end), stops
         self._passed_on = ""
         self.stopped = False  # a stop text was found
 
@@ -39,14 +39,14 @@ class AnswerText:
         """All pieces so far."""
         return self._passed_on
 
-    def add(self, ids: list[int], last: bool) -> str:
+    def add(self, token: int, last: bool) -> str:
         """The next piece.
 
         Args:
-            ids: of the answer so far.
+            token: the next one.
             last: whether it is complete, so that nothing is held back.
         """
-        text = answer_text(self._tokenizer, ids, self._end)
+        text = self._text.add([token])
         found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if found:
             text, self.stopped = text[: min(found)], True
@@ -160,7 +160,7 @@ class Answer:
             self.reason = "stop"
         elif len(self.tokens) >= self.sampling.max_tokens:
             self.reason = "length"
-        piece = self._text.add(self.tokens, last=self.reason is not None)
+        piece = self._text.add(token, last=self.reason is not None)
         if self._text.stopped:
             self.reason = "stop"
         return Piece(self.choice, piece, facts, step)
