@@ -239,7 +239,7 @@ def _interrupted(
     """The longest gap between tokens of an answer while a long prompt is read."""
     reader = PromptReader(model, processor)
     words = " ".join(f"word{number}" for number in range(options.prompt))
-    long = _Asked(reader, words, "", None, 1).work
+    long = _Asked(reader, words, "", None, 3).work
     short = _Asked(reader, "a question", "", None, 1).work
     most = engine.longest // 2
     short = replace(short, sampling=Sampling(max_tokens=most, min_tokens=most))

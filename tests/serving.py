@@ -108,6 +108,16 @@ def collect(events):
             return answered
 
 
+def first_pieces(events, count):
+    """The first pieces of an answer that goes on."""
+    found = []
+    while len(found) < count:
+        event = events.get(timeout=LONG)
+        assert not isinstance(event, (Failed, Finished))
+        found += [event] if isinstance(event, Piece) else []
+    return found
+
+
 @contextlib.contextmanager
 def client_of(*args, **kwargs):
     """A client whose engine is closed at the end."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import SLOW
-from serving import SMALL, assistant, client_of, user
+from serving import SMALL, assistant, client_of, collect, first_pieces, user
 from talks import make_chatty, make_picture
 
 from comemo import ChatSession, MemoryStore
@@ -125,6 +125,30 @@ def test_little_memory_is_used_again_and_changes_no_answer(chatty):
         state = client.engine.state()
         assert state.key_tokens <= sizes.keys
         assert (state.waiting, state.reading, state.answering) == (0, 0, 0)
+
+
+def test_free_places_that_are_scattered_are_used(chatty):
+    """The buffers are full of segments; when some end, no hole is large enough for a long one."""
+    lengths = (20, 90, 20, 90, 20)
+    short = [(f"number {i}", [shown]) for i, shown in enumerate([P, Q, R, P, Q])]
+    with client_of(*chatty, EngineSettings(memory=6_000_000, answers=8)) as client:
+        engine = client.engine
+        works = [
+            client.work(q, *shown, max_tokens=length, min_tokens=length)
+            for (q, shown), length in zip(short, lengths, strict=True)
+        ]
+        used = sum(work.tokens + work.sampling.max_tokens for work in works)
+        # More than what is free at the end, also beside the last short one when that has ended.
+        most = max(work.tokens for work in works) + 120
+        wide = engine.sizes.keys - used + most - client.work("and this?", R).tokens
+        wanted = [client.ask(work).tokens for work in (*works, client.work("and this?", R))]
+        waiting = [client.submit(work)[1] for work in works]
+        ticket, events = client.submit(client.work("and this?", R, max_tokens=wide))
+        begins = [event.token.id for event in first_pieces(events, TOKENS)]
+        engine.cancel(ticket)
+        assert [collect(one).tokens for one in waiting] == wanted[:-1]
+        assert begins == wanted[-1][0]
+        assert engine._keys.segments.moves >= 1
 
 
 def test_prompts_are_read_in_parts_between_the_tokens_of_others(chatty):

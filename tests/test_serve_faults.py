@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from serving import SMALL, client_of, collect
+from serving import SMALL, client_of, collect, first_pieces
 from talks import make_chatty, make_picture
 
 from comemo.serve.engine.settings import EngineSettings
@@ -22,11 +22,6 @@ LONGER = 400  # tokens: an answer that is still at work when the test goes on
 @pytest.fixture(scope="module")
 def chatty(processor):
     return make_chatty(processor)
-
-
-def first_piece(events):
-    while not isinstance(events.get(timeout=60), Piece):
-        pass
 
 
 def settled(client):
@@ -77,7 +72,7 @@ def test_who_comes_too_often_is_told_so(chatty):
     with client_of(*chatty, settings) as client:
         works = [client.work("hi", max_tokens=LONGER, namespace=name) for name in "aaabb"]
         ticket, events = client.submit(works[0])
-        first_piece(events)
+        first_pieces(events, 1)
         for work in (works[1], works[2]):
             client.submit(work)
         with pytest.raises(Refused, match="at most 2 waiting requests of one key") as own:
@@ -94,7 +89,7 @@ def test_a_client_that_is_gone_costs_no_further_step(chatty):
         ticket, events = client.submit(client.work("what is this?", P, max_tokens=LONGER))
         _, other = client.submit(client.work("hi", max_tokens=2))
         gone, _ = client.submit(client.work("hello", max_tokens=2))
-        first_piece(events)
+        first_pieces(events, 1)
         client.engine.cancel(gone)
         client.engine.cancel(ticket)
         assert collect(other).error is None
@@ -180,7 +175,7 @@ def test_what_is_not_a_number_is_not_kept(chatty, monkeypatch):
 def test_a_fault_of_the_engine_fails_all_and_is_told(chatty, monkeypatch):
     with client_of(*chatty) as client:
         _, events = client.submit(client.work("hi", max_tokens=LONGER))
-        first_piece(events)
+        first_pieces(events, 1)
 
         def broken(self):
             raise KeyError("of the engine itself")
@@ -212,7 +207,7 @@ def test_closing_finishes_what_is_under_way_and_refuses_the_rest(chatty):
         assert not closing.is_alive()
     with client_of(*chatty) as client:
         _, events = client.submit(client.work("hi", max_tokens=9_000))
-        first_piece(events)
+        first_pieces(events, 1)
         client.engine.close(0)
         assert collect(events).error.kind == "closing"
 

@@ -70,8 +70,6 @@ def killed(address, body, random):
         data = body.encode()
         length = f"Content-Length: {len(data)}"
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n{length}\r\n\r\n"
-            f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-        )
         sent = data if random.random() < 0.7 else data[: len(data) // 2]
         sock.sendall(head.encode() + sent)
         if random.random() < 0.5:

@@ -14,7 +14,7 @@ from comemo.serve.work import Sampling, TokenFacts
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 12), st.integers(0, 9)), max_size=60))
 def test_segments_never_meet_and_all_holes_come_back(steps):
-    segments, held = Segments(40), []
+    segments, held, buffer = Segments(40), [], torch.arange(40)
     for action, size, which in steps:
         if action < 2:
             segment = segments.take(size)
@@ -24,6 +24,13 @@ def test_segments_never_meet_and_all_holes_come_back(steps):
             held += [] if segment is None else [segment]
         elif held and action == 2:
             segments.give_back(held.pop(which % len(held)))
+        elif which == 9:
+            rows = [int(buffer[place]) for one in held for place in range(one.start, one.end)]
+            segments.close_holes(held, [buffer])
+            assert segments.free == 40 or segments.take(segments.free + 1) is None
+            assert rows == [int(buffer[p]) for one in held for p in range(one.start, one.end)]
+            if segments.free:
+                held.append(segments.take(segments.free))
         elif held:
             segment = held[which % len(held)]
             before = (segment.start, segment.end)

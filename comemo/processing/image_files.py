@@ -94,7 +94,9 @@ def open_image(source: Source, *, published: bool = False, convert_rgb: bool = T
             return _decode(image, name, published, convert_rgb)
 
 
-def read_size(source: str | os.PathLike[str] | bytes, *, published: bool = False) -> tuple[int, int]:
+def read_size(
+    source: str | os.PathLike[str] | bytes, *, published: bool = False
+) -> tuple[int, int]:
     """Read the size that `open_image` gives an image, without decoding it.
 
     A PNG without EXIF data before its pixels is decoded, because they may follow.
@@ -226,7 +228,9 @@ def _check_header(image: Image.Image, name: str) -> None:
     if isinstance(image, ImageFile.ImageFile):
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
-            wanted = f"wanted at most PIL.Image.MAX_IMAGE_PIXELS = {limit} (raise it for a trusted file)"
+            wanted = (
+                f"wanted at most PIL.Image.MAX_IMAGE_PIXELS = {limit} (raise it for a trusted file)"
+            )
             got = f"{image.width} x {image.height}"
             raise ImageTooLargeError(f"open_image: {name} is too large: {wanted}, got {got}")
         if image.format == "EPS":

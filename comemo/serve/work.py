@@ -31,6 +31,9 @@ class Sampling:
         stop: texts that end the answer and are not part of it.
         n: number of answers.
         logprobs: None, or how many alternatives are reported with the probability of each token.
+
+    Raises:
+        ValueError: no token or no answer.
     """
 
     max_tokens: int
@@ -45,6 +48,11 @@ class Sampling:
     stop: tuple[str, ...] = ()
     n: int = 1
     logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "n"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"Sampling: {name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True)

@@ -299,6 +299,7 @@ class ContinuousEngine:
 
     def _look(self, request: Request) -> None:
         try:
+            self._prompts.place(request)
             looked = self._looks.advance(request, self.settings.stall_s)
         except Exception as error:
             self._give_up(request, error)

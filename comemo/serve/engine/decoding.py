@@ -55,7 +55,9 @@ class DecodeSteps:
         self, model: GeneratingModel, keys: KeyPool, pictures: PicturePool, most_rows: int
     ) -> None:
         self._step = RaggedStep(model, keys, pictures, most_rows)
+        self._pools = keys.segments, pictures.segments
         self._placed: list[Row] = []
+        self._moves = 0
         self.count = 0
 
     def run(self, rows: list[Row]) -> list[Chosen]:
@@ -76,9 +78,10 @@ class DecodeSteps:
 
     def _run(self, rows: list[Row]) -> list[Chosen]:
         answers = [answer for _, answer in rows]
-        if rows != self._placed:
+        moves = sum(pool.moves for pool in self._pools)
+        if rows != self._placed or moves != self._moves:
             self._step.place(answers, [request.reading() for request, _ in rows])
-            self._placed = rows
+            self._placed, self._moves = rows, moves
         logits = self._step.run([answer.tokens[-1] for answer in answers])
         self.count += 1
         chosen = choose(logits, answers)

@@ -130,7 +130,9 @@ class HeldPrefixes:
             self.drop(held)
             if (segment := self._keys.segments.take(size)) is not None:
                 return segment
-        return None
+        if keep is None and self._keys.segments.free >= size:
+            self._keys.close_holes(held.segment for held in self._held)
+        return self._keys.segments.take(size)
 
     def _touch(self, held: Held) -> None:
         self._held.remove(held)

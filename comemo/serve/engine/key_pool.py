@@ -3,6 +3,8 @@
 Letters: C tokens that the buffers hold, G key heads, D head dimension.
 """
 
+from collections.abc import Iterable
+
 from torch import Tensor
 
 import comemo_kernels as ops
@@ -57,6 +59,10 @@ class KeyPool:
         for held in (*self.keys, *self.values):
             first = held[source.start : source.start + length]
             held[target.start : target.start + length].copy_(first)
+
+    def close_holes(self, segments: Iterable[Segment]) -> None:
+        """Make one hole of all free places; see `Segments.close_holes`."""
+        self.segments.close_holes(segments, (*self.keys, *self.values))
 
     def clear(self, segment: Segment) -> None:
         """Overwrite a segment, which may hold NaN."""

@@ -216,7 +216,7 @@ class PicturePool:
         return self.memory.nbytes + self._media.nbytes
 
     def _room_for(self, size: int) -> Segment | None:
-        """A segment, after forgetting as much unused as it takes; None changes nothing."""
+        """A segment, after forgetting as much unused as it takes, and moving the rest together."""
         if (segment := self.segments.take(size)) is not None:
             return segment
         for shown in [shown for shown in self._shown.values() if not shown.users]:
@@ -224,7 +224,11 @@ class PicturePool:
             self.segments.give_back(shown.segment)
             if (segment := self.segments.take(size)) is not None:
                 return segment
-        return None
+        if self.segments.free >= size:
+            held = self.memory
+            buffers = (*held.keys.values(), *held.values.values(), self._media)
+            self.segments.close_holes((one.segment for one in self._shown.values()), buffers)
+        return self.segments.take(size)
 
     def _find(self, namespace: str, key: str) -> tuple[Shown, int] | None:
         """A built picture of a namespace, in any sequence."""

@@ -144,9 +144,14 @@ class PromptSteps:
             tiles = self._pictures.build(request.shown, request.work.pictures, most)
             self._per_tile.learn(tiles, time.perf_counter() - start)
             return None
-        if request.shown is not None and request.memory is None:
-            request.place(self._pictures.read(request.shown), self._model)
         return self._read(request, stall_s)
+
+    def place(self, request: Request) -> None:
+        """Give a request the memory of its pictures, where it is now."""
+        moves = self._pictures.segments.moves
+        if request.shown is not None and (request.memory is None or request.moves != moves):
+            request.place(self._pictures.read(request.shown), self._model)
+            request.moves = moves
 
     @torch.no_grad()
     def _read(self, request: Request, stall_s: float) -> torch.Tensor | None:
@@ -155,6 +160,7 @@ class PromptSteps:
         better = self._held.improve(held, work.transcript)  # others may have read the same
         request.cached += better - first
         first = better
+        self.place(request)
         start = time.perf_counter()
         size = min(max(self._per_token.units(stall_s), _SHORTEST), self._chunk)
         last = min(first + size, work.tokens)

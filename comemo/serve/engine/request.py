@@ -32,6 +32,8 @@ class Request:
         cached: tokens of the prompt that did not have to be read.
         answers: once the prompt is read.
         cancelled: whether its client is gone.
+        memory: of its pictures, at their positions in the prompt; None without or before.
+        moves: of the pool of pictures when the memory was made.
     """
 
     def __init__(self, work: Work, deliver: Callable[[Event], None]) -> None:
@@ -45,6 +47,7 @@ class Request:
         self.answers: list[Answer] = []
         self.cancelled = False
         self.memory: ImageMemory | None = None
+        self.moves = 0
 
     @property
     def size(self) -> int:

@@ -1,6 +1,9 @@
 """Segments of a buffer: each request has its tokens in one piece, so that a span can read them."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from torch import Tensor
 
 
 @dataclass(eq=False)
@@ -8,7 +11,7 @@ class Segment:
     """Places [start, end) of a buffer, of one owner.
 
     Attributes:
-        start, end: changed by `Segments` alone.
+        start, end: changed by `Segments` alone, which may move a segment.
     """
 
     start: int
@@ -23,10 +26,13 @@ class Segments:
 
     Args:
         capacity: places of the buffer.
+
+    Attributes:
+        moves: how often segments were moved: who knows their places has to look again.
     """
 
     def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
+        self.capacity, self.moves = capacity, 0
         self._holes = [(0, capacity)] if capacity else []  # ascending, never adjacent
 
     @property
@@ -73,6 +79,24 @@ class Segments:
         if len(segment):
             self._add(segment.start, segment.end)
             segment.end = segment.start
+
+    def close_holes(self, segments: Iterable[Segment], buffers: Iterable[Tensor]) -> None:
+        """Move all segments to the beginning, so that the free places are one hole.
+
+        Args:
+            segments: all that are taken.
+            buffers: [capacity, ...] each, whose rows move too.
+        """
+        place, held = 0, list(buffers)
+        for segment in sorted(segments, key=lambda one: one.start):
+            if segment.start != place:
+                for buffer in held:
+                    rows = buffer[segment.start : segment.end].clone()  # both may overlap
+                    buffer[place : place + len(rows)].copy_(rows)
+                segment.start, segment.end = place, place + len(segment)
+            place = segment.end
+        self._holes = [(place, self.capacity)] if place < self.capacity else []
+        self.moves += 1
 
     def _replace(self, hole: tuple[int, int], rest: tuple[int, int]) -> None:
         index = self._holes.index(hole)
