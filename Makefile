@@ -36,7 +36,7 @@ NANO ?= runs/nano
 NANO_TRAIN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone \
 	--nproc-per-node 2 -m comemo train
 
-.PHONY: demo nano test test-all lint kernels newest ranks aot bench gpu-check gpu-bench clean
+.PHONY: demo nano test test-all lint kernels newest ranks serve aot bench gpu-check gpu-bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/comemo demo
@@ -78,6 +78,11 @@ $(VENV)/newest/%: $(VENV)/ready
 # Every plan of several ranks with two to four processes, and nodes that leave and come back.
 ranks: $(VENV)/ready
 	$(PYTEST) --all $(RANKS_TESTS)
+
+# The server: 1,000 mixed requests, the page in a browser if Chromium and its driver are there, and
+# replicas if Ray is installed in the environment.
+serve: $(VENV)/ready
+	$(PYTEST) --all tests/test_serve*.py tests/test_transformers_serve.py
 
 # Compiles every kernel for every supported GPU architecture. Needs no GPU.
 aot: $(VENV)/ready

@@ -43,21 +43,29 @@ setup(
         "flash": ["flash-attn"],  # for attn_implementation="flash_attention_2"
         "flash-attn": ["flash-attn"],  # the old name of "flash"
         "train": ["accelerate", "filelock", "peft", "pyyaml", "tensorboardx"],
+        "serve": ["fastapi", "prometheus-client", "uvicorn"],
+        "ray": ["fastapi", "prometheus-client", "ray[serve]", "uvicorn"],  # several machines
         "video": ["av"],  # video files as training data; folders of frames need nothing
         "dev": [
             "accelerate",  # used by Trainer and `device_map`
+            "fastapi",  # the server, with uvicorn and prometheus-client
+            "httpx",  # its test client
             "hypothesis",
             "matplotlib",
             "mypy",
+            "openai",  # a client of the server
             "peft",  # adapters
+            "prometheus-client",
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",
             "pyyaml",  # reads CITATION.cff and settings of training
             "ruff",
             "scikit-image",  # photographs for the tests
+            "selenium",  # the page in a browser
             "tensorboardx",
             "setuptools",  # builds the wheel that is tested
+            "uvicorn",
         ],
     },
 )
