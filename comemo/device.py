@@ -3,9 +3,11 @@
 import functools
 import os
 import time
+from pathlib import Path
 
 import torch
 
+_CGROUP, _OF_CGROUP = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -70,7 +72,8 @@ def free_memory(device: torch.device) -> int:
 
     Args:
         device: a GPU or the CPU. On a CPU, and on an MPS, which shares its memory: what the system
-            calls available, or half of all where it does not say.
+            calls available, or half of all where it does not say; at most what a container's limit
+            (cgroup v2) leaves.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -78,9 +81,14 @@ def free_memory(device: torch.device) -> int:
     try:
         with open("/proc/meminfo") as file:
             facts = dict(line.split(":", 1) for line in file)
-        return int(facts["MemAvailable"].split()[0]) * 1024
+        available = int(facts["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        limit, used = (int((_CGROUP / name).read_text()) for name in _OF_CGROUP)
+    except (OSError, ValueError):  # no limit is "max"
+        return available
+    return min(available, max(limit - used, 0))
 
 
 def device_of_rank(local: int, name: str | None = None) -> torch.device:

@@ -40,3 +40,16 @@ def test_device_names():
             device.parse_device(name)
     with pytest.raises(ValueError, match="int8"):
         device.parse_dtype("int8", torch.device("cpu"))
+
+
+def test_free_memory_is_what_a_container_leaves(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(device, "_CGROUP", tmp_path)
+    whole = device.free_memory(cpu)
+    assert whole > 2**20
+    (tmp_path / "memory.current").write_text("300\n")
+    for text, wanted in (("1000\n", 700), ("200\n", 0)):
+        (tmp_path / "memory.max").write_text(text)
+        assert device.free_memory(cpu) == wanted
+    (tmp_path / "memory.max").write_text("max\n")
+    assert device.free_memory(cpu) > 2**20

@@ -39,7 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def host(monkeypatch):
     """A name that a test may fetch from, served on a free port."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     monkeypatch.setattr(fetch, "_PORTS", {"http": server.server_address[1], "https": 443})
     monkeypatch.setattr(fetch, "_is_public", lambda address: True)

@@ -180,7 +180,7 @@ class _Server:
 
     def _namespace(self, request: Request) -> str:
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        namespace = self._settings.namespace_of(key.strip() if scheme == "Bearer" else None)
+        namespace = self._settings.namespace_of(key.strip() if scheme.lower() == "bearer" else None)
         if namespace is None:
             text = "an API key is needed: Authorization: Bearer KEY"
             headers = {"WWW-Authenticate": "Bearer"}
