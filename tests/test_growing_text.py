@@ -1,7 +1,7 @@
 """The text of a long answer, token by token, at a cost that does not grow."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from comemo.chat.streamers import GrowingText, answer_text
@@ -51,6 +51,7 @@ WORDS = [
 ]
 
 
+@settings(max_examples=max(5, settings.default.max_examples // 4))
 @given(st.lists(st.sampled_from(WORDS), min_size=60, max_size=140))
 def test_every_text_is_that_of_all_tokens(tokenizer, words):
     ids = tokenizer(" ".join(words), add_special_tokens=False)["input_ids"]
@@ -59,6 +60,7 @@ def test_every_text_is_that_of_all_tokens(tokenizer, words):
         assert text.add([token]) == answer_text(tokenizer, ids[:count], STOP)
 
 
+@settings(max_examples=max(5, settings.default.max_examples // 4))
 @given(st.lists(st.integers(0, 499), min_size=100, max_size=200))
 def test_any_tokens(tokenizer, ids):
     """Bytes that are no character, control tokens and all."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SLOW
+from conftest import SLOW, SLOW_ON_CPU
 from serving import SMALL, assistant, client_of, collect, first_pieces, user
 from talks import make_chatty, make_picture
 
@@ -127,6 +127,7 @@ def test_little_memory_is_used_again_and_changes_no_answer(chatty):
         assert (state.waiting, state.reading, state.answering) == (0, 0, 0)
 
 
+@SLOW_ON_CPU
 def test_free_places_that_are_scattered_are_used(chatty):
     """The buffers are full of segments; when some end, no hole is large enough for a long one."""
     lengths = (20, 90, 20, 90, 20)
