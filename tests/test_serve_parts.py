@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from comemo.serve.engine.answer import Answer, AnswerText
+from comemo.serve.engine.looks import coarser
 from comemo.serve.engine.segments import Segments
 from comemo.serve.engine.waiting import FairQueue
 from comemo.serve.http.settings import ServerSettings, digest_of_key, read_keys
@@ -157,3 +158,14 @@ def test_wrong_files_of_keys(tmp_path, text, wanted):
     path.write_text(text)
     with pytest.raises(ValueError, match=wanted):
         read_keys(path)
+
+
+@pytest.mark.parametrize(("grid", "side", "wanted"), [((4, 3), 16, (24, 32)), ((2, 1), 4, (4, 8))])
+def test_large_maps_are_made_coarser(grid, side, wanted):
+    cols, rows = grid
+    cells = torch.rand(5, rows * side, cols * side)
+    found = coarser(cells, side)
+    assert found.shape == (5, *wanted)
+    torch.testing.assert_close(found.sum((1, 2)), cells.sum((1, 2)))
+    factor = cells.shape[1] // wanted[0]
+    torch.testing.assert_close(found[0, 0, 0], cells[0, :factor, :factor].sum())

@@ -109,16 +109,20 @@ class LookSteps:
             parts = rows.split([picture.tokens for picture in request.work.pictures], -1)
             config = self._model.config
             for picture, part in zip(request.work.pictures, parts, strict=True):
-                heat.append(coarser(heat_over_picture(part, picture.grid, config).cells))
+                cells = heat_over_picture(part, picture.grid, config).cells
+                heat.append(coarser(cells, config.side))
         return Looked(answer.choice, [word.text for word in words], heat)
 
 
-def coarser(cells: Tensor) -> Tensor:
-    """Maps [words, down, across] with at most `MOST_CELLS` cells; sums of squares of cells."""
+def coarser(cells: Tensor, side: int) -> Tensor:
+    """Maps [words, down, across] with about `MOST_CELLS` cells at most; sums of squares of cells.
+
+    Args:
+        cells: of a picture.
+        side: cells along the side of a tile, of which down and across are multiples.
+    """
     down, across = cells.shape[-2:]
-    factor = math.ceil(math.sqrt(down * across / MOST_CELLS))
-    if factor <= 1:
-        return cells
-    pad = (0, -across % factor, 0, -down % factor)
-    padded = torch.nn.functional.pad(cells, pad)
-    return padded.unflatten(-1, (-1, factor)).unflatten(-3, (-1, factor)).sum((-1, -3))
+    least = math.sqrt(down * across / MOST_CELLS)
+    factor = next((n for n in range(1, side) if n >= least and side % n == 0), side)
+    squares = cells.unflatten(-1, (-1, factor)).unflatten(-3, (-1, factor))
+    return squares.sum((-1, -3))
