@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import signal
 import sys
 
@@ -210,3 +211,11 @@ def test_at_a_terminal_an_empty_line_ends(capsys, checkpoint, monkeypatch):
     status = cli.main(["chat", str(checkpoint), *QUICK])
     out, err = capsys.readouterr()
     assert (status, out.count("\n"), err) == (0, 1, "> > ")
+
+
+def test_a_generation_config_may_say_nothing(capsys, demo_checkpoint, tmp_path):
+    """Published checkpoints have one that names a version of transformers alone."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(demo_checkpoint, copy)
+    (copy / "generation_config.json").write_text('{"transformers_version": "4.37.2"}')
+    assert cli.main(["chat", str(copy), "hello", *QUICK]) == 0

@@ -26,7 +26,7 @@ from comemo.memory.parts import check_storable
 from comemo.parallel.environment import complete_environment
 from comemo.processor import CoMemoProcessor
 from comemo.safety.regular import check_settings_files
-from comemo.safety.settings import TEXT, check_settings
+from comemo.safety.settings import GENERATION, check_settings
 from comemo.store.store import MemoryStore
 
 SUMMARY = "answer a file of questions, in one process or several"
@@ -184,7 +184,7 @@ def _load(directory: str, device: torch.device, dtype: torch.dtype) -> tuple[Any
     try:
         processor = CoMemoProcessor.from_pretrained(directory)
         model: Any = CoMemoForConditionalGeneration.from_pretrained(directory, dtype=dtype)
-        check_settings("generation_config", TEXT, vars(model.generation_config))
+        check_settings("generation_config", GENERATION, vars(model.generation_config))
         return model.to(device), processor
     except (AttributeError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
         # raised by transformers for files with contents that it does not expect

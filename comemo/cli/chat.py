@@ -23,7 +23,7 @@ from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.config import CHOICES, CoMemoConfig
 from comemo.device import DTYPES, parse_device, parse_dtype
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
-from comemo.safety.settings import TEXT, check_settings, shorten
+from comemo.safety.settings import GENERATION, check_settings, shorten
 
 SUMMARY = "ask a checkpoint about images, or without any"
 COMMANDS = {
@@ -124,7 +124,7 @@ class Talk:
         dtype = parse_dtype(args.dtype, device := parse_device(args.device))
         model = CoMemoForConditionalGeneration.from_pretrained(args.model, dtype=dtype)
         self.model = model.to(device)
-        check_settings("generation_config", TEXT, vars(self.model.generation_config))
+        check_settings("generation_config", GENERATION, vars(self.model.generation_config))
         self._note(f"{plain(args.model)}: on {device} in {str(dtype).removeprefix('torch.')}")
         self.session = ChatSession(
             self.model,

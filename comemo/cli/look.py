@@ -22,7 +22,7 @@ from comemo.device import DTYPES, parse_device, parse_dtype
 from comemo.look.asking import ask_and_look
 from comemo.look.sheet import draw_look
 from comemo.safety.regular import check_regular
-from comemo.safety.settings import TEXT, check_settings
+from comemo.safety.settings import GENERATION, check_settings
 
 SUMMARY = "answer a question, and draw where the memory path looks for each word"
 
@@ -132,5 +132,5 @@ def _load(name: str, config: CoMemoConfig, args: argparse.Namespace) -> tuple[An
     tokenizer = load_tokenizer(name, config)
     dtype = parse_dtype(args.dtype, device := parse_device(args.device))
     model: Any = CoMemoForConditionalGeneration.from_pretrained(name, dtype=dtype)
-    check_settings("generation_config", TEXT, vars(model.generation_config))
+    check_settings("generation_config", GENERATION, vars(model.generation_config))
     return model.to(device), tokenizer

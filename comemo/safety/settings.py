@@ -111,6 +111,8 @@ TEXT: dict[str, Rule] = {
     "rope_theta": _ANGLES,
     "eos_token_id": _optional((f"{_ID[0]}, or a list of such", _are_ids)),
 }
+# Of `generation_config`, where None means that the file does not say it.
+GENERATION: dict[str, Rule] = {**TEXT, "use_cache": _optional(_FLAG)}
 VISION: dict[str, Rule] = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), _SIZE),
     **dict.fromkeys(("qkv_bias", "attention_bias", "qk_normalization", "use_qk_norm"), _FLAG),

@@ -13,6 +13,7 @@ from comemo.conditional_generation import CoMemoForConditionalGeneration
 from comemo.device import parse_device, parse_dtype
 from comemo.processor import CoMemoProcessor
 from comemo.safety.regular import check_settings_files
+from comemo.safety.settings import GENERATION, check_settings
 from comemo.serve.engine.continuous import ContinuousEngine
 from comemo.serve.engine.reader import PromptReader
 from comemo.serve.engine.settings import EngineSettings
@@ -77,6 +78,7 @@ def start_engine(served: Served) -> Ready:
     dtype = parse_dtype(served.dtype, device := parse_device(served.device))
     loaded: Any = CoMemoForConditionalGeneration.from_pretrained(served.model, dtype=dtype)
     model: Any = loaded.to(device).eval()
+    check_settings("generation_config", GENERATION, vars(model.generation_config))
     reader = PromptReader(model, processor, served.rope, served.visibility)
     engine = ContinuousEngine(
         model,
