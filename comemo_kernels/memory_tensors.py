@@ -32,9 +32,9 @@ def memory_buffers(
             written.
 
     Returns:
-        [2, L, C, G, D], keys and values, uninitialised without `zeros`. On a GPU the heads of a token are
-        contiguous, so that building writes contiguous memory. On a CPU the tokens of a head are:
-        bfloat16 attention takes a third of the time.
+        [2, L, C, G, D], keys and values, uninitialised without `zeros`. On a GPU the heads of a
+        token are contiguous, so that building writes contiguous memory. On a CPU the tokens of a
+        head are: bfloat16 attention takes a third of the time.
 
     Raises:
         ValueError: a negative size, or more elements than 64-bit addresses allow.
