@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -275,6 +276,22 @@ def test_a_picture_is_computed_by_one_replica(cluster):
     assert cluster.count("pictures_computed") == before + 16
 
 
+def test_text_goes_to_the_idle_replica(cluster):
+    async def talk():
+        async with openai.AsyncOpenAI(
+            base_url=f"{cluster.address}/v1", api_key="red-key", max_retries=0
+        ) as client:
+            create = client.chat.completions.with_raw_response.create
+            answers = await asyncio.gather(
+                *(create(model=NAME, **LONG | {"max_tokens": 60}) for _ in range(24))
+            )
+            return Counter(answer.headers["x-comemo-replica"] for answer in answers)
+
+    counts = asyncio.run(talk())
+    assert len(counts) == 2
+    assert min(counts.values()) >= 8
+
+
 def test_errors_pass_unchanged(cluster, alone):
     good = {"model": NAME, "messages": [{"role": "user", "content": "Hello"}]}
     cases = [
@@ -332,8 +349,7 @@ def test_a_killed_replica_loses_nothing_that_can_be_repeated(cluster, alone):
         found = list(pool.map(lambda seed: ask(one, **LONG, seed=seed), range(20)))
     wanted = [text for ((text, _),) in found]
     computed = cluster.counts("pictures_computed")
-    victim, left = sorted(computed)
-    started = asyncio.Semaphore(0)
+    started, began, once_began = asyncio.Semaphore(0), [], []
 
     async def talk():
         client = openai.AsyncOpenAI(
@@ -346,43 +362,50 @@ def test_a_killed_replica_loses_nothing_that_can_be_repeated(cluster, alone):
             return found.choices[0].message.content
 
         async def stream(**options):
-            """The text, the replica that began it, and the code of its error."""
-            text, code, count = "", None, 0
+            """The text, the replica that began it, why it ended, and the code of its error."""
+            text, end, code, count = "", None, None, 0
             async with create(model=NAME, stream=True, **LONG | options) as response:
-                parts = await response.parse()
+                name = response.headers["x-comemo-replica"]
                 try:
-                    async for part in parts:
+                    async for part in await response.parse():
                         text += part.choices[0].delta.content or ""
-                        count += 1
+                        end, count = part.choices[0].finish_reason, count + 1
                         if count == 5:
+                            began.append(name) if "seed" in options else once_began.append(name)
                             started.release()
                 except openai.APIError as error:
                     code = error.code
-                return text, response.headers["x-comemo-replica"], code
+                return text, name, end, code
 
         async def kill():
             for _ in range(14):
                 await started.acquire()
+            victim = once_began[0]
             await asyncio.to_thread(cluster.kill, victim)
+            return victim
 
         async with client:
             return await asyncio.gather(
                 asyncio.gather(*(whole(seed) for seed in range(10))),
                 asyncio.gather(*(stream(seed=seed) for seed in range(10, 20))),
-                asyncio.gather(*(stream() for _ in range(4))),
+                asyncio.gather(*(stream(max_tokens=400) for _ in range(4))),
                 kill(),
             )
 
     start = time.perf_counter()
-    wholes, streams, once, _ = asyncio.run(talk())
+    wholes, streams, once, victim = asyncio.run(talk())
     print(f"\n24 answers after {time.perf_counter() - start:.1f} s, {cluster.repeats()} repeated")
     assert wholes == wanted[:10]
-    assert [text for text, _, _ in streams] == wanted[10:]
-    assert {code for _, _, code in streams} == {None}
-    for _, name, code in once:
-        assert code == ("replica_lost" if name == victim else None)
-    lost = sum(name == victim for _, name, _ in streams)
-    assert cluster.repeats() >= lost > 0
+    assert [text for text, *_ in streams] == wanted[10:]
+    assert {code for *_, code in streams} == {None}
+    assert {(end, code) for *_, end, code in once} <= {
+        ("length", None),
+        ("stop", None),
+        (None, "replica_lost"),
+    }
+    assert {name for _, name, _, code in once if code} == {victim}
+    assert cluster.repeats() > 0
+    (left,) = {*began, *once_began} - {victim}
     # Its pictures are in the store.
     (client,) = clients(cluster.address)
     for number in range(10, 26):

@@ -303,7 +303,7 @@ def test_a_replica_that_comes_or_goes_moves_few_pictures():
     pictures = [f"{number:064x}" for number in range(400)]
 
     def firsts(names):
-        return [order_replicas(names, picture, ())[0][0] for picture in pictures]
+        return [order_replicas(names, picture, {})[0] for picture in pictures]
 
     before = firsts(names)
     assert before == firsts(names[::-1])
@@ -312,13 +312,24 @@ def test_a_replica_that_comes_or_goes_moves_few_pictures():
     assert all(old == new for old, new in zip(before, after, strict=True) if old != names[-1])
 
 
+def test_idle_replicas_come_first():
+    loads = {"a": 2, "b": 0, "c": 1}
+    assert order_replicas(["a", "b", "c"], None, loads) == ["b", "c", "a"]
+    own = order_replicas(["a", "b", "c", "d", "e"], "p", {})[:2]
+    loads = {name: 9 if name in own else ord(name) for name in "abcde"}
+    rest = sorted({*"abcde"} - {*own})
+    assert order_replicas(["e", "d", "c", "b", "a"], "p", loads) == [*own, *rest]
+    assert {order_replicas(["a", "b"], None, {})[0] for _ in range(40)} == {"a", "b"}
+
+
 def test_replicas_to_avoid_come_last():
-    assert order_replicas(["a", "b", "c"], "p", ("a", "b")) == [["c"], ["a", "b"]]
-    assert order_replicas(["a"], None, ("a",)) == [["a"]]
-    two, rest = order_replicas(["a", "b", "c"], None, ())
-    assert len(two) == 2
-    assert sorted(two + rest) == ["a", "b", "c"]
-    assert order_replicas([], "p", ()) == []
+    assert order_replicas(["a", "b", "c"], "p", {"a": 1}, ("a", "b")) in (
+        ["c", "a", "b"],
+        ["c", "b", "a"],
+    )
+    assert order_replicas(["a"], None, {}, ("a",)) == ["a"]
+    assert order_replicas(["a", "b"], None, {"b": 1}, ("a",)) == ["b", "a"]
+    assert order_replicas([], "p", {}) == []
 
 
 def test_metrics_of_replicas_keep_their_numbers():

@@ -5,13 +5,16 @@ replicas: each holds a model and the app of `comemo serve`. The deployment "Fron
 requests, and sends each to a replica.
 """
 
+import asyncio
 import difflib
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from ray.exceptions import (
 )
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
@@ -60,16 +63,19 @@ def build(args: dict[str, Any]) -> serve.Application:
         ValueError, OSError: a field that is not known or wrong; a file that cannot be read.
     """
     served, threads = read_args(args)
-    engines = serve.deployment(
+    deployment: Any = serve.deployment  # Ray declares that it returns a function
+    router: dict[str, Any] = {"request_router_class": PictureRouter}  # Ray declares another type
+    engines = deployment(
         EngineReplica,
         name="Engine",
         max_ongoing_requests=ONGOING,
         graceful_shutdown_timeout_s=60,
         health_check_period_s=5,
-        request_router_config=RequestRouterConfig(request_router_class=PictureRouter),
+        request_router_config=RequestRouterConfig(**router),
     )
-    front = serve.deployment(FrontReplica, name="Front", max_ongoing_requests=1000)
-    return front.bind(engines.bind(served, threads), served.server)
+    front = deployment(FrontReplica, name="Front", max_ongoing_requests=1000)
+    app: serve.Application = front.bind(engines.bind(served, threads), served.server)
+    return app
 
 
 def read_args(args: Mapping[str, Any]) -> tuple[Served, int | None]:
@@ -212,24 +218,46 @@ class _Sent(Response):
 
 
 class PictureRouter(RequestRouter):
-    """Sends requests about one picture to one replica, and others to an idle one: `order_replicas`.
+    """Sends requests about one picture to one replica, and others to the idlest: `order_replicas`.
 
-    A replica that has `max_ongoing_requests` accepts no more, and the next group is asked.
+    A replica that has `max_ongoing_requests` accepts no more, and the next one is asked. Loads are
+    counted here: what Ray remembers of the lengths of queues is late by a burst of requests.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._loads: Counter[str] = Counter()  # requests that this router has sent
+        self._lock = Lock()  # requests complete in any thread
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """Groups of replicas; from the first group with room, the idlest one is chosen."""
+        """Groups of one replica, in the order in which they are asked."""
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # when all are full
+        await asyncio.sleep(0)  # requests that were just given a replica are sent, and counted
         asked = pending_request.kwargs
         names = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        order = order_replicas(list(names), asked.get("picture"), asked.get("avoid", ()))
-        return [[names[name] for name in group] for group in order]
+        with self._lock:
+            self._loads = Counter({name: self._loads[name] for name in names})
+            loads = dict(self._loads)
+        order = order_replicas(list(names), asked.get("picture"), loads, asked.get("avoid", ()))
+        return [[names[name]] for name in order]
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """Count a request that is sent."""
+        super().on_send_request(replica_id)
+        with self._lock:
+            self._loads[replica_id.unique_id] += 1
+
+    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
+        """Count a request that has ended, in whatever way."""
+        super().on_request_completed(replica_id, internal_request_id)
+        with self._lock:
+            self._loads[replica_id.unique_id] = max(self._loads[replica_id.unique_id] - 1, 0)
 
 
 def _none_there() -> HttpError:

@@ -1,30 +1,30 @@
 """In which order replicas are asked."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
 
 
 def order_replicas(
-    names: Sequence[str], picture: str | None, avoid: Sequence[str]
-) -> list[list[str]]:
-    """Groups of replicas, those that should answer first; within a group the idlest one answers.
+    names: Sequence[str],
+    picture: str | None,
+    loads: Mapping[str, int],
+    avoid: Collection[str] = (),
+) -> list[str]:
+    """Names of replicas, those that should answer first.
 
-    Each picture has its own order (rendezvous hashing): whoever computes it finds the same one, and
-    a replica that comes or goes changes the first place of few pictures. Without a picture two
-    are drawn.
+    Each picture has its own first and second replica (rendezvous hashing): whoever computes them
+    finds the same ones, and a replica that comes or goes changes those of few pictures. The others
+    follow by load, as all do without a picture.
 
     Args:
         names: of the replicas.
         picture: digest of a picture; None for none.
+        loads: requests of each replica.
         avoid: names of replicas that come last.
     """
-    wanted = [name for name in names if name not in avoid]
-    rest = [name for name in names if name in avoid]
-    if picture is None:
-        random.shuffle(wanted)
-        groups = [wanted[:2], wanted[2:], rest]
-    else:
-        wanted.sort(key=lambda name: sha256(f"{picture} {name}".encode()).digest())
-        groups = [wanted[:1], wanted[1:2], wanted[2:], rest]
-    return [group for group in groups if group]
+    order = sorted(names, key=lambda name: (loads.get(name, 0), random.random()))
+    if picture is not None:
+        own = sorted(names, key=lambda name: sha256(f"{picture} {name}".encode()).digest())[:2]
+        order = [*own, *(name for name in order if name not in own)]
+    return sorted(order, key=lambda name: name in avoid)
