@@ -44,7 +44,7 @@ setup(
         "flash-attn": ["flash-attn"],  # the old name of "flash"
         "train": ["accelerate", "filelock", "peft", "pyyaml", "tensorboardx"],
         "serve": ["fastapi", "prometheus-client", "uvicorn"],
-        "ray": ["fastapi", "prometheus-client", "ray[serve]", "uvicorn"],  # several machines
+        "ray": ["fastapi", "prometheus-client", "ray[serve]>=2.58", "uvicorn"],  # several machines
         "video": ["av"],  # video files as training data; folders of frames need nothing
         "dev": [
             "accelerate",  # used by Trainer and `device_map`
