@@ -12,6 +12,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import fields
 from pathlib import Path
 from threading import Lock
@@ -35,7 +36,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from comemo import nano
 from comemo.serve.engine.settings import EngineSettings
-from comemo.serve.http.errors import HttpError, over_limit
+from comemo.serve.http.errors import HttpError
 from comemo.serve.http.settings import ServerSettings, digest_of_key, read_keys
 from comemo.serve.replicas.front import Front
 from comemo.serve.replicas.order import order_replicas
@@ -138,8 +139,9 @@ class EngineReplica:
         self, request: Forwarded, picture: str | None, avoid: tuple[str, ...]
     ) -> AsyncIterator[list[Message]]:
         """The messages with which the app answers. The other arguments are for `PictureRouter`."""
-        async for messages in run_app(self._app, request, self._name):
-            yield messages
+        async with aclosing(run_app(self._app, request, self._name)) as parts:
+            async for messages in parts:
+                yield messages
 
     async def whole(self, request: Forwarded) -> WholeResponse:
         """The whole response of the app."""
@@ -189,10 +191,10 @@ class FrontReplica:
             done = True
         except _LOST as error:
             raise ReplicaLost(type(error).__name__) from error
-        except BackPressureError as error:
-            raise over_limit(429, "requests that wait for a replica", "as many as", error) from None
+        except BackPressureError:
+            raise _refusal(429, "too many requests wait", "rate_limit_error") from None
         except DeploymentUnavailableError:
-            raise _none_there() from None
+            raise _refusal(503, "there is no replica") from None
         finally:
             if not done:
                 answer.cancel()
@@ -202,7 +204,7 @@ class FrontReplica:
         found = await answers.results_async(timeout_s=_ALL_S, return_exceptions=True)
         responses = [one for one in found if isinstance(one, WholeResponse)]
         if not responses:
-            raise _none_there()
+            raise _refusal(503, "there is no replica")
         return responses
 
 
@@ -260,9 +262,9 @@ class PictureRouter(RequestRouter):
             self._loads[replica_id.unique_id] = max(self._loads[replica_id.unique_id] - 1, 0)
 
 
-def _none_there() -> HttpError:
-    text, headers = "there is no replica: try again", {"Retry-After": "1"}
-    return HttpError(503, text, "server_error", code="unavailable", headers=headers)
+def _refusal(status: int, reason: str, kind: str = "server_error") -> HttpError:
+    headers = {"Retry-After": "1"}
+    return HttpError(status, f"{reason}: try again later", kind, code="busy", headers=headers)
 
 
 def _log_to_ray() -> None:

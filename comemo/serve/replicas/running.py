@@ -1,10 +1,8 @@
 """An ASGI app that answers requests of another process."""
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.types import ASGIApp, Message
 
@@ -12,8 +10,6 @@ from comemo.serve.replicas.questions import Forwarded
 
 REPLICA = b"x-comemo-replica"
 _END_S = 5.0  # for an app whose client is gone
-
-_log = logging.getLogger("comemo.serve")
 
 
 @dataclass(frozen=True)
@@ -31,7 +27,9 @@ class WholeResponse:
     body: bytes
 
 
-async def run_app(app: ASGIApp, request: Forwarded, replica: str) -> AsyncIterator[list[Message]]:
+async def run_app(
+    app: ASGIApp, request: Forwarded, replica: str
+) -> AsyncGenerator[list[Message], None]:
     """The messages with which an app answers, those that are there at once in one list.
 
     If nobody takes them any more, the app is told that its client is gone.
@@ -56,14 +54,11 @@ async def run_app(app: ASGIApp, request: Forwarded, replica: str) -> AsyncIterat
 
     async def send(message: Message) -> None:
         if message["type"] == "http.response.start":
-            headers = [*message["headers"], (REPLICA, replica.encode())]
-            message = {
-                **message,
-                "headers": [(bytes(name), bytes(value)) for name, value in headers],
-            }
+            message = {**message, "headers": [*message["headers"], (REPLICA, replica.encode())]}
         queue.put_nowait(message)
 
-    task = asyncio.ensure_future(_finish(app, dict(request.scope), receive, send))
+    scope = {"asgi": {"version": "3.0", "spec_version": "2.3"}, "extensions": {}, **request.scope}
+    task = asyncio.ensure_future(app(scope, receive, send))
     task.add_done_callback(lambda _: queue.put_nowait(None))
     complete = False
     try:
@@ -87,13 +82,7 @@ async def run_app(app: ASGIApp, request: Forwarded, replica: str) -> AsyncIterat
         gone.set()
         await asyncio.wait({task}, timeout=_END_S)
         task.cancel()
-        if complete and task.done() and not task.cancelled() and task.exception() is not None:
-            _log.debug("an app failed after its response", exc_info=task.exception())
-
-
-async def _finish(app: ASGIApp, scope: dict[str, Any], receive: Any, send: Any) -> None:
-    scope = {"asgi": {"version": "3.0", "spec_version": "2.3"}, "extensions": {}, **scope}
-    await app(scope, receive, send)
+        await asyncio.gather(task, return_exceptions=True)
 
 
 async def whole_response(app: ASGIApp, request: Forwarded, replica: str) -> WholeResponse:
