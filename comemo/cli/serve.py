@@ -5,7 +5,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import os
 import signal
 import sys
 import time
@@ -23,12 +22,11 @@ from comemo.config import CHOICES
 from comemo.device import DTYPES
 from comemo.images import MAX_TILES
 from comemo.serve.engine.settings import EngineSettings
-from comemo.serve.http.settings import ServerSettings, digest_of_key, read_keys
+from comemo.serve.http.settings import KEY, ServerSettings, find_keys
 from comemo.serve.start import Served, start_engine, warm_up
 
 SUMMARY = "serve a checkpoint to OpenAI clients, with a page to look at"
 PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
-KEY = "COMEMO_API_KEY"
 _BYTES = 2**30
 
 
@@ -183,12 +181,6 @@ def read_served(args: argparse.Namespace, directory: str) -> Served:
     Raises:
         ValueError, OSError: a file of keys that is wrong, or options that exclude each other.
     """
-    keys: dict[str, str] = {}
-    if args.api_keys is not None:
-        keys = read_keys(args.api_keys)
-    elif os.environ.get(KEY):
-        digest = digest_of_key(os.environ[KEY])
-        keys = {digest: f"key-{digest[:16]}"}
     if args.store_budget is not None and args.store is None:
         raise ValueError("--store-budget needs --store DIR")
     name = args.name or (
@@ -196,7 +188,7 @@ def read_served(args: argparse.Namespace, directory: str) -> Served:
     )
     server = ServerSettings(
         name=name,
-        keys=keys,
+        keys=find_keys(args.api_keys),
         body_bytes=int(args.body * 2**20),
         pixels=args.pixels,
         images=args.images,

@@ -37,7 +37,7 @@ from starlette.types import Message, Receive, Scope, Send
 from comemo import nano
 from comemo.serve.engine.settings import EngineSettings
 from comemo.serve.http.errors import HttpError
-from comemo.serve.http.settings import ServerSettings, digest_of_key, read_keys
+from comemo.serve.http.settings import ServerSettings, find_keys
 from comemo.serve.replicas.front import Front
 from comemo.serve.replicas.order import order_replicas
 from comemo.serve.replicas.questions import Forwarded
@@ -45,7 +45,6 @@ from comemo.serve.replicas.relay import ReplicaLost
 from comemo.serve.replicas.running import WholeResponse, run_app, whole_response
 from comemo.serve.start import Served, start_engine, warm_up
 
-KEY = "COMEMO_API_KEY"
 ONGOING = 32  # requests of a replica: 16 answers, and as many that wait
 _ALL_S = 10.0  # until every replica has told its metrics
 _LOST = (RayActorError, NodeDiedError, ObjectLostError, OutOfMemoryError, WorkerCrashedError)
@@ -82,7 +81,7 @@ def build(args: dict[str, Any]) -> serve.Application:
 def read_args(args: Mapping[str, Any]) -> tuple[Served, int | None]:
     """What to serve, and threads of the CPU; see `build`."""
     given = dict(args)
-    threads, keys = given.pop("threads", None), _read_keys(given.pop("api_keys", None))
+    threads, keys = given.pop("threads", None), find_keys(given.pop("api_keys", None))
     # Ray's queue is the one that is limited: a request that it has accepted must not be refused.
     limits = {"waiting_each": ONGOING, **(given.pop("engine", None) or {})}
     engine = _make(EngineSettings, "engine", limits)
@@ -99,13 +98,6 @@ def read_args(args: Mapping[str, Any]) -> tuple[Served, int | None]:
         server["fetch_hosts"] = tuple(server["fetch_hosts"])
     settings = _make(ServerSettings, "server", {**server, "keys": keys})
     return _make(Served, "args", {**given, "server": settings, "engine": engine}), threads
-
-
-def _read_keys(path: str | None) -> dict[str, str]:
-    if path is not None:
-        return read_keys(path)
-    key = os.environ.get(KEY)
-    return {digest: f"key-{digest[:16]}"} if key and (digest := digest_of_key(key)) else {}
 
 
 def _make(kind: Any, name: str, given: Mapping[str, Any]) -> Any:

@@ -179,8 +179,8 @@ class _Server:
             raise bad(str(error).partition(": ")[2] or "it cannot be read", "image") from None
 
     def _namespace(self, request: Request) -> str:
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        namespace = self._settings.namespace_of(key.strip() if scheme.lower() == "bearer" else None)
+        header = request.headers.get("authorization", "")
+        namespace = self._settings.namespace_of_header(header)
         if namespace is None:
             text = "an API key is needed: Authorization: Bearer KEY"
             headers = {"WWW-Authenticate": "Bearer"}

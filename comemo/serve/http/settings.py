@@ -8,6 +8,7 @@ from pathlib import Path
 
 from comemo.safety.regular import check_regular
 
+KEY = "COMEMO_API_KEY"  # the variable that may hold a key
 PUBLIC = "public"  # the namespace where no keys are configured
 
 
@@ -65,10 +66,31 @@ class ServerSettings:
             return PUBLIC
         return self.keys.get(digest_of_key(key)) if key else None
 
+    def namespace_of_header(self, authorization: str) -> str | None:
+        """The namespace of a header `Authorization: Bearer KEY`; None as in `namespace_of`."""
+        scheme, _, key = authorization.partition(" ")
+        return self.namespace_of(key.strip() if scheme.lower() == "bearer" else None)
+
 
 def digest_of_key(key: str) -> str:
     """What is kept of an API key."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def find_keys(path: str | os.PathLike[str] | None) -> dict[str, str]:
+    """The keys of a file, else the one in the variable `COMEMO_API_KEY`, else none.
+
+    Args:
+        path: see `read_keys`; None for no file.
+    """
+    if path is not None:
+        return read_keys(path)
+    key = os.environ.get(KEY)
+    return {digest: _own_namespace(digest)} if key and (digest := digest_of_key(key)) else {}
+
+
+def _own_namespace(digest: str) -> str:
+    return f"key-{digest[:16]}"
 
 
 def read_keys(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -94,7 +116,7 @@ def read_keys(path: str | os.PathLike[str]) -> dict[str, str]:
         if not words or words[0].startswith("#"):
             continue
         digest = digest_of_key(words[0])
-        namespace = words[1] if len(words) > 1 else f"key-{digest[:16]}"
+        namespace = words[1] if len(words) > 1 else _own_namespace(digest)
         if len(words) > 2 or not namespace.replace("-", "").replace("_", "").isalnum():
             raise ValueError(
                 f"read_keys: line {number} must be KEY [NAMESPACE], the namespace of letters,"

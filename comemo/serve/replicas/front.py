@@ -125,8 +125,8 @@ class Front:
 
     def _namespace(self, scope: Scope) -> str | None:
         """The namespace of the key; None for a wrong one, which the app of a replica refuses."""
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        return self._settings.namespace_of(key.strip() if scheme == "Bearer" else None)
+        header = Headers(scope=scope).get("authorization", "")
+        return self._settings.namespace_of_header(header)
 
     async def _body(self, scope: Scope, receive: Receive, namespace: str | None) -> bytes:
         """The body; nothing of one that the app refuses unread, and little too much of a longer
