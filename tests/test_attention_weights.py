@@ -6,7 +6,7 @@ import pytest
 import torch
 import valid_calls as valid
 from attention_inputs import make_inputs
-from conftest import DEVICE, DTYPES
+from conftest import DEVICE, DTYPES, every_two
 from harness import red_zones
 from odd import refuses
 
@@ -56,9 +56,10 @@ def defined(inputs, rest, k):
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spans", ["token", "prompt"])
-@pytest.mark.parametrize("starts", [None, (), (0,), (0, 32, 50)])
+@pytest.mark.parametrize(
+    ("starts", "spans", "dtype"),
+    every_two([None, (), (0,), (0, 32, 50)], ["token", "prompt"], DTYPES),
+)
 def test_it_is_a_softmax(starts, spans, dtype):
     """Several images, two query heads for a key head, 19 tokens: more than a block of rows."""
     inputs, rest = make_inputs(2, 19, 4, 2, 16, 70, spans, starts, 2, dtype=dtype)

@@ -57,6 +57,7 @@ def check(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_failures_errors_and_skips_are_printed(check, tmp_path, capsys):
     code, table = check()
     assert code == 1

@@ -77,6 +77,7 @@ def test_a_place_has_its_own_name_most(sides):
         assert said.most_common(1)[0][0] == tile
 
 
+@pytest.mark.slow
 def test_names_of_places_are_alike_by_rows_and_columns(folder, tokenizer):
     model = CoMemoForConditionalGeneration.from_pretrained(folder).float()
     words, (shared, *_) = model.get_input_embeddings().weight.detach(), _directions(model)

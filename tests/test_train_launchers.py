@@ -99,6 +99,7 @@ def as_of_srun(port):
     os.environ |= {"SLURM_STEP_NODELIST": "localhost", "MASTER_PORT": str(port)}
 
 
+@pytest.mark.slow
 def test_training_under_srun(start, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole = settings_of(start, tmp_path / "whole", steps=3)

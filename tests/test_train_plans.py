@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from conftest import SLOW
 from rank_processes import RankFailed
 from rank_runs import train_on
 from safetensors.torch import load_file
@@ -83,6 +82,7 @@ def go_back(output, step, stage="finetune"):
             shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_any_plan(start, tmp_path, one_process):
     """Parts of two ranks, then divided layers, then one process; each takes a step or more."""
     output = tmp_path / "run"
@@ -150,7 +150,8 @@ def test_parts_go_on_with_whole_models(start, tmp_path, one_process):
         train_on(2, sharded)
 
 
-@pytest.mark.parametrize("plan", [{"tensor": 2}, pytest.param({}, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [{"tensor": 2}, {}])
 def test_a_frozen_tower_drops_the_same_tiles(start, tmp_path, plan):
     """Random numbers of a pack do not depend on how ranks share its tiles."""
     runs = []

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from conftest import SLOW
 from rank_runs import train_on
 from train_runs import entries_of, make_start, settings_of, weights_of
 
@@ -80,6 +79,7 @@ def test_no_picture_at_all(run):
     assert_same(*run(0, 6, epochs=2))
 
 
+@pytest.mark.slow
 def test_a_rank_runs_out_of_data_first(run):
     """Each picture fills a pack: 3 of them for the first rank, 2 for the other, which waits."""
     one, two = run(5, 0, epochs=1)
@@ -89,9 +89,8 @@ def test_a_rank_runs_out_of_data_first(run):
     assert [step for step, share in padding.items() if share > 0] == [3]
 
 
-@pytest.mark.parametrize(
-    "held_out", [(3, 2), pytest.param((1, 0), marks=SLOW), pytest.param((3, 0), marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("held_out", [(3, 2), (1, 0), (3, 0)])
 def test_evaluation_of_fewer_packs_on_one_rank(run, held_out):
     """With one sample the other rank has nothing to evaluate."""
     one, two = run(2, 0, held_out, epochs=2, eval_every=1)

@@ -128,6 +128,7 @@ def test_an_error_in_the_loader(start, tmp_path, monkeypatch):
     assert other[2].endswith(": data: pictures.jsonl:12: no answer")
 
 
+@pytest.mark.slow
 def test_an_error_in_the_forward_pass(start, tmp_path, monkeypatch):
     """The other rank waits in a collective of the backward pass."""
 
@@ -250,6 +251,7 @@ def test_ranks_may_end_one_after_the_other(late):
     assert on_ranks(watched(body)) == [([], None, "", False)] * 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_one_rank_ends_all(start, tmp_path, monkeypatch):
     break_forward(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
     settings = settings_of(start, tmp_path / "run")
