@@ -42,12 +42,12 @@ if NO_BFLOAT16:
     DTYPES.remove(torch.bfloat16)
 PRESENCE = pytest.StashKey[contextlib.ExitStack]()
 
-settings.register_profile("comemo", derandomize=True, deadline=None, max_examples=30)
+settings.register_profile("comemo", derandomize=True, deadline=None, max_examples=20)
 # Examples are slow in the interpreter, and on a GPU each may compile; shrinking takes minutes.
 settings.register_profile(
     "kernels",
     settings.get_profile("comemo"),
-    max_examples=5,
+    max_examples=4,
     phases=(Phase.explicit, Phase.generate),
 )
 PROFILE = settings.get_profile("kernels" if INTERPRET or GPU else "comemo")
