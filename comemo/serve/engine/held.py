@@ -36,9 +36,6 @@ class HeldPrefixes:
         self._keys = keys
         self._held: list[Held] = []  # least recently used first
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     def take(self, namespace: str, wanted: Transcript, size: int) -> tuple[Held, int] | None:
         """A segment for a prompt, with the tokens of it that are held already.
 

@@ -99,10 +99,6 @@ class PicturePool:
         self._shown: OrderedDict[Key, Shown] = OrderedDict()
         self.computed = 0  # pictures that went through the vision tower
 
-    def __len__(self) -> int:
-        """Sequences of pictures that are held."""
-        return len(self._shown)
-
     def claim(self, namespace: str, pictures: Sequence[Picture]) -> tuple[Shown, bool] | None:
         """Hold a sequence of pictures.
 
