@@ -162,6 +162,7 @@ def test_ranks_that_differ(nano, folder):
     )
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_are_refused(nano, folder):
     write_requests(folder, FEW)
     runs = RunFolder(folder / "answers.jsonl")

@@ -28,6 +28,7 @@ def tiny(*_):
     )
 
 
+@pytest.mark.slow
 def test_rows(monkeypatch):
     monkeypatch.setattr(dropin, "SUBJECTS", {"published": tiny})
     options = options_of(dropin, "--models", "published", "--tokens", "6", "--dtype", "float32")

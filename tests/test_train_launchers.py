@@ -120,6 +120,7 @@ def test_training_under_srun(start, tmp_path, monkeypatch):
     assert not changed(one, two)
 
 
+@pytest.mark.slow
 def test_ranks_that_do_not_start_are_named():
     def call():
         if os.environ["RANK"] == "1":

@@ -62,6 +62,7 @@ def assert_same(one, two):
         assert (weights[name] - weight).abs().max() < 1e-5, name
 
 
+@pytest.mark.slow
 def test_pictures_on_one_rank_alone(run):
     """One in an epoch: the rank that computes it is another one each time."""
     one, two = run(1, 6, epochs=4)

@@ -159,6 +159,7 @@ def test_a_rank_that_is_killed(start, tmp_path, monkeypatch):
     assert line.endswith(f"; told by {told}, step 2")
 
 
+@pytest.mark.slow
 def test_the_first_rank_is_killed(start, tmp_path, monkeypatch):
     """The store goes with it."""
     break_forward(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL), which=0)
@@ -169,6 +170,7 @@ def test_the_first_rank_is_killed(start, tmp_path, monkeypatch):
     assert other[1:] == ("OtherRankFailed", line.removeprefix("comemo train: "), True)
 
 
+@pytest.mark.slow
 def test_the_command_tells_one_line(start, tmp_path, monkeypatch, capfd):
     break_loader(monkeypatch)
     write_settings(settings_of(start, tmp_path / "run"), tmp_path / "settings.yaml")
@@ -234,6 +236,7 @@ def test_a_rank_that_stands_still(tmp_path, monkeypatch):
     assert line.endswith(f"told by rank 0 of 2 ({HOST}), stage finetune")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=SLOW)])
 def test_the_rank_that_has_the_store_is_gone(tmp_path, number, monkeypatch):
     line = stop_or_kill(tmp_path, 0, number, monkeypatch)
