@@ -1,5 +1,6 @@
 """From a checkpoint to an engine and an app, for the command and for Ray Serve."""
 
+import queue
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,9 +16,10 @@ from comemo.processor import CoMemoProcessor
 from comemo.safety.regular import check_settings_files
 from comemo.safety.settings import GENERATION, check_settings
 from comemo.serve.engine.continuous import ContinuousEngine
-from comemo.serve.engine.reader import PromptReader
+from comemo.serve.engine.reader import OpenedPicture, PromptReader
 from comemo.serve.engine.settings import EngineSettings
 from comemo.serve.http.settings import ServerSettings
+from comemo.serve.work import Failed, Finished, Sampling, Work
 from comemo.store.store import MemoryStore
 
 
@@ -116,11 +118,6 @@ def warm_up(ready: Ready, timeout_s: float = 600.0) -> None:
     Raises:
         ValueError: the model cannot answer.
     """
-    import queue
-
-    from comemo.serve.engine.reader import OpenedPicture
-    from comemo.serve.work import Failed, Finished, Sampling, Work
-
     side = ready.model.config.vision_config.image_size[0]
     blank = OpenedPicture("blank", (1, 1), lambda: torch.zeros(1, 3, side, side))
     content = [{"type": "image"}, {"type": "text", "text": "?"}]
