@@ -18,6 +18,7 @@ from bench import (
     memory,
     mixin,
     positions,
+    progress,
     project,
     recipe,
     rotary,
@@ -48,6 +49,7 @@ BENCHMARKS: dict[str, Any] = {
     "vision": vision,
 }
 COMMANDS: dict[str, Any] = {"gpu-check": gpu_check, "gpu-bench": gpu_bench}  # run many stages
+INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 
 
 def main() -> None:
@@ -66,16 +68,31 @@ def main() -> None:
         sys.exit(COMMANDS[options.name].run(options))
     if options.wait and not sys.stdin.readline():
         sys.exit(f"python -m bench {options.name} --wait: stdin was closed")
+    sys.exit(_run(options))
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Measure, print and write rows as they come; the exit code."""
     machine = measure.describe_machine()
-    print("  ".join(f"{key} {value}" for key, value in machine.items()))
+    print("  ".join(f"{key} {value}" for key, value in machine.items()), flush=True)
     rows: list[dict[str, Any]] = []
-    for row in BENCHMARKS[options.name].run(options):
-        rows.append(row)
-        if options.out:
-            # After each row: an interrupt loses no measured row.
-            measure.write(options.name, rows, machine, options.out)
-    measure.show(rows)
-    sys.exit(1 if getattr(options, "failed", False) else 0)
+    table = measure.Table()
+    try:
+        with progress.shown(options.name, sys.stdout, sys.stderr):
+            for row in BENCHMARKS[options.name].run(options):
+                rows.append(row)
+                table.show(row)
+                if options.out:
+                    # After each row: an interrupt loses no measured row.
+                    measure.write(options.name, rows, machine, options.out)
+    except KeyboardInterrupt:
+        kept = ""
+        if options.out and rows:
+            measure.write(options.name, rows, machine, options.out)  # in case it came within one
+            kept = f", written to {options.out / options.name}.json and .csv"
+        print(f"interrupted: {len(rows)} rows were measured{kept}", file=sys.stderr)
+        return INTERRUPTED
+    return 1 if getattr(options, "failed", False) else 0
 
 
 if __name__ == "__main__":

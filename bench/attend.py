@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Iterator[Row]:
     clock = Clock.of(options, "attend")
-    names = options.cases or list(READINGS if clock.device == "cuda" else SMALL)
+    names = options.cases or list(SMALL if measure.few(options) else READINGS)
     cases = itertools.product(options.sizes or ["2B"], names)
     if options.tune:
         return each_case(options, cases, lambda case: tune(case[0], case[1], clock))

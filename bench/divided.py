@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from bench import measure
+from bench import measure, progress
 from bench.models import draw_model, draw_prompts
 from bench.ways import Row
 from comemo import CoMemoForConditionalGeneration
@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         _apart(_write, options.size, dtype, options.layers, folder)
         answers: dict[str, Any] = {}
-        for way, division in DIVISIONS.items():
+        for way in progress.each(DIVISIONS):
+            division = DIVISIONS[way]
             ranks = 1 if way == "whole" else options.ranks
             given = {
                 name: {"pp_size": ranks} if isinstance(value, dict) else value
@@ -83,9 +84,10 @@ def _on_ranks(count: int, folder: str, dtype: torch.dtype, given: Any, grid: Any
         rank.start()
     try:
         found = dict(results.get(timeout=1800) for _ in ranks)
-    finally:
         for rank in ranks:
             rank.join(60)
+    finally:
+        for rank in ranks:
             rank.kill()
     return [found[rank] for rank in range(count)]
 

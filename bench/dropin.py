@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 import comemo_kernels as ops
-from bench import measure, peak
+from bench import measure, peak, progress
 from bench.dropin_models import SUBJECTS, Subject
 from comemo.chat.streamers import TokenClock
 
 OURS, AS_SHIPPED = "ours, patched", "as shipped"
+WAYS_OF = {"published": 3}  # of other models two
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    progress.plan([1.0] * sum(WAYS_OF.get(name, 2) for name in options.models))
     for name in options.models:
         torch.manual_seed(0)
         print(f"drawing random weights of {name}")
@@ -53,6 +55,7 @@ def _rows(subject: Subject, options: argparse.Namespace) -> Iterator[dict[str, A
     rows: list[dict[str, Any]] = []
     answers: dict[str, Tensor] = {}
     for way in (OURS, *subject.ways, AS_SHIPPED):
+        progress.begin(f"{subject.case}, {way}")
         gc.collect()
         peak.reset()
         with ExitStack() as stack:

@@ -8,14 +8,14 @@ the kernel up as Triton does by default, by specialising on every argument.
 import argparse
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 
 import comemo_kernels as ops
-from bench import measure
+from bench import measure, progress
 from bench.cases import HEAD_DIM, HEADS, PROMPTS
 from comemo_kernels import QueryRotation
 
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=["2B"])
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime import driver
 
@@ -39,7 +39,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     ):
         torch.library.impl(f"comemo::{name}", "CPU", _op._on_its_device(launch))
     driver.set_active(aot.OfflineDriver(aot.CHIPS["sm_90"].target))
-    rows = []
     launches_nothing = property(lambda self: lambda *args: None)
     with (
         contextlib.ExitStack() as stack,
@@ -51,14 +50,17 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     ):
         for module in (rotary, attention, fused_linear):
             stack.enter_context(mock.patch.object(module, "on_triton", lambda x: True))  # noqa: PT008
-        for heads in options.heads:
-            for case, (kernel, call) in cases(heads).items():
-                row: dict[str, Any] = {"case": f"{case} {heads}", "pass": "host"}
-                rows.append(row | {"way": "ours", "host_us": measure.host_us(call, 3000)})
-                with mock.patch.object(kernel, "key", lambda *_: None):  # noqa: PT008
-                    cost = measure.host_us(call, 3000)
-                rows.append(row | {"way": "triton's launch", "host_us": cost})
-    return rows
+        chosen = [
+            (f"{case} {heads}", *found)
+            for heads in options.heads
+            for case, found in cases(heads).items()
+        ]
+        for case, kernel, call in progress.each(chosen, lambda case: case[0]):
+            row: dict[str, Any] = {"case": case, "pass": "host"}
+            yield row | {"way": "ours", "host_us": measure.host_us(call, 3000)}
+            with mock.patch.object(kernel, "key", lambda *_: None):  # noqa: PT008
+                cost = measure.host_us(call, 3000)
+            yield row | {"way": "triton's launch", "host_us": cost}
 
 
 def cases(heads: str) -> dict[str, tuple[Any, Callable[[], Any]]]:

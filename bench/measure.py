@@ -1,5 +1,6 @@
 """Shared by all measurements: the machine, clocks, bandwidth, memory, tables and files."""
 
+import argparse
 import contextlib
 import csv
 import importlib.metadata
@@ -21,6 +22,7 @@ import torch
 import transformers
 
 import comemo_kernels as ops
+from bench import progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,6 +87,17 @@ def _git(*command: str) -> str:
     return done.stdout.strip()
 
 
+def add_all(parser: argparse.ArgumentParser) -> None:
+    """The argument of every benchmark that measures fewer cases on a CPU; see `few`."""
+    words = "every case; on a CPU the default is what two cores measure in two minutes"
+    parser.add_argument("--all", action="store_true", help=words)
+
+
+def few(options: argparse.Namespace) -> bool:
+    """Whether a benchmark measures few cases where none are given: on a CPU, without --all."""
+    return default_device() == "cpu" and not options.all
+
+
 def default_device() -> str:
     """A GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -132,6 +145,7 @@ def compare(
     queueing = dict.fromkeys(ways, 2e-3)  # seconds in which the host queues a round
     for turn in range(rounds + 1):
         for name, way in ways.items():
+            progress.tell(f"{name}, round {turn} of {rounds}")
             if device == "cuda":
                 seconds, queueing[name] = _gpu_round(way, sets, queueing[name])
             else:
@@ -214,14 +228,6 @@ def copy_bandwidth(device: str) -> float:
     return 2e6 * source.nbytes / timing["copy"].us
 
 
-def gemm_rate(device: str, dtype: torch.dtype) -> float:
-    """FLOP per second of a large GEMM of random matrices; with zeros it would be faster."""
-    size = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    timing = compare({"gemm": lambda _: a @ b}, 4, device, rounds=9)
-    return 2e6 * size**3 / timing["gemm"].us
-
-
 def cache_bytes(device: str) -> int:
     """Bytes of inputs that evict everything else from the cache."""
     if device == "cpu":
@@ -232,13 +238,6 @@ def cache_bytes(device: str) -> int:
 def cold_sets(device: str, nbytes: int, most: int) -> int:
     """Input sets of so many bytes that evict each other from the cache: 2 to `most`."""
     return max(2, min(most, -(-cache_bytes(device) // nbytes)))
-
-
-def read_bandwidth(device: torch.device, gibibytes: float = 1.0) -> float:
-    """Bytes per second of a float32 matrix-vector product that exceeds all caches."""
-    rows = int(gibibytes * 2**30 / 4 / 4096)
-    matrix, vector = torch.ones(rows, 4096, device=device), torch.ones(4096, device=device)
-    return matrix.nbytes / min(seconds(lambda: matrix @ vector) for _ in range(5))
 
 
 def peak_gib() -> float:
@@ -262,13 +261,25 @@ def write(name: str, rows: list[dict[str, Any]], machine: dict[str, Any], out: P
         writer.writerows(rows)
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print rows as an aligned table."""
-    columns = _columns(rows)
-    cells = [columns, *([_text(row.get(name, "")) for name in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+class Table:
+    """Prints rows as they come, aligned, and the header whenever the columns change."""
+
+    def __init__(self) -> None:
+        self.columns: list[str] = []
+        self.widths: dict[str, int] = {}
+
+    def show(self, row: dict[str, Any]) -> None:
+        cells = {name: _text(value) for name, value in row.items()}
+        for name, cell in cells.items():
+            self.widths[name] = max(self.widths.get(name, 9), len(name), len(cell))
+        if list(row) != self.columns:
+            self.columns = list(row)
+            self._print({name: name for name in row})
+        self._print(cells)
+
+    def _print(self, cells: dict[str, str]) -> None:
+        line = "  ".join(cell.ljust(self.widths[name]) for name, cell in cells.items())
+        print(line.rstrip(), flush=True)
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import comemo_kernels as ops
-from bench import published
+from bench import measure, published
 from bench.cases import HEAD_DIM, MIXINS, TOKENS_PER_TILE
 from bench.harness import assert_matches
 from bench.readings import IMAGE
@@ -49,10 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Iterator[Row]:
     clock = Clock.of(options, "memory")
-    gpu = clock.device == "cuda"
-    sizes = options.sizes or (["2B", "9B"] if gpu else ["2B"])
-    tiles = options.tiles or ([13 * n for n in IMAGES] if gpu else [13])
-    layers = options.layers or (None if gpu else 1)
+    few = measure.few(options)
+    sizes = options.sizes or (["2B"] if few else ["2B", "9B"])
+    tiles = options.tiles or ([13] if few else [13 * n for n in IMAGES])
+    layers = options.layers or (1 if few else None)
     bench = MemoryBench(clock, layers)
     cases = [(size, count) for size in sizes for count in tiles]
     if options.tune:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import comemo_kernels as ops
-from bench import published
+from bench import measure, published
 from bench.cases import HEAD_DIM, MIXINS
 from bench.harness import assert_matches
 from bench.models import made_on
@@ -56,9 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Iterator[Row]:
     clock = Clock.of(options, "mixin")
-    gpu = clock.device == "cuda"
-    sizes = options.sizes or (["2B", "9B"] if gpu else ["tiny"])
-    names = options.cases or (list(CASES) if gpu else ["decode_1", "decode_8"])
+    few = measure.few(options)
+    sizes = options.sizes or (["tiny"] if few else ["2B", "9B"])
+    names = options.cases or (["decode_1", "decode_8"] if few else list(CASES))
     cases = itertools.product(sizes, names)
     if options.tune:
         decoding = [case for case in cases if CASES[case[1]][0] in (1, 8)]
@@ -261,7 +261,9 @@ def time_case(size: str, case: str, clock: Clock, compiled: bool) -> Iterator[Ro
         timed = clock.time(labels, part.ways(), sets, work)
         graphed = clock.time_graphs(labels, part.ways(), sets, work) if decoding else ()
         for row in itertools.chain(timed, graphed):
-            yield row | {"of_copy": row["gb_s"] * 1e9 / clock.limits.byte_s}
+            if clock.device == "cuda":
+                row["of_copy"] = row["gb_s"] * 1e9 / clock.limits.byte_s
+            yield row
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 """Models of the published sizes with random weights, a tokenizer and prompts for them."""
 
+import argparse
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,6 +45,13 @@ def made_on(device: str, dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def layers_of(options: argparse.Namespace, few: int) -> int | None:
+    """Decoder layers for `draw_model`: `--layers`, or on a CPU `few` of them without --all."""
+    if options.layers is not None:
+        return options.layers or None
+    return few if measure.few(options) else None
 
 
 def draw_model(
@@ -110,3 +119,33 @@ def draw_prompts(
     memory = ImageMemory.from_media(media, position_ids[image], [M] * batch)
     inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": position_ids}
     return inputs, image, memory
+
+
+def copies_of(memory: ImageMemory, batch: int) -> ImageMemory:
+    """The built memory of a prompt, as many times: rows of a batch with a picture of their own.
+
+    Args:
+        memory: of one prompt; `memory.repeat_interleave(batch)` lets the rows share it instead.
+        batch: of rows.
+    """
+    assert memory.spans is not None
+    assert memory.starts is not None
+    assert memory.biases is not None
+    assert memory.ids is not None
+    M = len(memory)
+    shift = M * torch.arange(batch, device=memory.starts.device)
+
+    def repeated(tensors: dict[int, Tensor]) -> dict[int, Tensor]:
+        return {layer: t[:M].repeat(batch, 1, 1) for layer, t in tensors.items()}
+
+    return replace(
+        memory,
+        spans=memory.spans + shift[:, None, None],
+        media=None,
+        ids=memory.ids[:M].repeat(batch),
+        sizes=memory.sizes * batch,
+        starts=(memory.starts + shift[:, None]).flatten().int(),
+        biases=memory.biases.repeat(1, batch),
+        keys=repeated(memory.keys),
+        values=repeated(memory.values),
+    )

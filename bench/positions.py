@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import comemo_kernels as ops
-from bench import measure
+from bench import measure, progress
 from bench.cases import PROMPTS, Prompt
 from comemo_kernels import reference
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = measure.default_device()
-    for case in options.cases:
+    for case in progress.each(options.cases):
         prompt = SIZES[case]
         image, attention = prompt.masks(device)
         grids = prompt.grids * prompt.batch

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import comemo_kernels as ops
+from bench import measure
 from bench.cases import MIXINS, TOKENS_PER_TILE
 from bench.harness import assert_matches
 from bench.tuning import each_configuration, tell_configurations
@@ -46,9 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Iterator[Row]:
     clock = Clock.of(options, "project")
-    gpu = clock.device == "cuda"
-    sizes = options.sizes or (["2B", "9B"] if gpu else ["2B"])
-    tiles = options.tiles or (TILES if gpu else TILES[:2])
+    few = measure.few(options)
+    sizes = options.sizes or (["2B"] if few else ["2B", "9B"])
+    tiles = options.tiles or (TILES[:2] if few else TILES)
     bench = ProjectBench(clock)
     cases = [(size, count) for size in sizes for count in tiles]
     if options.tune:

@@ -12,6 +12,7 @@ loss differs from ours by more than rounding is not timed.
 
 import argparse
 import gc
+import itertools
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 import comemo_kernels as ops
-from bench import measure, peak
+from bench import measure, peak, progress
 from bench.models import SIZES, made_on
 from bench.recipe_batch import draw_batch
 from bench.recipe_published import PublishedStep
@@ -81,17 +82,17 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = measure.default_device()
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
     wanted: dict[str, float] = {}
-    for way in options.ways:  # outside, because the peak of a process only grows
-        for stage in options.stages:
-            gc.collect()
-            peak.reset()
-            try:
-                row = _row(config, batch, stage, way, options, wanted.get(stage))
-            except torch.OutOfMemoryError:  # of a GPU; what does not fit is a result
-                print(f"{stage}, {way} is not timed: out of memory at {measure.peak_gib():.1f} GiB")
-                continue
-            wanted.setdefault(stage, row["loss"])
-            yield row
+    # Ways first, because the peak of a process only grows.
+    for way, stage in progress.each(itertools.product(options.ways, options.stages), ", ".join):
+        gc.collect()
+        peak.reset()
+        try:
+            row = _row(config, batch, stage, way, options, wanted.get(stage))
+        except torch.OutOfMemoryError:  # of a GPU; what does not fit is a result
+            print(f"{stage}, {way} is not timed: out of memory at {measure.peak_gib():.1f} GiB")
+            continue
+        wanted.setdefault(stage, row["loss"])
+        yield row
 
 
 def _row(
@@ -130,7 +131,8 @@ def _row(
     if wanted is not None and abs(loss - wanted) > ROUNDING[options.dtype] * abs(wanted):
         raise RuntimeError(f"{way} is not timed: its loss is {loss}, ours {wanted}")
     seconds = []
-    for _ in range(options.steps):
+    for count in range(options.steps):
+        progress.tell(f"step {count + 1} of {options.steps}")
         start = measure.now()
         step()
         seconds.append(measure.now() - start)

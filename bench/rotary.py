@@ -9,6 +9,7 @@ time of a call on the host, and in a CUDA graph.
 
 import argparse
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import comemo_kernels as ops
-from bench import measure, published
+from bench import measure, progress, published
 from bench.cases import HEAD_DIM, HEADS, PROMPTS, Prompt
 from bench.harness import assert_matches
 from bench.tuning import each_configuration, tell_configurations
@@ -35,13 +36,22 @@ COMPILED = ("2B", "one_image_3k", "contiguous")  # with --few-compiled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", nargs="+", choices=SIZES, default=SIZES)
-    parser.add_argument("--heads", nargs="+", choices=HEADS, default=list(HEADS))
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
+    parser.add_argument("--cases", nargs="+", choices=SIZES)
+    parser.add_argument("--heads", nargs="+", choices=HEADS)
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--rounds", type=int, default=15)
     add_compile_arguments(parser)
     parser.add_argument("--tune", action="store_true", help="time every shipped configuration")
+    measure.add_all(parser)
+
+
+def cases_of(options: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Heads, case and layout of each case: those that are given, of the others the default."""
+    few = measure.few(options)
+    heads = options.heads or (list(HEADS)[:1] if few else list(HEADS))
+    cases = options.cases or (SIZES[:2] if few else SIZES)
+    return list(itertools.product(heads, cases, options.layouts or LAYOUTS))
 
 
 def run(options: argparse.Namespace) -> Iterator[Row]:
@@ -52,17 +62,24 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
     copy = measure.copy_bandwidth(device)
     print(f"a copy moves {copy / 1e9:.0f} GB/s")
     bench = RotaryBench(device, getattr(torch, name), copy, options.rounds)
+    chosen = cases_of(options)
     if options.tune:
-        for case in options.cases:
-            yield from bench.tune(case, options.heads)
+        heads = list(dict.fromkeys(size for size, _, _ in chosen))
+        for case in dict.fromkeys(case for _, case, _ in chosen):
+            yield from bench.tune(case, heads)
         return
-    for heads in options.heads:
-        for case in options.cases:
-            for layout in options.layouts:
-                compiled = compiles(options, (heads, case, layout) == COMPILED)
-                yield from bench.time_case(case, heads, layout, compiled)
-        if device == "cuda":
-            yield from bench.time_host(heads)
+    for place, (size, case, layout) in enumerate(progress.each(chosen, " ".join, _tokens)):
+        few = measure.few(options) and options.cases is None
+        compiled = compiles(options, (size, case, layout) == COMPILED, few)
+        yield from bench.time_case(case, size, layout, compiled)
+        if device == "cuda" and [heads for heads, _, _ in chosen[place + 1 :][:1]] != [size]:
+            yield from bench.time_host(size)
+
+
+def _tokens(case: tuple[str, str, str]) -> float:
+    """The cost of a case relative to the others."""
+    heads, name, _ = case
+    return PROMPTS[name].tokens * sum(HEADS[heads])
 
 
 class RotaryBench:
@@ -146,7 +163,7 @@ class RotaryBench:
             found.append(prompt.image_grids(self.device))
         return found
 
-    def time_case(self, case: str, heads: str, layout: str, compiled: bool) -> list[Row]:
+    def time_case(self, case: str, heads: str, layout: str, compiled: bool) -> Iterator[Row]:
         """Forward and backward of every way, with cold caches."""
         prompt = PROMPTS[case]
         H, G = HEADS[heads]
@@ -154,26 +171,23 @@ class RotaryBench:
         sets = measure.cold_sets(self.device, moved, 64)
         ways = self.right_ways(prompt, heads, layout, compiled)
         inputs = [self.draw(prompt, heads, layout) for _ in range(sets)]
-        rows = []
 
-        def record(direction: str, calls: dict[str, Callable[[int], Any]]) -> None:
+        def record(direction: str, calls: dict[str, Callable[[int], Any]]) -> Iterator[Row]:
             for name, timing in measure.compare(calls, sets, self.device, self.rounds).items():
                 speed, extra = moved / timing.us * 1e6, 0.0
                 if self.device == "cuda":
                     extra = measure.extra_mib(functools.partial(calls[name], 0))
-                rows.append(
-                    {
-                        "case": f"{case} {heads} {layout}",
-                        "pass": direction,
-                        "way": name,
-                        "us": timing.us,
-                        "low_us": timing.low_us,
-                        "high_us": timing.high_us,
-                        "gb_s": speed / 1e9,
-                        "of_copy": speed / self.copy,
-                        "extra_mib": extra,
-                    }
-                )
+                yield {
+                    "case": f"{case} {heads} {layout}",
+                    "pass": direction,
+                    "way": name,
+                    "us": timing.us,
+                    "low_us": timing.low_us,
+                    "high_us": timing.high_us,
+                    "gb_s": speed / 1e9,
+                    "of_copy": speed / self.copy,
+                    "extra_mib": extra,
+                }
 
         def call(way: Callable[..., Any]) -> Callable[[int], Any]:
             return lambda i: way(*inputs[i])
@@ -185,15 +199,15 @@ class RotaryBench:
 
         with torch.no_grad():
             forward = ways | {"ours in place": in_place}
-            record("forward", {name: call(way) for name, way in forward.items()})
+            rows = list(record("forward", {name: call(way) for name, way in forward.items()}))
+        yield from rows
         gradients = {}
         for name, way in ways.items():
             leaves = [tuple(x.detach().requires_grad_() for x in pair) for pair in inputs]
             # Views are no leaves, so Liger may write into them.
             outputs = [way(*(x.view_as(x) for x in pair)) for pair in leaves]
             gradients[name] = self._gradient(outputs, leaves, inputs)
-        record("backward", gradients)
-        return rows
+        yield from record("backward", gradients)
 
     @staticmethod
     def _gradient(outputs: Any, leaves: Any, cotangents: Any) -> Callable[[int], Any]:

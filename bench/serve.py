@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 
 import comemo.nano
+from bench import progress
 from bench.models import SIZES, draw_model, give_words
 from comemo import prompts
 from comemo.cli.checkpoints import load_checkpoint
@@ -56,23 +57,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     model, processor = _load(options)
     case = f"{options.size}, {options.dtype}"
-    for pictures in options.pictures:
-        for clients in options.clients:
-            for way in options.ways:
-                answers = 1 if way == "one after another" else clients
-                engine = _engine(model, processor, answers)
-                try:
-                    asked = _requests(model, processor, clients, pictures, options)
-                    _warm_up(engine, asked)
-                    ask = _over_http if way == "over HTTP" else _directly
-                    found = ask(engine, model, processor, asked, options)
-                finally:
-                    engine.close(0)
-                yield {"case": case, "pass": f"{pictures} picture", "clients": clients} | {
-                    "way": way,
-                    **found,
-                }
+    chosen = list(itertools.product(options.pictures, options.clients, options.ways))
+    progress.plan([*(clients for _, clients, _ in chosen), 2.0, 2.0])
+    for pictures, clients, way in chosen:
+        progress.begin(f"{pictures} picture, {clients} clients, {way}", clients)
+        answers = 1 if way == "one after another" else clients
+        engine = _engine(model, processor, answers)
+        try:
+            asked = _requests(model, processor, clients, pictures, options)
+            _warm_up(engine, asked)
+            ask = _over_http if way == "over HTTP" else _directly
+            found = ask(engine, model, processor, asked, options)
+        finally:
+            engine.close(0)
+        yield {"case": case, "pass": f"{pictures} picture", "clients": clients, "way": way} | found
     for way, stall in (("in parts", EngineSettings.stall_s), ("whole", 1e9)):
+        progress.begin(f"long prompt, {way}", 2.0)
         engine = _engine(model, processor, 2, stall)
         try:
             found = _interrupted(engine, model, processor, options)

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 import comemo_kernels as ops
-from bench import measure
+from bench import measure, progress
 from bench.models import draw_model
 from bench.ways import Row
 from comemo import MemoryStore
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @torch.inference_mode()
 def run(options: argparse.Namespace) -> Iterator[Row]:
-    for name in options.dtype:
+    for name in progress.each(options.dtype):
         model = draw_model(options.size, getattr(torch, name), options.layers).model
         case = f"{options.size}, {options.tiles} tiles, {name}"
         with tempfile.TemporaryDirectory() as folder:

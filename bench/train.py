@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 import comemo_kernels
-from bench import step_memory, tuning
+from bench import measure, step_memory, tuning
 from bench.cases import MIXINS
 from bench.packs import PACKS, SMALL_PACKS, dense_of
 from bench.readings import Reading
@@ -66,9 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Iterator[Row]:
     clock = Clock.of(options, "train")
-    gpu = clock.device == "cuda"
-    sizes = options.sizes or (["2B", "9B"] if gpu else ["tiny"])
-    cases = itertools.product(sizes, options.cases or (PACKS if gpu else SMALL_PACKS))
+    few = measure.few(options)
+    sizes = options.sizes or (["tiny"] if few else ["2B", "9B"])
+    cases = itertools.product(sizes, options.cases or (SMALL_PACKS if few else PACKS))
     bench = TrainBench(clock, options.passes)
     if options.tune:
         return each_case(options, cases, lambda case: bench.tune(case[0], case[1]))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench import measure
+from bench import limits, measure, progress
 from bench.models import draw_model
 from bench.ways import Row
 
@@ -32,14 +32,14 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
     model = draw_model(options.size, dtype, layers=4).model
     config, vision = model.config, model.config.vision_config
     side = vision.image_size[0]
-    rate = measure.gemm_rate(device, dtype)
+    rate = limits.gemm_rate(device, dtype)
     pixels = torch.randn(options.tiles, 3, side, side, dtype=dtype, device=device)
     flops = flops_of_tile(vision, config.text_config.hidden_size, config.tokens_per_tile)
 
     def see() -> torch.Tensor:
         return model.project_images(pixels)
 
-    for at_once in options.at_once:
+    for at_once in progress.each(options.at_once, lambda count: f"{count} at once"):
         config.tiles_at_once = at_once
         once = measure.seconds(see)  # the result on a CPU, a warm-up on a GPU
         best = once if device == "cpu" else measure.seconds(see, 5)

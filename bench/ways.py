@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import measure
+from bench import limits, measure, progress
 from bench.cases import MIXINS
 from comemo_kernels._op import has_float8
 
@@ -29,19 +29,20 @@ class Work:
 
 @dataclass(frozen=True)
 class Limits:
-    """The roofline, as measured: FLOP/s of a large GEMM, bytes/s of a large copy."""
+    """The roofline, as measured: FLOP/s of a large GEMM, bytes/s of a large copy, or on a CPU
+    bytes/s that are read (`bench.limits`)."""
 
     flop_s: float
     byte_s: float
 
     @classmethod
     def of(cls, device: str, dtype: torch.dtype) -> "Limits":
-        limits = cls(measure.gemm_rate(device, dtype), measure.copy_bandwidth(device))
+        found = cls(limits.gemm_rate(device, dtype), limits.byte_rate(device))
         print(
-            f"a large GEMM reaches {limits.flop_s / 1e12:.3g} TFLOP/s, a copy"
-            f" {limits.byte_s / 1e9:.0f} GB/s"
+            f"a large GEMM reaches {found.flop_s / 1e12:.3g} TFLOP/s,"
+            f" {'reading' if device == 'cpu' else 'a copy'} {found.byte_s / 1e9:.0f} GB/s"
         )
-        return limits
+        return found
 
     def us(self, work: Work) -> float:
         """Microseconds of the work at the roofline."""
@@ -130,6 +131,7 @@ def add_way_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     add_compile_arguments(parser)
     parser.add_argument("--tune", action="store_true", help="time every shipped configuration")
+    measure.add_all(parser)
 
 
 def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,9 +139,9 @@ def add_compile_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--few-compiled", action="store_true", help="in one case of each kind")
 
 
-def compiles(options: argparse.Namespace, one_of_few: bool) -> bool:
-    """Whether torch.compile is timed in a case; `one_of_few` of --few-compiled."""
-    return not options.no_compile and (one_of_few or not options.few_compiled)
+def compiles(options: argparse.Namespace, one_of_few: bool, few: bool = False) -> bool:
+    """Whether torch.compile is timed in a case; `one_of_few` of --few-compiled, or of `few`."""
+    return not options.no_compile and (one_of_few or not (few or options.few_compiled))
 
 
 def _call_in_turn(way: Callable[[int], Any], turns: Iterator[int], sets: int) -> Any:
@@ -199,7 +201,7 @@ def each_case(
     options: argparse.Namespace, cases: Iterable[Any], rows_of: Callable[[Any], Iterator[Row]]
 ) -> Iterator[Row]:
     """Rows of all cases. A case that fails is printed and sets exit code 1; the next one runs."""
-    for case in cases:
+    for case in progress.each(cases, lambda case: " ".join(map(str, case))):
         try:
             yield from rows_of(case)
         except Exception:

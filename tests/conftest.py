@@ -238,10 +238,11 @@ def made_up_limits(monkeypatch):
     """Benchmarks do not measure the machine's limits, and use one set of inputs."""
     from timed import COPY, GEMM
 
-    from bench import measure
+    from bench import limits, measure
 
     monkeypatch.setattr(measure, "copy_bandwidth", lambda device: COPY)
-    monkeypatch.setattr(measure, "gemm_rate", lambda *_: GEMM)
+    monkeypatch.setattr(limits, "read_rate", lambda device: COPY)
+    monkeypatch.setattr(limits, "gemm_rate", lambda *_: GEMM)
     monkeypatch.setattr(measure, "cache_bytes", lambda device: 1)
 
 

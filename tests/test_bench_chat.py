@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench import chat, models, peak
 from comemo import ChatSession, CoMemoConfig, CoMemoForConditionalGeneration
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "made_up_limits")
 
 
 @pytest.fixture
@@ -25,13 +25,19 @@ def drawn(loaded, monkeypatch):
 )
 def test_rows(drawn, batches):
     words = ("--cols", "2", "--rows", "1", "--tokens", "3", "--batches", *batches)
+    words += ("--ways", *chat.WAYS)
     rows = list(chat.run(options_of(chat, *words)))
     assert [(row["pass"], row["way"]) for row in rows] == [
         ("new picture", "ours"),
         ("second question", "ours"),
         ("known picture", "ours"),
-        ("second question", "published"),
-    ] + [("decode, batch 2", way) for way in chat.WAYS if batches]
+        ("second question", chat.STAND_IN),
+    ] + [
+        (f"decode, batch 2, {pictures}", way.replace("published", chat.STAND_IN))
+        for pictures in ("one picture", "own pictures")
+        for way in chat.WAYS
+        if batches
+    ]
     new, second, known, published = rows[:4]
     assert new["read_tokens"] > 768 > 100 > second["read_tokens"]
     assert known["read_tokens"] > 768
@@ -40,8 +46,12 @@ def test_rows(drawn, batches):
         assert 0 < row["first_s"] < 60
     for row in rows:
         assert 0 < row["token_s"] < 60
+        assert row["of_limit"] == pytest.approx(row["limit_s"] / row["token_s"])
     for row in rows[4:]:
         assert row["tokens_per_s"] == pytest.approx(2 / row["token_s"])
+    # Less is computed of a question whose picture is known, and least of a second question.
+    assert new["first_limit_s"] > known["first_limit_s"] > second["first_limit_s"] > 0
+    assert new["limit_s"] <= second["limit_s"] == published["limit_s"]
 
 
 def allocated(run):

@@ -13,6 +13,7 @@ from bench import (
     attend,
     chat,
     decode,
+    limits,
     measure,
     memory,
     mixin,
@@ -77,7 +78,7 @@ def attend_by_bounds(q, k, v, queries, keys, *longest):
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 1e10)
-    monkeypatch.setattr(measure, "gemm_rate", lambda *_: 1e11)
+    monkeypatch.setattr(limits, "gemm_rate", lambda *_: 1e11)
     monkeypatch.setattr(measure, "cache_bytes", lambda device: 1)
     for name in ("host_us", "graph_us"):
         monkeypatch.setattr(measure, name, of_one_call(getattr(measure, name)))
