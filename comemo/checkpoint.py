@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -28,7 +27,10 @@ from comemo.parallel.launch import take_division
 from comemo.parallel.pretrained import load_divided, saved_whole
 from comemo.safety.files import check_weights, find_file, hub_options, read_json
 from comemo.weights.fusable import refuse_folded
+from comemo.weights.fused_files import name_source, quantises, split_fused
 from comemo.weights.placed import free_layers
+from comemo.weights.quantised import speed_up
+from comemo.weights.quantising import check_quantised, check_savable
 
 PUBLISHED = re.compile(r"vision_model\.|mlp1\.|language_model\.(model|output|lm_head)\.")
 
@@ -232,7 +234,6 @@ class PublishedCheckpoint:
         kwargs.pop("trust_remote_code", None)
         if directory is not None and os.path.isdir(directory):
             check_weights(Path(directory), kwargs.get("config") is not None)
-            _refuse_quantised(Path(directory), kwargs)
         if directory is not None and find_file(directory, "adapter_config.json", **hub):
             raise ValueError(
                 f"{cls.__name__}.from_pretrained({directory}): adapter_config.json must not be in"
@@ -247,8 +248,11 @@ class PublishedCheckpoint:
         kwargs["use_safetensors"] = kwargs["weights_only"] = True
         kwargs["ignore_mismatched_sizes"] = True  # reported below, all at once
         wants_info = kwargs.pop("output_loading_info", False)
+        source = directory
+        if directory is not None and quantises(cls, directory, kwargs, hub):
+            source = split_fused(cls, directory, kwargs, from_published, hub)
         model, info = super().from_pretrained(  # type: ignore[misc]
-            directory, *args, output_loading_info=True, **kwargs
+            source, *args, output_loading_info=True, **kwargs
         )
         faults = [
             f"{kind}: {sorted(str(key) for key in info[kind])}"
@@ -258,21 +262,30 @@ class PublishedCheckpoint:
         if faults:
             raise ValueError(f"{cls.__name__}.from_pretrained({directory}): " + "; ".join(faults))
         if directory is not None:
+            if source is None:
+                name_source(model, directory, hub)
             _read_token_ids(model, directory, hub)
         if getattr(model, "hf_device_map", None):
             free_layers(model.base_model)
+        if getattr(model, "hf_quantizer", None) is not None:
+            check_quantised(function, model)
+            speed_up(model)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write the published layout, or with `save_original_format=False` the names used here.
 
         Of a model that ranks divide all ranks call, and the first writes the whole. A
-        `CoMemoModel` writes the same names, except those of the language modelling head.
+        `CoMemoModel` writes the same names, except those of the language modelling head. Weights
+        that torchao quantised are always written under the names used here.
 
         Raises:
-            ValueError: the model is folded for inference.
+            ValueError: the model is folded for inference, or quantised in a form that cannot be
+                saved.
         """
         refuse_folded("save_pretrained", self)
+        if check_savable("save_pretrained", self):
+            kwargs["save_original_format"] = False
         self._weight_conversions = conversions(self.config.llm_architecture)
         prefix = self._prefix_of_names()
         if prefix and kwargs.get("save_original_format", True):
@@ -330,20 +343,6 @@ class PublishedCheckpoint:
         """The prefix of published names that a model without a head does not have."""
         has_base = hasattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
         return "" if has_base else f"{self.base_model_prefix}."  # type: ignore[attr-defined]
-
-
-def _refuse_quantised(directory: Path, options: dict[str, Any]) -> None:
-    """Refuse to quantise fused weights: the loader does it before it splits them."""
-    if not options.get("quantization_config"):
-        return
-    for file in directory.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as weights:
-            if any(PUBLISHED.match(name) for name in weights.keys()):  # noqa: SIM118
-                raise ValueError(
-                    f"from_pretrained({directory}): quantization_config needs weights in"
-                    " transformers' layout, got the published one: load without it and"
-                    " save_pretrained(..., save_original_format=False) first"
-                )
 
 
 def _read_token_ids(model: PreTrainedModel, directory: Any, hub: dict[str, Any]) -> None:

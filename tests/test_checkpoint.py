@@ -277,11 +277,6 @@ def test_a_truncated_file_is_an_error(directory):
         AutoModel.from_pretrained(directory)
 
 
-def test_quantising_refuses_the_published_layout(directory):
-    with pytest.raises(ValueError, match="quantization_config needs weights in transformers' lay"):
-        comemo.CoMemoForConditionalGeneration.from_pretrained(directory, quantization_config="a")
-
-
 def test_a_config_of_another_model_is_refused(directory):
     config = json.loads((directory / "config.json").read_text()) | {"model_type": "internvl_chat"}
     (directory / "config.json").write_text(json.dumps(config))

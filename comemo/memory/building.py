@@ -12,6 +12,7 @@ import comemo_kernels as ops
 from comemo.config import CoMemoConfig
 from comemo.mixin import MixinLayer
 from comemo.weights.fusable import is_fusable, is_original
+from comemo.weights.quantised import QuantisedLinear
 from comemo_kernels import ImageMemory
 
 
@@ -58,9 +59,9 @@ class BuildsMemory:
                 case.
 
         Returns:
-            False if it was not possible: the layers must be fusable, with weights of one dtype,
-            and no gradients may be required. Each layer then builds its own keys and values when
-            it is first called.
+            False if it was not possible: the layers must be fusable or quantised, with weights of
+            one dtype, and no gradients may be required. Each layer then builds its own keys and
+            values when it is first called.
         """
         if memory.media is None or memory.ids is None:
             return False
@@ -68,10 +69,11 @@ class BuildsMemory:
         if memory.keys:
             return False
         layers = self.mixin_layers
-        if not all(
-            is_original(mixin, MixinLayer) and is_fusable(mixin.attn_norm, mixin.kv_proj)
-            for mixin in layers.values()
-        ):
+        if not all(is_original(mixin, MixinLayer) for mixin in layers.values()):
+            return False
+        if any(is_original(mixin.kv_proj, QuantisedLinear) for mixin in layers.values()):
+            return self._build_by_modules(layers, memory)
+        if not all(is_fusable(mixin.attn_norm, mixin.kv_proj) for mixin in layers.values()):
             return False
         if len({mixin.attn_norm.variance_epsilon for mixin in layers.values()}) > 1:
             return False
@@ -92,6 +94,28 @@ class BuildsMemory:
             places.setdefault(mixin.kv_proj.weight.device, {})[i] = mixin
         for place, own in places.items():
             self._build_on(place, own, memory)
+        return True
+
+    def _build_by_modules(self, layers: dict[int, Any], memory: ImageMemory) -> bool:
+        """Let each layer build its keys and values now; False if one has to be called for it."""
+        media = memory.media
+        assert media is not None
+        assert memory.ids is not None
+        assert memory.table is not None
+        for mixin in layers.values():
+            norm, projection = mixin.attn_norm, mixin.kv_proj
+            if not is_fusable(norm) or not (
+                is_original(projection, QuantisedLinear) or is_fusable(projection)
+            ):
+                return False
+            if {norm.weight.dtype, projection.weight.dtype} != {media.dtype}:
+                return False
+            if torch.is_grad_enabled() and (media.requires_grad or norm.weight.requires_grad):
+                return False
+        for index, mixin in layers.items():
+            place = mixin.kv_proj.weight.device
+            angles: Any = tuple(t.to(place) for t in (*memory.table, memory.ids))
+            memory.update(index, *mixin.build(media.to(place), angles))
         return True
 
     def _build_on(self, place: torch.device, layers: dict[int, Any], memory: ImageMemory) -> None:

@@ -4,6 +4,7 @@ A `MemoryStore` makes its keys of this. A memory may only be stored if the weigh
 say all about it.
 """
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from comemo.language_model import CoMemoTextModel
 from comemo.mixin import MixinLayer
 from comemo.weights.fusable import FUSABLE, is_original
 from comemo.weights.placed import is_placed
+from comemo.weights.quantised import QuantisedLinear, describe, is_quantised, parts_of
 from comemo_kernels import ImageMemory
 
 # Modules of the vision tower that compute nothing but what their weights and settings say.
@@ -77,12 +79,21 @@ def memory_modules(model: StorableModel) -> dict[str, nn.Module]:
 
 
 def memory_weights(model: StorableModel) -> list[tuple[str, Tensor]]:
-    """All weights that an image memory depends on, with their names."""
+    """All weights that an image memory depends on, with their names.
+
+    Of a quantised weight these are the tensors that it consists of.
+    """
     return [
-        (f"{part}.{name}", weight)
-        for part, module in memory_modules(model).items()
-        for name, weight in module.named_parameters()
+        part
+        for name, weight in _named_weights(model)
+        for part in (parts_of(name, weight) if is_quantised(weight) else [(name, weight)])
     ]
+
+
+def _named_weights(model: StorableModel) -> Iterator[tuple[str, nn.Parameter]]:
+    for part, module in memory_modules(model).items():
+        for name, weight in module.named_parameters():
+            yield f"{part}.{name}", weight
 
 
 def memory_settings(model: StorableModel) -> dict[str, Any]:
@@ -108,6 +119,9 @@ def memory_settings(model: StorableModel) -> dict[str, Any]:
         "mixin": eps.pop() if len(eps) == 1 else sorted(eps),
         "projector": model.multi_modal_projector[0].eps,
     }
+    quantised = {name: describe(w) for name, w in _named_weights(model) if is_quantised(w)}
+    if quantised:  # no key otherwise: keys of other models stay what they were
+        settings["quantised"] = quantised
     return settings
 
 
@@ -177,7 +191,7 @@ def _find_reason(model: StorableModel) -> str | None:
             if fault := _find_fault(module):
                 return f"{name} {fault}"
             for weight in module.parameters(recurse=False):
-                if type(weight) is not nn.Parameter:
+                if type(weight) is not nn.Parameter and not is_quantised(weight):
                     return f"a weight of {name} is a {type(weight).__name__} (sharded or quantised)"
                 weights.add((str(weight.device), weight.dtype))
     devices, dtypes = {device for device, _ in weights}, {dtype for _, dtype in weights}
@@ -193,7 +207,8 @@ def _find_reason(model: StorableModel) -> str | None:
 def _find_fault(module: nn.Module) -> str | None:
     """Why a module may compute something that its weights do not say; None if it does not."""
     kind = type(module)
-    if kind not in FUSABLE and kind not in PLAIN_VISION and not _is_activation(module):
+    known = kind in FUSABLE or kind in PLAIN_VISION or kind is QuantisedLinear
+    if not known and not _is_activation(module):
         return f"is a {kind.__name__} (an adapter, or quantised)"
     if ("_hf_hook" in vars(module) or "forward" in vars(module)) and not is_placed(module):
         return "has a replaced forward (as by offloading)"

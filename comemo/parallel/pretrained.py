@@ -67,7 +67,7 @@ def load_divided(
 
     files = weight_files(find)
     dtype = options.get("dtype", options.get("torch_dtype", "auto"))
-    dtype = _dtype_of(config, files) if dtype in ("auto", None) else dtype
+    dtype = dtype_of(config, files) if dtype in ("auto", None) else dtype
     chosen = {n: options[n] for n in ("attn_implementation",) if options.get(n) is not None}
     with torch.device("meta"), init.no_init_weights():
         model = cls._from_config(config, dtype=dtype, **chosen)
@@ -90,8 +90,8 @@ def load_divided(
     return model.requires_grad_(False).eval()
 
 
-def _dtype_of(config: Any, files: list[Any]) -> torch.dtype:
-    """The dtype of the config, else that of the first weight, as transformers chooses."""
+def dtype_of(config: Any, files: list[Any]) -> torch.dtype:
+    """The dtype of a config, else that of the first weight in files, as transformers chooses."""
     if isinstance(config.dtype, str):
         return getattr(torch, config.dtype)
     if config.dtype is not None:

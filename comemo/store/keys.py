@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-VERSION = 1  # of the keys and of the files; raised when either changes
+from comemo.store.headers import VERSION
+
 CHUNK = 2**26  # bytes hashed at a time
 BLOCK = 2**20  # integers summed at a time: they, their factors and products fit the cache
 SMALL = 2**16  # elements; smaller weights are concatenated before they are summed
@@ -35,7 +36,7 @@ def stamp_model(settings: Mapping[str, Any], weights: Weights) -> tuple[Any, ...
 
     Args:
         settings: those that a memory depends on.
-        weights: their names and tensors, all of one dtype.
+        weights: their names and tensors.
 
     Returns:
         A value to compare within this process. A change goes unnoticed with a probability of at
@@ -43,13 +44,13 @@ def stamp_model(settings: Mapping[str, Any], weights: Weights) -> tuple[Any, ...
     """
     tensors = [weight for _, weight in weights]
     shapes = tuple((tuple(weight.shape), weight.dtype) for weight in tensors)
-    by_device: dict[torch.device, list[Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        by_device.setdefault(tensor.device, []).append(tensor)
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     return (
         describe(settings),
         shapes,
-        *itertools.chain.from_iterable(map(sum_bits, by_device.values())),
+        *itertools.chain.from_iterable(map(sum_bits, alike.values())),
     )
 
 
