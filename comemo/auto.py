@@ -1,5 +1,6 @@
 """The Auto classes of transformers: they read checkpoints of this model with CoMemo's own classes.
 
+This module registers them when it is imported; `comemo.auto_hook` says when that is.
 Registration is not enough: if a file of a checkpoint names a class, the Auto classes may prefer its
 code, or ask on standard input whether to run it.
 """
@@ -68,3 +69,7 @@ def _own_first(name: str, load: Callable[..., Any], own: Any) -> Callable[..., A
         return own.from_pretrained(path, *args, **kwargs)
 
     return from_pretrained
+
+
+register()
+REGISTERED = True  # read by `comemo.auto_hook`

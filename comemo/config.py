@@ -12,51 +12,33 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
-from comemo.config_parts import (
+from comemo.config_names import (
     LLM_KEYS,
+    NAMES_OF_CODE,
+    PUBLISHED_BEHAVIOUR,
     VISION_RENAMED,
-    attention_by_part,
     bias_key,
+    scaling_of,
+    without_nulls,
+)
+from comemo.config_parts import (
+    attention_by_part,
     check_agreement,
     check_parts,
     make_text,
     make_vision,
-    scaling_of,
     text_from_published,
-    without_nulls,
 )
+from comemo.config_plain import Sizes
 from comemo.safety import settings as checks
-from comemo.safety.settings import check_settings, shorten
-
-# How published checkpoints were trained and evaluated; their configs may not say so.
-PUBLISHED_BEHAVIOUR = {
-    "tile_order": "column",
-    "decode_positions": "raw",
-    "ntk_length": "token_count",
-}
-LLM_MODEL_TYPES = {"InternLM2ForCausalLM": "internlm2", "LlamaForCausalLM": "llama"}
-CHOICES: dict[str, tuple[str, ...]] = {
-    "rope": ("dhr", "original"),
-    "tile_order": ("row", "column"),
-    "decode_positions": ("compressed", "raw"),
-    "ntk_length": ("position", "token_count"),
-    "memory_positions": ("relative", "absolute"),
-    "recompute": ("cheap", "projections"),
-    "ps_version": ("v1", "v2"),
-    "llm_architecture": tuple(LLM_MODEL_TYPES),
-}
-
-# Keys that name code, or kernels to download: ignored in every part of a file.
-NAMES_OF_CODE = (
-    "auto_map",
-    "custom_pipelines",
-    "attn_implementation",
-    "experts_implementation",
-    "_attn_implementation",
-    "_experts_implementation",
-    "_attn_implementation_internal",
-    "_experts_implementation_internal",
+from comemo.safety.settings import (
+    CHOICES,
+    LLM_MODEL_TYPES,
+    MODEL_TYPE,
+    check_settings,
+    shorten,
 )
+
 # What transformers raises for wrong settings without a rule here.
 UNREADABLE = (
     StrictDataclassError,
@@ -95,7 +77,7 @@ class MixinConfig(PreTrainedConfig):
     max_position_embeddings: int = 32768
 
 
-class CoMemoConfig(PreTrainedConfig):
+class CoMemoConfig(Sizes, PreTrainedConfig):
     """Everything about a CoMemo model that is not a weight. Defaults: CoMemo-2B's sizes.
 
     Args:
@@ -129,7 +111,7 @@ class CoMemoConfig(PreTrainedConfig):
         ValueError: a value outside the choices above, or dimensions that do not fit together.
     """
 
-    model_type = "comemo_chat"
+    model_type = MODEL_TYPE
     sub_configs = {
         "text_config": LlamaConfig,
         "vision_config": InternVLVisionConfig,
@@ -237,22 +219,6 @@ class CoMemoConfig(PreTrainedConfig):
     def _attn_implementation(self, value: str | dict[str, Any] | None) -> None:
         """Mixin layers change only by their own key: the names of users are for self-attention."""
         PreTrainedConfig._attn_implementation.fset(self, attention_by_part(value))
-
-    @property
-    def side(self) -> int:
-        """Tokens along a tile's side (16 for 448 px)."""
-        patches = self.vision_config.image_size[0] // self.vision_config.patch_size[0]
-        return int(patches * self.downsample_ratio)
-
-    @property
-    def tokens_per_tile(self) -> int:
-        return self.side**2
-
-    @property
-    def mixin_layers(self) -> tuple[int, ...]:
-        """Indices (0-based) of the decoder layers that have a mixin layer before them."""
-        n = self.mixin_config.mixin_every_n_layers
-        return tuple(range(n - 1, self.text_config.num_hidden_layers, n))
 
     @classmethod
     def from_pretrained(

@@ -1,6 +1,5 @@
 """The parts of a config, made from files with published or with transformers' names."""
 
-import math
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -9,6 +8,15 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.models.internvl.configuration_internvl import InternVLVisionConfig
 
+from comemo.config_names import (
+    FLOATS,
+    LLM_KEYS,
+    VISION_KEYS,
+    VISION_RENAMED,
+    bias_key,
+    scaling_of,
+    without_nulls,
+)
 from comemo.safety.settings import (
     GENERAL,
     MIXIN,
@@ -22,50 +30,6 @@ from comemo.safety.settings import (
 
 OWN_ATTENTION = "comemo_kernels"  # the attention of mixin layers, if no other one is chosen
 ATTENTION_PARTS = ("", "text_config", "vision_config", "mixin_config")
-LLM_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "head_dim",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-    "tie_word_embeddings",
-    "attention_dropout",
-    "mlp_bias",
-)
-VISION_KEYS = (  # the same in published files and in transformers
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "norm_type",
-    "layer_norm_eps",
-    "attention_dropout",
-    "initializer_range",
-    "num_channels",
-)
-VISION_RENAMED = {  # published -> transformers
-    "qkv_bias": "attention_bias",
-    "qk_normalization": "use_qk_norm",
-    "dropout": "hidden_dropout_prob",
-    "initializer_factor": "layer_scale_init_value",
-}
-FLOATS = (  # transformers refuses the integers 0 and 1 for them
-    "initializer_range",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "initializer_factor",
-    "layer_scale_init_value",
-)
 
 
 def attention_by_part(chosen: str | dict[str, Any] | None) -> dict[str, Any]:
@@ -107,11 +71,6 @@ def check_parts(parts: dict[str, Any]) -> None:
             raise ValueError(f"CoMemoConfig: {name} must be a dictionary, got {shorten(part)}")
         if isinstance(part, dict):
             check_settings(name, rules[name], without_nulls(part) if name == "llm_config" else part)
-
-
-def without_nulls(llm: dict[str, Any]) -> dict[str, Any]:
-    """A published `llm_config` without null values: null means that a setting is not given."""
-    return {key: value for key, value in llm.items() if value is not None}
 
 
 def make_text(text: dict[str, Any]) -> LlamaConfig:
@@ -193,11 +152,6 @@ def _make(kind: Callable[..., Any], part: str, values: dict[str, Any]) -> Any:
         raise ValueError(f"CoMemoConfig: {part} is refused by transformers: {reason}") from error
 
 
-def bias_key(architecture: str) -> str:
-    """The published name for biases of the attention's projections."""
-    return "bias" if architecture == "InternLM2ForCausalLM" else "attention_bias"
-
-
 def check_agreement(llm: dict[str, Any], published: LlamaConfig, text: LlamaConfig) -> None:
     """Refuse two configs of the language model, `llm_config` and `text_config`, that differ.
 
@@ -226,35 +180,3 @@ def check_agreement(llm: dict[str, Any], published: LlamaConfig, text: LlamaConf
             "CoMemoConfig: llm_config and text_config describe the same language model and must"
             f" agree, they differ in {differ}: give only one of them"
         )
-
-
-def scaling_of(given: dict[str, Any] | None, name: str = "rope_scaling") -> dict[str, Any] | None:
-    """Read rotary scaling.
-
-    Args:
-        given: with published or transformers' names.
-        name: of the setting, for the message.
-
-    Returns:
-        {"type": ..., "factor": ...}; None for no scaling.
-
-    Raises:
-        ValueError: a scaling that the model does not support.
-    """
-    if not isinstance(given, (dict, type(None))):
-        raise ValueError(f"CoMemoConfig: {name} must be null or a dictionary, got {shorten(given)}")
-    known = {key: value for key, value in (given or {}).items() if value is not None}
-    for key in ("rope_theta", "original_max_position_embeddings"):  # not used by these scalings
-        known.pop(key, None)
-    kinds = {str(known.pop(key)) for key in ("type", "rope_type") if key in known}
-    factor = known.pop("factor", None)
-    if kinds == {"default"} or not (kinds or factor or known):
-        return None
-    valid = isinstance(factor, (int, float)) and not isinstance(factor, bool)
-    valid = valid and 0 < factor < math.inf
-    if len(kinds) != 1 or not kinds <= {"dynamic", "linear"} or known or not valid:
-        raise ValueError(
-            f"CoMemoConfig: {name} type must be 'dynamic' or 'linear', with a positive factor and"
-            f" nothing else, got {shorten(given)}"
-        )
-    return {"type": kinds.pop(), "factor": factor}

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from comemo.safety import settings
+
 _CGROUP, _OF_CGROUP = Path("/sys/fs/cgroup"), ("memory.max", "memory.current")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in settings.DTYPES}
 
 
 def default_device() -> torch.device:

@@ -9,16 +9,19 @@ import math
 import numbers
 import operator
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
 from comemo.processing.image_files import Source, open_image, read_size
+from comemo.safety.settings import MAX_TILES
+
+if TYPE_CHECKING:  # torch takes seconds to import, and grids and tiles do not need it
+    from torch import Tensor
 
 __all__ = [
+    "MAX_TILES",
     "Source",
     "candidate_grids",
     "choose_grid",
@@ -36,8 +39,6 @@ Grid: TypeAlias = tuple[int, int]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# 1024 tiles are 262,144 tokens: more than any context, and a bound on the list of candidates
-MAX_TILES = 1024
 MAX_PIXELS = MAX_TILES * 448**2  # of all tiles of an image
 
 
@@ -132,7 +133,7 @@ def normalise(
     scale: float | None = 1 / 255,
     mean: float | Sequence[float] | None = IMAGENET_MEAN,
     std: float | Sequence[float] | None = IMAGENET_STD,
-) -> Tensor:
+) -> "Tensor":
     """Scale tiles to [0, 1] and normalise them with the mean and standard deviation of ImageNet.
 
     Args:
@@ -148,6 +149,8 @@ def normalise(
         ValueError: no tile, or tiles that are not square, not RGB, or of different sizes; `scale`
             is not a number, `mean` or `std` not one or three numbers; a `std` of 0.
     """
+    import torch
+
     found = {_describe(tile) for tile in tiles}
     size = tiles[0].width if found and isinstance(tiles[0], Image.Image) else 0
     if found != {f"RGB {(size, size)}"}:
@@ -182,7 +185,7 @@ def stack_tiles(tiles: Sequence[Image.Image]) -> np.ndarray:
     return np.stack([np.asarray(tile).transpose(2, 0, 1) for tile in tiles])
 
 
-def normalise_pixels(pixels: Tensor) -> Tensor:
+def normalise_pixels(pixels: "Tensor") -> "Tensor":
     """What `normalise` makes of tiles by default, bit by bit, on any device.
 
     Args:
@@ -194,6 +197,8 @@ def normalise_pixels(pixels: Tensor) -> Tensor:
     Raises:
         ValueError: pixels of another type or shape.
     """
+    import torch
+
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         got = f"{pixels.dtype} {tuple(pixels.shape)}"
         raise ValueError(f"normalise_pixels: pixels must be uint8 [T, 3, H, W], got {got}")
@@ -216,7 +221,7 @@ def load_image(
     scale: float | None = 1 / 255,
     mean: float | Sequence[float] | None = IMAGENET_MEAN,
     std: float | Sequence[float] | None = IMAGENET_STD,
-) -> tuple[Tensor, Grid]:
+) -> "tuple[Tensor, Grid]":
     """Read an image into the form that the model needs.
 
     Args:
@@ -288,8 +293,10 @@ def _describe(value: object) -> str:
     return f"{value.mode} {value.size}" if isinstance(value, Image.Image) else type(value).__name__
 
 
-def _per_channel(name: str, values: float | Sequence[float]) -> Tensor:
+def _per_channel(name: str, values: float | Sequence[float]) -> "Tensor":
     """[3, 1, 1] or [1, 1, 1]."""
+    import torch
+
     try:
         found = torch.as_tensor(values, dtype=torch.float32).flatten()
     except (TypeError, ValueError, RuntimeError):  # not numbers, or ragged

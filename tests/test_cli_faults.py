@@ -112,7 +112,7 @@ def test_nothing_controls_the_terminal(capsys, light, tmp_path, picture_file, mo
         assert "\nerror: none" not in out + err, argv
     assert r"\x1b[2J\x9b31m\x07\u202e\x0d\x0aerror: none" in run(capsys, "info", evil)[1]
 
-    def talkative(directory):
+    def talkative(directory, debug):
         warnings.warn(EVIL, stacklevel=1)
         logging.get_logger("transformers.any").warning(EVIL)
         raise KeyError(EVIL)
@@ -252,14 +252,15 @@ def test_streams_that_are_closed_full_or_unread(light, tmp_path):
 
 
 @pytest.mark.parametrize("command", [["-m", "comemo"], ["bin/comemo"]])
-def test_ctrl_c_while_the_libraries_are_imported(tmp_path, command):
+@pytest.mark.parametrize("library", ["torch", "argparse"])  # of one command, of them all
+def test_ctrl_c_while_the_libraries_are_imported(tmp_path, command, library):
     stub = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
-    (tmp_path / "transformers.py").write_text(stub)
+    (tmp_path / f"{library}.py").write_text(stub)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "comemo").write_text("from comemo.cli.main import main\n")
+    (tmp_path / "bin" / "comemo").write_text("from comemo.cli.main import main\nmain()\n")
     here = str(Path(comemo.__file__).parents[1])
     ended = subprocess.run(
-        [sys.executable, *command, "info", "x"],
+        [sys.executable, *command, "chat", "x"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{here}"},
         capture_output=True,

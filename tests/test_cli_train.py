@@ -9,6 +9,7 @@ from commands import fails, run
 
 from comemo.cli import main as cli
 from comemo.cli import train
+from comemo.cli.options.train import split_words
 from comemo.train.config import layers, read_settings
 from comemo.train.monitor import LossFault
 
@@ -66,7 +67,7 @@ def test_print_shows_settings_that_can_be_read_back(capsys, tmp_path):
 )
 def test_the_file_is_found_among_the_words(tmp_path, argv):
     argv = [word for word in argv if word != "--workers"]
-    options, words = train.split_words(argv)
+    options, words = split_words(argv)
     assert options == [word for word in argv if word == "--print"]
     file, words = train.split_file(words)
     assert file == "FILE"

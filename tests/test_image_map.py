@@ -3,13 +3,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from pictures import COFFEE
 from PIL import Image
 
 import comemo.cli.image_map as image_map
 from comemo.cli.image_map import cell_letters, draw_map, save_map, token_ids
 from comemo.images import load_image
+from comemo_kernels import image_position_ids
+
+
+@pytest.mark.parametrize("grid", [(3, 2), (1, 5), (4, 3), (1, 1), (2, 1), (10, 10)])
+@pytest.mark.parametrize("tile_order", ["row", "column"])
+def test_ids_are_those_of_the_operation(grid, tile_order):
+    for side in (1, 2, 16):
+        for bias, thumbnail in ((0, True), (7, False)):
+            ids = token_ids(grid, side, tile_order, bias, thumbnail)
+            want = image_position_ids(grid, side, tile_order, bias, thumbnail)
+            assert ids.dtype == np.int64
+            assert ids.tolist() == want.view(-1, side, side).tolist()
 
 
 def place(grid, side, t, r, c):
@@ -23,24 +34,13 @@ def place(grid, side, t, r, c):
 
 
 @pytest.mark.parametrize("grid", [(3, 2), (1, 5), (4, 3)])
-@pytest.mark.parametrize("bias", [0, 7])
-def test_ids_are_those_of_the_place(grid, bias):
+def test_ids_are_those_of_the_place(grid):
     side, tiles = 16, grid[0] * grid[1]
-    ids = token_ids(grid, side, "row", bias)
     want = [
-        [[bias + place(grid, side, t, r, c) for c in range(side)] for r in range(side)]
+        [[place(grid, side, t, r, c) for c in range(side)] for r in range(side)]
         for t in range(tiles)
     ]
-    assert torch.equal(ids[:-1], torch.tensor(want))
-    assert torch.equal(ids[-1].flatten(), bias + torch.arange(side * side))
-    column = token_ids(grid, side, "column", bias)
-    for t in range(tiles):
-        col, row = t // grid[1], t % grid[1]
-        assert torch.equal(column[t], ids[row * grid[0] + col])
-
-
-def test_one_tile_has_the_ids_of_the_thumbnail():
-    assert token_ids((1, 1), 4, bias=5).tolist() == (5 + torch.arange(16)).view(1, 4, 4).tolist()
+    assert token_ids(grid, side)[:-1].tolist() == want
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_an_old_map_is_replaced_whole(tmp_path, monkeypatch):
     path = tmp_path / "map.png"
     path.write_bytes(b"old")
 
-    def fail(self, target, kind):
+    def fail(self, target, kind, **_):
         Path(target).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

@@ -20,7 +20,7 @@ ROWS = [
     ("chat",),
     ("look",),
     ("conditional_generation",),
-    ("auto",),
+    ("auto", "auto_hook"),
     ("batch",),
     ("train",),
     ("nano",),

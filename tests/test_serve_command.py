@@ -14,7 +14,7 @@ from servers import about, drawn, process
 
 from comemo.cli import serve
 from comemo.cli.main import main, make_parser
-from comemo.serve.http.settings import digest_of_key
+from comemo.serve.http.settings import KEY, digest_of_key
 
 pytest.importorskip("fastapi", reason="the packages of comemo serve are not installed")
 
@@ -24,7 +24,7 @@ def served(*words):
 
 
 def test_arguments_reach_the_settings(monkeypatch, tmp_path):
-    monkeypatch.delenv(serve.KEY, raising=False)
+    monkeypatch.delenv(KEY, raising=False)
     found = served()
     assert (found.server.name, found.server.keys) == ("comemo-nano", {})
     assert (found.engine.memory, found.server.temperature, found.store) == (None, 0.0, None)
@@ -40,7 +40,7 @@ def test_arguments_reach_the_settings(monkeypatch, tmp_path):
     assert (found.server.name, found.server.temperature) == ("mine", 0.7)
     assert (found.store, found.store_bytes) == (str(tmp_path), 1e9)
     assert found.server.log_contents
-    monkeypatch.setenv(serve.KEY, "secret")
+    monkeypatch.setenv(KEY, "secret")
     assert list(served().server.keys) == [digest_of_key("secret")]
     (tmp_path / "keys").write_text("other team\n")
     assert served("--api-keys", str(tmp_path / "keys")).server.keys == {

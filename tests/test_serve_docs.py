@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from servers import SERVED, ready_nano, serving
 
-from comemo.cli.main import COMMANDS, main
+from comemo.cli.main import main
+from comemo.cli.options import serve, store
 from comemo.serve.http.forms import HARMLESS, NUMBERS
 
 openai = pytest.importorskip("openai", reason="the client of OpenAI is not installed")
@@ -69,10 +70,9 @@ def test_javascript(reader, tmp_path):
 
 
 def test_options_and_fields_are_those_that_exist():
-    parser = COMMANDS["serve"]
     options = set(re.findall(r"`(--[a-z-]+)[ `]", PAGE))
-    text = Path(parser.__file__).read_text(encoding="utf-8")
-    text += (Path(parser.__file__).parent / "store.py").read_text(encoding="utf-8")
+    text = Path(serve.__file__).read_text(encoding="utf-8")
+    text += Path(store.__file__).read_text(encoding="utf-8")
     missing = {option for option in options if f'"{option}"' not in text}
     assert missing == set()
     for name in NUMBERS:

@@ -7,7 +7,8 @@ from serving import SMALL, assistant, client_of, collect, first_pieces, user
 from talks import make_chatty, make_picture
 
 from comemo import ChatSession, MemoryStore
-from comemo.serve.engine.settings import EngineSettings, PoolSizes
+from comemo.serve.engine.pool_sizes import PoolSizes
+from comemo.serve.engine.settings import EngineSettings
 from comemo.serve.start import stores_in
 
 pytestmark = [

@@ -129,7 +129,7 @@ def test_facts_are_those_of_the_position_map(config, size):
     assert (facts["cols"], facts["rows"], facts["side"]) == (cols, rows, 4)
     assert facts["thumbnail"] == (cols * rows > 1)
     assert facts["tokens"] == 16 * len(pixels)
-    assert facts["ids"] == token_ids((cols, rows), 4).flatten(1).tolist()
+    assert facts["ids"] == token_ids((cols, rows), 4).reshape(-1, 16).tolist()
     assert facts["largest_id"] == 15
 
 

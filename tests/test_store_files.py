@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import comemo
 from comemo.store import files as store_files
+from comemo.store.headers import read_header
 from comemo_kernels import ImageMemory
 
 pytestmark = [
@@ -41,7 +42,7 @@ def test_a_file_is_a_safetensors_file(stored):
     tensors = load_file(path)
     assert set(tensors) == {"media", "ids", "keys.1", "keys.3", "values.1", "values.3"}
     assert torch.equal(tensors["keys.3"], wanted.keys[3].cpu())
-    header = store_files.read_header(path)
+    header = read_header(path)
     assert header.tokens == 256
     assert header.facts["key"] == path.stem
     assert header.facts["dtype"] == "float32"
@@ -51,16 +52,16 @@ def test_a_file_is_a_safetensors_file(stored):
 def test_a_file_is_read_on_the_cpu_whatever_the_default(stored):
     """On another device the bytes would be read into a copy."""
     path = stored[2]
-    header = store_files.read_header(path)
+    header = read_header(path)
     with torch.device("meta"):
-        memory = store_files.read_memory(path, {}, header.tensors)
+        memory = store_files.read_memory(path, {}, store_files.tensors_of(header))
     assert torch.equal(memory.keys[3], load_file(path)["keys.3"])
     assert memory.starts.device == memory.biases.device == memory.media.device
 
 
 def rewrite(path, **changes):
     """The same tensors under a header with other facts and a right checksum."""
-    header, tensors = store_files.read_header(path), load_file(path)
+    header, tensors = read_header(path), load_file(path)
     memory = ImageMemory(media=tensors["media"], ids=tensors["ids"], sizes=(256,))
     for name, tensor in tensors.items():
         kind, _, layer = name.partition(".")
@@ -91,7 +92,7 @@ def foreign(path):
 
 def without_values(path):
     tensors = {name: t for name, t in load_file(path).items() if not name.startswith("values")}
-    facts = store_files.read_header(path).facts
+    facts = read_header(path).facts
     save_file(tensors, path, facts)
 
 
@@ -150,14 +151,14 @@ def test_a_file_that_is_gone_is_a_miss(core, stored):
 
 def test_a_file_that_shrinks_while_it_is_read(core, stored, monkeypatch):
     batch, wanted, path = stored
-    read, store = store_files._read_header, comemo.MemoryStore(directory=path.parent)
+    read, store = store_files.parse_header, comemo.MemoryStore(directory=path.parent)
 
     def then_cut(file):
         header = read(file)
         cut(path, 5000)
         return header
 
-    monkeypatch.setattr(store_files, "_read_header", then_cut)
+    monkeypatch.setattr(store_files, "parse_header", then_cut)
     with pytest.warns(comemo.MemoryStoreWarning, match="became shorter while it was read"):
         assert_same(memory_of(core, batch, store), wanted)
 

@@ -11,6 +11,7 @@ from known import assert_same, counts, memory_of, text_header
 import comemo
 from comemo.store import files as store_files
 from comemo.store.directory import BadFileError
+from comemo.store.headers import read_header
 from comemo_kernels import ImageMemory
 
 pytestmark = [
@@ -22,7 +23,7 @@ pytestmark = [
 def test_every_byte_of_the_header_is_covered(stored):
     """Whichever byte is flipped: the file is refused, without a crash."""
     _, _, path = stored
-    header = store_files.read_header(path)
+    header = read_header(path)
     wanted = {name: header.facts[name] for name in ("key", "model", "dtype")}
     content = path.read_bytes()
     for place in range(0, len(header.raw), 5):
@@ -31,14 +32,14 @@ def test_every_byte_of_the_header_is_covered(stored):
             spoiled[place] ^= bit
             path.write_bytes(spoiled)
             with pytest.raises(BadFileError):
-                store_files.read_memory(path, wanted, header.tensors)
+                store_files.read_memory(path, wanted, store_files.tensors_of(header))
     path.write_bytes(content)
-    assert store_files.read_memory(path, wanted, header.tensors).sizes == (256,)
+    assert store_files.read_memory(path, wanted, store_files.tensors_of(header)).sizes == (256,)
 
 
 def set_header(path, change):
     """Write another header before the same bytes; returns the old one."""
-    old = store_files.read_header(path)
+    old = read_header(path)
     data, header = path.read_bytes()[len(old.raw) :], json.loads(old.raw[8:])
     change(header)
     text = json.dumps(header).encode()
@@ -95,7 +96,7 @@ def test_wrong_headers(stored, name):
     wanted = {name: old.facts[name] for name in ("key", "dtype")}
     started = time.monotonic()
     with pytest.raises(BadFileError, match=said):
-        store_files.read_memory(path, wanted, old.tensors)
+        store_files.read_memory(path, wanted, store_files.tensors_of(old))
     assert time.monotonic() - started < 2
 
 
@@ -111,21 +112,21 @@ def test_nothing_is_allocated_for_a_huge_file(stored):
 
     old = set_header(path, grow)
     os.truncate(path, 8 + int.from_bytes(path.read_bytes()[:8], "little") + 2**40)
-    assert store_files.read_header(path).size > 2**40
+    assert read_header(path).size > 2**40
     with pytest.raises(BadFileError, match="not those of a memory of this model and image"):
-        store_files.read_memory(path, {"key": path.stem}, old.tensors)
+        store_files.read_memory(path, {"key": path.stem}, store_files.tensors_of(old))
 
 
 def test_a_deeply_nested_header(stored):
     text_header(stored[2], b"[" * 2**20)
     with pytest.raises(BadFileError, match="cannot be understood"):
-        store_files.read_header(stored[2])
+        read_header(stored[2])
 
 
 def test_forged_tensors_do_not_fit(core, stored):
     """Files with right checksums that hold no memory of this model and image."""
     batch, wanted, path = stored
-    facts = {name: store_files.read_header(path).facts[name] for name in ("key", "model", "dtype")}
+    facts = {name: read_header(path).facts[name] for name in ("key", "model", "dtype")}
 
     def memory(**changes):
         fields = {"media": wanted.media, "ids": wanted.ids, "sizes": (256,)}

@@ -127,9 +127,10 @@ CHILD = """
 import sys, time, torch
 from pathlib import Path
 from comemo.store import files as store_files
+from comemo.store.headers import read_header
 path = Path(sys.argv[1])
-header, old = store_files.read_header(path), store_files.chunks_of
-image = store_files.read_memory(path, {}, header.tensors)
+header, old = read_header(path), store_files.chunks_of
+image = store_files.read_memory(path, {}, store_files.tensors_of(header))
 def slowly(tensor):
     for chunk in old(tensor):
         for start in range(0, len(chunk), 1000):

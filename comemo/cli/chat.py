@@ -13,19 +13,18 @@ from torch import Tensor
 
 from comemo import images, prompts
 from comemo.chat.session import ChatSession
-from comemo.cli.arguments import add_model, add_published_pixels, find_checkpoint, number
+from comemo.cli.arguments import find_checkpoint
 from comemo.cli.checkpoints import load_tokenizer
 from comemo.cli.info import read_config
 from comemo.cli.progress import AnswerStreamer, reading_bar
-from comemo.cli.store import add_store_options, open_store, show_store_warnings
+from comemo.cli.stores import open_store, show_store_warnings
 from comemo.cli.terminal import is_watched, note, plain, report, tell
 from comemo.conditional_generation import CoMemoForConditionalGeneration
-from comemo.config import CHOICES, CoMemoConfig
-from comemo.device import DTYPES, parse_device, parse_dtype
+from comemo.config import CoMemoConfig
+from comemo.device import parse_device, parse_dtype
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
 from comemo.safety.settings import GENERATION, check_settings, shorten
 
-SUMMARY = "ask a checkpoint about images, or without any"
 COMMANDS = {
     "/image PATH": "show an image with the next question",
     "/again": "answer the last question once more",
@@ -38,40 +37,6 @@ HELP = "A line is a question, except for these commands:\n" + "\n".join(
     f"  {form:14}{text}" for form, text in COMMANDS.items()
 )
 LONGEST_LINE = 2**20  # characters; nobody types so many, and stdin may never end a line
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the arguments of the command."""
-    many, tiles, beams = (number(int, 1, most) for most in (10**6, images.MAX_TILES, 256))
-    add_model(parser)
-    parser.add_argument("question", nargs="?", help="without it: a conversation, line by line")
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="PATH", help="an image; may be repeated"
-    )
-    parser.add_argument("--max-tiles", type=tiles, metavar="N", help="per image (as trained: 12)")
-    parser.add_argument(
-        "--rope", choices=CHOICES["rope"], default="dhr", help="original: better for text in images"
-    )
-    parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best available")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    threads = number(int, 1, 1024)  # PyTorch crashes with many more
-    parser.add_argument("--threads", type=threads, metavar="N", help="of the CPU; default: torch's")
-    parser.add_argument("--timing", action="store_true", help="show how long each answer took")
-    add_store_options(parser)
-    parser.add_argument("-v", "--verbose", action="store_true", help="notes without a terminal too")
-    heat, penalty = number(float, 0.001, 1000), number(float, 0.01, 100)  # others end in NaN
-    share = number(float, 0, 1, above=True)
-    words = parser.add_argument_group("generation")
-    words.add_argument("--max-new-tokens", type=many, default=512, metavar="N", help="%(default)s")
-    words.add_argument("--sample", action="store_true", help="draw tokens; default: greedy")
-    words.add_argument("--temperature", type=heat, metavar="X", help="implies --sample")
-    words.add_argument("--top-p", type=share, metavar="X", help="implies --sample")
-    words.add_argument("--top-k", type=many, metavar="N", help="implies --sample")
-    words.add_argument("--seed", type=number(int, 0, 2**63 - 1), metavar="N", help="of --sample")
-    words.add_argument("--num-beams", type=beams, default=1, metavar="N", help="cannot be streamed")
-    words.add_argument("--repetition-penalty", type=penalty, metavar="X")
-    add_published_pixels(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,10 +12,10 @@ from torch import Tensor
 import comemo_kernels as ops
 from comemo import images
 from comemo.chat.session import ChatSession
-from comemo.cli.arguments import NANO, find_checkpoint, number, shipped_checkpoint
+from comemo.cli.arguments import NANO, find_checkpoint, shipped_checkpoint
 from comemo.cli.checkpoints import load_checkpoint
 from comemo.cli.demo_savings import show_rebuilding, show_store
-from comemo.cli.draw import add_seed, choose_seed, save_picture
+from comemo.cli.draw import choose_seed, save_picture
 from comemo.cli.image_map import cell_letters
 from comemo.cli.preview import show_preview
 from comemo.cli.terminal import plain, tell
@@ -27,7 +27,6 @@ from comemo.nano.words import COLOURS, SHAPES, WORDS
 from comemo.processor import CoMemoProcessor
 from comemo.safety.regular import check_path
 
-SUMMARY = "ask nano about a fresh picture, offline, and see what the image memory saves"
 DESCRIBE = "Describe the picture."
 TAUGHT = (
     f"It was taught drawn pictures alone: {len(SHAPES)} shapes in {len(COLOURS)} colours,"
@@ -50,23 +49,6 @@ class Shown:
     picture: Image.Image
     name: str
     asked: list[tuple[str, str | None]]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the arguments of the command."""
-    parser.add_argument("question", nargs="?", help="default: several, with their right answers")
-    parser.add_argument("--image", metavar="PATH", help="default: a picture that is drawn")
-    add_seed(parser)
-    parser.add_argument(
-        "--tiles",
-        type=number(int, 1, 40),
-        metavar="N",
-        help="at most; 1: the thumbnail alone, which hides details",
-    )
-    parser.add_argument("--keep", metavar="DIR", help="write the picture there")
-    parser.add_argument(
-        "--model", default=NANO, metavar="DIR", help="another checkpoint, trained to be like nano"
-    )
 
 
 def run(args: argparse.Namespace) -> int:

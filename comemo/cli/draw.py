@@ -9,37 +9,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from comemo.cli.arguments import number
 from comemo.cli.preview import show_preview
 from comemo.cli.terminal import plain, tell
 from comemo.nano.drawing import draw
-from comemo.nano.scenes import LAYOUTS
-from comemo.nano.showing import PICTURES, shown_questions, shown_scene
+from comemo.nano.showing import shown_questions, shown_scene
 from comemo.safety.regular import check_regular
-
-SUMMARY = "draw a picture for nano, with questions and right answers"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the arguments of the command."""
-    parser.add_argument("path", metavar="PNG", help="where to write it")
-    add_seed(parser)
-    parser.add_argument("--layout", choices=LAYOUTS, help="default: any, mostly objects")
-    parser.add_argument("--force", action="store_true", help="replace a file that exists")
-
-
-def add_seed(parser: argparse.ArgumentParser) -> None:
-    """Add `--seed`, for `choose_seed`."""
-    parser.add_argument(
-        "--seed",
-        type=number(int, 0, PICTURES - 1),
-        metavar="N",
-        help="of the picture; default: a new one each time",
-    )
 
 
 def choose_seed(given: int | None) -> int:
-    """The seed of `add_seed`, or a new one that is short enough to be typed."""
+    """The seed of `--seed`, or a new one that is short enough to be typed."""
     return secrets.randbelow(10**6) if given is None else given
 
 

@@ -7,37 +7,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from comemo.cli.arguments import NANO, find_checkpoint, number
+from comemo.cli.arguments import find_checkpoint
 from comemo.cli.checkpoints import load_checkpoint
 from comemo.cli.draw import save_picture
 from comemo.cli.terminal import plain, tell
 from comemo.nano.evaluation import Evaluation, Score, evaluate
-from comemo.nano.held_out import MOST
-from comemo.nano.questions import KINDS
-
-SUMMARY = "count right answers of nano, by kind of question"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the arguments of the command."""
-    parser.add_argument("questions_of", choices=(NANO,), metavar=NANO, help="the questions to ask")
-    parser.add_argument(
-        "--questions", type=number(int, 1, MOST), default=1000, metavar="N", help="%(default)s"
-    )
-    parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, metavar="KIND", help=f"of {', '.join(KINDS)}"
-    )
-    parser.add_argument(
-        "--model", default=NANO, metavar="DIR", help="another checkpoint, trained to be like nano"
-    )
-    parser.add_argument(
-        "--tiles", type=number(int, 1, 40), metavar="N", help="at most; 1: the thumbnail alone"
-    )
-    parser.add_argument("--json", metavar="PATH", help="write all answers and scores; -: to stdout")
-    parser.add_argument(
-        "--wrong", type=number(int, 1), metavar="N", help="show so many wrong answers"
-    )
-    parser.add_argument("--keep", metavar="DIR", help="draw the pictures of --wrong there")
 
 
 def run(args: argparse.Namespace) -> int:

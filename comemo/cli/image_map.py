@@ -10,13 +10,11 @@ import uuid
 from pathlib import Path
 from typing import TypeAlias, cast
 
-import torch
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from comemo.images import Grid, Source, open_image, split_tiles
 from comemo.safety.regular import check_regular
-from comemo_kernels import image_position_ids
 
 _LETTERS = string.ascii_uppercase + string.ascii_lowercase
 Colour: TypeAlias = tuple[int, int, int]
@@ -39,8 +37,10 @@ _LINES = ((255, 255, 255, 50), (255, 255, 255, 190))
 
 def token_ids(
     grid: Grid, side: int = 16, tile_order: str = "row", bias: int = 0, use_thumbnail: bool = True
-) -> Tensor:
-    """The position id of every token, tile by tile.
+) -> np.ndarray:
+    """The position id of every token, tile by tile, as `comemo_kernels.image_position_ids`.
+
+    That function needs torch, which takes longer to import than a map to draw.
 
     Args:
         grid: (cols, rows) of the tiles.
@@ -51,12 +51,24 @@ def token_ids(
 
     Returns:
         int64 [tiles, side, side], tiles row by row, the thumbnail last.
-
-    Raises:
-        ValueError: an unknown tile order, a negative grid or a side below 1.
     """
-    ids = image_position_ids(grid, side, tile_order, bias, use_thumbnail)
-    return ids.view(-1, side, side)
+    cols, rows = grid
+    thumbnail = np.arange(side * side).reshape(1, side, side)
+    if cols * rows <= 1:
+        return bias + thumbnail
+    tiles, tokens = np.arange(cols * rows)[:, None], np.arange(side)
+    i, j = tiles % cols, tiles // cols
+    if tile_order == "column":
+        i, j = tiles // rows, tiles % rows
+
+    def cell(tile: np.ndarray, count: int) -> np.ndarray:
+        """The row or column of the thumbnail, for tiles and tokens: [tiles, side]."""
+        # A raster of one token has one cell; the formula would divide by zero.
+        places = side * ((side - 1) * tile + tokens) - 1
+        return np.maximum(places, 0) // max((side - 1) * count, 1)
+
+    ids = cell(j, rows)[:, :, None] * side + cell(i, cols)[:, None, :]
+    return bias + (np.concatenate([ids, thumbnail]) if use_thumbnail else ids)
 
 
 def cell_letters(grid: Grid, side: int, tile_order: str) -> list[str]:
@@ -70,8 +82,8 @@ def cell_letters(grid: Grid, side: int, tile_order: str) -> list[str]:
     Returns:
         `side` lines; the letter of a cell names the tile with the most tokens of its id.
     """
-    ids = token_ids(grid, side, tile_order, use_thumbnail=False).flatten(1)
-    shares = torch.stack([tile.bincount(minlength=side * side) for tile in ids])
+    ids = token_ids(grid, side, tile_order, use_thumbnail=False).reshape(-1, side * side)
+    shares = np.stack([np.bincount(tile, minlength=side * side) for tile in ids])
     letters = [_LETTERS[t % len(_LETTERS)] for t in shares.argmax(0).tolist()]
     return [" ".join(letters[row * side : (row + 1) * side]) for row in range(side)]
 
@@ -140,7 +152,8 @@ def save_map(source: Source, path: str | os.PathLike[str], **options) -> Path:
     drawing = draw_map(source, **options)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        drawing.save(part, "PNG")
+        # On noise level 6, the default, takes three times as long and saves nothing.
+        drawing.save(part, "PNG", compress_level=3)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -150,7 +163,7 @@ def save_map(source: Source, path: str | os.PathLike[str], **options) -> Path:
 class _Map:
     """The layout: a heading, a card for each tile in the grid, and a card for the thumbnail."""
 
-    def __init__(self, tiles: list[Image.Image], grid: Grid, ids: Tensor, bias: int):
+    def __init__(self, tiles: list[Image.Image], grid: Grid, ids: np.ndarray, bias: int):
         self.tiles, self.grid, self.ids, self.bias = tiles, grid, ids, bias
         self.side = ids.shape[-1]
         self.small, self.heading, self.text = (ImageFont.load_default(s) for s in (15, 30, 19))
@@ -177,7 +190,7 @@ class _Map:
         self.pen.text((_MARGIN, _MARGIN), self._fit(title, width - 2 * _MARGIN), _INK, self.heading)
         for line, text in enumerate(lines):
             self.pen.text((_MARGIN, _MARGIN + 44 + 26 * line), text, _FAINT, self.text)
-        stamps = {int(i): self._stamp(int(i)) for i in self.ids.unique()}
+        stamps = {int(i): self._stamp(int(i)) for i in np.unique(self.ids)}
         for t in range(len(self.tiles)):
             col, row = t % cols, t // cols
             name = f"tile {t}  ·  column {col}, row {row}"
@@ -269,13 +282,13 @@ def _title(source: Source, image: Image.Image) -> str:
     return f"{Path(source).name}  ·  {size}  ·  {weight}"
 
 
-def _story(grid: Grid, ids: Tensor, tile_order: str) -> list[str]:
+def _story(grid: Grid, ids: np.ndarray, tile_order: str) -> list[str]:
     """A description of what the map shows."""
     cols, rows = grid
-    low, high, used = int(ids.min()), int(ids.max()), ids.unique().numel()
+    low, high, used = int(ids.min()), int(ids.max()), len(np.unique(ids))
     tiles = f"{cols} x {rows} tiles (columns x rows) + thumbnail" if len(ids) > 1 else "one tile"
     counts = (
-        f"{tiles}  ·  {ids.shape[-1]} x {ids.shape[-1]} tokens a tile, {ids.numel():,} tokens"
+        f"{tiles}  ·  {ids.shape[-1]} x {ids.shape[-1]} tokens a tile, {ids.size:,} tokens"
         f"  ·  position ids {low} to {high} ({used} in use)  ·  tile order: {tile_order}"
     )
     if len(ids) == 1:

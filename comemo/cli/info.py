@@ -6,17 +6,20 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from comemo.cli.arguments import add_model, find_checkpoint
+from comemo.cli.arguments import find_checkpoint
+from comemo.cli.hushing import hushed, unhushed
 from comemo.cli.terminal import plain, tell
-from comemo.config import CoMemoConfig
+from comemo.config_plain import Sizes, read_plain
 from comemo.safety.regular import check_checkpoint, check_path, read_json
-from comemo.safety.settings import shorten
+from comemo.safety.settings import MODEL_TYPE, shorten
 
-SUMMARY = "describe a checkpoint without loading it"
+if TYPE_CHECKING:
+    from comemo.config import CoMemoConfig
+
 PARTS = {  # part -> pattern of its weights' names, published or transformers' own
     "vision tower": r"^(model\.)?vision_",
     "projector": r"^(mlp1|model\.multi_modal_projector)\.",
@@ -25,24 +28,18 @@ PARTS = {  # part -> pattern of its weights' names, published or transformers' o
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the arguments of the command."""
-    add_model(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
 def run(args: argparse.Namespace) -> int:
     """Print the description; returns the exit status.
 
     Raises:
         ValueError, OSError: see `describe_checkpoint`.
     """
-    facts = describe_checkpoint(find_checkpoint(args.model))
+    facts = describe_checkpoint(find_checkpoint(args.model), args.debug)
     tell(json.dumps(facts, indent=2) if args.json else table(facts))
     return 0
 
 
-def read_config(directory: str | os.PathLike[str]) -> CoMemoConfig:
+def read_config(directory: str | os.PathLike[str]) -> "CoMemoConfig":
     """Read the config of a checkpoint, or raise an error that says what is missing.
 
     Args:
@@ -56,6 +53,14 @@ def read_config(directory: str | os.PathLike[str]) -> CoMemoConfig:
             that are pipes or devices.
         OSError: a file that may not be read.
     """
+    _read_content(directory)
+    from comemo.config import CoMemoConfig  # imports transformers, which takes seconds
+
+    return CoMemoConfig.from_pretrained(directory)
+
+
+def _read_content(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of config.json, if it is a config of this model."""
     check_path("read_config", directory)
     if not os.path.isdir(directory):
         raise ValueError(
@@ -68,19 +73,30 @@ def read_config(directory: str | os.PathLike[str]) -> CoMemoConfig:
     check_checkpoint(directory)
     content = read_json(file)
     kind = content.get("model_type") if isinstance(content, dict) else None
-    if kind != CoMemoConfig.model_type:
+    if kind != MODEL_TYPE:
         raise ValueError(
             f"{str(directory)!r} is a checkpoint of another model: wanted model_type"
-            f" {CoMemoConfig.model_type!r}, got {shorten(kind)}"
+            f" {MODEL_TYPE!r}, got {shorten(kind)}"
         )
-    return CoMemoConfig.from_pretrained(directory)
+    return content
 
 
-def describe_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
+def _describe_config(directory: str | os.PathLike[str], debug: bool) -> Any:
+    """The config, without transformers if nothing in it is unusual."""
+    if (plain_config := read_plain(_read_content(directory))) is not None:
+        return plain_config
+    import transformers  # noqa: F401  (what it logs is hidden from here on)
+
+    with unhushed() if debug else hushed(True):
+        return read_config(directory)
+
+
+def describe_checkpoint(directory: str | os.PathLike[str], debug: bool = False) -> dict[str, Any]:
     """Describe a checkpoint from its config and the headers of its weights.
 
     Args:
         directory: of a checkpoint.
+        debug: whether warnings of transformers are shown.
 
     Returns:
         Facts that can be written as JSON.
@@ -88,7 +104,7 @@ def describe_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: not a checkpoint of this model, no safetensors in it, or damaged ones.
     """
-    config = read_config(directory)
+    config = _describe_config(directory, debug)
     text, vision, mixin = config.text_config, config.vision_config, config.mixin_config
     files = sorted(Path(directory).glob("*.safetensors"))
     if not files:
@@ -138,7 +154,7 @@ def describe_checkpoint(directory: str | os.PathLike[str]) -> dict[str, Any]:
     }
 
 
-def memory_numbers(config: CoMemoConfig, tokens: int) -> int:
+def memory_numbers(config: Sizes, tokens: int) -> int:
     """How many numbers the keys and values of all mixin layers have, for so many image tokens."""
     mixin = config.mixin_config
     return 2 * len(config.mixin_layers) * tokens * mixin.num_heads * mixin.head_dim
@@ -147,7 +163,7 @@ def memory_numbers(config: CoMemoConfig, tokens: int) -> int:
 def _headers(file: Path) -> list[tuple[str, list[int], str]]:
     """Name, shape and dtype of every tensor in a file."""
     try:
-        with safe_open(file, framework="pt") as weights:
+        with safe_open(file, framework="np") as weights:  # which reads no tensor, without torch
             slices = {name: weights.get_slice(name) for name in weights.keys()}  # noqa: SIM118
             return [(name, s.get_shape(), s.get_dtype()) for name, s in slices.items()]
     except SafetensorError as error:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from comemo import images, prompts
-from comemo.cli.arguments import add_model, add_published_pixels, find_checkpoint, number
+from comemo.cli.arguments import find_checkpoint
 from comemo.cli.chat import check_text
 from comemo.cli.checkpoints import load_tokenizer
 from comemo.cli.draw import save_picture
@@ -17,38 +17,12 @@ from comemo.cli.info import read_config
 from comemo.cli.progress import AnswerStreamer, reading_bar
 from comemo.cli.terminal import plain, tell
 from comemo.conditional_generation import CoMemoForConditionalGeneration
-from comemo.config import CHOICES, CoMemoConfig
-from comemo.device import DTYPES, parse_device, parse_dtype
+from comemo.config import CoMemoConfig
+from comemo.device import parse_device, parse_dtype
 from comemo.look.asking import ask_and_look
 from comemo.look.sheet import draw_look
 from comemo.safety.regular import check_regular
 from comemo.safety.settings import GENERATION, check_settings
-
-SUMMARY = "answer a question, and draw where the memory path looks for each word"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the arguments of the command."""
-    add_model(parser)
-    parser.add_argument("image", metavar="IMAGE")
-    parser.add_argument("question")
-    parser.add_argument("-o", "--output", required=True, metavar="PNG")
-    tiles, many = number(int, 1, images.MAX_TILES), number(int, 1, 10**6)
-    parser.add_argument("--max-tiles", type=tiles, metavar="N", help="as trained: 12")
-    parser.add_argument(
-        "--rope", choices=CHOICES["rope"], default="dhr", help="original: better for text in images"
-    )
-    parser.add_argument("--max-new-tokens", type=many, default=512, metavar="N", help="%(default)s")
-    parser.add_argument(
-        "--layers",
-        type=number(int, 0),
-        nargs="+",
-        metavar="I",
-        help="decoder layers whose mixin layers are shown; default: all that have one",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best available")
-    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
-    add_published_pixels(parser)
 
 
 def run(args: argparse.Namespace) -> int:

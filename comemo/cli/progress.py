@@ -1,18 +1,15 @@
 """What a user sees while waiting: a bar during prefill, then the answer as its tokens arrive."""
 
-import logging
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 from tqdm import tqdm
-from transformers.utils import logging as transformers_logging
 
 from comemo.chat.streamers import PieceStreamer
-from comemo.cli.terminal import note, show
+from comemo.cli.terminal import show
 from comemo.decode.interface import GeneratingModel
 
 
@@ -152,51 +149,3 @@ class AnswerStreamer(PieceStreamer):
             self.before()
             self.before = None
         show(text, self.out)
-
-
-class _Notes(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        note(self.format(record))
-
-
-@contextmanager
-def unhushed() -> Iterator[None]:
-    """Print warnings and transformers' log messages as notes inside the `with` block."""
-
-    def show_warning(*warning: Any, **_: Any) -> None:
-        note(warnings.formatwarning(*warning[:4]).rstrip())
-
-    handler = _Notes()
-    transformers_logging.disable_default_handler()
-    transformers_logging.add_handler(handler)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = show_warning
-            yield
-    finally:
-        transformers_logging.remove_handler(handler)
-        transformers_logging.enable_default_handler()
-
-
-@contextmanager
-def hushed(progress: bool) -> Iterator[None]:
-    """Hide warnings and transformers' log messages inside the `with` block.
-
-    Args:
-        progress: whether transformers may show its own progress bars.
-    """
-    verbosity, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
-    try:
-        transformers_logging.set_verbosity(transformers_logging.CRITICAL)  # errors are raised
-        if not progress:
-            transformers_logging.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -3,96 +3,18 @@
 import argparse
 import contextlib
 import json
-import math
 import time
-import warnings
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from comemo.cli.arguments import number
-from comemo.cli.terminal import note, plain, tell
+from comemo.cli.terminal import plain, tell
 from comemo.store import directory as store_directory
 from comemo.store.directory import BadFileError
-from comemo.store.files import read_header
-from comemo.store.store import MemoryStore, MemoryStoreWarning
+from comemo.store.headers import read_header
 
-SUMMARY = "list, remove and sum up the images in a store's directory"
 SHOWN = 12  # characters of a key or a model's digest in a table
 DAY = 86400.0
-
-
-def add_store_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--store` and `--store-budget` to another command."""
-    parser.add_argument("--store", metavar="DIR", help="cache image memories in this directory")
-    parser.add_argument(
-        "--store-budget",
-        type=number(float, 0, above=True),
-        metavar="GB",
-        help="of its files; the least recently used ones are removed (default: no limit)",
-    )
-
-
-def open_store(args: argparse.Namespace) -> MemoryStore | None:
-    """The store that the options of `add_store_options` ask for; None without `--store`.
-
-    Raises:
-        ValueError: a budget without a directory, or not finite; an empty directory.
-        NotADirectoryError: the directory is a file.
-    """
-    if args.store is None:
-        if args.store_budget is not None:
-            raise ValueError("--store-budget needs --store DIR")
-        return None
-    budget = None if args.store_budget is None else args.store_budget * 1e9
-    if budget == math.inf:
-        raise ValueError(f"--store-budget must be finite, got {args.store_budget:g}")
-    with show_store_warnings():
-        return MemoryStore(directory=args.store, disk_budget=budget)
-
-
-@contextlib.contextmanager
-def show_store_warnings() -> Iterator[None]:
-    """Print each warning of a store as a line on stderr, at the end of the `with` block."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", MemoryStoreWarning)
-        try:
-            yield
-        finally:
-            warned = list(caught)
-    for warning in warned:
-        if issubclass(warning.category, MemoryStoreWarning):
-            text = str(warning.message).removeprefix("MemoryStore: ")
-            note(f"comemo: warning: {plain(text)}")
-        else:
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the actions ls, rm and stats and their arguments."""
-    actions = parser.add_subparsers(
-        dest="action", metavar="ACTION", required=True, parser_class=type(parser)
-    )
-    for name, text in (
-        ("ls", "list images, least recently used first"),
-        ("rm", "remove images"),
-        ("stats", "sum up what the directory holds"),
-    ):
-        added = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        added.add_argument("directory", metavar="DIR")
-        if name == "rm":
-            added.add_argument("keys", nargs="*", metavar="KEY", help="or its first characters")
-            added.add_argument("--all", action="store_true", help="every image")
-            days = number(float, 0)
-            added.add_argument("--older-than", type=days, metavar="DAYS", help="unused for longer")
-        added.add_argument("--json", action="store_true", help="print JSON")
-        # Without a default of its own: `store --debug ACTION` must stay in effect.
-        added.add_argument(
-            "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
-        )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,19 +4,22 @@ import io
 import os
 import re
 import struct
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import BinaryIO, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
-from torch import Tensor
 
 from comemo.processing import base64_images as encoded
 from comemo.safety.regular import check_regular
 
-Source: TypeAlias = str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray | Tensor
+if TYPE_CHECKING:  # torch takes seconds to import, and files do not need it
+    from torch import Tensor
+
+Source: TypeAlias = Union[str, os.PathLike[str], bytes, BinaryIO, Image.Image, np.ndarray, "Tensor"]
 
 # Longer text is not a path on any system, and may be the data of an image: it is not opened
 LONGEST_NAME, LONGEST_PATH = 255, 4096
@@ -83,8 +86,8 @@ def open_image(source: Source, *, published: bool = False, convert_rgb: bool = T
     if isinstance(source, Image.Image):
         name = f"the Pillow image ({source.mode}, {source.width} x {source.height})"
         return _decode(source, name, published, convert_rgb)
-    if isinstance(source, (np.ndarray, Tensor)):
-        name = "the tensor" if isinstance(source, Tensor) else "the array"
+    if isinstance(source, np.ndarray) or is_tensor(source):
+        name = "the tensor" if is_tensor(source) else "the array"
         return _decode(_from_array(source, name), name, published, convert_rgb)
     with _binary(source) as (stream, name):
         with _one_error(name):
@@ -179,7 +182,13 @@ def _one_error(name: str) -> Iterator[None]:
         raise ValueError(f"open_image: {name} {reason}: {error}") from error
 
 
-def _from_array(array: np.ndarray | Tensor, name: str) -> Image.Image:
+def is_tensor(value: object) -> bool:
+    """Whether it is a tensor: without torch there is none."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _from_array(array: Any, name: str) -> Image.Image:
     """View an array or a tensor as an image."""
     shape = tuple(array.shape)
     kind = str(array.dtype).removeprefix("torch.")
@@ -189,15 +198,15 @@ def _from_array(array: np.ndarray | Tensor, name: str) -> Image.Image:
         raise ValueError(
             f"open_image: {name} must be {wanted}, with pixels, got {kind} {list(shape)}"
         )
-    pixels = array.detach().cpu().numpy() if isinstance(array, Tensor) else array
+    pixels = array.detach().cpu().numpy() if is_tensor(array) else array
     return Image.fromarray(pixels if axis == 2 else pixels.transpose(1, 2, 0))
 
 
-def _channels_axis(array: np.ndarray | Tensor) -> int | None:
+def _channels_axis(array: Any) -> int | None:
     """The axis of the three channels: 0 or 2; 2 for grey without channels; None if none fits."""
     if array.ndim == 2:
         return 2
-    axes = (0, 2) if isinstance(array, Tensor) else (2, 0)
+    axes = (0, 2) if is_tensor(array) else (2, 0)
     return next((axis for axis in axes if array.shape[axis] == 3), None)
 
 

@@ -1,19 +1,36 @@
-"""The valid values of a config's settings: a wrong value is a ValueError that names it."""
+"""The valid values of a config's settings: a wrong value is a ValueError that names it.
+
+Command lines are read with these values: importing them must take no time, so torch and
+transformers are imported by the few tests that need them.
+"""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from transformers.activations import ACT2FN
+MODEL_TYPE = "comemo_chat"
+LLM_MODEL_TYPES = {"InternLM2ForCausalLM": "internlm2", "LlamaForCausalLM": "llama"}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "rope": ("dhr", "original"),
+    "tile_order": ("row", "column"),
+    "decode_positions": ("compressed", "raw"),
+    "ntk_length": ("position", "token_count"),
+    "memory_positions": ("relative", "absolute"),
+    "recompute": ("cheap", "projections"),
+    "ps_version": ("v1", "v2"),
+    "llm_architecture": tuple(LLM_MODEL_TYPES),
+}
+DTYPES = ("float32", "bfloat16", "float16")  # that a model can run in
+ACTIVATIONS = ("gelu", "silu")  # of published checkpoints; transformers has more
 
-from comemo.images import MAX_TILES
-
+# 1024 tiles are 262,144 tokens: more than any context, and a bound on the list of candidates
+MAX_TILES = 1024
 LARGEST = 2**24  # of sizes and positions; more is a mistake, or an attack on the memory
 MOST_LAYERS = 4096
 
-Rule = tuple[str, Callable[[Any], bool]]  # what is wanted, and a test for it
+# What is wanted, as text or by a function that is called for a wrong value, and a test for it.
+Rule = tuple[str | Callable[[], str], Callable[[Any], bool]]
 
 
 def _whole(low: int, high: int = LARGEST) -> Rule:
@@ -54,8 +71,22 @@ def _is_side(value: Any) -> bool:
 
 
 def _is_dtype(value: Any) -> bool:
+    if isinstance(value, str) and value in DTYPES:
+        return True
+    import torch
+
     value = getattr(torch, value, None) if isinstance(value, str) else value
     return isinstance(value, torch.dtype) and value.is_floating_point
+
+
+def _activations() -> tuple[str, ...]:
+    from transformers.activations import ACT2FN
+
+    return tuple(sorted(ACT2FN))
+
+
+def _is_activation(value: Any) -> bool:
+    return isinstance(value, str) and (value in ACTIVATIONS or value in _activations())
 
 
 def _are_labels(value: Any) -> bool:
@@ -72,7 +103,7 @@ _SIZE, _FLAG = _whole(1), ("true or false", lambda value: isinstance(value, bool
 _TEXT = ("a text", lambda value: isinstance(value, str))
 _ID = _whole(-1)  # some checkpoints have -1 for no id
 _SIDE = ("a whole number of pixels, or the same number twice", _is_side)
-_ACTIVATION = _one_of(*sorted(ACT2FN))
+_ACTIVATION: Rule = (lambda: f"one of {_activations()}", _is_activation)
 _SHARE, _ANGLES = _number(0, 1), _number(0, 1e12, above=True)
 _DTYPE = _optional(("the name of a floating-point dtype", _is_dtype))
 
@@ -158,8 +189,14 @@ def check_settings(part: str, rules: Mapping[str, Rule], given: Mapping[str, Any
         wanted, fits = rules.get(name, _ANYTHING)
         if not fits(value):
             raise ValueError(
-                f"CoMemoConfig: {_place(part, name)} must be {wanted}, got {shorten(value)}"
+                f"CoMemoConfig: {_place(part, name)} must be {as_text(wanted)}, got"
+                f" {shorten(value)}"
             )
+
+
+def as_text(wanted: str | Callable[[], str]) -> str:
+    """The first part of a `Rule`, for a message."""
+    return wanted if isinstance(wanted, str) else wanted()
 
 
 _ANYTHING: Rule = ("anything", lambda value: True)

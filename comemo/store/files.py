@@ -9,118 +9,31 @@ import contextlib
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import uuid
-from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from comemo.memory.parts import Layout
 from comemo.store.directory import BadFileError, check_regular, host, make_directory, open_file
-from comemo.store.keys import VERSION, chunks_of
+from comemo.store.headers import DTYPES, FORMAT, VERSION, Header, parse_header
+from comemo.store.keys import chunks_of
 from comemo_kernels import ImageMemory
 
-FORMAT = "comemo picture"  # the name in the files
-LONGEST_HEADER = 2**20
-LARGEST = 2**40  # size of a dimension
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_FACTS = dict.fromkeys(("key", "model", "sha256"), "[0-9a-f]{64}")
-_FACTS |= {"dtype": "[a-z0-9]{1,20}", "sizes": r"\[[1-9][0-9]{0,9}\]"}
+NAMES: dict[torch.dtype, str] = {getattr(torch, dtype): name for name, (dtype, _) in DTYPES.items()}
 _UNSIGNED = "0" * 64  # in place of the checksum while it is computed
 _SIGNATURE = re.compile(rb'(?<="sha256": ")[0-9a-f]{64}(?=")')
 
 
-class Header(NamedTuple):
-    """The header of a file.
-
-    Attributes:
-        facts: format, version, key, model, dtype, sizes and sha256, all strings.
-        tensors: dtype and shape of each tensor by name, in the order of their bytes.
-        raw: the bytes before the tensors.
-        used: time of the last use, in seconds since the epoch.
-        size: bytes of the whole file.
-    """
-
-    facts: dict[str, str]
-    tensors: Layout
-    raw: bytes
-    used: float
-    size: int
-
-    @property
-    def tokens(self) -> int:
-        """Image tokens of the image."""
-        return int(self.facts["sizes"][1:-1])
-
-
-def read_header(path: Path) -> Header:
-    """Read a file's header, not its tensors.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        The header; the file is as long as its header says.
-
-    Raises:
-        BadFileError: not a file of this store, a file of another version, or not a whole one.
-        OSError: a file that cannot be read; FileNotFoundError if there is none.
-    """
-    with open_file(path) as file:
-        return _read_header(file)
-
-
-def _read_header(file: BufferedReader) -> Header:
-    status = os.fstat(file.fileno())
-    length = int.from_bytes(start := file.read(8), "little")
-    if len(start) < 8:
-        raise BadFileError("it is empty" if not start else "it ends within its header")
-    if not 2 <= length <= LONGEST_HEADER:
-        raise BadFileError("it is not a safetensors file")
-    raw = start + file.read(length)
-    if len(raw) < 8 + length:
-        raise BadFileError("it ends within its header")
-    try:
-        content = json.loads(raw[8:])
-        facts = content.pop("__metadata__", {})
-        if facts.get("format") != FORMAT:
-            raise BadFileError("it is a safetensors file of something else")
-        if facts.get("version") != str(VERSION):
-            version = str(facts.get("version"))[:8]
-            raise BadFileError(f"it has version {version!r}, wanted {VERSION}")
-        tensors: Layout = {}
-        end = 0
-        for name, described in content.items():
-            dtype, shape = DTYPES[described["dtype"]], described["shape"]
-            _check(type(shape) is list and 1 <= len(shape) <= 3)
-            _check(all(type(size) is int and 0 < size < LARGEST for size in shape))
-            begin, end = end, end + math.prod(shape) * dtype.itemsize
-            _check(described["data_offsets"] == [begin, end])
-            tensors[name] = dtype, tuple(shape)
-        _check(all(re.fullmatch(form, facts[name]) for name, form in _FACTS.items()))
-    except BadFileError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadFileError("its header cannot be understood") from error
-    if status.st_size != len(raw) + end:
-        raise BadFileError(f"it has {status.st_size} bytes, wanted {len(raw) + end}")
-    return Header(facts, tensors, raw, status.st_mtime, status.st_size)
-
-
-def _check(holds: bool) -> None:
-    if not holds:
-        raise BadFileError("its header contradicts itself")
+def tensors_of(header: Header) -> Layout:
+    """Dtype and shape of each tensor of a file by name, in the order of their bytes."""
+    return {
+        name: (getattr(torch, DTYPES[dtype][0]), shape)
+        for name, (dtype, shape) in header.layout.items()
+    }
 
 
 def read_memory(path: Path, wanted: dict[str, str], tensors: Layout) -> ImageMemory:
@@ -140,15 +53,16 @@ def read_memory(path: Path, wanted: dict[str, str], tensors: Layout) -> ImageMem
     """
     # Not memory-mapped: another process may replace or remove the file at any time.
     with open_file(path) as file:
-        header = _read_header(file)
+        header = parse_header(file)
         for name, value in wanted.items():
             if (got := header.facts[name]) != value:
                 raise BadFileError(f"its {name} is {got[:12]}, wanted {value[:12]}")
-        if header.tensors != tensors or any(header.tokens != t[1][0] for t in tensors.values()):
+        held = tensors_of(header)
+        if held != tensors or any(header.tokens != t[1][0] for t in tensors.values()):
             raise BadFileError("its tensors are not those of a memory of this model and image")
         digest = hashlib.sha256(_SIGNATURE.sub(_UNSIGNED.encode(), header.raw, 1))
         read = {}
-        for name, (dtype, shape) in header.tensors.items():
+        for name, (dtype, shape) in held.items():
             read[name] = tensor = torch.empty(shape, dtype=dtype, device="cpu")
             for chunk in chunks_of(tensor):  # views: this reads into the tensor
                 if file.readinto(chunk) != len(chunk):

@@ -29,9 +29,10 @@ from comemo.serve.engine.held import HeldPrefixes
 from comemo.serve.engine.key_pool import KeyPool
 from comemo.serve.engine.looks import LookSteps
 from comemo.serve.engine.picture_pool import PicturePool
+from comemo.serve.engine.pool_sizes import PoolSizes
 from comemo.serve.engine.prompts import PromptSteps
 from comemo.serve.engine.request import Request
-from comemo.serve.engine.settings import EngineSettings, PoolSizes
+from comemo.serve.engine.settings import EngineSettings
 from comemo.serve.engine.waiting import FairQueue
 from comemo.serve.work import Ended, EngineState, Event, Failed, Finished, Refused, TokenFacts, Work
 from comemo.store.store import MemoryStore

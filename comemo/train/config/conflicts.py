@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from comemo.config import CHOICES, CoMemoConfig
+from comemo.config import CoMemoConfig
 from comemo.safety import settings as checks
-from comemo.safety.settings import shorten
-from comemo.train.config.rules import anything, suggest
+from comemo.safety.settings import CHOICES, as_text, shorten
+from comemo.train.config.rules import suggest
 from comemo.train.settings import DataSettings, StageSettings, TrainSettings
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][\w-]*")
@@ -33,9 +33,9 @@ def model_faults(given: Mapping[str, Any]) -> list[str]:
         elif name == "mixin_config":
             faults += _mixin_faults(value)
         else:
-            wanted, fits = checks.WHOLE.get(name, ("", anything))
-            if not fits(value):
-                faults.append(f"{place} must be {wanted}, got {shorten(value)}")
+            rule = checks.WHOLE.get(name)
+            if rule is not None and not rule[1](value):
+                faults.append(f"{place} must be {as_text(rule[0])}, got {shorten(value)}")
     return faults
 
 
@@ -50,11 +50,11 @@ def _mixin_faults(given: Any) -> list[str]:
         return [f"{place} must be a mapping of names to values, got {shorten(given)}"]
     faults = []
     for name, value in given.items():
-        wanted, fits = checks.MIXIN.get(name, ("", anything))
-        if not wanted:
+        rule = checks.MIXIN.get(name)
+        if rule is None:
             faults.append(f"{place}.{name} is not a setting{suggest(str(name), checks.MIXIN)}")
-        elif not fits(value):
-            faults.append(f"{place}.{name} must be {wanted}, got {shorten(value)}")
+        elif not rule[1](value):
+            faults.append(f"{place}.{name} must be {as_text(rule[0])}, got {shorten(value)}")
     return faults
 
 
