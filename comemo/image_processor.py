@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import TensorType
 
 from comemo.config import CoMemoConfig
-from comemo.images import IMAGENET_MEAN, IMAGENET_STD, load_image
+from comemo.images import IMAGENET_MEAN, IMAGENET_STD, Grid, load_images
 from comemo.safety.files import HUB_OPTIONS, hub_options, is_published
 
 TILING = ("input_size", "min_num", "max_num", "use_thumbnail", "published")
@@ -119,13 +119,10 @@ class CoMemoImageProcessor(BaseImageProcessor):
             ValueError: an unknown or unsupported option; no image, or one that cannot be read.
         """
         check_options("CoMemoImageProcessor", options)
-        chosen = self.settings(options)
-        order = options.get("input_data_format")
-        found = [_channels_last(image, order) for image in flatten_images(images)]
-        loaded = [_load(image, chosen) for image in found]
+        loaded = list(self.load(flatten_images(images), options))
         if not loaded:
             raise ValueError("CoMemoImageProcessor: wanted at least one image, got none")
-        tiles = torch.cat([tiles for tiles, _ in loaded])
+        tiles = loaded[0][0] if len(loaded) == 1 else torch.cat([tiles for tiles, _ in loaded])
         if (
             ChannelDimension(options.get("data_format") or "channels_first")
             == ChannelDimension.LAST
@@ -146,6 +143,27 @@ class CoMemoImageProcessor(BaseImageProcessor):
         )
 
     preprocess = __call__
+
+    def load(
+        self, images: Sequence[Any], options: Mapping[str, Any] | None = None
+    ) -> Iterator[tuple[Tensor, Grid]]:
+        """Tiles [t, 3, side, side] and grid (cols, rows) of each image, see `load_images`.
+
+        Args:
+            images: a flat list, see `flatten_images`.
+            options: of a call.
+        """
+        chosen = self.settings(options or {})
+        order = (options or {}).get("input_data_format")
+        rescales, normalises = chosen["do_rescale"], chosen["do_normalize"]
+        return load_images(
+            [_channels_last(image, order) for image in images],
+            **{name: chosen[name] for name in TILING},
+            convert_rgb=chosen["do_convert_rgb"],
+            scale=chosen["rescale_factor"] if rescales else None,
+            mean=chosen["image_mean"] if normalises else None,
+            std=chosen["image_std"] if normalises else None,
+        )
 
     def settings(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of a call: its options, and those of the class for the others.
@@ -266,18 +284,6 @@ def _channels_last(image: Any, order: str | ChannelDimension | None) -> Any:
     pixels = image.cpu().numpy() if isinstance(image, Tensor) else image
     return (
         pixels.transpose(1, 2, 0) if ChannelDimension(order) == ChannelDimension.FIRST else pixels
-    )
-
-
-def _load(image: Any, chosen: Mapping[str, Any]) -> tuple[Tensor, tuple[int, int]]:
-    rescales, normalises = chosen["do_rescale"], chosen["do_normalize"]
-    return load_image(
-        image,
-        **{name: chosen[name] for name in TILING},
-        convert_rgb=chosen["do_convert_rgb"],
-        scale=chosen["rescale_factor"] if rescales else None,
-        mean=chosen["image_mean"] if normalises else None,
-        std=chosen["image_std"] if normalises else None,
     )
 
 

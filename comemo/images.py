@@ -8,13 +8,16 @@ import functools
 import math
 import numbers
 import operator
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from comemo.processing.image_files import Source, open_image, read_size
+from comemo.processing.read_ahead import read_each
+from comemo.processing.resizing import resize_to_tiles
 from comemo.safety.settings import MAX_TILES
 
 if TYPE_CHECKING:  # torch takes seconds to import, and grids and tiles do not need it
@@ -26,6 +29,7 @@ __all__ = [
     "candidate_grids",
     "choose_grid",
     "load_image",
+    "load_images",
     "normalise",
     "normalise_pixels",
     "open_image",
@@ -94,6 +98,7 @@ def split_tiles(
     min_num: int = 1,
     max_num: int = 12,
     use_thumbnail: bool = True,
+    threads: int | None = None,
 ) -> tuple[list[Image.Image], Grid]:
     """Resize an image to its grid and cut it into tiles.
 
@@ -103,6 +108,7 @@ def split_tiles(
         min_num: fewest tiles, at least 1.
         max_num: most tiles, from `min_num` to `MAX_TILES`.
         use_thumbnail: whether the whole image follows as one more tile if there are several.
+        threads: that resize; None for `torch.get_num_threads()`. They change no pixel.
 
     Returns:
         The tiles, row by row, and the grid (cols, rows).
@@ -117,15 +123,9 @@ def split_tiles(
     cols, rows = choose_grid(*image.size, min_num, max_num, input_size)
     size = operator.index(input_size)
     _check_pixels("split_tiles", cols * rows, size)
-    resized = image.resize((size * cols, size * rows))
-    tiles = [
-        resized.crop((size * col, size * row, size * (col + 1), size * (row + 1)))
-        for row in range(rows)
-        for col in range(cols)
-    ]
-    if use_thumbnail and len(tiles) > 1:
-        tiles.append(image.resize((size, size)))
-    return tiles, (cols, rows)
+    count = _check_threads("split_tiles", threads)
+    thumbnail = use_thumbnail and cols * rows > 1
+    return resize_to_tiles(image, size, (cols, rows), thumbnail, count), (cols, rows)
 
 
 def normalise(
@@ -162,14 +162,18 @@ def normalise(
     spread = None if shift is None or std is None else _per_channel("std", std)
     if spread is not None and not spread.all():
         raise ValueError(f"normalise: std must not be 0, got {std}")
-    pixels = torch.empty(len(tiles), 3, size, size)
-    for out, tile in zip(pixels, tiles, strict=True):
-        out.copy_(torch.from_numpy(np.array(tile)).permute(2, 0, 1))
-    if scale is not None:
-        # the published code divides, which rounds differently
-        pixels = pixels.div_(255) if scale == 1 / 255 else pixels.mul_(float(scale))
-    if shift is not None and spread is not None:
-        pixels.sub_(shift).div_(spread)
+    pixels = torch.empty(len(tiles), 3, size, size, dtype=torch.float32)
+    with np.errstate(all="ignore"):  # numbers of the caller may overflow
+        # By NumPy: after an operation PyTorch's threads wait busily, on the cores of other readers.
+        for out, tile in zip(pixels.numpy(), tiles, strict=True):
+            out[...] = np.asarray(tile).transpose(2, 0, 1)
+            if scale is not None:
+                # the published code divides, which rounds differently
+                rescale, by = (np.divide, 255) if scale == 1 / 255 else (np.multiply, scale)
+                rescale(out, np.float32(by), out=out)
+            if shift is not None and spread is not None:
+                out -= shift.numpy()
+                out /= spread.numpy()
     return pixels
 
 
@@ -202,11 +206,12 @@ def normalise_pixels(pixels: "Tensor") -> "Tensor":
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         got = f"{pixels.dtype} {tuple(pixels.shape)}"
         raise ValueError(f"normalise_pixels: pixels must be uint8 [T, 3, H, W], got {got}")
-    mean, std = (
+    # on a GPU a division by a number would be a multiplication, which rounds differently
+    white, mean, std = (
         torch.tensor(values, device=pixels.device).view(-1, 1, 1)
-        for values in (IMAGENET_MEAN, IMAGENET_STD)
+        for values in ((255.0,), IMAGENET_MEAN, IMAGENET_STD)
     )
-    return pixels.float().div_(255).sub_(mean).div_(std)
+    return pixels.float().div_(white).sub_(mean).div_(std)
 
 
 def load_image(
@@ -221,6 +226,7 @@ def load_image(
     scale: float | None = 1 / 255,
     mean: float | Sequence[float] | None = IMAGENET_MEAN,
     std: float | Sequence[float] | None = IMAGENET_STD,
+    threads: int | None = None,
 ) -> "tuple[Tensor, Grid]":
     """Read an image into the form that the model needs.
 
@@ -233,6 +239,7 @@ def load_image(
         published: exactly the pixels of the published code; see `open_image`.
         convert_rgb: False refuses images of another mode than RGB.
         scale, mean, std: see `normalise`; the model needs the defaults.
+        threads: that resize; None for `torch.get_num_threads()`. They change no pixel.
 
     Returns:
         `pixel_values` float32 [tiles, 3, input_size, input_size], the thumbnail last, and the grid
@@ -247,9 +254,51 @@ def load_image(
     size = _check_count("load_image", "input_size", input_size)
     low, high = _check_limits("load_image", min_num, max_num)
     _check_pixels("load_image", low, size)
+    count = _check_threads("load_image", threads)
     image = open_image(source, published=published, convert_rgb=convert_rgb)
-    tiles, grid = split_tiles(image, size, low, high, use_thumbnail)
+    tiles, grid = split_tiles(image, size, low, high, use_thumbnail, count)
     return normalise(tiles, scale, mean, std), grid
+
+
+def load_images(
+    sources: Sequence[Source],
+    input_size: int = 448,
+    max_num: int = 12,
+    *,
+    min_num: int = 1,
+    use_thumbnail: bool = True,
+    published: bool = False,
+    convert_rgb: bool = True,
+    scale: float | None = 1 / 255,
+    mean: float | Sequence[float] | None = IMAGENET_MEAN,
+    std: float | Sequence[float] | None = IMAGENET_STD,
+    threads: int | None = None,
+) -> "Iterator[tuple[Tensor, Grid]]":
+    """Read images one after another as `load_image` does, the next ones in threads meanwhile.
+
+    Args:
+        sources: of any number of images. Paths, bytes, text and arrays are read ahead.
+        threads: of all reading together; None for `torch.get_num_threads()`.
+        input_size, max_num, min_num, use_thumbnail, published, convert_rgb, scale, mean, std: see
+            `load_image`.
+
+    Returns:
+        An iterator of what `load_image` returns, in order. At most five images are in memory before
+        they are asked for. Its threads end with it, also after an exception.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_image`; of an image, when it is its turn.
+    """
+    size = _check_count("load_images", "input_size", input_size)
+    low, high = _check_limits("load_images", min_num, max_num)
+    _check_pixels("load_images", low, size)
+    count = _check_threads("load_images", threads)
+
+    def cut(source: Source, threads: int) -> tuple[list[Image.Image], Grid]:
+        image = open_image(source, published=published, convert_rgb=convert_rgb)
+        return split_tiles(image, size, low, high, use_thumbnail, threads)
+
+    return ((normalise(t, scale, mean, std), grid) for t, grid in read_each(cut, sources, count))
 
 
 @functools.lru_cache(maxsize=256)
@@ -281,6 +330,13 @@ def _check_count(function: str, name: str, value: int) -> int:
         wanted = "an integer of at least 1" + (" and below 2^31" if count > 1 else "")
         raise ValueError(f"{function}: {name} must be {wanted}, got {value!r}")
     return count
+
+
+def _check_threads(function: str, threads: int | None) -> int:
+    if threads is not None:
+        return _check_count(function, "threads", threads)
+    torch = sys.modules.get("torch")  # it is not imported for its number of threads
+    return 1 if torch is None else torch.get_num_threads()
 
 
 def _check_pixels(function: str, tiles: int, size: int) -> None:

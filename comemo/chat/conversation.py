@@ -13,7 +13,7 @@ from comemo.chat.driver import Prompt, build_prompt
 from comemo.chat.transcript import NO_IMAGES, Transcript
 from comemo.config import CoMemoConfig
 from comemo.decode.interface import GeneratingModel
-from comemo.image_processor import CoMemoImageProcessor
+from comemo.image_processor import CoMemoImageProcessor, flatten_images
 from comemo.memory.inputs import queries_at_count
 from comemo.tokenizer import InternLM2Tokenizer
 from comemo.vision import check_tiles
@@ -223,19 +223,18 @@ def load_images(
     Raises:
         ValueError: a bad image, or tiles that do not match their grid.
     """
+    given = images if isinstance(images, list) else [] if images is None else [images]
+    sources = [flatten_images(image) for image in given if not isinstance(image, tuple)]
+    for source in sources:
+        if len(source) != 1:
+            raise ValueError(
+                f"ChatSession.ask: an item of images must be one image, got {len(source)}:"
+                " pass a list of images"
+            )
+    loaded = iter(list(image_processor.load([image for (image,) in sources])))
     found = []
-    for image in images if isinstance(images, list) else [] if images is None else [images]:
-        if isinstance(image, tuple):
-            pixel_values, (cols, rows) = image
-        else:
-            loaded = image_processor(image)
-            pixel_values, grids = loaded["pixel_values"], loaded["tile_grid"].tolist()
-            if len(grids) != 1:
-                raise ValueError(
-                    f"ChatSession.ask: an item of images must be one image, got {len(grids)}:"
-                    " pass a list of images"
-                )
-            ((cols, rows),) = grids
+    for image in given:
+        pixel_values, (cols, rows) = image if isinstance(image, tuple) else next(loaded)
         check_tiles("ChatSession.ask", pixel_values, config.vision_config.image_size[0])
         grid = (int(cols), int(rows))
         tokens = ops.image_tokens(grid, config.side, config.use_thumbnail)

@@ -83,9 +83,9 @@ class Talk:
         self.stop = prompts.stop_text(config.template)
         tokenizer = load_tokenizer(args.model, config)  # before minutes of loading weights
         store = open_store(args)
-        self.shown = [self._load(path, config) for path in args.image]  # with the next question
         if args.threads is not None:
             torch.set_num_threads(args.threads)
+        self.shown = self._load(args.image, config)  # with the next question
         dtype = parse_dtype(args.dtype, device := parse_device(args.device))
         model = CoMemoForConditionalGeneration.from_pretrained(args.model, dtype=dtype)
         self.model = model.to(device)
@@ -102,19 +102,22 @@ class Talk:
         if args.seed is not None:
             torch.manual_seed(args.seed)
 
-    def _load(self, path: str, config: CoMemoConfig) -> tuple[Tensor, tuple[int, int]]:
+    def _load(self, paths: list[str], config: CoMemoConfig) -> list[tuple[Tensor, tuple[int, int]]]:
         max_num = self.args.max_tiles or config.max_dynamic_patch
-        pixel_values, grid = images.load_image(
-            path,
+        loaded = images.load_images(
+            paths,
             config.vision_config.image_size[0],
             max_num,
             min_num=min(config.min_dynamic_patch, max_num),
             use_thumbnail=config.use_thumbnail,
             published=self.args.published_pixels,
         )
-        tokens = len(pixel_values) * config.tokens_per_tile
-        self._note(f"{plain(path)}: grid {grid[0]} x {grid[1]}, {tokens:,} image tokens")
-        return pixel_values, grid
+        shown = []
+        for path, (pixel_values, grid) in zip(paths, loaded, strict=True):
+            tokens = len(pixel_values) * config.tokens_per_tile
+            self._note(f"{plain(path)}: grid {grid[0]} x {grid[1]}, {tokens:,} image tokens")
+            shown.append((pixel_values, grid))
+        return shown
 
     def _note(self, text: str) -> None:
         if is_watched(self.args.verbose):
@@ -206,7 +209,7 @@ class Talk:
         elif word == "/again":
             self.ask(None)
         elif word == "/image":
-            self.shown.append(self._load(rest, self.model.config))
+            self.shown += self._load([rest], self.model.config)
 
     def _options(self) -> dict[str, Any]:
         args = self.args
