@@ -262,9 +262,9 @@ def test_only_new_changed_and_failed_lines_are_answered(nano, folder, monkeypatc
     assert "error" in first[4]
     asked, answered = [], Answerer.answer
 
-    def counted(self, requests):
+    def counted(self, requests, following):
         asked.extend(one.line for one in requests)
-        return answered(self, requests)
+        return answered(self, requests, following)
 
     monkeypatch.setattr(Answerer, "answer", counted)
     (folder / "0.png").rename(folder / "late.png")

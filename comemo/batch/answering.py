@@ -3,7 +3,6 @@
 Letters: B requests, N tokens of the longest prompt.
 """
 
-import functools
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -23,15 +22,17 @@ from comemo.chat.options import text_options
 from comemo.chat.streamers import answer_text
 from comemo.decode.interface import GeneratingModel
 from comemo.generation_inputs import check_range
-from comemo.images import load_image
+from comemo.images import normalise_pixels, open_image, split_tiles, stack_tiles
 from comemo.memory.protocols import KeepsMemories
+from comemo.processing.read_ahead import AT_ONCE, ReadAhead
 from comemo.processor import CoMemoProcessor
 
 PREFILL = 4096  # tokens of one pass over the prompts; bounds memory, as in a `ChatSession`
 IMAGES_HELD = 8  # tiles of so many images are kept: neighbouring lines often share them
+IMAGES_AHEAD = 8  # are read while a batch is answered
 _FULL = re.compile("out of memory|not enough memory|can't allocate memory")
 
-Tiles = tuple[Tensor, tuple[int, int]]  # [t, 3, side, side] and (cols, rows)
+Tiles = tuple[Tensor, tuple[int, int]]  # uint8 [t, 3, side, side] and (cols, rows)
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class _Row:
 class Answerer:
     """Answers requests with a model. The answer of a request is the same in any batch.
 
+    In a `with`, which ends the threads that read images.
+
     Args:
         model: a `CoMemoForConditionalGeneration`.
         processor: of its checkpoint.
@@ -85,13 +88,23 @@ class Answerer:
         self._template = prompts.chat_template(model.config.template)
         check_tokenizer(processor.tokenizer, self._stop)
         self._stop_id = processor.tokenizer.convert_tokens_to_ids(self._stop)
-        self._load = functools.lru_cache(IMAGES_HELD)(self._read_image)
+        readers = min(torch.get_num_threads(), AT_ONCE)
+        self._images = ReadAhead(self._read_image, readers, IMAGES_AHEAD, IMAGES_HELD)
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[Result]:
+    def __enter__(self) -> "Answerer":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._images.__exit__(*error)
+
+    def answer(
+        self, requests: Sequence[Request], following: Sequence[Request] = ()
+    ) -> Iterator[Result]:
         """Answer requests that `group_of` puts together.
 
         Args:
             requests: of one group.
+            following: answered next: their images are read while these are answered.
 
         Yields:
             One result each, those with bad images first. What is wrong with one request is in its
@@ -101,9 +114,10 @@ class Answerer:
             Exception: what says nothing about a single request, such as an error of the device.
         """
         rows = []
-        for request in requests:
+        for index, request in enumerate(requests):
+            later = [source for r in (*requests[index + 1 :], *following) for source in r.images]
             try:
-                rows.append(self._prepare(request))
+                rows.append(self._prepare(request, later))
             except (ValueError, OSError, MemoryError) as error:
                 yield Result(request.line, error=describe(error))
         yield from self._answer(rows)
@@ -125,9 +139,13 @@ class Answerer:
             for row in rows:
                 yield from self._answer([row])
 
-    def _prepare(self, request: Request) -> _Row:
-        """Open the images and encode the prompt."""
-        images = [self._load(source) for source in request.images]
+    def _prepare(self, request: Request, later: list[str | bytes]) -> _Row:
+        """Open the images and encode the prompt; the images of later requests are expected."""
+        images = []
+        for index, source in enumerate(request.images):
+            self._images.expect([*request.images[index:], *later])
+            images.append(self._images.take(source))
+        self._images.expect(later)
         text = self.processor.apply_chat_template(
             request.messages,
             chat_template=self._template,
@@ -142,14 +160,15 @@ class Answerer:
     def _read_image(self, source: str | bytes) -> Tiles:
         config = self.model.config
         most = self.settings.max_tiles or config.max_dynamic_patch
-        return load_image(
-            source,
+        tiles, grid = split_tiles(
+            open_image(source, published=self.settings.published),
             config.vision_config.image_size[0],
+            min(config.min_dynamic_patch, most),
             most,
-            min_num=min(config.min_dynamic_patch, most),
-            use_thumbnail=config.use_thumbnail,
-            published=self.settings.published,
+            config.use_thumbnail,
+            threads=1,
         )
+        return torch.from_numpy(stack_tiles(tiles)), grid
 
     @torch.no_grad()
     def _generate(self, rows: list[_Row]) -> list[Result]:
@@ -191,7 +210,8 @@ class Answerer:
         check_range(self.model.config, positions, mask, bool(images))
         memory = None
         if images:
-            pixels = torch.cat([tiles for tiles, _ in images]).to(device, self.model.dtype)
+            pixels = normalise_pixels(torch.cat([tiles for tiles, _ in images]).to(device))
+            pixels = pixels.to(self.model.dtype)
             memory = core.build_image_memory(pixels, image_mask, positions, grids, self.store)
         return {
             "input_ids": torch.tensor([row[:1] for row in (r.ids for r in rows)], device=device),

@@ -55,8 +55,10 @@ class Work:
         try:
             if own:
                 model, processor, store = load()
-                answerer = Answerer(model, processor, self.settings, store)
-                with self.lines.opened() as read:
+                with (
+                    self.lines.opened() as read,
+                    Answerer(model, processor, self.settings, store) as answerer,
+                ):
                     for result in self._results(own, answerer, read):
                         part.write(self._entry(result, read(result.line)))
                         done(result)
@@ -80,10 +82,14 @@ class Work:
                 except ValueError as error:
                     bad.append(Result(number, error=describe(error)))
 
-        for group in group_requests(requests(), self.settings.batch):
-            yield from answerer.answer(group)
+        groups = group_requests(requests(), self.settings.batch)
+        group = next(groups, None)
+        while group is not None:
+            following = next(groups, None)
+            yield from answerer.answer(group, following or ())
             yield from bad
             bad.clear()
+            group = following
         yield from bad
 
     def _request(self, line: bytes, number: int) -> Request:
