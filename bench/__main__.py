@@ -21,6 +21,7 @@ from bench import (
     positions,
     progress,
     project,
+    quantised,
     recipe,
     rotary,
     scaling,
@@ -42,6 +43,7 @@ BENCHMARKS: dict[str, Any] = {
     "mixin": mixin,
     "positions": positions,
     "project": project,
+    "quantised": quantised,
     "recipe": recipe,
     "rotary": rotary,
     "scaling": scaling,
@@ -92,7 +94,8 @@ def _run(options: argparse.Namespace) -> int:
         if options.out and rows:
             measure.write(options.name, rows, machine, options.out)  # in case it came within one
             kept = f", written to {options.out / options.name}.json and .csv"
-        print(f"interrupted: {len(rows)} rows were measured{kept}", file=sys.stderr)
+        count = "1 row" if len(rows) == 1 else f"{len(rows)} rows"
+        print(f"interrupted: {count} measured{kept}", file=sys.stderr)
         return INTERRUPTED
     return 1 if getattr(options, "failed", False) else 0
 

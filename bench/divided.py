@@ -19,7 +19,7 @@ import torch
 from torch import multiprocessing
 
 from bench import measure, progress
-from bench.models import draw_model, draw_prompts
+from bench.models import draw_model, draw_prompts, layers_of
 from bench.ways import Row
 from comemo import CoMemoForConditionalGeneration
 
@@ -28,22 +28,25 @@ DIVISIONS: dict[str, dict[str, Any]] = {
     "tensor": {"tp_plan": "auto"},
     "stages": {"distributed_config": {"pp_size": None}},
 }
+FEW_LAYERS = 4  # what a CPU takes by default
 STEPS = 8  # decode steps that are timed, after as many that warm up
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="2B", choices=("2B", "9B"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--layers", type=int, help="of the language model, default: all")
+    parser.add_argument("--layers", type=int, help="of the language model; 0: all")
+    measure.add_all(parser)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tiles", type=int, default=1, choices=(1, 13))
 
 
 def run(options: argparse.Namespace) -> Iterator[Row]:
     grid = {1: (1, 1), 13: (3, 4)}[options.tiles]
+    layers = layers_of(options, FEW_LAYERS)
     dtype = getattr(torch, options.dtype)
     with tempfile.TemporaryDirectory() as folder:
-        _apart(_write, options.size, dtype, options.layers, folder)
+        _apart(_write, options.size, dtype, layers, folder)
         answers: dict[str, Any] = {}
         for way in progress.each(DIVISIONS):
             division = DIVISIONS[way]
@@ -58,6 +61,7 @@ def run(options: argparse.Namespace) -> Iterator[Row]:
                 options.failed = True
                 print(f"{way}: the tokens differ from those of the whole model")
             case = f"{options.size}, {options.dtype}, {options.tiles} tiles"
+            case += f", {layers} layers" if layers else ""
             row: Row = {"case": case, "pass": "divided", "way": f"{way}, {ranks} ranks"}
             for name in found[0]:
                 row[name] = max(each[name] for each in found)

@@ -77,7 +77,7 @@ def published(dtype: torch.dtype, layers: int | None, vision_layers: int | None)
     def generate(**options: Any) -> Tensor:
         return model.generate(**inputs, **options)[0, -options["max_new_tokens"] :]
 
-    case = f"published CoMemo-2B, {layers or 24} layers"
+    case = f"stand-in for published CoMemo-2B, {layers or 24} layers"
     return Subject(model, generate, case, {"with a simple cache": (add_cache, remove_cache)})
 
 

@@ -46,6 +46,9 @@ def run(job: dict[str, Any], job_folder: str) -> dict[str, Any]:
 
 def check(folders: list[str]) -> dict[str, Any]:
     """Versions; raises Missing."""
+    where = next((f for f in folders if os.path.isdir(os.path.join(f, "comemo", "model"))), None)
+    if where is None:
+        raise Missing(f"no folder of {folders} has comemo/model: give the published repository")
     try:
         import torch
         import transformers
@@ -59,9 +62,6 @@ def check(folders: list[str]) -> dict[str, Any]:
             f"transformers {transformers.__version__} of {transformers.__file__} is not 4.37 to"
             " 4.41; pip install 'transformers==4.37.2'"
         )
-    where = next((f for f in folders if os.path.isdir(os.path.join(f, "comemo", "model"))), None)
-    if where is None:
-        raise Missing(f"no folder of {folders} has comemo/model: give the published repository")
     # Not by the path: an installed `comemo` has an __init__.py, the published one has none.
     package = types.ModuleType("comemo")
     package.__path__ = [os.path.join(where, "comemo")]

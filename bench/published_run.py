@@ -7,18 +7,20 @@ pictures, and answers greedily. Without it `bench chat` times a stand-in, its wa
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from transformers.utils import logging
 
 from bench.ways import Row
 from comemo.chat.driver import build_prompt
@@ -89,7 +91,8 @@ def time_published(
     }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model.save_pretrained(folder / "checkpoint", save_original_format=True)
+        with _no_progress_bar():
+            model.save_pretrained(folder / "checkpoint", save_original_format=True)
         save_file({n: t.contiguous() for n, t in inputs.items()}, folder / "inputs.safetensors")
         job = {
             "check": False,
@@ -112,13 +115,25 @@ def time_published(
     return row, found["tokens"]
 
 
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws none inside the block: stderr has the benchmark's own."""
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
 def _child(options: argparse.Namespace, folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """What the child process found."""
     folders = [str(path.resolve()) for path in options.published_at]
     (folder / "job.json").write_text(json.dumps(job | {"folders": folders}))
     command = [str(options.published_python), str(CHILD), str(folder)]
     try:
-        done = subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, text=True, check=False)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     except OSError as error:
         raise SystemExit(INSTALL.format(reason=f"{command[0]}: {error.strerror}")) from None
     result = folder / "result.json"

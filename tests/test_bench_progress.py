@@ -140,7 +140,7 @@ def test_an_interrupt_within_a_run(tmp_path, monkeypatch, capsys):
             command.main()
         assert stopped.value.code == 130
         told = capsys.readouterr()
-        assert told.err.startswith(f"interrupted: 1 rows were measured{kept}")
+        assert told.err.startswith(f"interrupted: 1 row measured{kept}")
         assert len(told.err.splitlines()) == 1
         assert "ours" in told.out
     assert [row["us"] for row in json.loads((tmp_path / "memory.json").read_text())["rows"]] == [1]
@@ -165,7 +165,7 @@ def test_an_interrupt_keeps_the_rows(tmp_path):
     assert time.monotonic() - began < 20
     assert run.returncode == 130
     files = os.path.join(tmp_path, "memory")
-    wanted = f"interrupted: 2 rows were measured, written to {files}.json and .csv"
+    wanted = f"interrupted: 2 rows measured, written to {files}.json and .csv"
     assert told.splitlines()[-1] == wanted
     assert "Traceback" not in told
     held = json.loads((tmp_path / "memory.json").read_text())["rows"]

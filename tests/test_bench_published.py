@@ -121,6 +121,7 @@ def test_a_python_that_is_not_there(clone):
         published_run.check(options_of(chat, *words))
 
 
+@pytest.mark.slow
 def test_the_child_imports_nothing_of_this_project(clone, tmp_path):
     """Our package may be installed in the same Python, under the published one's name."""
     job = {"check": True, "folders": clone}
