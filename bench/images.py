@@ -9,6 +9,7 @@ part of the time to a first token: of --first-token, or of `ours` in a file of `
 import argparse
 import contextlib
 import csv
+import ctypes
 import functools
 import tempfile
 import time
@@ -159,8 +160,12 @@ def time_folder(paths: list[Path], options: argparse.Namespace, first: float) ->
 
 
 def reset_peak() -> int | None:
-    """Bytes that the process has; its peak counts from here. None where the system cannot."""
-    with contextlib.suppress(OSError):
+    """Bytes that the process has; its peak counts from here. None where the system cannot.
+
+    Memory that was freed but kept by the allocator is given back first: it would hide a peak.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
     return None
