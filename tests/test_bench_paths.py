@@ -36,7 +36,11 @@ OF_MODELS = {
     decode: ("--cols", "1", "--rows", "1", "--tokens", "2", "--vision-tiles", "1"),
     vision: ("--tiles", "2", "--at-once", "1"),
 }
-WAYS_OF = {chat: {"ours", *WAYS}, decode: {"memory", "recomputed"}, vision: {"ours, 1 at once"}}
+WAYS_OF = {
+    chat: {"ours", *WAYS[:-1], chat.STAND_IN},
+    decode: {"memory", "recomputed"},
+    vision: {"ours, 1 at once"},
+}
 TINY = ("--sizes", "tiny", "--rounds", "1", "--no-compile")
 OF_KERNELS = {
     attend: (*TINY, "--cases", "small_decode"),
