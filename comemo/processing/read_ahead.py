@@ -13,7 +13,7 @@ import numpy as np
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
-AT_ONCE = 4  # images: one of 12 megapixels takes 80 MB while it is decoded and resized
+AT_ONCE = 4  # images: 12 megapixels are 48 MB, and about as much again while they are resized
 
 
 class ReadAhead(Generic[Key, Result]):
