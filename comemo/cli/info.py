@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from comemo.cli import starting
 from comemo.cli.arguments import find_checkpoint
 from comemo.cli.hushing import hushed, unhushed
 from comemo.cli.terminal import plain, tell
@@ -85,6 +86,7 @@ def _describe_config(directory: str | os.PathLike[str], debug: bool) -> Any:
     """The config, without transformers if nothing in it is unusual."""
     if (plain_config := read_plain(_read_content(directory))) is not None:
         return plain_config
+    starting.interruptible(False)  # Ctrl-C ends the process at once: nothing is half-done
     import transformers  # noqa: F401  (what it logs is hidden from here on)
 
     with unhushed() if debug else hushed(True):

@@ -14,6 +14,8 @@ from tqdm import tqdm
 from comemo.cli.hushing import hushed
 from comemo.cli.terminal import note, plain, tell
 from comemo.parallel.environment import complete_environment
+from comemo.train import config, ranks
+from comemo.train.accelerated import take_accelerate
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,9 +25,6 @@ def run(args: argparse.Namespace) -> int:
         ValueError, OSError: settings, data or a checkpoint that is wrong.
         KeyboardInterrupt: Ctrl-C, after a line that says how to go on.
     """
-    from comemo.train import config, ranks
-    from comemo.train.accelerated import take_accelerate
-
     complete_environment()
     file, words = split_file(args.words)
     if file is None and not words:
