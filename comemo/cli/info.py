@@ -83,8 +83,9 @@ def _read_content(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _describe_config(directory: str | os.PathLike[str], debug: bool) -> Any:
-    """The config, without transformers if nothing in it is unusual."""
-    if (plain_config := read_plain(_read_content(directory))) is not None:
+    """The config, without transformers if nothing in it is unusual and nobody asks for warnings."""
+    plain_config = read_plain(_read_content(directory))
+    if plain_config is not None and not debug:
         return plain_config
     starting.interruptible(False)  # Ctrl-C ends the process at once: nothing is half-done
     import transformers  # noqa: F401  (what it logs is hidden from here on)
@@ -114,7 +115,7 @@ def describe_checkpoint(directory: str | os.PathLike[str], debug: bool = False) 
     parts: dict[str, dict[str, Any]] = {}
     for file in files:
         for name, shape, dtype in _headers(file):
-            _add(parts, _part_of(name), math.prod(shape), dtype)
+            _add(parts, name, math.prod(shape), dtype)
     total = {
         "parameters": sum(part["parameters"] for part in parts.values()),
         "bytes": sum(part["bytes"] for part in parts.values()),
@@ -142,6 +143,7 @@ def describe_checkpoint(directory: str | os.PathLike[str], debug: bool = False) 
             "heads": mixin.num_heads,
             "head_dim": mixin.head_dim,
         },
+        "quantisation": _quantisation(config),
         "template": config.template,
         "tokens_per_tile": config.tokens_per_tile,
         "max_tiles": config.max_dynamic_patch,
@@ -154,6 +156,15 @@ def describe_checkpoint(directory: str | os.PathLike[str], debug: bool = False) 
         "parts": {name: parts[name] for name in (*PARTS, "other") if name in parts},
         "total": total,
     }
+
+
+def _quantisation(config: Any) -> str | None:
+    """How the weights were quantised, in the names of the library that did it; None if not."""
+    facts = getattr(config, "quantization_config", None)
+    if not isinstance(facts, dict):
+        return None
+    kinds = re.findall(r"\w+Config\b", json.dumps(facts.get("quant_type", "")))
+    return " ".join([str(facts.get("quant_method")), *dict.fromkeys(kinds)])
 
 
 def memory_numbers(config: Sizes, tokens: int) -> int:
@@ -177,9 +188,10 @@ def _part_of(weight: str) -> str:
 
 
 def _add(parts: dict[str, dict[str, Any]], name: str, size: int, dtype: str) -> None:
-    part = parts.setdefault(name, {"parameters": 0, "bytes": 0, "dtypes": []})
+    part = parts.setdefault(_part_of(name), {"parameters": 0, "bytes": 0, "dtypes": []})
     bits = re.search(r"\d+", dtype)  # BF16, F32, F8_E4M3
-    part["parameters"] += size
+    if not re.search(r"\._weight_(scale|zero_point)$", name):  # of a quantised weight
+        part["parameters"] += size
     part["bytes"] += size * (int(bits[0]) if bits else 8) // 8
     part["dtypes"] = sorted({*part["dtypes"], dtype})
 
@@ -200,6 +212,7 @@ def table(facts: dict[str, Any]) -> str:
         "language model": f"{llm['architecture']}, {llm['layers']} layers, width {llm['width']:,},"
         f" {llm['heads']} heads ({llm['kv_heads']} of keys and values)",
         "vocabulary": f"{llm['vocabulary']:,} tokens, template {template}",
+        **({"weights": plain(facts["quantisation"])} if facts["quantisation"] else {}),
         "vision tower": f"{vision['layers']} layers, width {vision['width']:,},"
         f" {vision['heads']} heads, tiles of {vision['tile_pixels']} px",
         "mixin layers": f"{len(mixin['before_layers'])}, before layers"
