@@ -22,6 +22,7 @@ from comemo.loss import loss_of_states, next_token_loss
 from comemo.model import CoMemoModel, CoMemoPreTrainedModel
 from comemo.outputs import CACHE, CoMemoOutput, one_cache, warn_old_name
 from comemo.weights.folding import FoldsForInference
+from comemo.weights.fusable import apply_linear
 from comemo_kernels import ImageMemory
 
 
@@ -138,7 +139,7 @@ class CoMemoForConditionalGeneration(
         else:
             last = isinstance(logits_to_keep, int)
             keep = slice(-logits_to_keep, None) if last else logits_to_keep
-            logits = self.lm_head(states[:, keep])
+            logits = apply_linear(self.lm_head, states[:, keep])
             if labels is not None or shift_labels is not None:
                 loss = next_token_loss(logits, labels, *divided)
         return CoMemoOutput(

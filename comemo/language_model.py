@@ -34,7 +34,7 @@ from comemo.outputs import CACHE, OLD_NAME, CoMemoModelOutput, one_cache
 from comemo.packed_attention import SampleGroups, attend_samples, group_samples
 from comemo.packing import VARLEN, places_in_samples
 from comemo.parallel.split import Split, enter, leave, own_weights
-from comemo.weights.fusable import are_joined, is_fusable, is_untouched, join_weights
+from comemo.weights.fusable import apply_linear, are_joined, is_fusable, is_untouched, join_weights
 from comemo_kernels import ImageMemory, QueryRotation
 
 Table = tuple[Tensor, Tensor]  # cos, sin [B, N, D/2]
@@ -84,7 +84,7 @@ class CoMemoAttention(LlamaAttention):
         B, N, _ = hidden_states.shape
         projections = self.q_proj, self.k_proj, self.v_proj
         if eps is None or self.qkv is None:
-            q, k, v = (proj(hidden_states) for proj in projections)
+            q, k, v = (apply_linear(proj, hidden_states) for proj in projections)
         else:
             qkv = ops.norm_linear(hidden_states, None, self.qkv, eps)
             q, k, v = qkv.split([proj.out_features for proj in projections], -1)

@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 import comemo_kernels as ops
 from comemo.config import CoMemoConfig
 from comemo.parallel.split import Split, gather_parts, part_of
+from comemo.vision_layers import encode
 from comemo.weights.fusable import is_fusable, is_original, is_sharded
 
 PROJECTOR = (nn.LayerNorm, nn.Linear, nn.GELU, nn.Linear)  # its layers, as published
@@ -177,7 +178,7 @@ class CoMemoVision:
             return _layer_of(vision, tiles, depth)[0]
         x = vision.embeddings(tiles)
         for layer in vision.encoder.layer[:depth]:
-            x = layer(x)
+            x = encode(layer, x)
         return x
 
     def _project_by_modules(

@@ -35,6 +35,7 @@ from comemo_kernels.reference import (
     image_position_ids,
     image_rows,
     image_tokens,
+    linear,
     rotary_table,
     span_weights,
 )
@@ -69,6 +70,7 @@ __all__ = [
     "is_plain",
     "is_untouched",
     "join_images",
+    "linear",
     "memory_buffers",
     "nn",
     "norm_linear",

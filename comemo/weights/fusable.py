@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+import comemo_kernels as ops
 from comemo.parallel.split import SplitHead
 from comemo_kernels import is_plain, is_untouched
 
@@ -46,6 +47,13 @@ def is_fusable(*modules: nn.Module, biased: bool = False) -> bool:
         are not on the meta device.
     """
     return is_plain(*modules, kinds=FUSABLE, biased=biased)
+
+
+def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer on x [..., d]: from its weights if it is plain, otherwise by calling it."""
+    if type(module) is nn.Linear and is_fusable(module, biased=True):
+        return ops.linear(x, module.weight, module.bias)
+    return module(x)  # type: ignore[no-any-return]
 
 
 def offloaded_to(model: nn.Module) -> torch.device | None:

@@ -19,6 +19,7 @@ from comemo_kernels.reference.fused_linear import (
     norm_swiglu,
 )
 from comemo_kernels.reference.gated_attention import attend_gated
+from comemo_kernels.reference.linear import linear
 from comemo_kernels.reference.memory_build import build_memory
 from comemo_kernels.reference.memory_projection import project_memory
 from comemo_kernels.reference.positions import (
@@ -41,6 +42,7 @@ __all__ = [
     "image_position_ids",
     "image_rows",
     "image_tokens",
+    "linear",
     "norm_linear",
     "norm_swiglu",
     "project_memory",

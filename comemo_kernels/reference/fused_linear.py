@@ -1,10 +1,10 @@
 """Fused RMSNorm + linear, SwiGLU, gated residual and feed-forward network, in PyTorch."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from comemo_kernels._arguments import public
+from comemo_kernels._cpu_products import cpu_product
 from comemo_kernels.reference.fused_linear_checks import (
     check_gated_residual,
     check_gated_swiglu,
@@ -21,32 +21,8 @@ from comemo_kernels.reference.fused_linear_gradient import (
 )
 from comemo_kernels.reference.norms import rms_norm, rms_norm_gradient
 
-# Measured on an AMD EPYC, where MKL takes up to three times as long as oneDNN for a few rows: up to
-# ROWS rows, and from ELEMENTS elements of a weight on, oneDNN is faster.
-ROWS, ELEMENTS = 256, 2**18
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T, by the PyTorch library that is faster on a CPU."""
-    rows = x.numel() // max(x.shape[-1], 1)
-    if (
-        1 < rows <= ROWS
-        and weight.numel() >= ELEMENTS
-        and _ONEDNN
-        and x.device.type == "cpu"
-        and type(x) is Tensor
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    ):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return F.linear(x, weight)
-
-
 functions = make_functions(
-    Steps(rms_norm, rms_norm_gradient, product, swiglu, swiglu_gradient, add_gated)
+    Steps(rms_norm, rms_norm_gradient, cpu_product, swiglu, swiglu_gradient, add_gated)
 )
 
 
@@ -78,7 +54,7 @@ def norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor, eps: floa
     check_norm_linear(x, norm_weight, weight)
     if needs_gradient(x, norm_weight, weight):
         return functions.norm_linear.apply(x, norm_weight, weight, eps)
-    return product(rms_norm(x, norm_weight, eps), weight)
+    return cpu_product(rms_norm(x, norm_weight, eps), weight)
 
 
 @public
@@ -114,7 +90,8 @@ def norm_swiglu(
     if needs_gradient(x, norm_weight, gate_weight, up_weight):
         return functions.norm_swiglu.apply(x, norm_weight, gate_weight, up_weight, eps)
     y = rms_norm(x, norm_weight, eps)
-    return swiglu(product(y, gate_weight), product(y, up_weight))
+    g, u = cpu_product(y, gate_weight), cpu_product(y, up_weight)
+    return F.silu(g, inplace=True).mul_(u)  # on a CPU new memory costs more than a pass
 
 
 @public
@@ -145,7 +122,7 @@ def gated_residual(x: Tensor, a: Tensor, weight: Tensor, gate: Tensor | None) ->
     check_gated_residual(x, a, weight, gate)
     if needs_gradient(x, a, weight, gate):
         return functions.gated_residual.apply(x, a, weight, gate)
-    return add_gated(x, product(a, weight), gate)
+    return add_gated(x, cpu_product(a, weight), gate)
 
 
 @public

@@ -6,6 +6,12 @@ from torch import Tensor
 from comemo_kernels.reference.dtypes import DTYPES
 
 
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise the errors of `linear`."""
+    rows = weight.shape[:1]
+    _check("linear", x, ("weight", weight, rows + x.shape[-1:]), ("bias", bias, rows))
+
+
 def check_norm_linear(x: Tensor, norm_weight: Tensor | None, weight: Tensor) -> None:
     """Raise the errors of `norm_linear` that do not depend on the device."""
     d = x.shape[-1:]

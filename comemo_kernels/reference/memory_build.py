@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from comemo_kernels._arguments import public
+from comemo_kernels._cpu_products import cpu_product
 from comemo_kernels.attention_types import MemoryScales
 from comemo_kernels.reference.attention_groups import rotate_by_distance
 from comemo_kernels.reference.dtypes import FLOAT8
@@ -110,5 +111,5 @@ def project_layers(
     normed = rms_norm(media, None, eps)
     for layer, weight in enumerate(kv_weights):
         x = normed if norm_weights is None else norm_weights[layer] * normed
-        k, v = rearrange(F.linear(x, weight), "m (kv g d) -> kv m g d", kv=2, g=heads)
+        k, v = rearrange(cpu_product(x, weight), "m (kv g d) -> kv m g d", kv=2, g=heads)
         yield rotate_by_distance(k, ids, cos, sin), v.masked_fill(v.isnan(), 0)

@@ -3,9 +3,22 @@
 import torch
 from torch import Tensor
 
+from comemo_kernels.reference.blocks import blocks
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """RMSNorm of Llama: normalised in float32, rounded, then weighted unless `weight` is None."""
+    parts = blocks(x, -2, weight) if x.ndim > 1 else None
+    if parts is None:
+        return _rms_norm(x, weight, eps)
+    dtype = x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
+    out = torch.empty(x.shape, dtype=dtype)
+    for part in parts:
+        out[..., part, :] = _rms_norm(x[..., part, :], weight, eps)
+    return out
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     exact = x.to(torch.promote_types(x.dtype, torch.float32))
     exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + eps)
     return exact.to(x.dtype) if weight is None else weight * exact.to(x.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 from comemo_kernels._arguments import public
 from comemo_kernels._writes import check_writable
 from comemo_kernels.grids import ImageGrids
+from comemo_kernels.reference.blocks import blocks
 from comemo_kernels.reference.dtypes import DTYPES
 
 
@@ -76,6 +77,17 @@ def _rows(table: Tensor, ids: Any) -> Tensor:
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, inplace: bool = False) -> Tensor:
     """Rotate the first R of D elements of [..., H, D] by rows [..., 1, R/2]; copy the rest."""
+    parts = blocks(x, -3, cos, sin) if len(x.shape) > 2 else None
+    if parts is None:
+        return _rotate_halves(x, cos, sin, inplace)
+    out = x if inplace else torch.empty_like(x, memory_format=torch.contiguous_format)
+    for part in parts:
+        own = [t if t.shape[-3] == 1 else t[..., part, :, :] for t in (cos, sin)]
+        out[..., part, :, :] = _rotate_halves(x[..., part, :, :], *own, inplace)
+    return out
+
+
+def _rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, inplace: bool) -> Tensor:
     R = 2 * cos.shape[-1]
     x1, x2 = x[..., :R].to(cos.dtype).chunk(2, dim=-1)
     rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x.dtype)

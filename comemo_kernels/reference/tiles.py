@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from comemo_kernels._arguments import public
+from comemo_kernels._cpu_products import cpu_product
 from comemo_kernels._op import check, padded
 from comemo_kernels._writes import check_writable
 from comemo_kernels.reference.dtypes import DTYPES
@@ -136,7 +137,7 @@ def project_tiles(
     h = fold.side * n
     x = fold_tiles(tokens[:, 1:].unflatten(1, (h, h)), ratio, version).flatten(1, 2)
     x = F.layer_norm(x, (C * n * n,), norm_weight, norm_bias, eps)
-    found = F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+    found = cpu_product(F.gelu(cpu_product(x, weight1, bias1)), weight2, bias2)
     if media is not None:
         media.copy_(found.flatten(0, 1))
         found = media.view(T, fold.tokens, weight1.shape[0])
