@@ -45,6 +45,7 @@ setup(
         "train": ["accelerate", "filelock", "peft", "pyyaml", "tensorboardx"],
         "serve": ["fastapi", "prometheus-client", "uvicorn"],
         "ray": ["fastapi", "prometheus-client", "ray[serve]>=2.58", "uvicorn"],  # several machines
+        "quantized": ["torchao>=0.18"],  # weights of 8 or 4 bits
         "video": ["av"],  # video files as training data; folders of frames need nothing
         "dev": [
             "accelerate",  # used by Trainer and `device_map`
@@ -65,6 +66,7 @@ setup(
             "selenium",  # the page in a browser
             "tensorboardx",
             "setuptools",  # builds the wheel that is tested
+            "torchao>=0.18",  # weights of 8 or 4 bits
             "uvicorn",
         ],
     },

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from comemo import nano
+from comemo.safety.settings import BITS
 
 NANO = "nano"  # in place of a directory
 
@@ -45,6 +46,15 @@ def add_published_pixels(parser: argparse.ArgumentParser) -> None:
     """Add `--published-pixels`: read images as the published code does."""
     parser.add_argument(
         "--published-pixels", action="store_true", help="ignore the EXIF orientation of photographs"
+    )
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """Add `--quantize`, for `chosen_weights`."""
+    parser.add_argument(
+        "--quantize",
+        choices=BITS,
+        help="weights of 8 or 4 bits, made while the checkpoint is loaded; for a CPU",
     )
 
 

@@ -27,6 +27,7 @@ from comemo.processor import CoMemoProcessor
 from comemo.safety.regular import check_settings_files
 from comemo.safety.settings import GENERATION, check_settings
 from comemo.store.store import MemoryStore
+from comemo.weights.quantising import chosen_weights
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,10 +53,11 @@ def run(args: argparse.Namespace) -> int:
     measured = args.dtype == "auto" and device.type == "cpu"
     dtype = torch.float32 if measured else parse_dtype(args.dtype, device)
     store = open_store(args)
-    settings = _settings(args, f"{identify_checkpoint(directory)} {dtype}")
+    bits = f" {args.quantize}" if args.quantize else ""  # answers in other bits are other answers
+    settings = _settings(args, f"{identify_checkpoint(directory)} {dtype}{bits}")
 
     def load() -> tuple[Any, Any, Any]:
-        model, processor = _load(directory, device, dtype)
+        model, processor = _load(directory, device, dtype, args.quantize)
         return model, processor, _store_for(model, store)
 
     quiet = contextlib.nullcontext() if rank.is_first or args.debug else hushed(progress=False)
@@ -95,10 +97,14 @@ def _settings(args: argparse.Namespace, model: str) -> BatchSettings:
     )
 
 
-def _load(directory: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(
+    directory: str, device: torch.device, dtype: torch.dtype, bits: str | None
+) -> tuple[Any, Any]:
     try:
         processor = CoMemoProcessor.from_pretrained(directory)
-        model: Any = CoMemoForConditionalGeneration.from_pretrained(directory, dtype=dtype)
+        model: Any = CoMemoForConditionalGeneration.from_pretrained(
+            directory, dtype=dtype, **chosen_weights(bits, directory)
+        )
         check_settings("generation_config", GENERATION, vars(model.generation_config))
         return model.to(device), processor
     except (AttributeError, LookupError, TypeError, ArithmeticError, RecursionError) as error:

@@ -24,6 +24,7 @@ from comemo.config import CoMemoConfig
 from comemo.device import parse_device, parse_dtype
 from comemo.processor import CoMemoImageProcessor, CoMemoProcessor
 from comemo.safety.settings import GENERATION, check_settings, shorten
+from comemo.weights.quantising import chosen_weights
 
 COMMANDS = {
     "/image PATH": "show an image with the next question",
@@ -87,10 +88,14 @@ class Talk:
             torch.set_num_threads(args.threads)
         self.shown = self._load(args.image, config)  # with the next question
         dtype = parse_dtype(args.dtype, device := parse_device(args.device))
-        model = CoMemoForConditionalGeneration.from_pretrained(args.model, dtype=dtype)
+        weights = chosen_weights(args.quantize, args.model)
+        model = CoMemoForConditionalGeneration.from_pretrained(args.model, dtype=dtype, **weights)
         self.model = model.to(device)
         check_settings("generation_config", GENERATION, vars(self.model.generation_config))
-        self._note(f"{plain(args.model)}: on {device} in {str(dtype).removeprefix('torch.')}")
+        self._note(
+            f"{plain(args.model)}: on {device} in {str(dtype).removeprefix('torch.')}"
+            + (f", weights of linear layers in {args.quantize}" if args.quantize else "")
+        )
         self.session = ChatSession(
             self.model,
             CoMemoProcessor(CoMemoImageProcessor(), tokenizer),

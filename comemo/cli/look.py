@@ -23,6 +23,7 @@ from comemo.look.asking import ask_and_look
 from comemo.look.sheet import draw_look
 from comemo.safety.regular import check_regular
 from comemo.safety.settings import GENERATION, check_settings
+from comemo.weights.quantising import chosen_weights
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,6 +106,8 @@ def _load(name: str, config: CoMemoConfig, args: argparse.Namespace) -> tuple[An
     """The model and its tokenizer."""
     tokenizer = load_tokenizer(name, config)
     dtype = parse_dtype(args.dtype, device := parse_device(args.device))
-    model: Any = CoMemoForConditionalGeneration.from_pretrained(name, dtype=dtype)
+    model: Any = CoMemoForConditionalGeneration.from_pretrained(
+        name, dtype=dtype, **chosen_weights(args.quantize, name)
+    )
     check_settings("generation_config", GENERATION, vars(model.generation_config))
     return model.to(device), tokenizer

@@ -129,6 +129,7 @@ def read_served(args: argparse.Namespace, directory: str) -> Served:
         args.visibility,
         args.store,
         None if args.store_budget is None else args.store_budget * 1e9,
+        args.quantize,
     )
 
 

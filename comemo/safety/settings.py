@@ -22,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "llm_architecture": tuple(LLM_MODEL_TYPES),
 }
 DTYPES = ("float32", "bfloat16", "float16")  # that a model can run in
+BITS = ("int8", "int4")  # of weights, see `comemo.weights.quantising`
 ACTIVATIONS = ("gelu", "silu")  # of published checkpoints; transformers has more
 
 # 1024 tiles are 262,144 tokens: more than any context, and a bound on the list of candidates

@@ -21,6 +21,7 @@ from comemo.serve.engine.settings import EngineSettings
 from comemo.serve.http.settings import ServerSettings
 from comemo.serve.work import Failed, Finished, Sampling, Work
 from comemo.store.store import MemoryStore
+from comemo.weights.quantising import chosen_weights
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Served:
     Attributes:
         model: directory of a checkpoint.
         device, dtype: see `parse_device` and `parse_dtype`.
+        quantize: see `chosen_weights`.
         rope: "dhr" or "original".
         visibility: "causal" or "all", see `ChatSession`.
         store: directory of image memories, with a folder for each namespace; None for none.
@@ -46,6 +48,7 @@ class Served:
     visibility: str = "causal"
     store: str | None = None
     store_bytes: float | None = None
+    quantize: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,9 @@ def start_engine(served: Served) -> Ready:
     check_settings_files(served.model)
     processor = CoMemoProcessor.from_pretrained(served.model)
     dtype = parse_dtype(served.dtype, device := parse_device(served.device))
-    loaded: Any = CoMemoForConditionalGeneration.from_pretrained(served.model, dtype=dtype)
+    loaded: Any = CoMemoForConditionalGeneration.from_pretrained(
+        served.model, dtype=dtype, **chosen_weights(served.quantize, served.model)
+    )
     model: Any = loaded.to(device).eval()
     check_settings("generation_config", GENERATION, vars(model.generation_config))
     reader = PromptReader(model, processor, served.rope, served.visibility)

@@ -48,7 +48,7 @@ def read_parts(files: Iterable[Path], convert: Convert) -> dict[str, Part]:
         files: safetensors files; they stay open as long as a part exists.
         convert: weights by their names in the file -> by their names here.
     """
-    found = {}
+    found: dict[str, Part] = {}
     for path in files:
         file = safe_open(path, framework="pt")
         for key in file.keys():  # noqa: SIM118, not a dictionary

@@ -5,7 +5,8 @@
 torchao multiplies by converting all of Q to floating point, for every token. On a CPU the same
 tensors are multiplied here by PyTorch's own operators: for a few rows x by one that reads Q as it
 is, for many rows in pieces of Q that fit the cache. In both x is rounded to bfloat16, which Q is
-exact in, and the sums are float32. Everything else is left to the layer, as torchao computes it.
+exact in, and the sums are float32; a CPU without products of bfloat16 computes many rows in the
+dtype of x. Everything else is left to the layer, as torchao computes it.
 """
 
 import functools
@@ -15,8 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from comemo.device import default_dtype
 
 FEW_ROWS = 8  # beyond, pieces are faster: they are converted once for all rows
 PIECE = 2**21  # integers of a piece; in bfloat16 it fits the cache of a core
@@ -106,7 +105,7 @@ def _multiply_int8(x: Tensor, integers: Tensor, scale: Tensor) -> Tensor:
         ones = scale.new_ones(N, dtype=torch.bfloat16)  # the scales would be rounded to bfloat16
         narrow = x.to(torch.bfloat16).contiguous()
         return torch._weight_int8pack_mm(narrow, integers, ones) * scale
-    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else default_dtype(x.device)
+    dtype = torch.bfloat16 if _has_bfloat16() else x.dtype
     x, y = x.to(dtype), x.new_empty(R, N)
     step = max(1, PIECE // K)
     for first in range(0, N, step):
@@ -133,6 +132,12 @@ def _is_plain_call(x: Tensor, bias: Tensor | None) -> bool:
     return not torch.is_grad_enabled() or not (
         x.requires_grad or (bias is not None and bias.requires_grad)
     )
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    """Whether this CPU has instructions for products of bfloat16, which take half the time."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @functools.cache

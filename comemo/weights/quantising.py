@@ -7,9 +7,9 @@ from torch import nn
 from transformers import TorchAoConfig
 
 from comemo.config import CoMemoConfig
+from comemo.safety.settings import BITS
 from comemo.weights.quantised import is_quantised
 
-BITS = ("int8", "int4")
 GROUPS = (64, 32)  # weights of a row that share a scale, in int4; the first that divides all rows
 ROWS = 16  # the number of rows of a weight in int4 is a multiple
 # Linear layers by their weights' names: of the decoder, whose products have few rows, and others.
@@ -52,6 +52,24 @@ def quantisation(bits: str, config: CoMemoConfig) -> TorchAoConfig:
     narrow = PrototypeInt4WeightOnlyConfig(group_size=_group_size(config), **kept)
     by_name = {_DECODER: narrow} | dict.fromkeys(_OTHERS, whole)
     return TorchAoConfig(FqnToConfig(by_name), modules_to_not_convert=[])
+
+
+def chosen_weights(bits: str | None, path: Any) -> dict[str, Any]:
+    """Options of `from_pretrained` for weights of so many bits.
+
+    Args:
+        bits: one of `BITS`; None for the weights as they are.
+        path: of the checkpoint.
+
+    Raises:
+        ValueError: see `quantisation`; a checkpoint that is quantised already.
+    """
+    if bits is None:
+        return {}
+    config = CoMemoConfig.from_pretrained(path)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"quantisation: {path} is quantised already, wanted to make it {bits}")
+    return {"quantization_config": quantisation(bits, config)}
 
 
 def check_torchao(function: str) -> None:

@@ -4,7 +4,7 @@ import argparse
 
 from comemo.batch.options import LONGEST, NUMBERS
 from comemo.batch.settings import ROPES, BatchSettings
-from comemo.cli.arguments import add_model, add_published_pixels, number
+from comemo.cli.arguments import add_model, add_published_pixels, add_quantize, number
 from comemo.cli.options.store import add_store_options
 from comemo.safety.settings import DTYPES, MAX_TILES
 
@@ -61,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("auto", *DTYPES), default="auto", help="auto on a CPU: float32"
     )
+    add_quantize(parser)
     threads = number(int, 1, 1024)  # PyTorch crashes with many more
     parser.add_argument(
         "--threads", type=threads, metavar="N", help="of each process; default: its part of the CPU"

@@ -2,7 +2,7 @@
 
 import argparse
 
-from comemo.cli.arguments import add_model, add_published_pixels, number
+from comemo.cli.arguments import add_model, add_published_pixels, add_quantize, number
 from comemo.cli.options.store import add_store_options
 from comemo.safety.settings import CHOICES, DTYPES, MAX_TILES
 
@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best available")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    add_quantize(parser)
     threads = number(int, 1, 1024)  # PyTorch crashes with many more
     parser.add_argument("--threads", type=threads, metavar="N", help="of the CPU; default: torch's")
     parser.add_argument("--timing", action="store_true", help="show how long each answer took")

@@ -2,7 +2,7 @@
 
 import argparse
 
-from comemo.cli.arguments import add_model, add_published_pixels, number
+from comemo.cli.arguments import add_model, add_published_pixels, add_quantize, number
 from comemo.safety.settings import CHOICES, DTYPES, MAX_TILES
 
 
@@ -27,4 +27,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best available")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    add_quantize(parser)
     add_published_pixels(parser)

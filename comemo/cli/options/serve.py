@@ -2,7 +2,7 @@
 
 import argparse
 
-from comemo.cli.arguments import add_model, number
+from comemo.cli.arguments import add_model, add_quantize, number
 from comemo.cli.options.store import add_store_options
 from comemo.safety.settings import CHOICES, DTYPES, MAX_TILES
 from comemo.serve.engine.settings import EngineSettings
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: the best available")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto")
+    add_quantize(parser)
     parser.add_argument(
         "--threads", type=number(int, 1, 1024), metavar="N", help="of the CPU; default: torch's"
     )
