@@ -1,6 +1,7 @@
 """`python -m bench NAME [options] [--out DIR]`."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from bench import (
     gpu_check,
     host,
     images,
+    linear,
     measure,
     memory,
     mixin,
@@ -39,6 +41,7 @@ BENCHMARKS: dict[str, Any] = {
     "dropin": dropin,
     "host": host,
     "images": images,
+    "linear": linear,
     "memory": memory,
     "mixin": mixin,
     "positions": positions,
@@ -57,6 +60,7 @@ INTERRUPTED = 130  # the exit code of a command that Ctrl-C ended
 
 
 def main() -> None:
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, as in the command `comemo`
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="name", required=True)
     for name, module in (BENCHMARKS | COMMANDS).items():
