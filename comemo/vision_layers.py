@@ -32,7 +32,7 @@ def encode(layer: nn.Module, x: Tensor) -> Tensor:
     """One layer on x [T, N, C]; with gradients, in training or if it is not plain by calling it."""
     mixed = torch.is_autocast_enabled(x.device.type)
     if torch.is_grad_enabled() or mixed or layer.training or not _is_plain(layer):
-        return layer(x)  # type: ignore[no-any-return]
+        return layer(x)
     own: Any = layer
     y = _attend(own.attention, own.layernorm_before(x)).mul_(own.lambda_1).add_(x)
     mlp = own.mlp

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from comemo_kernels._writes import needs_gradient
+
 ELEMENTS = 2**18  # of a weight; below, the host's time for a call decides, and PyTorch's is least
 MARGIN = 1.2
 QUIET = 0.9  # processor time of a measurement that counts, as a share of the time on the clock
@@ -111,18 +113,14 @@ def cpu_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         and type(x) in _PLAIN
         and type(weight) in _PLAIN
         and not torch.is_autocast_enabled("cpu")
-        and not _learns(x, weight, bias)
+        and not needs_gradient(x, weight, bias)
     ):
         return F.linear(x, weight, bias)
     if torch.compiler.is_compiling():  # a graph must not depend on what was measured
         if _is_exporting():  # a program for any machine
             return F.linear(x, weight, bias)
-        return torch.ops.comemo.cpu_linear(x, weight, bias)  # type: ignore[no-any-return]
+        return torch.ops.comemo.cpu_linear(x, weight, bias)
     return _product(x, weight, bias)
-
-
-def _learns(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

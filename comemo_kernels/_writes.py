@@ -1,4 +1,4 @@
-"""Check that tensors can be written, all of them before the first one is."""
+"""Check that tensors can be written, all of them before the first one is, and what is recorded."""
 
 from collections.abc import Mapping
 
@@ -50,3 +50,8 @@ def _why_not(x: Tensor, grad: bool) -> str | None:
                 "one of several views from one call, or a view from no_grad mode, if grad is needed"
             )
     return None
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether an operation on these tensors is recorded for a backward pass."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -21,6 +21,7 @@ from comemo_kernels._op import documented, on_triton
 from comemo_kernels._rms_norm_gradient import WIDEST, rms_norm_gradient_op
 from comemo_kernels._rows_kernel import ROWS, rows_op
 from comemo_kernels._swiglu import swiglu_gradient_op, swiglu_op
+from comemo_kernels._writes import needs_gradient
 from comemo_kernels.reference.fused_linear import functions as reference_functions
 from comemo_kernels.reference.fused_linear_checks import (
     check_gated_residual,
@@ -33,7 +34,6 @@ from comemo_kernels.reference.fused_linear_gradient import (
     Functions,
     Steps,
     make_functions,
-    needs_gradient,
 )
 
 # --- steps ---

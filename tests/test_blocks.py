@@ -68,9 +68,7 @@ def test_gradients_pass_whole(monkeypatch):
 def test_the_published_rotation_of_one_row_in_bfloat16_is_kept():
     """One query in bfloat16 is attended as two; the result is that of many."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(n, 4, 64, generator=generator).bfloat16()[None] for n in (3, 600, 600)
-    )
+    q, k, v = (torch.randn(n, 4, 64, generator=generator).bfloat16()[None] for n in (3, 600, 600))
     spans = torch.tensor([[[0, 600]]])
     many = ops.reference.attend_spans(q, k[0], v[0], spans)
     one = ops.reference.attend_spans(q[:, :1], k[0], v[0], spans)

@@ -53,7 +53,7 @@ def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
     """A linear layer on x [..., d]: from its weights if it is plain, otherwise by calling it."""
     if type(module) is nn.Linear and is_fusable(module, biased=True):
         return ops.linear(x, module.weight, module.bias)
-    return module(x)  # type: ignore[no-any-return]
+    return module(x)
 
 
 def offloaded_to(model: nn.Module) -> torch.device | None:

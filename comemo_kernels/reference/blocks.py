@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from comemo_kernels._writes import needs_gradient
+
 ELEMENTS = 2**20  # of a block
 
 
@@ -22,7 +24,7 @@ def blocks(x: Tensor, dim: int, *others: Tensor | None) -> Iterator[slice] | Non
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() < 2 * ELEMENTS:
         return None
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+    if needs_gradient(x, *others):
         return None
     length = x.shape[dim]
     size = max(ELEMENTS * length // x.numel(), 1)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from comemo_kernels._arguments import public
 from comemo_kernels._cpu_products import cpu_product
+from comemo_kernels._writes import needs_gradient
 from comemo_kernels.reference.fused_linear_checks import (
     check_gated_residual,
     check_gated_swiglu,
@@ -15,7 +16,6 @@ from comemo_kernels.reference.fused_linear_gradient import (
     Steps,
     add_gated,
     make_functions,
-    needs_gradient,
     swiglu,
     swiglu_gradient,
 )

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from comemo_kernels._once import once
+from comemo_kernels._writes import needs_gradient
 
 # A network's gradient takes its rows in so many parts, unless they are few: it holds five matrices
 # [part, F] at a time. Gradients of weights are rounded once for each part.
@@ -99,11 +100,6 @@ def add_gated(x: Tensor, added: Tensor, gate: Tensor | None) -> Tensor:
     if x.dtype != added.dtype or needs_gradient(x, added, gate):
         return x + (added if gate is None else gate.tanh() * added)
     return (added if gate is None else added.mul_(gate.tanh())).add_(x)
-
-
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether an operation on these tensors is recorded for a backward pass."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def make_functions(steps: Steps) -> Functions:

@@ -82,8 +82,8 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, inplace: bool = False) ->
         return _rotate_halves(x, cos, sin, inplace)
     out = x if inplace else torch.empty_like(x, memory_format=torch.contiguous_format)
     for part in parts:
-        own = [t if t.shape[-3] == 1 else t[..., part, :, :] for t in (cos, sin)]
-        out[..., part, :, :] = _rotate_halves(x[..., part, :, :], *own, inplace)
+        c, s = (t if t.shape[-3] == 1 else t[..., part, :, :] for t in (cos, sin))
+        out[..., part, :, :] = _rotate_halves(x[..., part, :, :], c, s, False)
     return out
 
 
