@@ -27,6 +27,7 @@ from bench.models import SIZES, copies_of, draw_model, draw_prompts, layers_of
 from bench.recompute import RecomputedMemory, recomputing
 from bench.ways import Limits, Row, Work
 from comemo import CoMemoForConditionalGeneration
+from comemo.decode.cache import ROOM, RoomyCache
 from comemo.mixin import MixinLayer
 from comemo_kernels import ImageMemory
 
@@ -115,6 +116,7 @@ class Decoding:
         out = self.model(
             inputs_embeds=self.model.model.embed(input_ids, image, memory),
             position_ids=position_ids,
+            cache=RoomyCache(self.model.config.text_config.num_hidden_layers, self.M + 96 + ROOM),
             image_memory=memory,
             use_cache=True,
             logits_to_keep=1,
@@ -198,7 +200,7 @@ class Decoding:
         name = f"decode, batch {batch}, {'one picture' if pictures == 'same' else 'own pictures'}"
         progress.begin(name, 2.0)
         held = sum(t.nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
-        # A step makes the cache of a layer anew.
+        # The first step moves the cache of one layer after the other into buffers with room.
         needed = batch * held * (1 + 1 / len(self.cache.layers))
         needed += batch * self.memory.nbytes if pictures == "own" else 0
         if self.device.type == "cpu" and needed > limits.free_bytes():

@@ -47,8 +47,13 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ]
     read = limits.read_rate("cpu")
     gemm = {dtype: limits.gemm_rate("cpu", dtype) for dtype in {case[0] for case in cases}}
-    for dtype, shape, rows in progress.each(cases):
+    for dtype, shape, rows in progress.each(cases, _name):
         yield from _time(dtype, shape, rows, read, gemm[dtype], not options.no_compile)
+
+
+def _name(case: tuple[torch.dtype, tuple[int, int], int]) -> str:
+    dtype, (outputs, width), rows = case
+    return f"{outputs}x{width}, {str(dtype).removeprefix('torch.')}, {rows} rows"
 
 
 @torch.no_grad()

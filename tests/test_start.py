@@ -158,3 +158,14 @@ print(times.children_user + times.children_system)
 def test_a_start_takes_little_time(words, most):
     """Processor time, the least of five runs, with the bytecode of the first."""
     assert min(float(child(SECONDS, *words)[0]) for _ in range(5)) <= most
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_commands_ask_for_huge_pages_unless_told_otherwise(monkeypatch, before):
+    name = "THP_MEM_ALLOC_ENABLE"
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    code = "import os, sys; from comemo.cli.main import main; main(sys.argv[1:])"
+    code += f"; print(os.environ[{name!r}])"
+    assert child(code, "info", NANO)[0].splitlines()[-1] == (before or "1")
