@@ -12,6 +12,15 @@ from typing import Any
 
 from comemo.cli.terminal import note
 
+# What they log when they are imported, wherever torchao is installed without a GPU.
+ON_IMPORT = ("torchao", "torch.utils._pytree")
+
+
+def hush_imports() -> None:
+    """Hide what libraries log while they are imported, except errors."""
+    for name in ON_IMPORT:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
 
 class _Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from comemo import __version__
 from comemo.cli import starting, terminal
-from comemo.cli.hushing import hushed, unhushed
+from comemo.cli.hushing import hush_imports, hushed, unhushed
 
 
 class Command(NamedTuple):
@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # PyTorch then asks Linux for huge pages: large tensors are new memory in a third of the
         # time, and a CPU reads weights up to one and a half times as fast.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        if not debug:
+            hush_imports()
         # Ctrl-C ends the process at once while this imports the libraries.
         command = import_module(f"comemo.cli.{COMMANDS[args.command].module}")
         watched = terminal.is_watched(getattr(args, "verbose", False))

@@ -116,7 +116,7 @@ class MemoryStore:
 
         Raises:
             ValueError: a model whose weights do not determine what it computes (adapters,
-                quantised, sharded or offloaded weights), or with absolute memory positions; images
+                sharded or offloaded weights), or with absolute memory positions; images
                 that are not whole tiles. Nothing was computed then.
         """
         check_storable("MemoryStore", model)

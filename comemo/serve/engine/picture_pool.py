@@ -264,6 +264,6 @@ class PicturePool:
         if not self._model.model.build_memory(memory):
             raise ValueError(
                 "PicturePool: keys and values of all mixin layers must be built at once, which"
-                " this model's mixin layers do not allow (adapters, hooks or quantised weights)"
+                " this model's mixin layers do not allow (adapters or hooks)"
             )
         return memory
