@@ -37,6 +37,7 @@ from torchao.prototype.quantization.int4.inference_workflow import (  # noqa: E4
 from torchao.quantization import (  # noqa: E402
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
     quantize_,
 )
 from transformers import AutoModelForImageTextToText, TorchAoConfig  # noqa: E402
@@ -117,13 +118,19 @@ def test_other_dtypes_are_left_to_torchao(dtype):
     assert multiply(torch.randn(1, 96, dtype=dtype), linear().weight) is None
 
 
-def test_other_weights_are_left_to_torchao():
+@pytest.mark.parametrize(
+    "config", [Int8DynamicActivationInt8WeightConfig(**KEPT), IntxWeightOnlyConfig()]
+)
+def test_other_weights_are_left_to_torchao(config):
     layer = nn.Linear(96, 48).requires_grad_(False)
     x = torch.randn(2, 96)
+    exact = layer(x)
     assert multiply(x, layer.weight) is None
-    quantize_(layer, Int8DynamicActivationInt8WeightConfig(**KEPT))
+    quantize_(layer, config)
     assert multiply(x, layer.weight) is None
-    assert speed_up(layer)(x).shape == (2, 48)
+    found = speed_up(layer)(x)
+    assert type(layer) is QuantisedLinear
+    assert (found - exact).norm() < 0.05 * exact.norm()
 
 
 def test_quantised_layers_are_called():

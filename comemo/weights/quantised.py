@@ -83,7 +83,9 @@ def multiply(x: Tensor, weight: Any) -> Tensor | None:
         [..., N] in the dtype of `x`; None if the layer has to be called.
     """
     kind = type(weight).__name__
-    if x.dtype not in DTYPES or not is_quantised(weight) or weight.act_pre_scale is not None:
+    if x.dtype not in DTYPES or not is_quantised(weight):
+        return None
+    if getattr(weight, "act_pre_scale", None) is not None:
         return None
     rows = x.reshape(-1, x.shape[-1])
     if kind == "Int8Tensor" and _has_a_scale_per_row(weight):
