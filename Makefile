@@ -36,7 +36,7 @@ NANO ?= runs/nano
 NANO_TRAIN := OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone \
 	--nproc-per-node 2 -m comemo train
 
-.PHONY: demo nano test test-all lint kernels newest ranks serve aot bench gpu-check gpu-bench clean
+.PHONY: demo nano test test-all lint kernels newest quantised ranks serve aot bench gpu-check gpu-bench clean
 
 demo: $(VENV)/ready
 	$(BIN)/comemo demo
@@ -78,6 +78,14 @@ $(VENV)/newest/%: $(VENV)/ready
 # Every plan of several ranks with two to four processes, and nodes that leave and come back.
 ranks: $(VENV)/ready
 	$(PYTEST) --all $(RANKS_TESTS)
+
+# Weights of 8 and 4 bits. torchao is beside the environment, because transformers imports it
+# wherever it is, which takes half a second in each process.
+quantised: $(VENV)/quantised
+	PYTHONPATH=$(VENV)/quantised $(PYTEST) --all tests/test_quantised.py tests/test_docs.py
+
+$(VENV)/quantised: $(VENV)/ready
+	$(INSTALL) --no-deps --target $@ '$(shell grep '^torchao==' constraints.txt)'
 
 # The server: 1,000 mixed requests, the page in a browser if Chromium and its driver are there, and
 # replicas if Ray is installed in the environment.

@@ -66,7 +66,6 @@ setup(
             "selenium",  # the page in a browser
             "tensorboardx",
             "setuptools",  # builds the wheel that is tested
-            "torchao>=0.18",  # weights of 8 or 4 bits
             "uvicorn",
         ],
     },
