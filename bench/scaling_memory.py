@@ -270,7 +270,7 @@ def serving_memory(
         images += 2 * prompt.batch * memory * of.width
         found.append((weights + head + first * (start == 0), cache, images))
     most = max(found, key=sum)
-    model = SimpleNamespace(config=config, dtype=torch.bfloat16)
+    model = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cuda"))
     at_once = min(prompt.tiles, of.tiles_at_once)
     vision = peak.vision_activations(model, at_once, prompt.tiles)
     text = peak.text_activations(model, min(prompt.chunk, prompt.tokens), prompt.tokens)

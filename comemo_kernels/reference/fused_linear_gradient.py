@@ -97,7 +97,8 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 
 def add_gated(x: Tensor, added: Tensor, gate: Tensor | None) -> Tensor:
     """x + tanh(gate) * added; in the memory of `added`, which is the caller's own, if possible."""
-    if x.dtype != added.dtype or needs_gradient(x, added, gate):
+    mixed = {t.dtype for t in (x, added, gate) if t is not None} != {added.dtype}
+    if mixed or needs_gradient(x, added, gate):
         return x + (added if gate is None else gate.tanh() * added)
     return (added if gate is None else added.mul_(gate.tanh())).add_(x)
 
