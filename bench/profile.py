@@ -29,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if torch.cuda.is_available():
+        raise ValueError("profile: wanted a machine without a GPU, whose kernels are not seen here")
     layers = options.layers or (4 if measure.few(options) else 24)
     model = draw_model("2B", getattr(torch, options.dtype), layers)
     case = f"2B, {options.dtype}, {options.batch} rows"

@@ -55,3 +55,14 @@ def _why_not(x: Tensor, grad: bool) -> str | None:
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether an operation on these tensors is recorded for a backward pass."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def may_overwrite() -> bool:
+    """Whether an operation may compute in the memory of its own intermediate results.
+
+    Not under torch.compile, which plans memory itself, nor in a transform of torch.func: vmap
+    cannot write a result that is batched into one that is not.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None

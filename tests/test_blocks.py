@@ -65,7 +65,7 @@ def test_gradients_pass_whole(monkeypatch):
     assert torch.autograd.gradcheck(lambda x: rms_norm(x, None, 1e-5), x)
 
 
-def test_the_published_rotation_of_one_row_in_bfloat16_is_kept():
+def test_one_query_in_bfloat16_is_as_exact_as_several():
     """One query in bfloat16 is attended as two; the result is that of many."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, 4, 64, generator=generator).bfloat16()[None] for n in (3, 600, 600))
@@ -74,3 +74,24 @@ def test_the_published_rotation_of_one_row_in_bfloat16_is_kept():
     one = ops.reference.attend_spans(q[:, :1], k[0], v[0], spans)
     exact = ops.reference.attend_spans(q.double(), k[0].double(), v[0].double(), spans)
     assert (one - exact[:, :1]).abs().max() <= 2 * (many - exact).abs().max()
+
+
+OPERANDS = {
+    "gated_residual": {"x": (4, 8), "a": (4, 6), "weight": (8, 6), "gate": (1,)},
+    "norm_swiglu": {"x": (4, 8), "norm_weight": (8,), "gate_weight": (5, 8), "up_weight": (5, 8)},
+}
+
+
+@pytest.mark.parametrize(("verb", "name"), [(v, name) for v in OPERANDS for name in OPERANDS[v]])
+def test_vmap_over_any_one_operand(verb, name):
+    """Intermediate results are not overwritten where one of them is batched and another is not."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        key: torch.randn(*([3] if key == name else []), *shape, generator=generator)
+        for key, shape in OPERANDS[verb].items()
+    }
+    operation = getattr(reference, verb)
+    dims = tuple(0 if key == name else None for key in inputs)
+    found = torch.vmap(operation, dims)(*inputs.values())
+    wanted = [operation(**inputs | {name: inputs[name][i]}) for i in range(3)]
+    torch.testing.assert_close(found, torch.stack(wanted))

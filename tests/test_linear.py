@@ -16,6 +16,7 @@ CASES = [
     for dtype, classes in products.DEFAULTS.items()
     for rows in ROWS
     for way in classes[products.bisect_left(products.ROWS, rows)]
+    if products._HAS_ONEDNN or way not in ("onednn", "turned")
 ]
 
 

@@ -6,23 +6,22 @@ page. A block's memory is used again by the next block.
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
-from comemo_kernels._writes import needs_gradient
+from comemo_kernels._writes import may_overwrite, needs_gradient
 
 ELEMENTS = 2**20  # of a block
 
 
 def blocks(x: Tensor, dim: int, *others: Tensor | None) -> Iterator[slice] | None:
-    """Slices of dimension `dim` of x; None where the whole is small, recorded or traced.
+    """Slices of dimension `dim` of x; None where the whole is small, recorded or transformed.
 
     Args:
         x: what is passed over.
         dim: negative, because tensors that are broadcast with x may have fewer dimensions.
         others: further tensors of the pass, which may require gradients.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() < 2 * ELEMENTS:
+    if x.device.type != "cpu" or not may_overwrite() or x.numel() < 2 * ELEMENTS:
         return None
     if needs_gradient(x, *others):
         return None

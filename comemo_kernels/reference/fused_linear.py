@@ -5,7 +5,7 @@ from torch import Tensor
 
 from comemo_kernels._arguments import public
 from comemo_kernels._cpu_products import cpu_product
-from comemo_kernels._writes import needs_gradient
+from comemo_kernels._writes import may_overwrite, needs_gradient
 from comemo_kernels.reference.fused_linear_checks import (
     check_gated_residual,
     check_gated_swiglu,
@@ -91,6 +91,8 @@ def norm_swiglu(
         return functions.norm_swiglu.apply(x, norm_weight, gate_weight, up_weight, eps)
     y = rms_norm(x, norm_weight, eps)
     g, u = cpu_product(y, gate_weight), cpu_product(y, up_weight)
+    if not may_overwrite():
+        return F.silu(g) * u
     return F.silu(g, inplace=True).mul_(u)  # on a CPU new memory costs more than a pass
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from comemo_kernels._once import once
-from comemo_kernels._writes import needs_gradient
+from comemo_kernels._writes import may_overwrite, needs_gradient
 
 # A network's gradient takes its rows in so many parts, unless they are few: it holds five matrices
 # [part, F] at a time. Gradients of weights are rounded once for each part.
@@ -98,7 +98,7 @@ def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
 def add_gated(x: Tensor, added: Tensor, gate: Tensor | None) -> Tensor:
     """x + tanh(gate) * added; in the memory of `added`, which is the caller's own, if possible."""
     mixed = {t.dtype for t in (x, added, gate) if t is not None} != {added.dtype}
-    if mixed or needs_gradient(x, added, gate):
+    if mixed or not may_overwrite() or needs_gradient(x, added, gate):
         return x + (added if gate is None else gate.tanh() * added)
     return (added if gate is None else added.mul_(gate.tanh())).add_(x)
 
